@@ -1,0 +1,179 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Quantise a model's layers on the user's own data, in one forward pass, each layer on the inputs that it will really see."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any, Union
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from peft_ext.peqa.config import PeqaConfig
+from peft_ext.peqa.model import resolve_all_linear, target_layers
+from peft_ext.peqa.quantization import check_target, is_packed, pack_layer
+from peft_ext.quant.linear import PackedLinear
+
+
+Batch = Union[torch.Tensor, Mapping[str, Any]]
+# Inputs that make up a Hessian are added up in blocks of about this many numbers, so that its copy in float32 stays small.
+_CHUNK = 1 << 23
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, config: PeqaConfig, batches: Iterable[Batch], progressbar: bool = True) -> nn.Module:
+    """
+    Quantise the target layers of a float model in place with the calibrated start of PEQA.
+
+    The batches run through the model once, together. When the forward reaches a target layer, the layer is quantised on the
+    inputs that arrive there, which have come through the quantised layers before it; then the forward goes on with the packed
+    layer. So the peak of extra memory is one layer, its Hessian and the activations of the batches; about 8,000 tokens do. After the
+    last target layer the pass stops.
+
+    Args:
+        model (`nn.Module`):
+            A float model; transformers or any other.
+        config (`PeqaConfig`):
+            Target modules and format; `init_method` must be `"calibrated"`.
+        batches (iterable of `dict` or `torch.Tensor`):
+            What the model takes: dicts of keyword arguments such as `{"input_ids": [batch, tokens]}`, or tensors.
+            Samples of different length are padded on the right; padding doesn't count.
+        progressbar (`bool`, defaults to `True`):
+            Whether to show one step per layer.
+
+    Returns:
+        `nn.Module`: The model, for `get_peft_model(model, config)`.
+
+    Raises:
+        ValueError: If the config doesn't ask for calibration, a layer can't be quantised, or there is no data.
+
+    Example:
+
+        ```py
+        >>> config = PeqaConfig(bits=3, init_method="calibrated")
+        >>> model = get_peft_model(calibrate(model, config, [{"input_ids": tokens}]), config)
+        ```
+    """
+    if config.init_method != "calibrated":
+        raise ValueError(f"init_method={config.init_method!r} needs no data; pass init_method='calibrated' to calibrate.")
+    config = copy.copy(config)
+    config.target_modules = config.target_modules or "all-linear"
+    resolve_all_linear(config, model)
+    targets = target_layers(config, model)
+    if not targets:
+        raise ValueError(f"Target modules {config.target_modules} not found in the base model.")
+    for name, module in targets.items():
+        check_target(module, config, name)
+    targets = {name: module for name, module in targets.items() if not is_packed(module)}
+    inputs = _join(list(batches))
+    training = model.training
+    model.eval()
+    try:
+        _Pass(model, config, targets, inputs, progressbar).run()
+    finally:
+        model.train(training)
+    return model
+
+
+class _Finished(Exception):
+    """Ends the forward pass after the last target layer."""
+
+
+class _Pass:
+    """One forward pass that quantises every target layer when it is reached."""
+
+    def __init__(
+        self, model: nn.Module, config: PeqaConfig, targets: dict[str, nn.Module], inputs: Batch, progressbar: bool
+    ) -> None:
+        self.model, self.config, self.targets, self.inputs = model, config, dict(targets), inputs
+        self.mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+        self.progress = tqdm(total=len(targets), desc="Calibrating", unit="layer", disable=not progressbar)
+        self.last_input: torch.Tensor | None = None
+        self.last_hessian: torch.Tensor | None = None
+
+    def run(self) -> None:
+        handles = [
+            module.register_forward_hook(self._make_hook(name, module)) for name, module in self.targets.items()
+        ]
+        try:
+            self.model(self.inputs) if isinstance(self.inputs, torch.Tensor) else self.model(**self.inputs)
+        except _Finished:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name, module in list(self.targets.items()):  # never reached on this data
+            self._replace(name, pack_layer(module, self.config, name))
+        self.progress.close()
+
+    def _make_hook(self, name: str, module: nn.Module):
+        def hook(_, args, output):
+            if name not in self.targets:
+                return None  # called again: a layer that the model uses more than once
+            packed = pack_layer(module, self.config, name, self._hessian(args[0]))
+            self._replace(name, packed)
+            if not self.targets:
+                raise _Finished
+            return packed(args[0])
+
+        return hook
+
+    def _replace(self, name: str, packed: PackedLinear) -> None:
+        packed.train(self.model.training)
+        self.model.set_submodule(name, packed)
+        del self.targets[name]
+        self.progress.update()
+
+    def _hessian(self, x: torch.Tensor) -> torch.Tensor:
+        """Mean of x x^T over the tokens that count; layers that share their input (q, k, v) share it."""
+        if x is self.last_input and self.last_hessian is not None:
+            return self.last_hessian
+        mask = self.mask
+        if mask is not None and mask.shape == x.shape[:-1]:
+            x_rows = x[mask.bool()]
+        else:
+            x_rows = x.reshape(-1, x.shape[-1])
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        hessian = torch.zeros(x.shape[-1], x.shape[-1], dtype=dtype, device=x.device)
+        for rows in x_rows.split(max(1, _CHUNK // x.shape[-1])):
+            rows = rows.to(dtype)
+            hessian.addmm_(rows.t(), rows, alpha=1 / max(1, len(x_rows)))
+        self.last_input, self.last_hessian = x, hessian
+        return hessian
+
+
+def _join(batches: list[Batch]) -> Batch:
+    """All batches as one."""
+    if not batches:
+        raise ValueError("batches is empty; pass a few batches of training data to calibrate on.")
+    if all(isinstance(batch, torch.Tensor) for batch in batches):
+        return _pad_and_cat(batches, 0)
+    if not all(isinstance(batch, Mapping) for batch in batches):
+        raise TypeError(f"batches must be dicts of model inputs or tensors, got {type(batches[0]).__name__}.")
+    keys = [key for key in batches[0] if key != "labels"]
+    if any(set(keys) != set(batch) - {"labels"} for batch in batches):
+        raise ValueError(f"the batches have different keys; the first has {sorted(batches[0])}.")
+    joined = {key: _join_values([batch[key] for batch in batches]) for key in keys}
+    ids = joined.get("input_ids")
+    if isinstance(ids, torch.Tensor) and "attention_mask" not in joined:
+        ones = [torch.ones_like(batch["input_ids"]) for batch in batches]
+        if len({tuple(mask.shape[1:]) for mask in ones}) > 1:
+            joined["attention_mask"] = _pad_and_cat(ones, 0)
+    return joined
+
+
+def _join_values(values: list[Any]) -> Any:
+    return _pad_and_cat(values, 0) if isinstance(values[0], torch.Tensor) and values[0].dim() else values[0]
+
+
+def _pad_and_cat(tensors: list[torch.Tensor], value: float) -> torch.Tensor:
+    """Concatenate along the batch; the second dimension (tokens) is padded to the longest."""
+    if tensors[0].dim() < 2:
+        return torch.cat(tensors)
+    longest = max(tensor.shape[1] for tensor in tensors)
+    padding = [0, 0] * (tensors[0].dim() - 2)
+    return torch.cat(
+        [torch.nn.functional.pad(tensor, [*padding, 0, longest - tensor.shape[1]], value=value) for tensor in tensors]
+    )

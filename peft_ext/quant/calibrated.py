@@ -1,0 +1,127 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""The start that looks at data: a grid searched under the inputs' second moments, then GPTQ's error feedback onto it.
+
+Sources: GPTQ (Frantar et al., 2022, arXiv 2210.17323), algorithm 1 with columns by falling energy; the grid is found as AWQ and
+EfficientQAT find theirs, by shrinking ranges, but with every input's error weighted by its energy.
+"""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import torch
+
+from peft_ext.quant.uniform import SHRINK_FACTORS, Grid, Quantized, check_format, check_weight, search_grid
+
+
+# Maps a column of weights [out] and its index in the weight to codes uint8 [out] and the values that they stand for [out].
+ColumnRounding = Callable[[torch.Tensor, int], "tuple[torch.Tensor, torch.Tensor]"]
+
+
+def quantize_calibrated(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    bits: int,
+    group_size: int = -1,
+    sym: bool = False,
+    damping: float = 0.01,
+) -> Quantized:
+    """Quantise so that the layer's *output* on the calibration data changes least.
+
+    Args:
+        weight: float `[out, in]`.
+        hessian: float `[in, in]`, the sum (or mean) of `x x^T` over the calibration inputs.
+        bits, group_size, sym: As in [`peft_ext.quant.uniform.quantize`].
+        damping: Share of the mean diagonal that is added to the Hessian's diagonal.
+
+    Returns:
+        [`peft_ext.quant.uniform.Quantized`], the scales refitted by least squares under the Hessian.
+
+    Raises:
+        ValueError: If the format is unknown, the shapes don't fit, or the weight or the Hessian has NaN or infinity.
+    """
+    check_format(bits, group_size, weight.shape[1])
+    if hessian.shape != (weight.shape[1], weight.shape[1]):
+        raise ValueError(f"hessian has shape {tuple(hessian.shape)}, expected {(weight.shape[1],) * 2}.")
+    if not torch.isfinite(hessian).all():
+        raise ValueError("the calibration inputs have NaN or infinity; check the model and the calibration data.")
+    weight = check_weight(weight)
+    hessian = hessian.to(weight.dtype)
+    energy = hessian.diagonal()
+    if not (energy > 0).any():
+        energy = torch.ones_like(energy)  # the layer saw only zeros: every input counts the same
+    grid = search_grid(weight, bits, group_size, sym, SHRINK_FACTORS, energy / energy.mean())
+    codes = error_feedback(weight, hessian, uniform_rounding(grid, bits, weight.shape[1]), damping)
+    return Quantized(codes, grid.scale, grid.zero_point.to(torch.uint8))
+
+
+def uniform_rounding(grid: Grid, bits: int, in_features: int) -> ColumnRounding:
+    """Rounding of one column onto a uniform grid, for [`error_feedback`]."""
+    size = in_features // grid.scale.shape[1]
+    scales, zero_points, top = grid.scale.t().contiguous(), grid.zero_point.t().contiguous(), 2**bits - 1
+
+    def round_column(column: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        scale, zero_point = scales[index // size], zero_points[index // size]
+        codes = (column / scale).round_().add_(zero_point).clamp_(0, top)
+        return codes.to(torch.uint8), codes.sub_(zero_point).mul_(scale)
+
+    return round_column
+
+
+def error_feedback(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    round_column: ColumnRounding,
+    damping: float = 0.01,
+    block_size: int = 64,
+) -> torch.Tensor:
+    """GPTQ: round column by column, and let the columns still to come make up for each column's error.
+
+    Args:
+        weight: float `[out, in]`.
+        hessian: `[in, in]` in the weight's dtype.
+        round_column: The number format: column and its index to codes and values. Any grid will do.
+        damping: Share of the mean diagonal added to the Hessian's diagonal; raised tenfold until the factorisation succeeds.
+        block_size: Columns whose updates to the rest are applied together.
+
+    Returns:
+        uint8 codes `[out, in]`.
+    """
+    in_features = weight.shape[1]
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    factor = _inverse_factor(hessian[order][:, order], damping)
+    columns = weight.t()[order]  # [in, out], rows contiguous
+    codes = torch.empty(in_features, weight.shape[0], dtype=torch.uint8, device=weight.device)
+    indices = order.tolist()
+    for start in range(0, in_features, block_size):
+        stop = min(start + block_size, in_features)
+        errors = torch.empty_like(columns[start:stop])
+        block_factor = factor[start:stop, start:stop]
+        pivots = block_factor.diagonal().tolist()
+        for j in range(start, stop):
+            at = j - start
+            codes[j], values = round_column(columns[j], indices[j])
+            error = torch.sub(columns[j], values, out=errors[at]).div_(pivots[at])
+            columns[j + 1 : stop].addr_(block_factor[at, at + 1 :], error, alpha=-1)
+        columns[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
+    result = torch.empty_like(codes)
+    result[order] = codes
+    return result.t().contiguous()
+
+
+def _inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    """Upper Cholesky factor of the inverse of the damped Hessian `[in, in]`."""
+    hessian = hessian.clone()
+    diagonal = hessian.diagonal()
+    mean = diagonal.mean().clamp(min=torch.finfo(hessian.dtype).tiny)
+    diagonal.copy_(torch.where(diagonal > 0, diagonal, mean))  # an input that never fires pulls on nothing
+    for _ in range(6):
+        damped = hessian.clone()
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return upper
+        damping *= 10
+    raise ValueError("the Hessian of the calibration inputs can't be factorised; pass more varied calibration data.")

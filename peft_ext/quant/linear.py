@@ -1,0 +1,198 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""A frozen packed weight behind the interface of `nn.Linear`."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Optional
+
+import torch
+from torch import nn
+
+from peft_ext.quant.functional import PackedWeight, mixed_packed_linear, packed_linear
+from peft_ext.quant.packing import TILE_ROWS, pack, planes_shape, unpack
+from peft_ext.quant.uniform import Quantized, dequantize
+
+
+class PackedParameter(nn.Parameter):
+    """Frozen bit-planes that `numel()` counts as the weights that they stand for.
+
+    PEFT's `print_trainable_parameters` adds up `numel()`; bytes would make a 3-bit model look smaller than it is. Padding
+    isn't counted. `nelement()`, `shape` and `nbytes` tell what is stored.
+    """
+
+    logical_numel: int
+
+    def __new__(cls, data: torch.Tensor, logical_numel: int, requires_grad: bool = False) -> PackedParameter:
+        # accelerate and PEFT rebuild parameters from their __dict__ and requires_grad; codes are never trained
+        parameter = super().__new__(cls, data, requires_grad=False)
+        parameter.logical_numel = logical_numel
+        return parameter
+
+    def numel(self) -> int:
+        return self.logical_numel
+
+    def __deepcopy__(self, memo: dict) -> PackedParameter:
+        if id(self) not in memo:
+            memo[id(self)] = type(self)(self.data.clone(memory_format=torch.preserve_format), self.logical_numel)
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol):
+        return PackedParameter, (self.data, self.logical_numel)
+
+
+class PackedLinear(nn.Module):
+    """`y = x (scale * (codes - zero_point))^T + bias`, the codes packed into bit-planes; nothing of it is trained.
+
+    Args:
+        planes: uint8 `[ceil(out / 32), ceil(in / 8), bits, 32]`, see `packing.py`.
+        scale: float `[out, groups]`.
+        zero_point: uint8 `[out, groups]`.
+        bias: float `[out]` or None.
+        in_features, out_features: Size of the weight.
+        sym: Whether every zero point is `2**(bits - 1)`.
+        conv1d: Whether the layer stood as transformers' `Conv1D` (`[in, out]`), which `to_float` gives back.
+    """
+
+    def __init__(
+        self,
+        planes: torch.Tensor,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        *,
+        in_features: int,
+        out_features: int,
+        sym: bool = False,
+        conv1d: bool = False,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.sym = sym
+        self.conv1d = conv1d
+        self._check_shapes(planes, scale, zero_point)
+        self.planes = PackedParameter(planes, in_features * out_features)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+        self.zero_point = nn.Parameter(zero_point, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @classmethod
+    def from_quantized(
+        cls, quantized: Quantized, bits: int, bias: Optional[torch.Tensor], *, sym: bool = False, conv1d: bool = False
+    ) -> PackedLinear:
+        """Pack a quantised weight; scales are kept in float32 (float64 for a float64 weight)."""
+        out_features, in_features = quantized.codes.shape
+        return cls(
+            pack(quantized.codes, bits),
+            quantized.scale,
+            quantized.zero_point,
+            bias,
+            in_features=in_features,
+            out_features=out_features,
+            sym=sym,
+            conv1d=conv1d,
+        )
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return self.planes.shape[2]
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale; -1 where an output channel has a single one."""
+        groups = self.scale.shape[1]
+        return -1 if groups == 1 else self.in_features // groups
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight `[out, in]`, dequantised at every access. Some models read its dtype (T5); don't use it in a loop."""
+        return self.dequantize()
+
+    @property
+    def packed(self) -> PackedWeight:
+        """What the matmuls take."""
+        return PackedWeight(self.planes, self.zero_point, self.out_features, self.in_features)
+
+    def codes(self) -> torch.Tensor:
+        """uint8 codes `[out, in]`."""
+        return unpack(self.planes, self.out_features, self.in_features)
+
+    def dequantize(self, scale: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """The float weight `[out, in]`, in the scale's dtype; `scale` `[out, groups]` stands in for the layer's own."""
+        scale = self.scale if scale is None else scale
+        return dequantize(self.codes(), scale.detach(), self.zero_point)
+
+    def fingerprint(self) -> int:
+        """A 63-bit digest of format, codes and zero points (not of the scales): the identity of the packed weight.
+
+        Raises:
+            ValueError: If the layer is on the meta device and has no codes yet.
+        """
+        if self.planes.device.type == "meta":
+            raise ValueError("a layer on the meta device has no codes to take a fingerprint of; load its weights first.")
+        digest = hashlib.blake2b(digest_size=8)
+        digest.update(repr((self.bits, self.group_size, self.out_features, self.in_features)).encode())
+        for tensor in (self.planes, self.zero_point):
+            digest.update(tensor.detach().cpu().contiguous().numpy())
+        return int.from_bytes(digest.digest(), "little") >> 1
+
+    def forward(
+        self, x: torch.Tensor, scale: Optional[torch.Tensor] = None, keep_product: bool = False
+    ) -> torch.Tensor:
+        """`[..., in] -> [..., out]`; `scale` `[out, groups]` (a tuner's) stands in for the layer's own."""
+        scale = self.scale if scale is None else scale
+        return self._add_bias(packed_linear(_autocast(x), self.packed, scale, keep_product=keep_product))
+
+    def forward_mixed(self, x: torch.Tensor, scales: torch.Tensor, choice: torch.Tensor) -> torch.Tensor:
+        """`[batch, ..., in] -> [batch, ..., out]`, sample `i` with `scales[choice[i]]`; see `mixed_packed_linear`."""
+        return self._add_bias(mixed_packed_linear(_autocast(x), self.packed, scales, choice))
+
+    def _add_bias(self, y: torch.Tensor) -> torch.Tensor:
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
+            f"group_size={self.group_size}, sym={self.sym}, bias={self.bias is not None}"
+        )
+
+    def _check_shapes(self, planes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
+        bits = planes.shape[2] if planes.dim() == 4 else 0
+        if planes.dtype != torch.uint8 or planes.shape != planes_shape(self.out_features, self.in_features, bits):
+            raise ValueError(
+                f"planes are {planes.dtype} {tuple(planes.shape)}; a weight of {self.out_features} x {self.in_features} "
+                f"takes uint8 [ceil(out / {TILE_ROWS}), ceil(in / 8), bits, {TILE_ROWS}]."
+            )
+        groups = scale.shape[1] if scale.dim() == 2 else 0
+        if not groups or scale.shape[0] != self.out_features or self.in_features % groups:
+            raise ValueError(
+                f"scale has shape {tuple(scale.shape)}; expected [out_features={self.out_features}, groups] with "
+                f"in_features={self.in_features} a multiple of groups."
+            )
+        if zero_point.dtype != torch.uint8 or zero_point.shape != scale.shape:
+            raise ValueError(f"zero_point is {zero_point.dtype} {tuple(zero_point.shape)}; expected uint8 like scale.")
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        return self._keep_packed_parameter()
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self._keep_packed_parameter()
+
+    def _keep_packed_parameter(self) -> PackedLinear:
+        """Moves between some devices and `load_state_dict(assign=True)` make a plain parameter of the planes."""
+        planes = self._parameters["planes"]
+        if type(planes) is nn.Parameter:
+            self._parameters["planes"] = PackedParameter(planes.data, self.in_features * self.out_features)
+        return self
+
+
+def _autocast(x: torch.Tensor) -> torch.Tensor:
+    """The input in the dtype in which autocast wants linear layers, where it is on."""
+    device_type = x.device.type
+    if x.is_floating_point() and torch.is_autocast_enabled(device_type):
+        return x.to(torch.get_autocast_dtype(device_type))
+    return x

@@ -1,0 +1,181 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Uniform (affine) integers: `W = scale * (codes - zero_point)` per output channel or per group of inputs.
+
+Source: PEQA (Kim et al., 2023, arXiv 2305.14152), section 3; names as in GPTQ. Data-free starts live here; the one that
+uses calibration data is in `calibration.py`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+import torch
+
+
+UNIFORM_BITS = (2, 3, 4, 8)
+# The range shrinks in these steps while a grid is searched; the first is min-max itself.
+SHRINK_FACTORS = tuple(1.0 - 0.02 * step for step in range(36))
+# Rows are searched in chunks of about this many weights, so that a chunk stays in a core's cache.
+_CHUNK = 1 << 18
+
+
+class Grid(NamedTuple):
+    """Where a row's (group's) levels lie. `scale` float `[out, groups]`, `zero_point` of the same shape and dtype, integer-valued."""
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+
+
+class Quantized(NamedTuple):
+    """A quantised weight: `codes` uint8 `[out, in]`, `scale` float `[out, groups]`, `zero_point` uint8 `[out, groups]`."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+
+
+def check_format(bits: int, group_size: int, in_features: Optional[int] = None) -> None:
+    """Refuse widths and group sizes that don't exist.
+
+    Raises:
+        ValueError: Names the argument, its value and what may be passed instead.
+    """
+    if isinstance(bits, bool) or bits not in UNIFORM_BITS:
+        raise ValueError(f"bits={bits!r} is not supported; choose one of {UNIFORM_BITS}.")
+    if isinstance(group_size, bool) or not isinstance(group_size, int) or (group_size != -1 and group_size < 1):
+        raise ValueError(f"group_size={group_size!r} must be -1 (one scale per output channel) or a positive integer.")
+    if in_features is not None and group_size != -1 and in_features % group_size:
+        divisors = [size for size in (32, 64, 96, 128, 192, 256) if in_features % size == 0]
+        raise ValueError(
+            f"group_size={group_size} does not divide in_features={in_features}; use -1 (per channel)"
+            + (f" or one of {divisors}." if divisors else f" or a divisor of {in_features}.")
+        )
+
+
+def quantize(
+    weight: torch.Tensor, bits: int, group_size: int = -1, sym: bool = False, method: str = "minmax"
+) -> Quantized:
+    """Round a weight to the nearest level of a data-free grid.
+
+    Args:
+        weight: float `[out, in]`.
+        bits: 2, 3, 4 or 8.
+        group_size: Inputs that share a scale; -1 for all inputs of an output channel.
+        sym: Keep the zero point at `2**(bits - 1)` for every group.
+        method: `"minmax"` (the range of each row or group) or `"mse"` (the range shrunk to the least squared error).
+
+    Returns:
+        [`Quantized`]; the same weight and arguments give the same codes on every machine.
+
+    Raises:
+        ValueError: If the format or method is unknown, or the weight has NaN or infinity.
+    """
+    check_format(bits, group_size, weight.shape[1])
+    if method not in ("minmax", "mse"):
+        raise ValueError(f"method={method!r} is unknown; choose 'minmax' or 'mse'.")
+    weight = check_weight(weight)
+    grid = search_grid(weight, bits, group_size, sym, SHRINK_FACTORS if method == "mse" else (1.0,))
+    return round_to_grid(weight, grid, bits)
+
+
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+    """`scale * (codes - zero_point)`.
+
+    Args:
+        codes: uint8 `[out, in]`.
+        scale: float `[out, groups]`.
+        zero_point: `[out, groups]`.
+
+    Returns:
+        `[out, in]` in the dtype of `scale`.
+    """
+    out_features, in_features = codes.shape
+    centred = codes.reshape(out_features, scale.shape[1], -1) - zero_point.to(scale.dtype)[..., None]
+    return (centred * scale[..., None]).view(out_features, in_features)
+
+
+def round_to_grid(weight: torch.Tensor, grid: Grid, bits: int) -> Quantized:
+    """Nearest level of `grid` for every entry of `weight` `[out, in]`."""
+    groups = weight.view(weight.shape[0], grid.scale.shape[1], -1)
+    codes = (groups / grid.scale[..., None]).round_().add_(grid.zero_point[..., None]).clamp_(0, 2**bits - 1)
+    return Quantized(codes.to(torch.uint8).view(weight.shape), grid.scale, grid.zero_point.to(torch.uint8))
+
+
+def search_grid(
+    weight: torch.Tensor,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    shrink_factors: tuple[float, ...] = SHRINK_FACTORS,
+    input_weight: Optional[torch.Tensor] = None,
+) -> Grid:
+    """Scale and zero point per row or group: the range, shrunk by the factor with the least (weighted) squared error.
+
+    Args:
+        weight: float32 or float64 `[out, in]`.
+        shrink_factors: Tried in turn; `(1.0,)` is plain min-max.
+        input_weight: `[in]`, the second moment of each input; the error of input `j` counts `input_weight[j]` times.
+    """
+    out_features, in_features = weight.shape
+    size = in_features if group_size == -1 else group_size
+    groups = weight.view(out_features, -1, size)
+    weights = None if input_weight is None else input_weight.to(weight.dtype).view(1, -1, size)
+    rows = max(1, _CHUNK // in_features)
+    parts = [
+        _search_rows(groups[start : start + rows], bits, sym, shrink_factors, weights)
+        for start in range(0, out_features, rows)
+    ]
+    return Grid(torch.cat([part.scale for part in parts]), torch.cat([part.zero_point for part in parts]))
+
+
+def check_weight(weight: torch.Tensor) -> torch.Tensor:
+    """The weight as a contiguous float32 (or float64) matrix without gradient.
+
+    Raises:
+        ValueError: If it isn't a float matrix, or has NaN or infinity.
+    """
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(f"expected a float matrix [out, in], got {weight.dtype} of shape {tuple(weight.shape)}.")
+    weight = weight.detach()
+    weight = weight.to(torch.float32) if weight.dtype != torch.float64 else weight
+    if weight.device.type != "meta" and not torch.isfinite(weight).all():
+        raise ValueError("the weight has NaN or infinity, which no integer can stand for; repair or reload the model.")
+    return weight.contiguous()
+
+
+def _search_rows(
+    groups: torch.Tensor, bits: int, sym: bool, shrink_factors: tuple[float, ...], weights: Optional[torch.Tensor]
+) -> Grid:
+    """Grid of some rows. groups: [rows, groups, size]."""
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    best, best_error = _grid(low, high, bits, sym, shrink_factors[0]), None
+    for factor in shrink_factors[1:]:
+        if best_error is None:
+            best_error = _error(groups, best, bits, weights)
+        grid = _grid(low, high, bits, sym, factor)
+        error = _error(groups, grid, bits, weights)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best = Grid(*(torch.where(better, new, old) for new, old in zip(grid, best)))
+    return best
+
+
+def _grid(low: torch.Tensor, high: torch.Tensor, bits: int, sym: bool, factor: float) -> Grid:
+    """The range `[low, high]` times `factor`, cut into `2**bits - 1` steps."""
+    steps = 2**bits - 1
+    width = 2 * torch.maximum(-low, high) if sym else high - low
+    scale = width * factor / steps
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a row of zeros: any scale stands for it
+    if sym:
+        return Grid(scale, torch.full_like(scale, 2 ** (bits - 1)))
+    return Grid(scale, (-low * factor / scale).round().clamp(0, steps))
+
+
+def _error(groups: torch.Tensor, grid: Grid, bits: int, weights: Optional[torch.Tensor]) -> torch.Tensor:
+    """(Weighted) squared rounding error of each group; summed in float64, so that no machine breaks ties another way."""
+    scale, zero_point = grid.scale[..., None], grid.zero_point[..., None]
+    codes = (groups / scale).round_().add_(zero_point).clamp_(0, 2**bits - 1)
+    squared = codes.sub_(zero_point).mul_(scale).sub_(groups).square_()
+    if weights is not None:
+        squared.mul_(weights)
+    return squared.sum(-1, dtype=torch.float64)

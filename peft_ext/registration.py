@@ -1,0 +1,66 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""The one place where peft-ext enters PEFT: a new member of `PeftType`, then PEFT's own `register_peft_method`.
+
+`PeftType` is a closed `str` enum and `register_peft_method` asks for a member, so the member is added first. Nothing else of PEFT is touched.
+"""
+
+from __future__ import annotations
+
+import peft
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import PeftType, register_peft_method
+
+
+# Set on the members that we add: tells ours, after a reload, from one of a future PEFT.
+_OWNER_ATTRIBUTE = "registered_by"
+_OWNER = "peft_ext"
+
+
+def register_tuner(name: str, config_cls: type, model_cls: type) -> PeftType:
+    """Make a tuner a PEFT method; doing so again, or with reloaded classes, is harmless.
+
+    Args:
+        name: Lower-case name of the method; `PeftType.<NAME>` and the parameter prefix `<name>_` derive from it.
+        config_cls: Its `PeftConfig`.
+        model_cls: Its `BaseTuner`.
+
+    Returns:
+        The member of `PeftType`.
+
+    Raises:
+        ImportError: If the installed PEFT has a method of that name itself.
+    """
+    member = _add_member(name.upper())
+    # after a reload, the mappings must hold the classes of the modules that are now in sys.modules
+    for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
+        mapping.pop(member, None)
+    register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
+    return member
+
+
+def peft_type(value: str) -> PeftType:
+    """The member of `PeftType`, once importing this module has added it: how members unpickle in a fresh process."""
+    return PeftType(value)
+
+
+def _add_member(name: str) -> PeftType:
+    if name in PeftType.__members__:
+        member = PeftType[name]
+        if getattr(member, _OWNER_ATTRIBUTE, None) != _OWNER:
+            raise ImportError(
+                f"peft {peft.__version__} has a method {name} of its own, which peft-ext would hide. Use PEFT's, or "
+                "install a peft-ext that is made for this version of PEFT (pip install -U peft-ext)."
+            )
+        return member
+    member = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    member._sort_order_ = len(PeftType.__members__)
+    setattr(member, _OWNER_ATTRIBUTE, _OWNER)
+    # a bare member may reach a process that has not imported peft_ext: unpickling imports it
+    member.__reduce_ex__ = lambda protocol: (peft_type, (name,))
+    type.__setattr__(PeftType, name, member)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    return member
