@@ -2,35 +2,50 @@
 """compressed-tensors `pack-quantized`: what stock transformers and vLLM load, written from and read into packed layers.
 
 Writing hangs on transformers' own hook: `save_pretrained` asks `model.hf_quantizer` for the state dict. Packing is the library's.
+
+Two things in transformers 5.23 with compressed-tensors 0.20 shape the files. Asymmetric weights can't be loaded compressed (the
+loader makes no room for their packed zero points), so such a checkpoint asks for `dequantize` and stock transformers loads
+it into float layers; `restore` then reads the codes from the files. And that path knows a single scheme, so all
+layers are stored at the width of the widest; `packed_bits` in the model's config keeps the others' own.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Callable, Optional
 
 import torch
+from peft.utils.integrations import skip_init_on_device
+from safetensors import safe_open
 from torch import nn
 from transformers import CompressedTensorsConfig, PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import cached_file
 
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.uniform import UNIFORM_BITS, Quantized
 
 
-def make_saveable(model: nn.Module) -> None:
-    """Let `model.save_pretrained` write pack-quantized. Other modules than transformers' are left alone.
+_TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
-    The model's config names the format from now on, as that of a checkpoint that was loaded from it would.
+
+def make_saveable(model: nn.Module) -> None:
+    """Let `model.save_pretrained` write pack-quantized, or floats again where no packed layer is left.
+
+    Other modules than transformers' are left alone; their `state_dict` holds the packed tensors.
     """
     if not isinstance(model, PreTrainedModel):
         return
     if any(isinstance(module, PackedLinear) for module in model.modules()):
         model.hf_quantizer = PackQuantizedWriter(model)
-        model.config.quantization_config = model.hf_quantizer.quantization_config
-    elif isinstance(getattr(model, "hf_quantizer", None), PackQuantizedWriter) or _was_loaded_compressed(model):
+    elif not any(is_compressed(module) for module in model.modules()):
         model.hf_quantizer = None
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+        for name in ("quantization_config", "packed_bits"):
+            if hasattr(model.config, name):
+                delattr(model.config, name)
 
 
 class PackQuantizedWriter(HfQuantizer):
@@ -39,7 +54,7 @@ class PackQuantizedWriter(HfQuantizer):
     requires_calibration = True
 
     def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(quantization_config(model), pre_quantized=True)
+        super().__init__(_describe(model, _packed_layers(model)), pre_quantized=True)
 
     def is_serializable(self) -> bool:
         return True
@@ -52,56 +67,93 @@ class PackQuantizedWriter(HfQuantizer):
         """State dict with `weight_packed`, `weight_scale`, `weight_zero_point`, `weight_shape` for each packed layer.
 
         Raises:
-            ValueError: If a layer was a `Conv1D`, which the format doesn't know.
+            ValueError: If the layers' formats can't stand in one checkpoint; names a layer.
         """
-        # the layers may have changed since the model was handed out; the file and its config must agree
-        self.quantization_config = model.config.quantization_config = quantization_config(model)
+        layers = _packed_layers(model)
+        _check_storable(layers)
+        # the layers may have changed since the model was handed out; file and config must agree
+        self.quantization_config = _describe(model, layers)
+        weights = self.quantization_config.quantization_config.config_groups["group_0"].weights
         state_dict = model.state_dict()
-        for name, layer in _packed_layers(model).items():
+        for name, layer in layers.items():
             for key in ("planes", "scale", "zero_point"):
                 state_dict.pop(f"{name}.{key}")
-            state_dict.update({f"{name}.{key}": tensor for key, tensor in compress(layer).items()})
+            tensors = compress(layer, weights.num_bits, bool(weights.symmetric))
+            state_dict.update({f"{name}.{key}": tensor for key, tensor in tensors.items()})
         return state_dict, {}
 
 
-def quantization_config(model: nn.Module) -> CompressedTensorsConfig:
-    """The `quantization_config` of a model's packed layers, one group for each format among them."""
-    layers = _packed_layers(model)
-    formats: dict[tuple[int, int, bool], list[str]] = {}
-    for name, layer in layers.items():
-        formats.setdefault((layer.bits, layer.group_size, layer.sym), []).append(name)
-    groups = {}
-    for index, ((bits, group_size, sym), names) in enumerate(formats.items()):
-        weights = {
-            "num_bits": bits,
-            "type": "int",
-            "symmetric": sym,
-            "strategy": "channel" if group_size == -1 else "group",
-            "group_size": None if group_size == -1 else group_size,
-        }
-        # by class where all layers are alike: what engines that fuse q, k and v expect
-        groups[f"group_{index}"] = {"targets": ["Linear"] if len(formats) == 1 else names, "weights": weights}
-    others = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return CompressedTensorsConfig(
-        config_groups=groups, format="pack-quantized", quantization_status="compressed", ignore=others
-    )
+class StoredConfig(CompressedTensorsConfig):
+    """A compressed-tensors config whose JSON says that the checkpoint is to be dequantised at load."""
+
+    def to_dict(self) -> dict[str, Any]:
+        stored = super().to_dict()
+        return {**stored, "dequantize": True} if self.dequantize else stored
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
 
 
-def compress(layer: PackedLinear) -> dict[str, torch.Tensor]:
-    """A packed layer's tensors under compressed-tensors' names; `weight_zero_point` for asymmetric formats only."""
+def compress(layer: PackedLinear, bits: int, sym: bool) -> dict[str, torch.Tensor]:
+    """A packed layer's tensors under compressed-tensors' names, codes `bits` wide; with zero points unless `sym`."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     def signed(values: torch.Tensor) -> torch.Tensor:
-        return (values.to(torch.int16) - 2 ** (layer.bits - 1)).to(torch.int8)
+        return (values.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
 
     tensors = {
-        "weight_packed": pack_to_int32(signed(layer.codes()), layer.bits),
+        "weight_packed": pack_to_int32(signed(layer.codes()), bits),
         "weight_scale": layer.scale.detach().clone(),
         "weight_shape": torch.tensor([layer.out_features, layer.in_features]),
     }
-    if not layer.sym:
-        tensors["weight_zero_point"] = pack_to_int32(signed(layer.zero_point), layer.bits, packed_dim=0)
+    if not sym:
+        tensors["weight_zero_point"] = pack_to_int32(signed(layer.zero_point), bits, packed_dim=0)
     return tensors
+
+
+def expand(tensors: dict[str, torch.Tensor], stored_bits: int, bits: int, bias: Optional[torch.Tensor]) -> PackedLinear:
+    """The packed layer of `bits` bits whose tensors a checkpoint stores with `stored_bits`; the inverse of [`compress`]."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    def unsigned(values: torch.Tensor) -> torch.Tensor:
+        return (values.to(torch.int16) + 2 ** (stored_bits - 1)).to(torch.uint8)
+
+    shape = torch.Size(tensors["weight_shape"].tolist())
+    scale = tensors["weight_scale"].detach().reshape(shape[0], -1).clone()
+    codes = unsigned(unpack_from_int32(tensors["weight_packed"], stored_bits, shape))
+    packed_zero_point = tensors.get("weight_zero_point")
+    if packed_zero_point is None:
+        zero_point = torch.full_like(scale, 2 ** (stored_bits - 1), dtype=torch.uint8)
+    else:
+        zero_point = unsigned(unpack_from_int32(packed_zero_point, stored_bits, scale.shape, packed_dim=0))
+    sym = bool((zero_point == 2 ** (bits - 1)).all())
+    return PackedLinear.from_quantized(Quantized(codes, scale, zero_point), bits, bias, sym=sym)
+
+
+@skip_init_on_device
+def restore(model: nn.Module) -> None:
+    """Turn float layers that transformers dequantised from a pack-quantized checkpoint back into packed ones, bit for bit.
+
+    A layer whose weight is no longer the checkpoint's (it was trained, or adapters were merged) stays float.
+    """
+    source = _checkpoint_config(model)
+    if source is None:
+        return
+    scheme = next(iter(source["quantization_config"]["config_groups"].values()))["weights"]
+    own_bits = source.get("packed_bits") or {}
+    layers = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and hasattr(m, "weight")}
+    with _open_checkpoint(model) as read:
+        for name, module in layers.items():
+            tensors = {key: read(f"{name}.{key}") for key in _TENSORS}
+            if tensors["weight_packed"] is None or module.weight.device.type == "meta":
+                continue
+            stored_bits = scheme["num_bits"]
+            present = {key: tensor for key, tensor in tensors.items() if tensor is not None}
+            packed = expand(present, stored_bits, own_bits.get(name, stored_bits), module.bias)
+            packed.to(module.weight.device)
+            if torch.equal(packed.dequantize().to(module.weight.dtype), module.weight):
+                packed.train(module.training)
+                model.set_submodule(name, packed)
 
 
 def is_compressed(module: nn.Module) -> bool:
@@ -117,24 +169,13 @@ def take_over(module: nn.Module, name: str) -> PackedLinear:
         ValueError: If the layer's format has no packed counterpart here; names the layer and what it has.
     """
     from compressed_tensors.compressors import compress_module
-    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
     check_taken_over(module, name)
-    weights = module.quantization_scheme.weights
     if not hasattr(module, "weight_packed"):
         compress_module(module)  # a forward pass has decompressed it; its values lie on the grid, so this is exact
-    bits, middle = weights.num_bits, 2 ** (weights.num_bits - 1)
-    shape = torch.Size(module.weight_shape.tolist())
-    scale = module.weight_scale.detach()
-    scale = scale.reshape(shape[0], -1)
-    codes = unpack_from_int32(module.weight_packed, bits, shape)
-    if weights.symmetric:
-        zero_point = torch.full_like(scale, middle, dtype=torch.uint8)
-    else:
-        zero_point = unpack_from_int32(module.weight_zero_point, bits, scale.shape, packed_dim=0)
-        zero_point = _unsigned(zero_point, middle)
-    quantized = Quantized(_unsigned(codes, middle), scale.clone(), zero_point)
-    return PackedLinear.from_quantized(quantized, bits, module.bias, sym=bool(weights.symmetric))
+    bits = module.quantization_scheme.weights.num_bits
+    tensors = {key: getattr(module, key) for key in _TENSORS if hasattr(module, key)}
+    return expand(tensors, bits, bits, module.bias)
 
 
 def check_taken_over(module: nn.Module, name: str) -> None:
@@ -162,21 +203,91 @@ def release_hook(model: nn.Module) -> None:
         del model.ct_decompress_hook
 
 
-def _packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+def _describe(model: PreTrainedModel, layers: dict[str, PackedLinear]) -> CompressedTensorsConfig:
+    """Write the format of the packed layers into the model's config, and return it."""
+    bits = max(layer.bits for layer in layers.values())
+    first = next(iter(layers.values()))
+    # symmetric at its own width isn't symmetric in a wider container
+    sym = all(layer.sym and layer.bits == bits for layer in layers.values())
+    weights = {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": sym,
+        "strategy": "channel" if first.group_size == -1 else "group",
+        "group_size": None if first.group_size == -1 else first.group_size,
+    }
+    config = StoredConfig(
+        config_groups={"group_0": {"targets": ["Linear"], "weights": weights}},
+        format="pack-quantized",
+        quantization_status="compressed",
+        ignore=[name for name, module in model.named_modules() if isinstance(module, nn.Linear)],
+        dequantize=not sym,
+    )
+    model.config.quantization_config = config
+    model.config.packed_bits = {name: layer.bits for name, layer in layers.items() if layer.bits != bits}
+    if not model.config.packed_bits:
+        del model.config.packed_bits
+    return config
+
+
+def _check_storable(layers: dict[str, PackedLinear]) -> None:
+    first = next(iter(layers.values()))
     for name, layer in layers.items():
         if layer.conv1d:
             raise ValueError(
                 f"layer {name!r} was a Conv1D, which compressed-tensors can't store. Save merge_and_unload(dequantize=True) "
                 "instead, or keep the adapter beside the float model (data-free starts are derived again at load)."
             )
-    return layers
+        if layer.group_size != first.group_size:
+            raise ValueError(
+                f"layer {name!r} has group_size={layer.group_size}, others {first.group_size}; a checkpoint holds one. "
+                "Save merge_and_unload(dequantize=True) instead."
+            )
 
 
-def _was_loaded_compressed(model: PreTrainedModel) -> bool:
-    config = getattr(model.config, "quantization_config", None)
-    return isinstance(config, CompressedTensorsConfig) and not any(is_compressed(m) for m in model.modules())
+def _packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
 
 
-def _unsigned(values: torch.Tensor, middle: int) -> torch.Tensor:
-    return (values.to(torch.int16) + middle).to(torch.uint8)
+def _checkpoint_config(model: nn.Module) -> Optional[dict[str, Any]]:
+    """config.json of the pack-quantized integer checkpoint that a transformers model came from, if it did."""
+    path = _checkpoint_file(model, "config.json")
+    if path is None:
+        return None
+    with open(path, encoding="utf-8") as file:
+        config = json.load(file)
+    quantization = config.get("quantization_config") or {}
+    groups = quantization.get("config_groups") or {}
+    weights = [group.get("weights") or {} for group in groups.values()]
+    fits = len(weights) == 1 and weights[0].get("type") == "int" and weights[0].get("num_bits") in UNIFORM_BITS
+    packed = quantization.get("quant_method") == "compressed-tensors" and quantization.get("format") == "pack-quantized"
+    return config if packed and fits else None
+
+
+def _checkpoint_file(model: nn.Module, name: str) -> Optional[str]:
+    """A file of the folder or cached hub repository that a model was loaded from; never downloads."""
+    source = getattr(getattr(model, "config", None), "_name_or_path", None)
+    if not isinstance(model, PreTrainedModel) or not source:
+        return None
+    if os.path.isdir(source):
+        path = os.path.join(source, name)
+        return path if os.path.isfile(path) else None
+    try:
+        return cached_file(source, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+    except OSError:
+        return None
+
+
+@contextmanager
+def _open_checkpoint(model: nn.Module) -> Iterator[Callable[[str], Optional[torch.Tensor]]]:
+    """Reads one tensor at a time, so that no more than a layer is in memory twice."""
+    index = _checkpoint_file(model, "model.safetensors.index.json")
+    if index is not None:
+        with open(index, encoding="utf-8") as file:
+            shards = sorted(set(json.load(file)["weight_map"].values()))
+    else:
+        shards = ["model.safetensors"]
+    paths = [path for path in (_checkpoint_file(model, shard) for shard in shards) if path is not None]
+    files = [safe_open(path, framework="pt") for path in paths]
+    where = {key: file for file in files for key in file.keys()}
+    yield lambda key: where[key].get_tensor(key) if key in where else None

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from peft_ext.checkpoint import pack_quantized
 from peft_ext.peqa.config import PeqaConfig
 from peft_ext.peqa.model import resolve_all_linear, target_layers
 from peft_ext.peqa.quantization import check_target, is_packed, pack_layer
@@ -60,6 +61,7 @@ def calibrate(model: nn.Module, config: PeqaConfig, batches: Iterable[Batch], pr
         raise ValueError(f"init_method={config.init_method!r} needs no data; pass init_method='calibrated' to calibrate.")
     config = copy.copy(config)
     config.target_modules = config.target_modules or "all-linear"
+    pack_quantized.restore(model)
     resolve_all_linear(config, model)
     targets = target_layers(config, model)
     if not targets:

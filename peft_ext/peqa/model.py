@@ -64,6 +64,7 @@ class PeqaModel(BaseTuner):
 
     def _prepare_model(self, peft_config: PeqaConfig, model: nn.Module) -> None:
         """Check every target before any is changed."""
+        pack_quantized.restore(model)
         resolve_all_linear(peft_config, model)
         targets = target_layers(peft_config, model)
         for name, module in targets.items():
