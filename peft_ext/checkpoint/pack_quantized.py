@@ -150,8 +150,8 @@ def restore(model: nn.Module) -> None:
             stored_bits = scheme["num_bits"]
             present = {key: tensor for key, tensor in tensors.items() if tensor is not None}
             packed = expand(present, stored_bits, own_bits.get(name, stored_bits), module.bias)
-            packed.to(module.weight.device)
-            if torch.equal(packed.dequantize().to(module.weight.dtype), module.weight):
+            packed.to(module.weight.device).compute_dtype = module.weight.dtype
+            if torch.equal(packed.weight, module.weight):
                 packed.train(module.training)
                 model.set_submodule(name, packed)
 

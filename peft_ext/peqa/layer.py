@@ -35,7 +35,7 @@ class PeqaLayer(BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: PeqaConfig) -> None:
         """Add an adapter."""
-        delta = torch.zeros_like(self.base_layer.scale)
+        delta = torch.zeros_like(self.base_layer.scale, dtype=self.base_layer.compute_dtype)
         if not config.init_weights:
             delta.normal_(std=0.1)
         self.peqa_delta[adapter_name] = nn.Parameter(delta)
@@ -85,8 +85,9 @@ class PeqaLayer(BaseTunerLayer):
             scale = scale + (self.scale_of(name) - self.base_scale())
         return scale
 
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        return self.base_layer.scale.device, self.base_layer.scale.dtype
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, None]:
+        # no dtype: loaded deltas must not be rounded to a half precision base's
+        return self.base_layer.scale.device, None
 
 
 class PeqaLinear(nn.Module, PeqaLayer):
@@ -150,13 +151,14 @@ class PeqaLinear(nn.Module, PeqaLayer):
         if len(x) != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
+                f"{len(adapter_names)} and {len(x)} respectively. (A model that reshapes its batch before this layer "
+                "can't mix adapters in it.)"
             )
         if self.merged:
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        names = list(dict.fromkeys(adapter_names))
+        names = list(dict.fromkeys(adapter_names)) or ["__base__"]
         scales = torch.stack(
             [self.scale_of(name) if name in self.peqa_delta else self.base_scale() for name in names]
         ).detach()

@@ -60,12 +60,14 @@ def pack_layer(
             quantized = quantize(weight, bits, config.group_size, config.sym, method)
     except ValueError as error:
         raise ValueError(f"layer {name!r}: {error}") from error
-    return PackedLinear.from_quantized(quantized, bits, module.bias, sym=config.sym, conv1d=conv1d)
+    return PackedLinear.from_quantized(
+        quantized, bits, module.bias, sym=config.sym, conv1d=conv1d, compute_dtype=weight.dtype
+    )
 
 
 def to_float(layer: PackedLinear) -> nn.Module:
-    """The plain `nn.Linear` or `Conv1D` with a packed layer's weight, in the dtype of its scales."""
-    weight = layer.dequantize()
+    """The plain `nn.Linear` or `Conv1D` with a packed layer's weight, in the dtype that it had before."""
+    weight = layer.weight
     if layer.conv1d:
         module: nn.Module = Conv1D(0, 0)
         module.nf, module.nx = layer.out_features, layer.in_features
@@ -87,12 +89,12 @@ def check_target(module: nn.Module, config: PeqaConfig, name: str) -> None:
     if isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
     if isinstance(module, PackedLinear):
-        _check_format_of_base(config, name, module.bits, module.group_size, module.sym)
+        _check_format_of_base(config, name, module.in_features, module.bits, module.group_size, module.sym)
     elif pack_quantized.is_compressed(module):
         pack_quantized.check_taken_over(module, name)
         weights = module.quantization_scheme.weights
         group_size = weights.group_size if weights.strategy == "group" else -1
-        _check_format_of_base(config, name, weights.num_bits, group_size, bool(weights.symmetric))
+        _check_format_of_base(config, name, module.in_features, weights.num_bits, group_size, bool(weights.symmetric))
     elif isinstance(module, (nn.Linear, Conv1D)):
         _check_float_layer(module, config, name)
     else:
@@ -116,10 +118,16 @@ def _check_float_layer(module: nn.Module, config: PeqaConfig, name: str) -> None
         warnings.warn(f"fan_in_fan_out is set to True but {name!r} is a `torch.nn.Linear`; it is read as False there.")
 
 
-def _check_format_of_base(config: PeqaConfig, name: str, bits: int, group_size: int, sym: bool) -> None:
+def _check_format_of_base(
+    config: PeqaConfig, name: str, in_features: int, bits: int, group_size: int, sym: bool
+) -> None:
     """The codes of a packed base are kept as they are, so the config must describe them."""
-    found = {"bits": bits, "group_size": group_size, "sym": sym}
-    asked = {"bits": bits_of(config, name), "group_size": config.group_size, "sym": config.sym}
+
+    def normal(size: int) -> int:
+        return -1 if size == in_features else size  # a single group is the whole channel
+
+    found = {"bits": bits, "group_size": normal(group_size), "sym": sym}
+    asked = {"bits": bits_of(config, name), "group_size": normal(config.group_size), "sym": config.sym}
     if asked != found:
         differing = {key: value for key, value in found.items() if asked[key] != value}
         raise ValueError(

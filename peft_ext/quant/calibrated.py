@@ -35,7 +35,7 @@ def quantize_calibrated(
         damping: Share of the mean diagonal that is added to the Hessian's diagonal.
 
     Returns:
-        [`peft_ext.quant.uniform.Quantized`], the scales refitted by least squares under the Hessian.
+        [`peft_ext.quant.uniform.Quantized`]; the same weight and Hessian give the same codes.
 
     Raises:
         ValueError: If the format is unknown, the shapes don't fit, or the weight or the Hessian has NaN or infinity.

@@ -8,6 +8,7 @@ unpacks the codes again; a dequantised weight never outlives a block.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -83,7 +84,7 @@ def mixed_packed_linear(
         `[batch, ..., out]` in the dtype of `x`.
     """
     _check_input(x, weight.in_features)
-    rows = x.reshape(x.shape[0], -1, weight.in_features)
+    rows = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), weight.in_features)
     if _scales_output(x, scales[0]):
         product = _product(rows.reshape(-1, weight.in_features), weight)
         y = product.view(*rows.shape[:-1], -1).mul_(scales[choice, :, 0][:, None, :])

@@ -51,7 +51,8 @@ class PackedLinear(nn.Module):
         bias: float `[out]` or None.
         in_features, out_features: Size of the weight.
         sym: Whether every zero point is `2**(bits - 1)`.
-        conv1d: Whether the layer stood as transformers' `Conv1D` (`[in, out]`), which `to_float` gives back.
+        conv1d: Whether the layer stood as transformers' `Conv1D` (`[in, out]`), which it becomes again when dequantised.
+        compute_dtype: dtype of the float weight that the layer stands for; the scale's by default. PEFT reads it, too.
     """
 
     def __init__(
@@ -65,12 +66,14 @@ class PackedLinear(nn.Module):
         out_features: int,
         sym: bool = False,
         conv1d: bool = False,
+        compute_dtype: Optional[torch.dtype] = None,
     ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
         self.sym = sym
         self.conv1d = conv1d
+        self.compute_dtype = compute_dtype or scale.dtype
         self._check_shapes(planes, scale, zero_point)
         self.planes = PackedParameter(planes, in_features * out_features)
         self.scale = nn.Parameter(scale, requires_grad=False)
@@ -79,7 +82,14 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def from_quantized(
-        cls, quantized: Quantized, bits: int, bias: Optional[torch.Tensor], *, sym: bool = False, conv1d: bool = False
+        cls,
+        quantized: Quantized,
+        bits: int,
+        bias: Optional[torch.Tensor],
+        *,
+        sym: bool = False,
+        conv1d: bool = False,
+        compute_dtype: Optional[torch.dtype] = None,
     ) -> PackedLinear:
         """Pack a quantised weight; scales are kept in float32 (float64 for a float64 weight)."""
         out_features, in_features = quantized.codes.shape
@@ -92,6 +102,7 @@ class PackedLinear(nn.Module):
             out_features=out_features,
             sym=sym,
             conv1d=conv1d,
+            compute_dtype=compute_dtype,
         )
 
     @property
@@ -108,7 +119,7 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The weight `[out, in]`, dequantised at every access. Some models read its dtype (T5); don't use it in a loop."""
-        return self.dequantize()
+        return self.dequantize().to(self.compute_dtype)
 
     @property
     def packed(self) -> PackedWeight:
@@ -175,7 +186,10 @@ class PackedLinear(nn.Module):
             raise ValueError(f"zero_point is {zero_point.dtype} {tuple(zero_point.shape)}; expected uint8 like scale.")
 
     def _apply(self, fn, recurse=True):
+        dtype = self.scale.dtype
         super()._apply(fn, recurse)
+        if self.scale.dtype != dtype:
+            self.compute_dtype = self.scale.dtype
         return self._keep_packed_parameter()
 
     def _load_from_state_dict(self, *args, **kwargs):
@@ -193,6 +207,7 @@ class PackedLinear(nn.Module):
 def _autocast(x: torch.Tensor) -> torch.Tensor:
     """The input in the dtype in which autocast wants linear layers, where it is on."""
     device_type = x.device.type
-    if x.is_floating_point() and torch.is_autocast_enabled(device_type):
+    available = torch.amp.is_autocast_available(device_type)  # not on the meta device
+    if available and x.is_floating_point() and torch.is_autocast_enabled(device_type):
         return x.to(torch.get_autocast_dtype(device_type))
     return x

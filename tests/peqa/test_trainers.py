@@ -1,0 +1,151 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Whole training runs: transformers' Trainer, TRL's SFTTrainer, a plain loop under `accelerate launch`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from transformers import Trainer, TrainingArguments
+
+from peft_ext import PeqaConfig
+from tests.cases import adapter_parameters, assert_same, prefix_of
+from tests.tiny_models import VOCAB, logits_of, tiny, tiny_tokenizer
+
+
+CONFIG = {"bits": 3, "group_size": 16, "task_type": "CAUSAL_LM"}
+BATCH = {"input_ids": torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])}
+
+
+def _token_rows(rows: int = 24, length: int = 8) -> Dataset:
+    ids = torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(0))
+    return Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
+
+
+def _mean_loss(model) -> float:
+    """Loss over all rows: single batches of random tokens are too unlike each other to show progress."""
+    ids = torch.tensor(_token_rows()["input_ids"])
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=ids, labels=ids).loss.item()
+
+
+def _arguments(folder, **overrides) -> dict:
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "max_steps": 6,
+        "save_steps": 3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 0,
+        "dataloader_pin_memory": False,
+        **overrides,
+    }
+
+
+def _losses(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _trainer(folder, **overrides) -> Trainer:
+    model = get_peft_model(tiny("llama"), PeqaConfig(**CONFIG))
+    return Trainer(model, TrainingArguments(**_arguments(folder, **overrides)), train_dataset=_token_rows())
+
+
+@pytest.mark.parametrize("saver", [{}, {"bf16": True, "gradient_checkpointing": True}], ids=["float32", "bf16-checkpointing"])
+def test_trainer_resumes_with_the_same_losses(saver, tmp_path):
+    whole = _trainer(tmp_path / "whole", **saver)
+    codes = {name: p.clone() for name, p in whole.model.named_parameters() if not p.requires_grad}
+    start = _mean_loss(whole.model)
+    whole.train()
+    losses = _losses(whole)
+    assert len(losses) == 6 and _mean_loss(whole.model) < start
+    for name, parameter in whole.model.named_parameters():
+        assert parameter.requires_grad or torch.equal(parameter, codes[name]), name
+    resumed = _trainer(tmp_path / "resumed", **saver)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert _losses(resumed)[-3:] == pytest.approx(losses[-3:], rel=1e-5)
+    for name, parameter in adapter_parameters(whole.model).items():
+        torch.testing.assert_close(adapter_parameters(resumed.model)[name].data, parameter.data, rtol=1e-4, atol=1e-6)
+
+
+def test_trainer_writes_adapters_that_load(tmp_path):
+    trainer = _trainer(tmp_path, max_steps=3)
+    trainer.train()
+    checkpoint = tmp_path / "checkpoint-3"
+    assert (checkpoint / "adapter_model.safetensors").exists() and not (checkpoint / "model.safetensors").exists()
+    trainer.model.eval()
+    restored = PeftModel.from_pretrained(tiny("llama"), checkpoint)
+    with torch.no_grad():
+        assert_same(logits_of(restored, BATCH), logits_of(trainer.model, BATCH), tolerance=1e-5)
+
+
+def test_trainer_loads_the_best_checkpoint(tmp_path):
+    rows = _token_rows()
+    model = get_peft_model(tiny("llama"), PeqaConfig(**CONFIG))
+    arguments = _arguments(
+        tmp_path, load_best_model_at_end=True, eval_strategy="steps", eval_steps=3, metric_for_best_model="eval_loss"
+    )
+    trainer = Trainer(model, TrainingArguments(**arguments), train_dataset=rows, eval_dataset=rows.select(range(4)))
+    trainer.train()
+    best = PeftModel.from_pretrained(tiny("llama"), trainer.state.best_model_checkpoint)
+    with torch.no_grad():
+        assert_same(logits_of(trainer.model.eval(), BATCH), logits_of(best, BATCH), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_sft_trainer(gradient_checkpointing, tmp_path):
+    from trl import SFTConfig, SFTTrainer
+
+    texts = [" ".join(f"w{token}" for token in row) for row in _token_rows()["input_ids"]]
+    arguments = _arguments(tmp_path, bf16=True, gradient_checkpointing=gradient_checkpointing, max_length=16)
+    trainer = SFTTrainer(
+        model=tiny("llama"),
+        args=SFTConfig(**arguments),
+        train_dataset=Dataset.from_dict({"text": texts}),
+        processing_class=tiny_tokenizer(),
+        peft_config=PeqaConfig(**CONFIG),
+    )
+    assert isinstance(trainer.model, PeftModel)
+    trainable = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trainable and all(f".{prefix_of(trainer.model)}" in name for name in trainable)
+    start = _mean_loss(trainer.model)
+    trainer.train()
+    assert _mean_loss(trainer.model) < start
+    trainer.save_model(tmp_path / "final")
+    restored = PeftModel.from_pretrained(tiny("llama"), tmp_path / "final")
+    fresh = adapter_parameters(get_peft_model(tiny("llama"), PeqaConfig(**CONFIG)))
+    for name, parameter in adapter_parameters(trainer.model).items():
+        found = adapter_parameters(restored)[name].data
+        torch.testing.assert_close(found, parameter.data.float(), rtol=1e-4, atol=1e-5)
+        assert not torch.equal(found, fresh[name].data)
+
+
+LAUNCHERS = {
+    "accelerate-launch": (1, "accelerate.commands.launch", "--cpu", "--num_processes", 1, "--mixed_precision", "bf16"),
+    # accelerate starts several CPU processes only through mpirun; torchrun needs nothing else
+    "torchrun-two-processes": (2, "torch.distributed.run", "--standalone", "--nproc_per_node", 2),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_plain_loop_with_accelerate(launcher, run_module, tmp_path):
+    """On two processes, DistributedDataParallel takes frozen packed codes beside trained scales."""
+    processes, module, *flags = LAUNCHERS[launcher]
+    script = Path(__file__).parent / "accelerate_loop.py"
+    run_module(module, *flags, script, tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["processes"] == processes
+    assert report["mean_loss_after"] < report["mean_loss_before"]
+    assert report["codes_unchanged"] and report["scales_equal_on_all_processes"]
+    restored = PeftModel.from_pretrained(tiny("llama"), tmp_path / "adapter")
+    with torch.no_grad():
+        assert logits_of(restored, BATCH).sum().item() == pytest.approx(report["logits_sum"], rel=1e-2)

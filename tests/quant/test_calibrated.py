@@ -1,0 +1,89 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Error feedback against GPTQ's textbook form, and what it is for: less error of the layer's output."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from peft_ext.quant.calibrated import error_feedback, quantize_calibrated, uniform_rounding
+from peft_ext.quant.uniform import Grid, dequantize, quantize, search_grid
+
+
+@pytest.fixture
+def layer():
+    """A weight and the Hessian of correlated inputs of unequal energy."""
+    mixing = torch.randn(32, 32, dtype=torch.float64) * torch.logspace(-1, 1, 32, dtype=torch.float64)
+    x = torch.randn(400, 32, dtype=torch.float64) @ mixing
+    return torch.randn(12, 32, dtype=torch.float64), x.t() @ x / 400
+
+
+def output_error(weight, hessian, quantized):
+    gap = dequantize(*quantized) - weight
+    return ((gap @ hessian) * gap).sum()
+
+
+def textbook(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, bits: int, damping: float) -> torch.Tensor:
+    """Optimal brain quantisation, column by column: the inverse Hessian of the columns left is computed anew each time."""
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True).tolist()
+    hessian = hessian + torch.eye(len(order), dtype=hessian.dtype) * damping * hessian.diagonal().mean()
+    weight, codes = weight.clone(), torch.empty(weight.shape, dtype=torch.uint8)
+    size = weight.shape[1] // grid.scale.shape[1]
+    for position, column in enumerate(order):
+        left = order[position:]
+        inverse = torch.linalg.inv(hessian[left][:, left])
+        scale, zero_point = grid.scale[:, column // size], grid.zero_point[:, column // size]
+        code = ((weight[:, column] / scale).round() + zero_point).clamp(0, 2**bits - 1)
+        codes[:, column] = code.to(torch.uint8)
+        gap = (weight[:, column] - (code - zero_point) * scale) / inverse[0, 0]
+        weight[:, left] -= gap[:, None] * inverse[0][None, :]
+    return codes
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 64])
+@pytest.mark.parametrize("group_size", [-1, 8])
+def test_is_gptq(layer, group_size, block_size):
+    weight, hessian = layer
+    grid = search_grid(weight, 3, group_size, False)
+    codes = error_feedback(weight, hessian, uniform_rounding(grid, 3, 32), 0.01, block_size)
+    assert torch.equal(codes, textbook(weight, hessian, grid, 3, 0.01))
+
+
+@pytest.mark.parametrize("sym", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_output_error_falls(layer, bits, sym):
+    weight, hessian = layer
+    rounded = [quantize(weight, bits, -1, sym, method) for method in ("minmax", "mse")]
+    calibrated = quantize_calibrated(weight, hessian, bits, -1, sym)
+    assert output_error(weight, hessian, calibrated) < 0.7 * min(
+        output_error(weight, hessian, quantized) for quantized in rounded
+    )
+
+
+def test_deterministic(layer):
+    first, second = (quantize_calibrated(*layer, 3) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_inputs_that_never_fire(layer):
+    weight, hessian = layer
+    hessian[:, 5] = hessian[5] = 0
+    quantized = quantize_calibrated(weight, hessian, 4)
+    assert torch.isfinite(dequantize(*quantized)).all()
+    nothing = quantize_calibrated(weight, torch.zeros_like(hessian), 4)
+    assert output_error(weight, torch.eye(32, dtype=torch.float64), nothing) < weight.square().sum() * 0.05
+
+
+def test_fewer_samples_than_inputs(layer):
+    weight, _ = layer
+    x = torch.randn(3, 32, dtype=torch.float64)
+    assert torch.isfinite(dequantize(*quantize_calibrated(weight, x.t() @ x, 3))).all()
+
+
+def test_refuses_bad_hessians(layer):
+    weight, hessian = layer
+    with pytest.raises(ValueError, match=r"\(31, 31\)"):
+        quantize_calibrated(weight, hessian[:31, :31], 3)
+    hessian[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        quantize_calibrated(weight, hessian, 3)

@@ -1,0 +1,113 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""PackedLinear is an nn.Linear with a frozen weight of few bits."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from peft_ext.quant.linear import PackedLinear, PackedParameter
+from peft_ext.quant.uniform import quantize
+
+
+OUT, IN = 40, 24
+
+
+@pytest.fixture
+def layer():
+    return make()
+
+
+def make(bits=3, group_size=-1, sym=False):
+    quantized = quantize(torch.randn(OUT, IN), bits, group_size, sym)
+    return PackedLinear.from_quantized(quantized, bits, torch.randn(OUT), sym=sym)
+
+
+def test_is_the_linear_layer_of_its_weight(layer):
+    linear = nn.Linear(IN, OUT)
+    linear.weight.data, linear.bias.data = layer.dequantize(), layer.bias.data
+    x = torch.randn(2, 5, IN)
+    torch.testing.assert_close(layer(x), linear(x))
+    torch.testing.assert_close(layer(x, scale=2 * layer.scale), 2 * (linear(x) - linear.bias) + linear.bias)
+
+
+@pytest.mark.parametrize(("bits", "group_size", "sym"), [(2, -1, True), (3, 8, False), (4, 24, False), (8, 12, True)])
+def test_tells_its_format(bits, group_size, sym):
+    layer = make(bits, group_size, sym)
+    assert (layer.bits, layer.sym, layer.group_size) == (bits, sym, -1 if group_size == IN else group_size)
+    assert f"bits={bits}" in repr(layer)
+
+
+def test_nothing_is_trainable_and_codes_take_their_bits():
+    quantized = quantize(torch.randn(64, 64), 3)
+    layer = PackedLinear.from_quantized(quantized, 3, None)
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+    assert layer.planes.nbytes == 64 * 64 * 3 // 8
+    assert layer.planes.numel() == 64 * 64
+    assert torch.equal(layer.codes(), quantized.codes)
+
+
+def test_state_dict_round_trip(layer):
+    other = make()
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(3, IN)
+    assert torch.equal(other(x), layer(x))
+    other.load_state_dict(make().state_dict(), assign=True)
+    assert isinstance(other.planes, PackedParameter) and other.planes.numel() == OUT * IN
+
+
+def test_copies_and_pickles(layer):
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other.planes, layer.planes) and other.planes is not layer.planes
+        assert isinstance(other.planes, PackedParameter) and other.planes.numel() == OUT * IN
+
+
+def test_dtype_moves_leave_the_codes(layer):
+    planes, fingerprint = layer.planes.clone(), layer.fingerprint()
+    layer.to(torch.bfloat16)
+    assert layer.scale.dtype == layer.bias.dtype == torch.bfloat16
+    assert layer.planes.dtype == layer.zero_point.dtype == torch.uint8
+    assert torch.equal(layer.planes, planes) and layer.fingerprint() == fingerprint
+    assert layer(torch.randn(2, IN, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_moves_to_the_meta_device(layer):
+    layer.to("meta")
+    assert isinstance(layer.planes, PackedParameter)
+    assert layer(torch.empty(2, IN, device="meta")).shape == (2, OUT)
+    with pytest.raises(ValueError, match="meta device"):
+        layer.fingerprint()
+
+
+def test_autocast(layer):
+    x = torch.randn(2, IN)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.05)
+
+
+def test_fingerprint_is_of_codes_zero_points_and_format(layer):
+    other = copy.deepcopy(layer)
+    other.scale.data *= 2
+    assert other.fingerprint() == layer.fingerprint()
+    other.planes.data[0, 0, 0, 0] ^= 1
+    assert other.fingerprint() != layer.fingerprint()
+    other = copy.deepcopy(layer)
+    other.zero_point.data[0] ^= 1
+    assert other.fingerprint() != layer.fingerprint()
+    assert 0 <= layer.fingerprint() < 2**63
+
+
+def test_refuses_tensors_that_do_not_fit(layer):
+    good = {"in_features": IN, "out_features": OUT}
+    with pytest.raises(ValueError, match="planes"):
+        PackedLinear(layer.planes[:1], layer.scale, layer.zero_point, None, **good)
+    with pytest.raises(ValueError, match="scale"):
+        PackedLinear(layer.planes, layer.scale[:-1], layer.zero_point, None, **good)
+    with pytest.raises(ValueError, match="zero_point"):
+        PackedLinear(layer.planes, layer.scale, layer.zero_point.float(), None, **good)
