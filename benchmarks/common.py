@@ -1,0 +1,186 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""What every benchmark needs: resumable results on disk, a record of the machine, Markdown tables, peak memory."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import torch
+
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+_PACKAGES = ("torch", "transformers", "peft", "compressed-tensors", "bitsandbytes")
+
+
+class Results:
+    """Rows of a benchmark in one JSON file, written after every row, so that a kill costs at most the row in work.
+
+    Args:
+        path: The JSON file. Rows that it holds already are not measured again.
+        seed: Recorded with the environment.
+    """
+
+    def __init__(self, path: Path, seed: int) -> None:
+        self.path, self.seed = path, seed
+        self.rows: list[dict[str, Any]] = []
+        if path.is_file():
+            self.rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+
+    def find(self, settings: Mapping[str, Any]) -> Optional[dict[str, Any]]:
+        """The result that was measured under exactly these settings, or None."""
+        wanted = _plain(settings)
+        return next((row["result"] for row in self.rows if row["settings"] == wanted), None)
+
+    def add(self, settings: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
+        """Store a result and write the file."""
+        row = {"settings": _plain(settings), "result": _plain(result), "environment": environment(self.seed)}
+        self.rows.append(row)
+        write_json(self.path, {"rows": self.rows})
+        return row["result"]
+
+    def measured(self, settings: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """The stored result, or else what `measure()` returns, stored."""
+        found = self.find(settings)
+        return self.add(settings, measure()) if found is None else found
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from JSON, so that settings compare equal after a restart."""
+    return json.loads(json.dumps(value))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1)
+            file.write("\n")
+        os.chmod(name, 0o644)  # mkstemp's files are the owner's alone
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def environment(seed: int) -> dict[str, Any]:
+    """Date, machine, versions and source of a measurement."""
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "commit": _commit(),
+        "seed": seed,
+    }
+
+
+def describe(record: Mapping[str, Any]) -> str:
+    """An environment in one line, for under a table."""
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
+    return (
+        f"{record['date']}; {record['cpu']}, {record['threads']} threads, {record['memory_gb']} GB; "
+        f"Python {record['python']}, {versions}; commit {record['commit']}; seed {record['seed']}"
+    )
+
+
+def cpu_model() -> str:
+    """The CPU's name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> Optional[str]:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    """The commit that is checked out, with `+` if files differ from it."""
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.stdout.strip()
+
+
+def markdown_table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table; the first column left-aligned, the others right."""
+    lines = ["| " + " | ".join(headers) + " |", "|---|" + "---:|" * (len(headers) - 1)]
+    lines += ["| " + " | ".join("-" if cell is None else str(cell) for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def verdict(claim: str, value: Optional[float], limit: float, unit: str = "") -> str:
+    """`claim: value (at most limit): met / not met`; without a value, that it was not measured."""
+    if value is None:
+        return f"- {claim}: not measured (at most {limit:.4g}{unit})"
+    return f"- {claim}: {value:.4g}{unit} (at most {limit:.4g}{unit}): {'met' if value <= limit else '**not met**'}"
+
+
+def log(message: str) -> None:
+    """A line of progress on stderr, so that stdout holds the tables alone."""
+    print(f"[{time.strftime('%H:%M:%S')}] {message}", file=sys.stderr, flush=True)
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process."""
+    return _status("VmRSS")
+
+
+def peak_resident_bytes() -> int:
+    """The most that this process had resident since [`reset_peak`] (or since its start)."""
+    return _status("VmHWM")
+
+
+def reset_peak() -> None:
+    """Hand freed memory back to the system and start to measure the peak anew. Linux only.
+
+    Raises:
+        OSError: If the kernel doesn't let a process reset its peak.
+    """
+    gc.collect()
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def available_bytes() -> int:
+    """Memory that can be had without swapping."""
+    return _status("MemAvailable", "/proc/meminfo")
+
+
+def _status(field: str, path: str = "/proc/self/status") -> int:
+    for line in Path(path).read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"{path} has no {field}; this benchmark reads memory figures of Linux.")
