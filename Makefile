@@ -31,15 +31,10 @@ $(READY): pyproject.toml
 
 demo: $(READY)
 	@if [ -n "$(FORCE)" ]; then rm -rf $(DEMO); fi
-	@if [ -f $(DEMO)/metrics.json ]; then \
-		echo "==> $(DEMO) is there already; make demo FORCE=1 runs it again"; \
-		$(BIN)/peft-ext show $(DEMO); \
-	else \
-		echo "==> SmolLM2-135M becomes 3-bit, and learns from Python's documentation (about 8 minutes on two cores)"; \
-		$(BIN)/peft-ext tune --config examples/demo.yaml --output_dir $(DEMO); \
-	fi
+	@echo "==> SmolLM2-135M becomes 3-bit, and learns from Python's documentation (about 8 minutes on two cores, once)"
+	$(BIN)/peft-ext tune --config examples/demo.yaml --output_dir $(DEMO)
 	@echo "==> a fresh process loads the packed base and the adapter, and generates"
-	$(BIN)/peft-ext generate $(DEMO) --prompt "The for statement is used to" --prompt "A class definition is" --max_new_tokens 32
+	$(BIN)/peft-ext generate $(DEMO) --prompt "The for statement is used to" "A class definition is" --max_new_tokens 32
 
 test: $(READY)
 	$(BIN)/python -m pytest -q --durations=10

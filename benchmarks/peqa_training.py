@@ -90,6 +90,7 @@ METHODS = (
     Method("PEQA", 3, 64),
     Method(FULL),
 )
+SMOKE_METHODS = (Method("PEQA", 4), Method(LORA), Method(PLAIN, 4), Method(FULL))
 
 
 class PlainLinear(nn.Module):
@@ -219,9 +220,14 @@ def settings(args: argparse.Namespace, model: str, method: Method, repeat: int) 
     return {"model": model, **method._asdict(), "round": repeat, **{name: getattr(args, name) for name in names}}
 
 
+def rounds_of(args: argparse.Namespace, model: str) -> int:
+    """Processes per method: the large model's steps are long enough to be told apart after one."""
+    return min(args.rounds, args.rounds_of_large) if model == BILLION else args.rounds
+
+
 def collected(results: Results, args: argparse.Namespace, model: str, method: Method) -> Optional[dict[str, Any]]:
     """All rounds of a method as one: the median step, the largest peak. None before the first."""
-    rounds = [results.find(settings(args, model, method, repeat)) for repeat in range(args.rounds)]
+    rounds = [results.find(settings(args, model, method, repeat)) for repeat in range(rounds_of(args, model))]
     rounds = [result for result in rounds if result is not None]
     if not rounds or "skipped" in rounds[0]:
         return rounds[0] if rounds else None
@@ -235,7 +241,7 @@ def collected(results: Results, args: argparse.Namespace, model: str, method: Me
 def ratio_of_steps(results: Results, args: argparse.Namespace, model: str, over: Method, under: Method) -> Optional[float]:
     """Median over the rounds of the ratio of the two methods' median steps."""
     ratios = []
-    for repeat in range(args.rounds):
+    for repeat in range(rounds_of(args, model)):
         pair = [results.find(settings(args, model, method, repeat)) for method in (over, under)]
         if all(result and "seconds" in result for result in pair):
             ratios.append(statistics.median(pair[0]["seconds"]) / statistics.median(pair[1]["seconds"]))
@@ -306,6 +312,7 @@ def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument("--model", nargs="+", default=[DEFAULT_MODEL, BILLION], help=f"models; {BILLION}: random weights")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a round, after one that isn't timed")
     parser.add_argument("--rounds", type=int, default=3, help="processes per method")
+    parser.add_argument("--rounds-of-large", type=int, default=1, help=f"processes per method for {BILLION}, at most --rounds")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--block-size", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -329,7 +336,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         print(json.dumps(measure(model, Method(*fields), shape, args.steps, getattr(torch, args.dtype), args.seed)))
         return
     results = Results(args.output, args.seed)
-    turns = [(model, repeat, method) for model in args.model for repeat in range(args.rounds) for method in METHODS]
+    turns = [
+        (model, repeat, method)
+        for model in args.model
+        for repeat in range(rounds_of(args, model))
+        for method in (SMOKE_METHODS if args.smoke else METHODS)
+    ]
     for model, repeat, method in tqdm([] if args.table else turns, desc="Measuring"):
         key = settings(args, model, method, repeat)
         if results.find(key) is None:

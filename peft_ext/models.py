@@ -56,7 +56,9 @@ def resolve_model(model: Optional[str] = None) -> ModelSource:
     return ModelSource(model)
 
 
-def load_model(model: Optional[str] = None, *, dtype: Union[str, torch.dtype] = "auto", **kwargs: Any) -> PreTrainedModel:
+def load_model(
+    model: Optional[str] = None, *, dtype: Union[str, torch.dtype] = "auto", **kwargs: Any
+) -> PreTrainedModel:
     """Load a causal language model in eval mode.
 
     Args:

@@ -141,7 +141,9 @@ def _text_of_line(line: str, place: str, text_field: str) -> str:
     except json.JSONDecodeError as error:
         raise ValueError(f"{place}: not valid JSON ({error}).") from error
     if not isinstance(record, dict):
-        raise ValueError(f"{place}: expected a JSON object with a field {text_field!r}, got a {type(record).__name__}.")
+        raise ValueError(
+            f"{place}: expected a JSON object with a field {text_field!r}, got a {type(record).__name__}."
+        )
     return _text_of_record(record, place, text_field)
 
 

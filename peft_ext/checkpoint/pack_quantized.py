@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Callable, Optional
+from typing import Any, Optional
 
 import torch
 from peft.utils.integrations import skip_init_on_device
@@ -111,7 +111,9 @@ def compress(layer: PackedLinear, bits: int, sym: bool) -> dict[str, torch.Tenso
     return tensors
 
 
-def expand(tensors: dict[str, torch.Tensor], stored_bits: int, bits: int, bias: Optional[torch.Tensor]) -> PackedLinear:
+def expand(
+    tensors: dict[str, torch.Tensor], stored_bits: int, bits: int, bias: Optional[torch.Tensor]
+) -> PackedLinear:
     """The packed layer of `bits` bits whose tensors a checkpoint stores with `stored_bits`; the inverse of [`compress`]."""
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
@@ -260,7 +262,9 @@ def _checkpoint_config(model: nn.Module) -> Optional[dict[str, Any]]:
     groups = quantization.get("config_groups") or {}
     weights = [group.get("weights") or {} for group in groups.values()]
     fits = len(weights) == 1 and weights[0].get("type") == "int" and weights[0].get("num_bits") in UNIFORM_BITS
-    packed = quantization.get("quant_method") == "compressed-tensors" and quantization.get("format") == "pack-quantized"
+    packed = (
+        quantization.get("quant_method") == "compressed-tensors" and quantization.get("format") == "pack-quantized"
+    )
     return config if packed and fits else None
 
 

@@ -1,8 +1,8 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
 """What an adapter file holds: for every layer its plain scales and a fingerprint of the codes that they belong to.
 
-    <layer>.peqa_scale   float [out, groups]
-    <layer>.peqa_codes   int64 [1], see PackedLinear.fingerprint
+<layer>.peqa_scale   float [out, groups]
+<layer>.peqa_codes   int64 [1], see PackedLinear.fingerprint
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def from_file(
 
 def _check_codes(codes: torch.Tensor | None, layer: PeqaLayer, config: PeqaConfig, where: str) -> None:
     if codes is None or codes.dtype != torch.int64 or codes.numel() != 1:
-        raise ValueError(f"{where}: the file has no fingerprint of the codes; it is damaged or not a peft-ext adapter.")
+        raise ValueError(
+            f"{where}: the file has no fingerprint of the codes; it is damaged or not a peft-ext adapter."
+        )
     if int(codes) != layer.base_layer.fingerprint():
         raise ValueError(
             f"{where}: the adapter was trained on other integer codes than this model has, so its scales mean nothing here. "
@@ -90,7 +92,11 @@ def _check_scale(scale: torch.Tensor, layer: PeqaLayer, where: str) -> None:
 
 
 def _base(config: PeqaConfig) -> str:
-    return f"the base model {config.base_model_name_or_path!r}" if config.base_model_name_or_path else "another base model"
+    return (
+        f"the base model {config.base_model_name_or_path!r}"
+        if config.base_model_name_or_path
+        else "another base model"
+    )
 
 
 def _layers(model: nn.Module, adapter_name: str) -> dict[str, PeqaLayer]:

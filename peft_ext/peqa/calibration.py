@@ -11,10 +11,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from peft_ext.checkpoint import pack_quantized
 from peft_ext.peqa.config import PeqaConfig
-from peft_ext.peqa.model import resolve_all_linear, target_layers
-from peft_ext.peqa.quantization import check_target, is_packed, pack_layer
+from peft_ext.peqa.model import check_targets
+from peft_ext.peqa.quantization import is_packed, pack_layer
 from peft_ext.quant.linear import PackedLinear
 
 
@@ -58,16 +57,14 @@ def calibrate(model: nn.Module, config: PeqaConfig, batches: Iterable[Batch], pr
         ```
     """
     if config.init_method != "calibrated":
-        raise ValueError(f"init_method={config.init_method!r} needs no data; pass init_method='calibrated' to calibrate.")
+        raise ValueError(
+            f"init_method={config.init_method!r} needs no data; pass init_method='calibrated' to calibrate."
+        )
     config = copy.copy(config)
     config.target_modules = config.target_modules or "all-linear"
-    pack_quantized.restore(model)
-    resolve_all_linear(config, model)
-    targets = target_layers(config, model)
+    targets = check_targets(config, model)
     if not targets:
         raise ValueError(f"Target modules {config.target_modules} not found in the base model.")
-    for name, module in targets.items():
-        check_target(module, config, name)
     targets = {name: module for name, module in targets.items() if not is_packed(module)}
     inputs = _join(list(batches))
     training = model.training

@@ -87,7 +87,8 @@ class PeqaConfig(PeftConfig):
         },
     )
     exclude_modules: Optional[Union[list[str], str]] = field(
-        default=None, metadata={"help": "List of module names or regex expression of the modules to leave as they are."}
+        default=None,
+        metadata={"help": "List of module names or regex expression of the modules to leave as they are."},
     )
     modules_to_save: Optional[list[str]] = field(
         default=None,
@@ -131,4 +132,6 @@ class PeqaConfig(PeftConfig):
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
         is_regex = isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear"
         if is_regex and self.layers_to_transform is not None:
-            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str; pass a list of names.")
+            raise ValueError(
+                "`layers_to_transform` cannot be used when `target_modules` is a str; pass a list of names."
+            )

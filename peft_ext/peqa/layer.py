@@ -11,7 +11,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from peft_ext.peqa.config import PeqaConfig
-from peft_ext.quant.functional import mixed_packed_linear
 from peft_ext.quant.linear import PackedLinear
 
 

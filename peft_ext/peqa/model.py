@@ -82,12 +82,10 @@ class PeqaModel(BaseTuner):
 
     def _prepare_model(self, peft_config: PeqaConfig, model: nn.Module) -> None:
         """Check every target before any is changed."""
-        pack_quantized.restore(model)
-        resolve_all_linear(peft_config, model)
-        targets = target_layers(peft_config, model)
-        for name, module in targets.items():
-            check_target(module, peft_config, name)
-        fresh = [name for name, module in targets.items() if not isinstance(module, PeqaLayer) and not is_packed(module)]
+        targets = check_targets(peft_config, model)
+        fresh = [
+            name for name, module in targets.items() if not isinstance(module, PeqaLayer) and not is_packed(module)
+        ]
         if fresh and peft_config.init_method == "calibrated":
             raise ValueError(_calibration_missing(peft_config, fresh))
         if fresh and any(isinstance(module, PeqaLayer) for module in model.modules()):
@@ -253,6 +251,22 @@ class PeqaModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         state_dict = adapter_file.from_file(model, config, adapter_name, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def check_targets(config: PeqaConfig, model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that a config targets in a model, by name, once all of them have been checked.
+
+    Layers that were loaded dequantised from a packed checkpoint become packed again; "all-linear" is spelt out in the config.
+
+    Raises:
+        ValueError: If a layer can't be tuned under this config; names it.
+    """
+    pack_quantized.restore(model)
+    resolve_all_linear(config, model)
+    targets = target_layers(config, model)
+    for name, module in targets.items():
+        check_target(module, config, name)
+    return targets
 
 
 def resolve_all_linear(config: PeqaConfig, model: nn.Module) -> None:

@@ -107,7 +107,9 @@ def check_target(module: nn.Module, config: PeqaConfig, name: str) -> None:
 def _check_float_layer(module: nn.Module, config: PeqaConfig, name: str) -> None:
     weight, conv1d = module.weight, isinstance(module, Conv1D)
     if not weight.is_floating_point():
-        raise ValueError(f"layer {name!r} has a {weight.dtype} weight in a format that is unknown here; load the float model.")
+        raise ValueError(
+            f"layer {name!r} has a {weight.dtype} weight in a format that is unknown here; load the float model."
+        )
     try:
         check_format(bits_of(config, name), config.group_size, weight.shape[0] if conv1d else weight.shape[1])
     except ValueError as error:

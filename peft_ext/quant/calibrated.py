@@ -7,7 +7,7 @@ EfficientQAT find theirs, by shrinking ranges, but with every input's error weig
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 

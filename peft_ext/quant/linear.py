@@ -142,7 +142,9 @@ class PackedLinear(nn.Module):
             ValueError: If the layer is on the meta device and has no codes yet.
         """
         if self.planes.device.type == "meta":
-            raise ValueError("a layer on the meta device has no codes to take a fingerprint of; load its weights first.")
+            raise ValueError(
+                "a layer on the meta device has no codes to take a fingerprint of; load its weights first."
+            )
         digest = hashlib.blake2b(digest_size=8)
         digest.update(repr((self.bits, self.group_size, self.out_features, self.in_features)).encode())
         for tensor in (self.planes, self.zero_point):

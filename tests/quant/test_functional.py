@@ -14,7 +14,11 @@ from peft_ext.quant.uniform import dequantize, quantize
 
 
 OUT, IN = 40, 24
-MODES = [pytest.param(-1, False, id="per-channel"), pytest.param(-1, True, id="keep-product"), pytest.param(8, False, id="groups")]
+MODES = [
+    pytest.param(-1, False, id="per-channel"),
+    pytest.param(-1, True, id="keep-product"),
+    pytest.param(8, False, id="groups"),
+]
 
 
 @pytest.fixture(params=[2, 3, 4, 8], ids=lambda bits: f"{bits}bit")
@@ -183,7 +187,9 @@ def test_runs_on_the_meta_device():
         IN,
     )
     for dtype in (torch.float32, torch.bfloat16):
-        y = packed_linear(torch.empty(2, 5, IN, device="meta", dtype=dtype), packed, torch.empty(OUT, 1, device="meta"))
+        y = packed_linear(
+            torch.empty(2, 5, IN, device="meta", dtype=dtype), packed, torch.empty(OUT, 1, device="meta")
+        )
         assert (y.shape, y.dtype, y.device.type) == ((2, 5, OUT), dtype, "meta")
 
 

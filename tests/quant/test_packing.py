@@ -27,7 +27,9 @@ def slow_bit(planes: torch.Tensor, row: int, column: int, plane: int) -> int:
     seed=st.integers(0, 2**16),
 )
 def test_unpack_undoes_pack(bits, rows, columns, seed):
-    codes = torch.randint(0, 2**bits, (rows, columns), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    codes = torch.randint(
+        0, 2**bits, (rows, columns), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
     planes = pack(codes, bits)
     assert planes.shape == planes_shape(rows, columns, bits)
     assert torch.equal(unpack(planes, rows, columns), codes)

@@ -1,0 +1,59 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""`peft-ext eval`: perplexity of a tuned model on a text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Optional
+
+from peft_ext.commands.run_folder import ModelArguments, load_tuned, parse, write_json
+from peft_ext.models import load_tokenizer
+from peft_ext.perplexity import perplexity
+from peft_ext.text import load_text, token_blocks
+
+
+@dataclass
+class EvalArguments(ModelArguments):
+    """Arguments of `peft-ext eval`."""
+
+    data: str = field(
+        default="python-docs",
+        metadata={
+            "help": "Text or JSON-lines file, folder, hub data set id, or python-docs; its held-out part is read."
+        },
+    )
+    text_field: str = field(
+        default="text", metadata={"help": "Field that holds the text in JSON lines and data sets."}
+    )
+    data_config: Optional[str] = field(default=None, metadata={"help": "Configuration of the hub data set."})
+    whole: bool = field(default=False, metadata={"help": "Read all of the text, not only what tune would hold out."})
+    block_size: int = field(default=256, metadata={"help": "Tokens per block."})
+    blocks: int = field(default=64, metadata={"help": "Blocks to read at most."})
+    batch_size: int = field(default=4, metadata={"help": "Blocks per forward pass."})
+    output: Optional[str] = field(default=None, metadata={"help": "JSON file to write the result to."})
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measure and print."""
+    (args,) = parse(argv, EvalArguments, positional="run")
+    splits = load_text(args.data, text_field=args.text_field, data_config=args.data_config)
+    texts = [*splits.train, *splits.held_out] if args.whole else splits.held_out
+    if args.run is None:
+        tokenizer = load_tokenizer(args.model)
+        token_blocks(tokenizer, texts, args.block_size)  # a text that is too short fails before the model is loaded
+    model, tokenizer = load_tuned(args)
+    blocks = token_blocks(tokenizer, texts, args.block_size, name="text")[: args.blocks]
+    value = perplexity(model, blocks, batch_size=args.batch_size, progressbar=True)
+    result = {
+        "model": args.run or args.model or "default",
+        "adapter": args.adapter,
+        "data": args.data,
+        "tokens": blocks.numel(),
+        "perplexity": value,
+    }
+    print(json.dumps(result, indent=2))
+    if args.output:
+        write_json(Path(args.output), result)

@@ -1,0 +1,108 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""A run folder: what `tune` writes and what `eval` and `generate` read.
+
+base/         the packed base, a compressed-tensors checkpoint with its tokenizer
+adapter/      the tuned scales
+config.yaml   the arguments
+metrics.json  what was measured; there once the run is complete
+loss.png      the loss curve
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional, TypeVar
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from peft_ext.models import load_model, load_tokenizer
+
+
+T = TypeVar("T")
+
+
+@dataclass
+class ModelArguments:
+    """Which tuned model to use: a run folder, or a model with or without an adapter."""
+
+    run: Optional[str] = field(
+        default=None, metadata={"help": "Run folder of `peft-ext tune` (or the first argument)."}
+    )
+    model: Optional[str] = field(
+        default=None, metadata={"help": "Instead of a run: default model, hub id, folder or .gguf file."}
+    )
+    adapter: Optional[str] = field(default=None, metadata={"help": "Adapter folder for --model."})
+
+
+def load_tuned(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in eval mode, with its adapter if there is one, and its tokenizer.
+
+    Raises:
+        FileNotFoundError: If the run or adapter folder is missing or incomplete.
+        ValueError: If both a run and a model are given.
+    """
+    import peft_ext  # noqa: F401 (registers the tuner that the adapter names)
+
+    if args.run is not None and (args.model or args.adapter):
+        raise ValueError(f"run={args.run!r} names base and adapter already; leave out --model and --adapter.")
+    base, adapter = args.model, args.adapter
+    if args.run is not None:
+        run = Path(args.run)
+        if not (run / "metrics.json").is_file():
+            raise FileNotFoundError(
+                f"run={args.run!r} is no finished run: it has no metrics.json. Run peft-ext tune first."
+            )
+        base, adapter = str(run / "base"), str(run / "adapter")
+    if adapter is not None and not Path(adapter, "adapter_config.json").is_file():
+        raise FileNotFoundError(f"adapter={adapter!r} has no adapter_config.json, as save_pretrained writes it.")
+    model, tokenizer = load_model(base), load_tokenizer(base)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter)
+    return model.eval(), tokenizer
+
+
+def parse(argv: Sequence[str], *kinds: type, positional: Optional[str] = None) -> tuple[Any, ...]:
+    """Dataclasses from flags or a YAML file (`--config`), as TRL's scripts parse them.
+
+    Args:
+        argv: The arguments after the command's name.
+        kinds: Dataclasses.
+        positional: Flag that a first argument without dashes stands for.
+    """
+    try:
+        from trl import TrlParser
+    except ImportError as error:
+        raise ImportError("the command line needs: pip install 'peft-ext[cli]'") from error
+    argv = list(argv)
+    if positional and argv and not argv[0].startswith("-"):
+        argv = [f"--{positional}", *argv]
+    parser = TrlParser(kinds, prog="peft-ext")
+    return parser.parse_args_and_config(argv)
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """A temporary path beside `target` that takes its place if the block succeeds; for a file or a folder."""
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield partial / target.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(partial / target.name, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_json(target: Path, value: Any) -> None:
+    """Write JSON, whole or not at all."""
+    with written_whole(target) as path:
+        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

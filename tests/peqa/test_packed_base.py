@@ -1,0 +1,283 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""The packed base as a checkpoint of its own (compressed-tensors `pack-quantized`), and adapters on it."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from compressed_tensors.config import CompressionFormat
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+
+from peft_ext import PeqaConfig, calibrate
+from peft_ext.quant.linear import PackedLinear
+from tests.cases import adapter_parameters, assert_differs, assert_same, move_adapter, train, tuner_layers
+from tests.tiny_models import inputs, logits_of, save_tiny, tiny
+
+
+FORMATS = {
+    "2bit-groups": {"bits": 2, "group_size": 8},
+    "3bit": {"bits": 3},
+    "4bit-sym": {"bits": 4, "sym": True},
+    "4bit-groups": {"bits": 4, "group_size": 32},
+    "8bit": {"bits": 8},
+}
+BATCHES = [{"input_ids": torch.randint(3, 100, (4, 16), generator=torch.Generator().manual_seed(0))}]
+STOCK = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+with torch.no_grad():
+    logits = model(input_ids=torch.tensor([[5, 6, 7, 8]])).logits
+assert "peft_ext" not in sys.modules
+print(json.dumps(logits.flatten().tolist()))
+"""
+
+
+def _logits(model, name: str = "llama") -> torch.Tensor:
+    with torch.no_grad():
+        return logits_of(model.eval(), inputs(name))
+
+
+def _tuned(config: PeqaConfig, name: str = "llama"):
+    model = tiny(name)
+    if config.init_method == "calibrated":
+        calibrate(model, config, BATCHES, progressbar=False)
+    model = get_peft_model(model, config).eval()
+    move_adapter(model)
+    return model
+
+
+def _codes(model) -> dict[str, int]:
+    packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
+    return {re.sub(r"^base_model\.model\.|\.base_layer$", "", name): layer.fingerprint() for name, layer in packed.items()}
+
+
+@pytest.mark.parametrize("merged", [True, False], ids=["merged", "unloaded"])
+@pytest.mark.parametrize("kwargs", FORMATS.values(), ids=FORMATS)
+def test_stock_transformers_loads_it(kwargs, merged, tmp_path, fresh_process):
+    model = _tuned(PeqaConfig(**kwargs))
+    base = model.merge_and_unload() if merged else model.unload()
+    base.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "compressed-tensors"
+    assert config["format"] == CompressionFormat.pack_quantized.value
+    with torch.no_grad():
+        expected = base(input_ids=torch.tensor([[5, 6, 7, 8]])).logits.flatten()
+    assert_same(torch.tensor(json.loads(fresh_process(STOCK, tmp_path))), expected, tolerance=1e-4)
+
+
+def test_the_checkpoint_is_small_and_densely_packed(tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "float")
+    base = get_peft_model(tiny("llama"), PeqaConfig(bits=3)).unload()
+    base.save_pretrained(tmp_path / "packed")
+    saved = load_file(tmp_path / "packed" / "model.safetensors")
+    packed = saved["model.layers.0.mlp.gate_proj.weight_packed"]
+    assert packed.dtype == torch.int32 and packed.shape == (64, 3)  # 32 codes of 3 bits in three words
+    assert "model.layers.0.mlp.gate_proj.weight" not in saved
+    floats = load_file(tmp_path / "float" / "model.safetensors")
+    assert sum(t.nbytes for t in saved.values()) < 0.55 * sum(t.nbytes for t in floats.values())
+    assert not [key for key in saved if "planes" in key or "peqa" in key]
+
+
+def test_saving_does_not_change_the_model(tmp_path):
+    base = get_peft_model(tiny("llama"), PeqaConfig(bits=3)).unload()
+    before, codes = _logits(base), _codes(base)
+    base.save_pretrained(tmp_path / "one")
+    base.save_pretrained(tmp_path / "two")
+    assert torch.equal(_logits(base), before) and _codes(base) == codes
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert set(one) == set(two) and all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize("kwargs", FORMATS.values(), ids=FORMATS)
+def test_a_config_on_it_takes_the_codes_over(kwargs, tmp_path):
+    base = get_peft_model(tiny("llama"), PeqaConfig(**kwargs)).unload()
+    expected, codes = _logits(base), _codes(base)
+    base.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    model = get_peft_model(loaded, PeqaConfig(**kwargs))
+    assert _codes(model) == codes
+    assert_same(_logits(model), expected)
+    losses = train(model, inputs("llama"))
+    assert losses[-1] < losses[0] and _codes(model) == codes
+
+
+def test_after_a_forward_too(tmp_path):
+    """transformers decompresses the layers at the first forward; the codes must come out the same."""
+    base = get_peft_model(tiny("llama"), PeqaConfig(bits=3, group_size=16)).unload()
+    codes = _codes(base)
+    base.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    expected = _logits(loaded)
+    model = get_peft_model(loaded, PeqaConfig(bits=3, group_size=16))
+    assert _codes(model) == codes
+    assert_same(_logits(model), expected)
+
+
+def test_any_start_is_taken_over_and_none_rounds_again(tmp_path):
+    config = PeqaConfig(bits=3, init_method="calibrated")
+    base = get_peft_model(calibrate(tiny("llama"), config, BATCHES, progressbar=False), config).unload()
+    codes = _codes(base)
+    base.save_pretrained(tmp_path)
+    for method in ("minmax", "mse", "calibrated"):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert _codes(get_peft_model(loaded, PeqaConfig(bits=3, init_method=method))) == codes
+
+
+@pytest.mark.parametrize("method", ["minmax", "mse", "calibrated"])
+def test_adapter_on_a_packed_base_in_a_fresh_process(method, tmp_path, fresh_process):
+    """Base and adapter both come from disk, in a process that has only imported peft_ext."""
+    model = _tuned(PeqaConfig(bits=3, group_size=16, init_method=method))
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([[5, 6, 7, 8]])).logits.flatten()
+    model.save_pretrained(tmp_path / "adapter")
+    model.unload().save_pretrained(tmp_path / "base")
+    code = STOCK.replace('assert "peft_ext" not in sys.modules\n', "").replace(
+        "with torch", "import peft_ext\nfrom peft import PeftModel\nmodel = PeftModel.from_pretrained(model, sys.argv[2])\nwith torch"
+    )
+    logits = fresh_process(code, tmp_path / "base", tmp_path / "adapter")
+    assert_same(torch.tensor(json.loads(logits)), expected, tolerance=1e-4)
+
+
+def test_auto_class_finds_the_packed_base_through_the_adapters_config(tmp_path):
+    base = get_peft_model(tiny("llama"), PeqaConfig(bits=3)).unload()
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), PeqaConfig(bits=3)).eval()
+    move_adapter(model)
+    model.save_pretrained(tmp_path / "adapter")
+    restored = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert tuner_layers(restored)
+    assert_same(_logits(restored), _logits(model))
+
+
+def test_several_adapters_and_hot_swap_on_a_packed_base(tmp_path):
+    get_peft_model(tiny("llama"), PeqaConfig(bits=4)).unload().save_pretrained(tmp_path / "base")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), PeqaConfig(bits=4))
+    model.add_adapter("other", PeqaConfig(bits=4))
+    move_adapter(model), move_adapter(model, "other", seed=1)
+    model.save_pretrained(tmp_path / "adapters")
+    restored = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapters")
+    assert_same(_logits(restored), _logits(model))
+    restored.load_adapter(tmp_path / "adapters" / "other", "default")
+    model.set_adapter("other")
+    assert_same(_logits(restored), _logits(model))
+    assert_differs(_logits(restored), _logits(model.unload()))
+
+
+def test_a_derived_base_and_the_packed_base_take_each_others_adapters(tmp_path):
+    """Codes are the same whether derived from the float model or read from the file, so adapters go both ways."""
+    config = {"bits": 3, "group_size": 16}
+    derived = _tuned(PeqaConfig(**config))
+    derived.save_pretrained(tmp_path / "adapter")
+    get_peft_model(tiny("llama"), PeqaConfig(**config)).unload().save_pretrained(tmp_path / "base")
+    on_packed = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    assert_same(_logits(on_packed), _logits(derived))
+    move_adapter(on_packed, seed=4)
+    on_packed.save_pretrained(tmp_path / "back")
+    assert_same(_logits(PeftModel.from_pretrained(tiny("llama"), tmp_path / "back")), _logits(on_packed))
+
+
+def test_merging_an_adapter_into_a_packed_base_and_saving_again(tmp_path):
+    get_peft_model(tiny("llama"), PeqaConfig(bits=4)).unload().save_pretrained(tmp_path / "base")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), PeqaConfig(bits=4))
+    move_adapter(model)
+    expected = _logits(model)
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    assert_same(_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected)
+
+
+def test_a_dequantized_merge_is_an_ordinary_checkpoint(tmp_path, fresh_process):
+    model = _tuned(PeqaConfig(bits=3))
+    merged = model.merge_and_unload(dequantize=True)
+    merged.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    with torch.no_grad():
+        expected = merged(input_ids=torch.tensor([[5, 6, 7, 8]])).logits.flatten()
+    assert_same(torch.tensor(json.loads(fresh_process(STOCK, tmp_path))), expected)
+
+
+def test_a_dequantized_merge_of_a_packed_base_is_an_ordinary_checkpoint(tmp_path, fresh_process):
+    get_peft_model(tiny("llama"), PeqaConfig(bits=4)).unload().save_pretrained(tmp_path / "base")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), PeqaConfig(bits=4))
+    move_adapter(model)
+    merged = model.merge_and_unload(dequantize=True)
+    merged.save_pretrained(tmp_path / "plain")
+    with torch.no_grad():
+        expected = merged(input_ids=torch.tensor([[5, 6, 7, 8]])).logits.flatten()
+    assert_same(torch.tensor(json.loads(fresh_process(STOCK, tmp_path / "plain"))), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "auto", "kwargs"),
+    [
+        ("opt", AutoModelForCausalLM, {}),
+        ("gpt_neox", AutoModelForCausalLM, {"target_modules": ["query_key_value"]}),
+        ("t5", AutoModelForSeq2SeqLM, {}),
+        ("bert", AutoModelForSequenceClassification, {"target_modules": ["query", "key", "dense"]}),
+        ("llama", AutoModelForCausalLM, {"bits_pattern": {"down_proj": 8, "q_proj": 3}}),
+        ("llama", AutoModelForCausalLM, {"target_modules": ["q_proj"], "layers_to_transform": [1]}),
+    ],
+    ids=["opt", "neox-some", "t5", "bert", "llama-bits-pattern", "llama-one-layer"],
+)
+def test_other_models_and_partly_packed_ones(name, auto, kwargs, tmp_path):
+    config = PeqaConfig(bits=4, **kwargs)
+    base = get_peft_model(tiny(name), config).unload()
+    base.save_pretrained(tmp_path)
+    loaded = auto.from_pretrained(tmp_path)
+    assert_same(_logits(loaded, name), _logits(base, name), tolerance=1e-4)
+    again = get_peft_model(auto.from_pretrained(tmp_path), PeqaConfig(bits=4, **kwargs))
+    assert _codes(again) == _codes(base)
+
+
+def test_bfloat16_base(tmp_path):
+    base = get_peft_model(tiny("llama", torch.bfloat16), PeqaConfig(bits=4)).unload()
+    base.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert_same(_logits(loaded), _logits(base), tolerance=0.05)
+    model = get_peft_model(loaded, PeqaConfig(bits=4))
+    assert _codes(model) == _codes(base)
+    assert {p.dtype for p in adapter_parameters(model).values()} == {torch.float32}
+
+
+def test_conv1d_cannot_be_stored_and_says_what_can(tmp_path):
+    base = get_peft_model(tiny("gpt2"), PeqaConfig(bits=4)).unload()
+    with pytest.raises(ValueError, match="Conv1D.*dequantize=True"):
+        base.save_pretrained(tmp_path / "packed")
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("other", [{"bits": 3}, {"bits": 4, "group_size": 16}, {"bits": 4, "sym": True}], ids=str)
+def test_a_config_that_does_not_fit_the_codes(other, tmp_path):
+    get_peft_model(tiny("llama"), PeqaConfig(bits=4)).unload().save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"q_proj.*quantised already.*" + list(other)[-1]):
+        get_peft_model(loaded, PeqaConfig(**other))
+    assert not tuner_layers(loaded)
+
+
+def test_loading_onto_another_base_says_which_one_is_needed(tmp_path):
+    path = save_tiny("llama", tmp_path / "the-right-base")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(path), PeqaConfig(bits=3))
+    move_adapter(model)
+    model.save_pretrained(tmp_path / "adapter")
+    wrong = tiny("llama")
+    wrong.model.layers[1].mlp.up_proj.weight.data.mul_(-1)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj.*the-right-base"):
+        PeftModel.from_pretrained(wrong, tmp_path / "adapter")
+
+
+def test_a_calibrated_adapter_on_the_float_model_asks_for_its_base(tmp_path):
+    config = PeqaConfig(bits=3, init_method="calibrated")
+    _tuned(config).unload().save_pretrained(tmp_path / "the-packed-base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "the-packed-base")
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    plain = tiny("llama")
+    with pytest.raises(ValueError, match="still float.*the-packed-base"):
+        PeftModel.from_pretrained(plain, tmp_path / "adapter")
+    assert not tuner_layers(plain)
