@@ -16,14 +16,15 @@ from peft_ext import PeqaConfig, calibrate
 from peft_ext.quant.linear import PackedLinear
 
 
-# The learned scales of quantisation-aware training move this many times faster than its weights: relative steps of about
-# 1e-2 go with absolute steps of about 1e-4 in weights of size 1e-1.
+# The learned scales of quantisation-aware training move this many times faster than its weights: relative steps of
+# about 1e-2 go with absolute steps of about 1e-4 in weights of size 1e-1.
 _SCALE_PACE = 100.0
 
 
 def lora(model: nn.Module, rank: int = 8) -> PeftModel:
     """LoRA on all linear layers but the output layer."""
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear"))
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
+    return get_peft_model(model, config)
 
 
 def qlora(model: nn.Module, rank: int = 8) -> PeftModel:
@@ -76,7 +77,7 @@ def rounded(model: nn.Module, config: PeqaConfig, calibration: torch.Tensor) -> 
 def quantization_aware(model: nn.Module, config: PeqaConfig, calibration: torch.Tensor) -> nn.Module:
     """All parameters trained, the linear layers through rounding with learned scales (straight through, as in LSQ).
 
-    Weights start as close to the float ones as PEQA's codes allow, scales as PEQA's: whatever PEQA can reach, this can.
+    Weights start as close to the float ones as PEQA's codes allow, scales as PEQA's: what PEQA can reach, this can.
 
     Raises:
         TypeError: If the model has linear layers other than `nn.Linear`.
@@ -141,7 +142,7 @@ class FakeQuantize(torch.autograd.Function):
 
 
 def adapter_bytes(model: nn.Module, folder: str) -> Optional[int]:
-    """Size of the adapter file of a PEFT model, written into an empty `folder`; None for a model without an adapter."""
+    """Size of a PEFT model's adapter file, written into an empty `folder`; None for a model without an adapter."""
     if not isinstance(model, PeftModel):
         return None
     model.save_pretrained(folder)

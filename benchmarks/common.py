@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Optional
 
 import torch
 
@@ -46,16 +46,11 @@ class Results:
         return next((row["result"] for row in self.rows if row["settings"] == wanted), None)
 
     def add(self, settings: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
-        """Store a result and write the file."""
+        """Store a result, in place of an older one under the same settings, and write the file."""
         row = {"settings": _plain(settings), "result": _plain(result), "environment": environment(self.seed)}
-        self.rows.append(row)
+        self.rows = [other for other in self.rows if other["settings"] != row["settings"]] + [row]
         write_json(self.path, {"rows": self.rows})
         return row["result"]
-
-    def measured(self, settings: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """The stored result, or else what `measure()` returns, stored."""
-        found = self.find(settings)
-        return self.add(settings, measure()) if found is None else found
 
 
 def _plain(value: Any) -> Any:
@@ -123,9 +118,8 @@ def _version(package: str) -> Optional[str]:
 def _commit() -> str:
     """The commit that is checked out, with `+` if files differ from it."""
     try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True, check=True
-        )
+        command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]
+        commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit.stdout.strip()

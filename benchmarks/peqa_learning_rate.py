@@ -1,10 +1,11 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
 """Which parametrisation of the scales lets one learning rate serve every model?
 
-The scales of PEQA can be trained as they are (s0 + delta, the paper's way), relative to where they start (s0 * (1 + delta)),
-or by their logarithm (s0 * exp(delta)). Each is tuned over a grid of learning rates on models of different width and size of
-weights: small Llamas trained here from scratch, the real model, and the real model with its weights rescaled so that it
-computes the same function. The last line per parametrisation tells what the best single rate costs on the worst model.
+The scales of PEQA can be trained as they are (s0 + delta, the paper's way), relative to where they start
+(s0 * (1 + delta)), or by their logarithm (s0 * exp(delta)). Each is tuned over a grid of learning rates on models of
+different width and size of weights: small Llamas trained here from scratch, the real model, and the real model with
+its weights rescaled so that it computes the same function. The lines under the table tell what the best single rate
+costs on the worst model.
 
     python -m benchmarks.peqa_learning_rate
 
@@ -93,13 +94,13 @@ def real_rescaled(args: argparse.Namespace) -> Subject:
 def rescale(model: LlamaForCausalLM, most: float, seed: int) -> None:
     """Multiply weights of a Llama by factors from 1 / most to most that cancel out, so that its function stays.
 
-    Norms against what reads them, the value projection against the output projection, and the up against the down projection.
+    Norms against what reads them, the value against the output projection, and the up against the down projection.
 
     Raises:
         TypeError: If the model isn't built like a Llama.
     """
     if not isinstance(model, LlamaForCausalLM):
-        raise TypeError(f"a {type(model).__name__} can't be rescaled here; pass --subjects without the rescaled model.")
+        raise TypeError(f"a {type(model).__name__} can't be rescaled here; leave 'real, rescaled' out of --subjects.")
     generator = torch.Generator().manual_seed(seed)
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
@@ -251,7 +252,9 @@ def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL, help="the real model: a Llama, for the rescaled one")
-    parser.add_argument("--data", default=PYTHON_DOCS, help="text: Python's documentation, a file, a folder or a hub data set")
+    parser.add_argument(
+        "--data", default=PYTHON_DOCS, help="text: Python's documentation, a file, a folder or a hub id"
+    )
     parser.add_argument("--subjects", nargs="+", choices=tuple(SUBJECTS), default=list(SUBJECTS))
     parser.add_argument("--bits", type=int, default=3)
     parser.add_argument("--group-size", type=int, default=-1)

@@ -1,8 +1,9 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
 """Perplexity after tuning: PEQA against LoRA, LoRA then rounding, QLoRA, rounding alone, and training of all weights.
 
-Every method sees the same batches for the same number of steps. Its learning rate is chosen on the validation split with
-shortened runs (once per method and width, on the format named by `search_format`); the test split is read once per row.
+Every method sees the same batches for the same number of steps. Its learning rate is chosen on the validation split
+with shortened runs (once per method and width, on the format named by `search_format`; a grid whose best rate is its
+first or last is extended, twice at most); the test split is read once per row.
 Beside it stands the perplexity on a text of another domain, Python's documentation, which nothing is trained on.
 
     python -m benchmarks.peqa_quality --data-dir wikitext2 --budget full
@@ -19,10 +20,10 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from peft import PeftModel
@@ -44,6 +45,7 @@ LEARNING_RATES = {
     "PEQA": (5e-3, 1e-2, 2e-2),
     "QAT": (5e-5, 1e-4),
 }
+EXTENSIONS = 2
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test",)}
 
 
@@ -167,9 +169,18 @@ class Study:
                 del budget[name]
         if row.start != "calibrated":
             del budget["calibration_blocks"]
+        if row.method == "LoRA, then quantised":
+            more["learning_rate"] = self.learning_rates(Row("LoRA"))[1]
         model = "tiny random Llama" if self.args.smoke else self.args.model
         data = "smoke" if self.args.smoke else self.args.data_dir.name
         return {**row.key, **budget, "model": model, "data": data, "seed": self.args.seed, **more}
+
+    def find(self, row: Row) -> Optional[dict[str, Any]]:
+        """The stored result, unless its learning rate was the edge of a grid that is to be extended."""
+        found = self.results.find(self.settings(row))
+        if found is None or not row.tuned or "skipped" in found:
+            return found
+        return found if self.learning_rates(row)[0] is None else None
 
     def measure(self, row: Row) -> dict[str, Any]:
         """The row's result: perplexities, and for tuned rows what training took."""
@@ -226,23 +237,32 @@ class Study:
 
     def learning_rate(self, row: Row) -> tuple[float, Optional[nn.Module], dict[str, float]]:
         """The rate with the least validation perplexity; with it the row's untrained model, if the search built it."""
-        model, restart, found = None, None, {}
         trial = row.search_format()
-        for rate in LEARNING_RATES[row.method]:
-            settings = self.settings(trial, search=rate)
-            stored = self.results.find(settings)
-            if stored is None:
-                if model is None:
-                    model = self.build(trial)
-                    restart = Restart(model)
-                losses = self.train(model, self.budget.search_steps, rate, f"{trial.title}, rate {rate:g}")
-                value = perplexity(model, self.data.validation) if math.isfinite(losses[-1]) else math.inf
-                restart()
-                stored = self.results.add(settings, {"validation": value})
-                log(f"{trial.title}, learning rate {rate:g}: validation perplexity {value:.2f}")
-            found[f"{rate:g}"] = stored["validation"]
-        best = min(LEARNING_RATES[row.method], key=lambda rate: found[f"{rate:g}"])
-        return best, model if trial == row else None, found
+        rate, best, found = self.learning_rates(row)
+        model = None if rate is None else self.build(trial)
+        restart = None if model is None else Restart(model)
+        while rate is not None and model is not None and restart is not None:
+            losses = self.train(model, self.budget.search_steps, rate, f"{trial.title}, rate {rate:g}")
+            value = perplexity(model, self.data.validation) if math.isfinite(losses[-1]) else math.inf
+            restart()
+            self.results.add(self.settings(trial, search=rate), {"validation": value})
+            log(f"{trial.title}, learning rate {rate:g}: validation perplexity {value:.2f}")
+            rate, best, found = self.learning_rates(row)
+        shown = {f"{rate:g}": value for rate, value in found.items()}
+        return best or LEARNING_RATES[row.method][0], model if trial == row else None, shown
+
+    def learning_rates(self, row: Row) -> tuple[Optional[float], Optional[float], dict[float, float]]:
+        """The next rate to try (None: enough), the best so far, and the validation perplexity of those tried."""
+        trial, grid = row.search_format(), list(LEARNING_RATES[row.method])
+        for extension in range(EXTENSIONS + 1):
+            stored = {rate: self.results.find(self.settings(trial, search=rate)) for rate in grid}
+            found = {rate: result["validation"] for rate, result in stored.items() if result is not None}
+            best = min(found, key=lambda rate: found[rate]) if found else None
+            missing = [rate for rate in grid if rate not in found]
+            if best is None or missing or extension == EXTENSIONS or best not in (min(grid), max(grid)):
+                break
+            grid.append(2 * best if best == max(grid) else best / 2)
+        return missing[0] if missing else None, best, found
 
     def keep_lora(self, model: nn.Module) -> None:
         """Keep the trained LoRA for the rows that quantise it."""
@@ -254,12 +274,13 @@ class Study:
 
     def lora_folder(self) -> Path:
         """Where the trained LoRA of these settings lies."""
-        name = "-".join(str(part) for part in (Path(self.args.model).stem, *self.budget, self.args.seed))
+        rate = self.learning_rates(Row("LoRA"))[1]
+        name = "-".join(str(part) for part in (Path(self.args.model).stem, *self.budget, self.args.seed, rate))
         return self.work / f"lora-{name}"
 
     def lora_then_quantized(self, row: Row) -> nn.Module:
         """LoRA as it was trained in float, merged, then quantised."""
-        if not self.lora_folder().is_dir():
+        if self.learning_rates(Row("LoRA"))[0] is not None or not self.lora_folder().is_dir():
             self.tune(Row("LoRA"))
         model = PeftModel.from_pretrained(copy.deepcopy(self.float_model), self.lora_folder()).merge_and_unload()
         return baselines.rounded(model, row.config(), self.data.calibration)
@@ -315,7 +336,7 @@ def find_split(folder: Path, name: str) -> Path:
 
 def table(study: Study, rows: Sequence[Row]) -> str:
     """The Markdown table of what is measured so far."""
-    found = [(row, study.results.find(study.settings(row))) for row in rows]
+    found = [(row, study.find(row)) for row in rows]
     headers = ["Model", "Test perplexity", "Python's documentation", "Trained parameters", "Learning rate", "s / step"]
     lines = []
     for row, result in found:
@@ -343,15 +364,15 @@ def verdicts(study: Study) -> list[str]:
     """The lines that say which claims the table bears out."""
 
     def test(row: Row) -> Optional[float]:
-        result = study.results.find(study.settings(row))
+        result = study.find(row)
         return None if result is None else result.get("test")
 
     def ratio(over: Row, under: Row) -> Optional[float]:
-        values = test(over), test(under)
-        return None if None in values else values[0] / values[1]
+        above, below = test(over), test(under)
+        return None if above is None or below is None else above / below
 
     float_row, lora_row = all_rows()[:2]
-    peqa = {(bits, group): Row("PEQA", bits, group, "calibrated") for bits in (4, 3, 2) for group in (-1, 64)}
+    peqa = {(row.bits, row.group_size): row for row in all_rows() if (row.method, row.start) == ("PEQA", "calibrated")}
     lines = [
         verdict("PEQA, 4 bits, group 64, over LoRA float", ratio(peqa[4, 64], lora_row), 1.05),
         verdict("PEQA, 3 bits, per channel, over LoRA float", ratio(peqa[3, -1], lora_row), 1.25),
@@ -368,8 +389,7 @@ def verdicts(study: Study) -> list[str]:
 def run(study: Study, rows: Sequence[Row]) -> None:
     """Measure every row that isn't stored yet."""
     for index, row in enumerate(rows, start=1):
-        settings = study.settings(row)
-        if study.results.find(settings) is not None:
+        if study.find(row) is not None:
             continue
         log(f"Row {index} of {len(rows)}: {row.title}")
         try:
@@ -378,7 +398,7 @@ def run(study: Study, rows: Sequence[Row]) -> None:
             if row.method not in ("QLoRA", "QAT"):
                 raise
             result = {"skipped": f"not possible here: {error}"}
-        study.results.add(settings, result)
+        study.results.add(study.settings(row), result)
         if "test" in result:
             log(f"{row.title}: test {result['test']:.2f}, other {result['other']:.2f}, {result['seconds']:.0f} s")
 
@@ -397,7 +417,9 @@ def parse(argv: Optional[Sequence[str]]) -> tuple[argparse.Namespace, Budget]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL, help="default, hub id, folder or .gguf file")
     parser.add_argument("--data-dir", type=Path, default=default_data_dir(), help="train.txt, valid.txt and test.txt")
-    parser.add_argument("--budget", choices=("fast", "full"), default="fast", help="about 70 minutes, or 3 hours, on 2 cores")
+    parser.add_argument(
+        "--budget", choices=("fast", "full"), default="fast", help="70 minutes, or 3 hours, on 2 cores"
+    )
     for name in Budget._fields:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="overrides the budget's")
     parser.add_argument("--rows", nargs="*", default=[], help="only rows whose title contains one of these")
@@ -408,7 +430,7 @@ def parse(argv: Optional[Sequence[str]]) -> tuple[argparse.Namespace, Budget]:
     args = parser.parse_args(argv)
     if not args.smoke:
         if args.data_dir is None:
-            parser.error("no data: pass --data-dir (or PEFT_EXT_DATA), a folder with train.txt, valid.txt and test.txt")
+            parser.error("no data: pass --data-dir (or PEFT_EXT_DATA) with train.txt, valid.txt and test.txt")
         for name in SPLITS:
             find_split(args.data_dir, name)
     given = {name: getattr(args, name) for name in Budget._fields if getattr(args, name) is not None}
@@ -425,7 +447,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     print(table(study, rows))
     print()
     print("\n".join(verdicts(study)))
-    print(f"\n{budget.steps} steps of {budget.batch_size} x {budget.block_size} tokens, {budget.test_blocks} test blocks.")
+    tokens = f"{budget.batch_size} x {budget.block_size} tokens"
+    print(f"\n{budget.steps} steps of {tokens}, {budget.test_blocks} test blocks.")
     if study.results.rows:
         print(describe(study.results.rows[-1]["environment"]))
 

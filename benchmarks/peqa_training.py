@@ -1,8 +1,9 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
 """Cost of a training step: time, peak memory, trained and optimiser bytes, for PEQA, LoRA and full fine-tuning.
 
-Every measurement is a process of its own, so that no peak hides another; the methods take turns for several rounds, so that
-a slow minute of the machine hits them all. Tokens are random: neither time nor memory depends on them. Linux only.
+Every measurement is a process of its own, so that no peak hides another; the methods take turns for several rounds, so
+that a slow minute of the machine hits them all. Tokens are random: neither time nor memory depends on them. Linux
+only.
 
     python -m benchmarks.peqa_training
 
@@ -76,7 +77,8 @@ class Method(NamedTuple):
         """The first column."""
         if self.bits is None:
             return self.kind
-        return f"{self.kind}, {self.bits} bits, {'per channel' if self.group_size == -1 else f'group {self.group_size}'}"
+        form = "per channel" if self.group_size == -1 else f"group {self.group_size}"
+        return f"{self.kind}, {self.bits} bits, {form}"
 
 
 LORA, FULL, PLAIN = "LoRA, r = 8", "Full fine-tuning", "PEQA by plain autograd"
@@ -133,7 +135,7 @@ def plain_autograd(base: nn.Module) -> nn.Module:
 
 
 def billion(dtype: torch.dtype, config: Optional[PeqaConfig]) -> nn.Module:
-    """A Llama of 1.1 billion random parameters. With a config, each layer is packed when it is made, so that the float model is never whole."""
+    """A Llama of 1.1 billion random parameters; with a config, each layer is packed as soon as it is made."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
@@ -143,7 +145,7 @@ def billion(dtype: torch.dtype, config: Optional[PeqaConfig]) -> nn.Module:
         if not any(True for _ in module.parameters(recurse=False)):
             continue
         module.to_empty(device="cpu", recurse=False)
-        for key, parameter in module.named_parameters(recurse=False):
+        for _, parameter in module.named_parameters(recurse=False):
             # uniform numbers with the standard deviation of 0.02 that models start from; norms start at one
             nn.init.ones_(parameter) if "norm" in name else nn.init.uniform_(parameter, -0.035, 0.035)
         if config is not None and isinstance(module, nn.Linear) and module is not output:
@@ -197,7 +199,7 @@ def in_own_process(args: argparse.Namespace, model: str, method: Method) -> dict
     command = [sys.executable, "-m", "benchmarks.peqa_training", "--worker", json.dumps([model, *method])]
     command += ["--steps", str(args.steps), "--batch-size", str(args.batch_size), "--block-size", str(args.block_size)]
     command += ["--dtype", args.dtype, "--seed", str(args.seed)]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{method.title} on {model} ended with {done.returncode}:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -238,7 +240,9 @@ def collected(results: Results, args: argparse.Namespace, model: str, method: Me
     return merged
 
 
-def ratio_of_steps(results: Results, args: argparse.Namespace, model: str, over: Method, under: Method) -> Optional[float]:
+def ratio_of_steps(
+    results: Results, args: argparse.Namespace, model: str, over: Method, under: Method
+) -> Optional[float]:
     """Median over the rounds of the ratio of the two methods' median steps."""
     ratios = []
     for repeat in range(rounds_of(args, model)):
@@ -250,8 +254,8 @@ def ratio_of_steps(results: Results, args: argparse.Namespace, model: str, over:
 
 def table(results: Results, args: argparse.Namespace, model: str) -> str:
     """The Markdown table of one model."""
-    headers = ["Method", "s / step", "step / LoRA's", "Peak, MB", "peak / LoRA's", "Peak growth, MB", "Peak of set-up, MB"]
-    headers += ["Trained", "Trained, MB", "Optimiser, MB", "Adapter file, bytes"]
+    headers = ["Method", "s / step", "step / LoRA's", "Peak, MB", "peak / LoRA's", "Peak growth, MB"]
+    headers += ["Peak of set-up, MB", "Trained", "Trained, MB", "Optimiser, MB", "Adapter file, bytes"]
     lora, lines = collected(results, args, model, Method(LORA)), []
     for method in METHODS:
         found = collected(results, args, model, method)
@@ -303,16 +307,17 @@ def _file_verdict(model: str, found: Optional[dict[str, Any]]) -> list[str]:
     if found is None:
         return []
     spare = (found["adapter_bytes"] - 4 * found["trained"]) / 1024
-    return [verdict(f"{model}: adapter file beyond 4 bytes for each of {found['trained']:,} scales", spare, 64, " KiB")]
+    claim = f"{model}: adapter file beyond 4 bytes for each of {found['trained']:,} scales"
+    return [verdict(claim, spare, 64, " KiB")]
 
 
 def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=[DEFAULT_MODEL, BILLION], help=f"models; {BILLION}: random weights")
+    parser.add_argument("--model", nargs="+", default=[DEFAULT_MODEL, BILLION], help=f"{BILLION}: random weights")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a round, after one that isn't timed")
     parser.add_argument("--rounds", type=int, default=3, help="processes per method")
-    parser.add_argument("--rounds-of-large", type=int, default=1, help=f"processes per method for {BILLION}, at most --rounds")
+    parser.add_argument("--rounds-of-large", type=int, default=1, help=f"processes per method for {BILLION}")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--block-size", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")

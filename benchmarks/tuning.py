@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-SMOKE_VOCAB = 256
+SMOKE_VOCAB = 256  # bytes
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -102,11 +102,11 @@ def _rounds(size: int, count: int, generator: torch.Generator) -> Iterator[torch
         yield torch.randperm(size, generator=generator)
 
 
-def tiny_llama(hidden_size: int = 128, layers: int = 2, vocab_size: int = SMOKE_VOCAB, seed: int = 0) -> LlamaForCausalLM:
+def tiny_llama(hidden_size: int = 128, layers: int = 2, seed: int = 0) -> LlamaForCausalLM:
     """A small Llama with random weights; its widths are multiples of 64."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=vocab_size,
+        vocab_size=SMOKE_VOCAB,
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
         num_hidden_layers=layers,

@@ -1,5 +1,6 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""Loads a causal language model and its tokenizer from whatever names it: the offline default, a hub id, a folder or a GGUF."""
+"""Loads a causal language model and its tokenizer from whatever names it: the offline default, a hub id, a folder or
+a GGUF."""
 
 from __future__ import annotations
 

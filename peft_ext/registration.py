@@ -1,7 +1,8 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
 """The one place where peft-ext enters PEFT: a new member of `PeftType`, then PEFT's own `register_peft_method`.
 
-`PeftType` is a closed `str` enum and `register_peft_method` asks for a member, so the member is added first. Nothing else of PEFT is touched.
+`PeftType` is a closed `str` enum and `register_peft_method` asks for a member, so the member is added first. Nothing
+else of PEFT is touched.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""Text for tuning and for judging: reads documents, splits them into train and held-out, cuts them into blocks of tokens."""
+"""Text for tuning and for judging: reads documents, splits them into train and held-out, cuts them into blocks of
+tokens."""
 
 from __future__ import annotations
 
@@ -34,8 +35,10 @@ def load_text(
     """Load documents and split them; the same arguments give the same split.
 
     Args:
-        data: `"python-docs"` (the topics of Python's own help, split by topic), a `.txt` file (one document), a `.jsonl`
-            file (one document a line), a folder of such files, or the id of a data set on the hub. A folder or data set
+        data: `"python-docs"` (the topics of Python's own help, split by topic), a `.txt` file (one document), a
+        `.jsonl`
+            file (one document a line), a folder of such files, or the id of a data set on the hub. A folder or data
+            set
             with splits of its own is used as it is: train, and validation as held-out; a test split is never touched.
         held_out: Share that is held out where the data have no validation split, between 0 and 1.
         text_field: The field that holds the text, in JSON lines and hub data sets.

@@ -72,13 +72,17 @@ def _peqa(name: str, model: str, strength: float = 0.1, **kwargs) -> Case:
 CASES = [
     _peqa("llama-4bit", "llama", bits=4, task_type="CAUSAL_LM"),
     _peqa("llama-3bit-groups", "llama", bits=3, group_size=16, init_method="mse", task_type="CAUSAL_LM"),
-    _peqa("llama-8bit-sym-list", "llama", bits=8, sym=True, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+    _peqa(
+        "llama-8bit-sym-list", "llama", bits=8, sym=True, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+    ),
     _peqa("llama-absolute", "llama", bits=4, parametrization="absolute", task_type="CAUSAL_LM", strength=0.01),
     _peqa("llama-log", "llama", bits=2, group_size=8, parametrization="log", task_type="CAUSAL_LM"),
     _peqa("gpt2-4bit", "gpt2", bits=4, fan_in_fan_out=True, task_type="CAUSAL_LM"),
     _peqa("gpt2-3bit-groups", "gpt2", bits=3, group_size=32, fan_in_fan_out=True),
     _peqa("opt-4bit", "opt", bits=4, target_modules="all-linear", task_type="CAUSAL_LM"),
-    _peqa("neox-regex", "gpt_neox", bits=4, target_modules=r".*\.(query_key_value|dense_4h_to_h)", task_type="CAUSAL_LM"),
+    _peqa(
+        "neox-regex", "gpt_neox", bits=4, target_modules=r".*\.(query_key_value|dense_4h_to_h)", task_type="CAUSAL_LM"
+    ),
     _peqa("t5-4bit", "t5", bits=4, task_type="SEQ_2_SEQ_LM"),
     _peqa("t5-groups-list", "t5", bits=3, group_size=8, target_modules=["q", "v", "wo"]),
     _peqa("bert-4bit", "bert", bits=4, task_type="SEQ_CLS"),

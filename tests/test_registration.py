@@ -1,5 +1,6 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""`import peft_ext` makes its tuners PEFT methods: lookups, repeated imports, reloads, forks, pickles, name clashes."""
+"""`import peft_ext` makes its tuners PEFT methods: lookups, repeated imports, reloads, forks, pickles, name
+clashes."""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -181,7 +182,8 @@ def _images() -> dict[str, torch.Tensor]:
 
 
 class TinyModel(NamedTuple):
-    """How to build a tiny model, a batch for it, and how many linear layers "all-linear" finds (output head left out)."""
+    """How to build a tiny model, a batch for it, and how many linear layers "all-linear" finds (output head left
+    out)."""
 
     build: Callable[[], nn.Module]
     inputs: Callable[[], dict[str, torch.Tensor]]
@@ -202,7 +204,7 @@ TINY_MODELS = {
 }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _template(name: str) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -1,10 +1,14 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""compressed-tensors `pack-quantized`: what stock transformers and vLLM load, written from and read into packed layers.
+"""compressed-tensors `pack-quantized`: what stock transformers and vLLM load, written from and read into packed
+layers.
 
-Writing hangs on transformers' own hook: `save_pretrained` asks `model.hf_quantizer` for the state dict. Packing is the library's.
+Writing hangs on transformers' own hook: `save_pretrained` asks `model.hf_quantizer` for the state dict. Packing is
+the library's.
 
-Two things in transformers 5.23 with compressed-tensors 0.20 shape the files. Asymmetric weights can't be loaded compressed (the
-loader makes no room for their packed zero points), so such a checkpoint asks for `dequantize` and stock transformers loads
+Two things in transformers 5.23 with compressed-tensors 0.20 shape the files. Asymmetric weights can't be loaded
+compressed (the
+loader makes no room for their packed zero points), so such a checkpoint asks for `dequantize` and stock transformers
+loads
 it into float layers; `restore` then reads the codes from the files. And that path knows a single scheme, so all
 layers are stored at the width of the widest; `packed_bits` in the model's config keeps the others' own.
 """
@@ -49,7 +53,8 @@ def make_saveable(model: nn.Module) -> None:
 
 
 class PackQuantizedWriter(HfQuantizer):
-    """Hands `save_pretrained` the state dict of a model with [`PackedLinear`] layers as compressed-tensors stores it."""
+    """Hands `save_pretrained` the state dict of a model with [`PackedLinear`] layers as compressed-tensors stores
+    it."""
 
     requires_calibration = True
 
@@ -114,7 +119,8 @@ def compress(layer: PackedLinear, bits: int, sym: bool) -> dict[str, torch.Tenso
 def expand(
     tensors: dict[str, torch.Tensor], stored_bits: int, bits: int, bias: Optional[torch.Tensor]
 ) -> PackedLinear:
-    """The packed layer of `bits` bits whose tensors a checkpoint stores with `stored_bits`; the inverse of [`compress`]."""
+    """The packed layer of `bits` bits whose tensors a checkpoint stores with `stored_bits`; the inverse of
+    [`compress`]."""
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
     def unsigned(values: torch.Tensor) -> torch.Tensor:
@@ -134,7 +140,8 @@ def expand(
 
 @skip_init_on_device
 def restore(model: nn.Module) -> None:
-    """Turn float layers that transformers dequantised from a pack-quantized checkpoint back into packed ones, bit for bit.
+    """Turn float layers that transformers dequantised from a pack-quantized checkpoint back into packed ones, bit for
+    bit.
 
     A layer whose weight is no longer the checkpoint's (it was trained, or adapters were merged) stays float.
     """
@@ -164,7 +171,7 @@ def is_compressed(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and getattr(scheme, "weights", None) is not None
 
 
-def take_over(module: nn.Module, name: str) -> PackedLinear:
+def take_over(module: Any, name: str) -> PackedLinear:
     """The packed layer with the very codes, zero points and scales of a pack-quantized one.
 
     Raises:
@@ -180,7 +187,7 @@ def take_over(module: nn.Module, name: str) -> PackedLinear:
     return expand(tensors, bits, bits, module.bias)
 
 
-def check_taken_over(module: nn.Module, name: str) -> None:
+def check_taken_over(module: Any, name: str) -> None:
     """Refuse compressed layers that aren't uniform integers per channel or group in a width that we have.
 
     Raises:
@@ -208,15 +215,15 @@ def release_hook(model: nn.Module) -> None:
 def _describe(model: PreTrainedModel, layers: dict[str, PackedLinear]) -> CompressedTensorsConfig:
     """Write the format of the packed layers into the model's config, and return it."""
     bits = max(layer.bits for layer in layers.values())
-    first = next(iter(layers.values()))
+    group_size = max(_group_sizes(layers))
     # symmetric at its own width isn't symmetric in a wider container
     sym = all(layer.sym and layer.bits == bits for layer in layers.values())
     weights = {
         "num_bits": bits,
         "type": "int",
         "symmetric": sym,
-        "strategy": "channel" if first.group_size == -1 else "group",
-        "group_size": None if first.group_size == -1 else first.group_size,
+        "strategy": "channel" if group_size == -1 else "group",
+        "group_size": None if group_size == -1 else group_size,
     }
     config = StoredConfig(
         config_groups={"group_0": {"targets": ["Linear"], "weights": weights}},
@@ -233,18 +240,26 @@ def _describe(model: PreTrainedModel, layers: dict[str, PackedLinear]) -> Compre
 
 
 def _check_storable(layers: dict[str, PackedLinear]) -> None:
-    first = next(iter(layers.values()))
     for name, layer in layers.items():
         if layer.conv1d:
             raise ValueError(
-                f"layer {name!r} was a Conv1D, which compressed-tensors can't store. Save merge_and_unload(dequantize=True) "
-                "instead, or keep the adapter beside the float model (data-free starts are derived again at load)."
+                f"layer {name!r} was a Conv1D, which compressed-tensors can't store. Save "
+                "merge_and_unload(dequantize=True) instead, or keep the adapter beside the float model (data-free "
+                "starts are derived again at load)."
             )
-        if layer.group_size != first.group_size:
-            raise ValueError(
-                f"layer {name!r} has group_size={layer.group_size}, others {first.group_size}; a checkpoint holds one. "
-                "Save merge_and_unload(dequantize=True) instead."
-            )
+    sizes = _group_sizes(layers)
+    if len(sizes) > 1:
+        raise ValueError(
+            f"the layers have group sizes {sorted(sizes)}; a checkpoint holds one. Save "
+            "merge_and_unload(dequantize=True) instead."
+        )
+
+
+def _group_sizes(layers: dict[str, PackedLinear]) -> set[int]:
+    """The group sizes among the layers; -1 if all are per channel. A layer may consist of a single group."""
+    if all(layer.group_size == -1 for layer in layers.values()):
+        return {-1}
+    return {layer.in_features // layer.scale.shape[1] for layer in layers.values()}
 
 
 def _packed_layers(model: nn.Module) -> dict[str, PackedLinear]:

@@ -1,7 +1,8 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
 """`peft-ext tune`: quantise, tune, compare; writes a run folder and goes on after a kill.
 
-The packed base is written first, then tuned: whatever happens later, `base/` is a checkpoint that stock transformers loads. Started again with
+The packed base is written first, then tuned: whatever happens later, `base/` is a checkpoint that stock transformers
+loads. Started again with
 the same arguments, a run continues from its last checkpoint, and a finished one only prints its table.
 """
 
@@ -138,7 +139,8 @@ def _check_output(args: TuneArguments, training: TuneTrainingArguments) -> Path:
         config_file = run / "config.yaml"
         if not config_file.is_file() or yaml.safe_load(config_file.read_text(encoding="utf-8")) != arguments:
             raise FileExistsError(
-                f"output_dir={str(run)!r} is not empty and not a run with these arguments; pass another folder, or the "
+                f"output_dir={str(run)!r} is not empty and not a run with these arguments; pass another folder, or "
+                f"the "
                 "same arguments to continue that run."
             )
         return run

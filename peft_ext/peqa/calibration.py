@@ -1,5 +1,6 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""Quantise a model's layers on the user's own data, in one forward pass, each layer on the inputs that it will really see."""
+"""Quantise a model's layers on the user's own data, in one forward pass, each layer on the inputs that it will really
+see."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from peft_ext.quant.linear import PackedLinear
 
 
 Batch = Union[torch.Tensor, Mapping[str, Any]]
-# Inputs that make up a Hessian are added up in blocks of about this many numbers, so that its copy in float32 stays small.
+# Inputs that make up a Hessian are added up in blocks of about this many numbers, so that its copy in float32 stays
+# small.
 _CHUNK = 1 << 23
 
 
@@ -27,9 +29,12 @@ def calibrate(model: nn.Module, config: PeqaConfig, batches: Iterable[Batch], pr
     """
     Quantise the target layers of a float model in place with the calibrated start of PEQA.
 
-    The batches run through the model once, together. When the forward reaches a target layer, the layer is quantised on the
-    inputs that arrive there, which have come through the quantised layers before it; then the forward goes on with the packed
-    layer. So the peak of extra memory is one layer, its Hessian and the activations of the batches; about 8,000 tokens do. After the
+    The batches run through the model once, together. When the forward reaches a target layer, the layer is quantised
+    on the
+    inputs that arrive there, which have come through the quantised layers before it; then the forward goes on with
+    the packed
+    layer. So the peak of extra memory is one layer, its Hessian and the activations of the batches; about 8,000
+    tokens do. After the
     last target layer the pass stops.
 
     Args:
@@ -134,6 +139,8 @@ class _Pass:
             x_rows = x[mask.bool()]
         else:
             x_rows = x.reshape(-1, x.shape[-1])
+        if not x_rows.numel():
+            raise ValueError("the batches hold no tokens (all padding, or of length 0); pass some training data.")
         dtype = torch.promote_types(x.dtype, torch.float32)
         hessian = torch.zeros(x.shape[-1], x.shape[-1], dtype=dtype, device=x.device)
         for rows in x_rows.split(max(1, _CHUNK // x.shape[-1])):
@@ -143,7 +150,7 @@ class _Pass:
         return hessian
 
 
-def _join(batches: list[Batch]) -> Batch:
+def _join(batches: list[Any]) -> Batch:
     """All batches as one."""
     if not batches:
         raise ValueError("batches is empty; pass a few batches of training data to calibrate on.")

@@ -21,7 +21,8 @@ class PeqaConfig(PeftConfig):
     """
     This is the configuration class to store the configuration of a [`PeqaModel`].
 
-    PEQA turns the weights of the target layers into integers, freezes them, and trains one scale per output channel (or
+    PEQA turns the weights of the target layers into integers, freezes them, and trains one scale per output channel
+    (or
     per group of inputs). Paper: https://huggingface.co/papers/2305.14152.
 
     Args:
@@ -30,11 +31,13 @@ class PeqaConfig(PeftConfig):
             whose integers are taken over as they are.
         group_size (`int`, *optional*, defaults to `-1`):
             Number of inputs that share a scale. -1, the paper's setting, gives every output channel one scale. Smaller
-            groups (256, 128, 64, 32; any divisor of the layer's inputs) are closer to the float model and train more scales.
+            groups (256, 128, 64, 32; any divisor of the layer's inputs) are closer to the float model and train more
+            scales.
         sym (`bool`, *optional*, defaults to `False`):
             Keep every zero point in the middle of the range. Some engines run only symmetric weights.
         init_method (`str`, *optional*, defaults to `"minmax"`):
-            Where the integers come from: `"minmax"` rounds to the nearest level of each channel's range; `"mse"` shrinks
+            Where the integers come from: `"minmax"` rounds to the nearest level of each channel's range; `"mse"`
+            shrinks
             the range to the least squared error, as in the paper; `"calibrated"` needs a call of
             [`calibrate`] with some training data first and is by far the best at 3 and 2 bits.
         parametrization (`str`, *optional*, defaults to `"relative"`):
@@ -42,8 +45,10 @@ class PeqaConfig(PeftConfig):
             suits every model and width; `"log"`: scale = s0 * exp(delta); `"absolute"`: scale = s0 + delta, the
             paper's, whose learning rate depends on the model. Adapter files hold plain scales in every case.
         target_modules (`Union[List[str], str]`, *optional*):
-            The names of the modules to quantise, or a regular expression. Only `nn.Linear` and transformers' `Conv1D` are
-            supported. Default: `"all-linear"`, every linear layer but the output layer; on a packed base, its packed layers.
+            The names of the modules to quantise, or a regular expression. Only `nn.Linear` and transformers' `Conv1D`
+            are
+            supported. Default: `"all-linear"`, every linear layer but the output layer; on a packed base, its packed
+            layers.
         exclude_modules (`Union[List[str], str]`, *optional*):
             The names of the modules to leave as they are, or a regular expression.
         modules_to_save (`List[str]`, *optional*):
@@ -56,7 +61,8 @@ class PeqaConfig(PeftConfig):
             Other widths for some layers: module names or regular expressions mapped to bits, as LoRA's `rank_pattern`.
         fan_in_fan_out (`bool`, *optional*, defaults to `False`):
             Whether the target layers store their weight as (fan_in, fan_out). Kept so that settings carry over from
-            PEFT's other methods; PEQA reads the layout off the layer (`Conv1D` or `nn.Linear`) and warns if this differs.
+            PEFT's other methods; PEQA reads the layout off the layer (`Conv1D` or `nn.Linear`) and warns if this
+            differs.
         keep_product (`bool`, *optional*, defaults to `False`):
             Per channel, keep each layer's product before scaling for the backward instead of its output. Costs memory;
             needed only for models that change a layer's output in place (PyTorch then says so in the backward).

@@ -17,11 +17,18 @@ from peft_ext.quant.linear import PackedLinear
 class PeqaLayer(BaseTunerLayer):
     """Adapter bookkeeping. The trained tensor of an adapter is `delta` `[out, groups]`, zero at the start:
 
-    scale = s0 * (1 + delta) (relative), s0 * exp(delta) (log) or s0 + delta (absolute), with s0 the base layer's scale.
+    scale = s0 * (1 + delta) (relative), s0 * exp(delta) (log) or s0 + delta (absolute), with s0 the base layer's
+    scale.
     """
 
     adapter_layer_names: tuple[str, ...] = ("peqa_delta",)
     other_param_names: tuple[str, ...] = ("peqa_parametrization",)
+
+    unmerged_scale: Optional[
+        torch.Tensor
+    ]  # while adapters are merged: the base's own scale, so that unmerging is exact
+    base_layer: PackedLinear
+    active_adapters: list[str]
 
     def __init__(self, base_layer: PackedLinear) -> None:
         self.base_layer = base_layer
@@ -75,7 +82,8 @@ class PeqaLayer(BaseTunerLayer):
         return (scale / base).log()
 
     def combined_scale(self, adapter_names: list[str]) -> Optional[torch.Tensor]:
-        """The scale of several adapters: what each adds to the base's is summed. None if the layer has none of them."""
+        """The scale of several adapters: what each adds to the base's is summed. None if the layer has none of
+        them."""
         names = [name for name in adapter_names if name in self.peqa_delta]
         if not names:
             return None
@@ -95,7 +103,6 @@ class PeqaLinear(nn.Module, PeqaLayer):
     def __init__(self, base_layer: PackedLinear, adapter_name: str, config: PeqaConfig) -> None:
         super().__init__()
         PeqaLayer.__init__(self, base_layer)
-        # while adapters are merged: the base's own scale, so that unmerging is exact
         self.register_buffer("unmerged_scale", None, persistent=False)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
@@ -118,6 +125,7 @@ class PeqaLinear(nn.Module, PeqaLayer):
             return
         with torch.no_grad():
             scale = self.combined_scale([*self.merged_adapters, *names])
+            assert scale is not None  # names isn't empty
             if safe_merge and not torch.isfinite(scale).all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
             if self.unmerged_scale is None:
@@ -127,8 +135,8 @@ class PeqaLinear(nn.Module, PeqaLayer):
 
     def unmerge(self) -> None:
         """Give the base layer its own scale back, to the bit."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.")
+        if self.unmerged_scale is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         self.base_layer.scale.data = self.unmerged_scale
         self.unmerged_scale = None

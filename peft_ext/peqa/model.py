@@ -26,7 +26,8 @@ from peft_ext.quant.linear import PackedLinear
 
 class PeqaModel(BaseTuner):
     """
-    Creates a PEQA model: integer weights, frozen, whose scales are tuned. Paper: https://huggingface.co/papers/2305.14152
+    Creates a PEQA model: integer weights, frozen, whose scales are tuned. Paper:
+    https://huggingface.co/papers/2305.14152
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The model to be adapted.
@@ -66,11 +67,13 @@ class PeqaModel(BaseTuner):
         state_dict: Optional[dict[str, torch.Tensor]] = None,
     ) -> None:
         if isinstance(peft_config, PeftConfig) and peft_config.inference_mode:
-            # injected directly for loading, as transformers' load_adapter does, which then copies tensors by name, past the
+            # injected directly for loading, as transformers' load_adapter does, which then copies tensors by name,
+            # past the
             # hooks that check fingerprints and turn scales into deltas: the adapter would silently have no effect
             raise ValueError(
                 "PEQA adapters are loaded by PEFT: use PeftModel.from_pretrained(model, folder) (or "
-                "AutoPeftModelForCausalLM), not transformers' load_adapter. To inject layers by hand, pass a config with "
+                "AutoPeftModelForCausalLM), not transformers' load_adapter. To inject layers by hand, pass a config "
+                "with "
                 "inference_mode=False, then call set_peft_model_state_dict."
             )
         super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
@@ -90,8 +93,10 @@ class PeqaModel(BaseTuner):
             raise ValueError(_calibration_missing(peft_config, fresh))
         if fresh and any(isinstance(module, PeqaLayer) for module in model.modules()):
             warnings.warn(
-                f"The new adapter quantises {len(fresh)} layers that were float so far, such as {fresh[0]!r}. All adapters "
-                "share one packed base, so the outputs of the others change too."
+                f"The new adapter quantises {len(fresh)} layers that were float so far, such as {fresh[0]!r}. All "
+                f"adapters "
+                "share one packed base, so the outputs of the others change too.",
+                stacklevel=2,
             )
 
     def _create_and_replace(
@@ -256,7 +261,8 @@ class PeqaModel(BaseTuner):
 def check_targets(config: PeqaConfig, model: nn.Module) -> dict[str, nn.Module]:
     """The layers that a config targets in a model, by name, once all of them have been checked.
 
-    Layers that were loaded dequantised from a packed checkpoint become packed again; "all-linear" is spelt out in the config.
+    Layers that were loaded dequantised from a packed checkpoint become packed again; "all-linear" is spelt out in the
+    config.
 
     Raises:
         ValueError: If a layer can't be tuned under this config; names it.
@@ -276,7 +282,8 @@ def resolve_all_linear(config: PeqaConfig, model: nn.Module) -> None:
         return
     packed = {name for name, module in model.named_modules() if isinstance(module, PeqaLayer) or is_packed(module)}
     if packed:
-        config.target_modules = {name for name in packed if name.removesuffix(".base_layer") not in packed - {name}}
+        inner = {f"{name}.base_layer" for name in packed}
+        config.target_modules = packed - inner  # type: ignore[assignment]  # PEFT, too, keeps a set here
     else:
         _maybe_include_all_linear_layers(config, model)
 
@@ -309,7 +316,8 @@ def _set_weighted(layer: PeqaLayer, adapters: list[str], weights: list[float], a
 
 def _calibration_missing(config: PeqaConfig, names: list[str]) -> str:
     belongs = (
-        f" An adapter that is being loaded needs the packed base that it was trained on ({config.base_model_name_or_path!r})."
+        f" An adapter that is being loaded needs the packed base that it was trained on "
+        f"({config.base_model_name_or_path!r})."
         if config.inference_mode and config.base_model_name_or_path
         else ""
     )

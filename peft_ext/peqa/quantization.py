@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -22,7 +22,8 @@ from peft_ext.quant.uniform import Quantized, check_format, quantize
 
 def bits_of(config: PeqaConfig, name: str) -> int:
     """Width of the layer called `name`: its entry in `bits_pattern`, or `bits`."""
-    return config.bits_pattern.get(get_pattern_key(list(config.bits_pattern), name), config.bits)
+    pattern = config.bits_pattern or {}
+    return pattern.get(get_pattern_key(list(pattern), name), config.bits)
 
 
 def is_packed(module: nn.Module) -> bool:
@@ -31,9 +32,7 @@ def is_packed(module: nn.Module) -> bool:
 
 
 @skip_init_on_device
-def pack_layer(
-    module: nn.Module, config: PeqaConfig, name: str, hessian: Optional[torch.Tensor] = None
-) -> PackedLinear:
+def pack_layer(module: Any, config: PeqaConfig, name: str, hessian: Optional[torch.Tensor] = None) -> PackedLinear:
     """The packed counterpart of a layer. Codes that exist are taken over; a float weight is quantised.
 
     Args:
@@ -69,7 +68,7 @@ def to_float(layer: PackedLinear) -> nn.Module:
     """The plain `nn.Linear` or `Conv1D` with a packed layer's weight, in the dtype that it had before."""
     weight = layer.weight
     if layer.conv1d:
-        module: nn.Module = Conv1D(0, 0)
+        module: Any = Conv1D(0, 0)
         module.nf, module.nx = layer.out_features, layer.in_features
         module.weight = nn.Parameter(weight.t().contiguous())
         module.bias = nn.Parameter(weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.data)
@@ -80,7 +79,7 @@ def to_float(layer: PackedLinear) -> nn.Module:
     return module
 
 
-def check_target(module: nn.Module, config: PeqaConfig, name: str) -> None:
+def check_target(module: Any, config: PeqaConfig, name: str) -> None:
     """Refuse, before anything is changed, a layer that can't be tuned under this config.
 
     Raises:
@@ -104,7 +103,7 @@ def check_target(module: nn.Module, config: PeqaConfig, name: str) -> None:
         )
 
 
-def _check_float_layer(module: nn.Module, config: PeqaConfig, name: str) -> None:
+def _check_float_layer(module: Any, config: PeqaConfig, name: str) -> None:
     weight, conv1d = module.weight, isinstance(module, Conv1D)
     if not weight.is_floating_point():
         raise ValueError(
@@ -117,7 +116,8 @@ def _check_float_layer(module: nn.Module, config: PeqaConfig, name: str) -> None
     if weight.device.type != "meta" and not torch.isfinite(weight).all():
         raise ValueError(f"the weight of layer {name!r} has NaN or infinity; repair or reload the model.")
     if config.fan_in_fan_out and not conv1d:
-        warnings.warn(f"fan_in_fan_out is set to True but {name!r} is a `torch.nn.Linear`; it is read as False there.")
+        message = f"fan_in_fan_out is set to True but {name!r} is a `torch.nn.Linear`; it is read as False there."
+        warnings.warn(message, stacklevel=2)
 
 
 def _check_format_of_base(

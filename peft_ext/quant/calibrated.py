@@ -1,7 +1,8 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
 """The start that looks at data: a grid searched under the inputs' second moments, then GPTQ's error feedback onto it.
 
-Sources: GPTQ (Frantar et al., 2022, arXiv 2210.17323), algorithm 1 with columns by falling energy; the grid is found as AWQ and
+Sources: GPTQ (Frantar et al., 2022, arXiv 2210.17323), algorithm 1 with columns by falling energy; the grid is found
+as AWQ and
 EfficientQAT find theirs, by shrinking ranges, but with every input's error weighted by its energy.
 """
 
@@ -14,7 +15,8 @@ import torch
 from peft_ext.quant.uniform import SHRINK_FACTORS, Grid, Quantized, check_format, check_weight, search_grid
 
 
-# Maps a column of weights [out] and its index in the weight to codes uint8 [out] and the values that they stand for [out].
+# Maps a column of weights [out] and its index in the weight to codes uint8 [out] and the values that they stand for
+# [out].
 ColumnRounding = Callable[[torch.Tensor, int], "tuple[torch.Tensor, torch.Tensor]"]
 
 
@@ -81,7 +83,8 @@ def error_feedback(
         weight: float `[out, in]`.
         hessian: `[in, in]` in the weight's dtype.
         round_column: The number format: column and its index to codes and values. Any grid will do.
-        damping: Share of the mean diagonal added to the Hessian's diagonal; raised tenfold until the factorisation succeeds.
+        damping: Share of the mean diagonal added to the Hessian's diagonal; raised tenfold until the factorisation
+        succeeds.
         block_size: Columns whose updates to the rest are applied together.
 
     Returns:

@@ -2,7 +2,8 @@
 """Products with packed weights, and their gradients, without a gradient of the weight's size.
 
 Per channel, `u = x (q - z)^T` and `y = u * s`, so `dL/ds_o = sum_t g_to u_to`: nothing of size `[out, in]` is
-computed, let alone kept. Group-wise gradients reduce `g^T x` against the codes, a block of rows at a time. The backward
+computed, let alone kept. Group-wise gradients reduce `g^T x` against the codes, a block of rows at a time. The
+backward
 unpacks the codes again; a dequantised weight never outlives a block.
 """
 
@@ -94,7 +95,8 @@ def mixed_packed_linear(
 
 
 def centred_blocks(weight: PackedWeight, dtype: torch.dtype) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Yield `(start, stop, codes - zero_point)` for blocks of rows, the codes as `[stop - start, groups, in / groups]`."""
+    """Yield `(start, stop, codes - zero_point)` for blocks of rows, the codes as `[stop - start, groups, in /
+    groups]`."""
     tiles = max(1, BLOCK_SIZE // (TILE_ROWS * weight.in_features))
     groups = weight.zero_point.shape[1]
     for tile in range(0, weight.planes.shape[0], tiles):
@@ -108,7 +110,8 @@ def centred_blocks(weight: PackedWeight, dtype: torch.dtype) -> Iterator[tuple[i
 class _PerChannel(torch.autograd.Function):
     """`y = (x (q - z)^T) * s`; x: [rows, in], s: [out, 1].
 
-    Kept for the backward are `y`, which the next layer mostly keeps anyway, and `s`: neither `x` nor a weight. The product
+    Kept for the backward are `y`, which the next layer mostly keeps anyway, and `s`: neither `x` nor a weight. The
+    product
     comes back as `y / s`; a scale of exactly zero takes part as 1e-30, so that its gradient survives.
     """
 
@@ -214,7 +217,8 @@ def _mixed_group_wise(
 
 
 def _scales_output(x: torch.Tensor, scale: torch.Tensor) -> bool:
-    """Whether the scale is applied to the product. Not in float16, whose range the bare product with integers may leave."""
+    """Whether the scale is applied to the product. Not in float16, whose range the bare product with integers may
+    leave."""
     return scale.shape[-1] == 1 and x.dtype != torch.float16
 
 
@@ -227,5 +231,6 @@ def _check_input(x: torch.Tensor, in_features: int) -> None:
         raise TypeError(f"the input has dtype {x.dtype}; a packed linear layer takes float inputs (x.float()).")
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(
-            f"the input has shape {tuple(x.shape)}, but this layer takes in_features={in_features} as the last dimension."
+            f"the input has shape {tuple(x.shape)}, but this layer takes in_features={in_features} as the last "
+            f"dimension."
         )

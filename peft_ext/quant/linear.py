@@ -17,7 +17,8 @@ from peft_ext.quant.uniform import Quantized, dequantize
 class PackedParameter(nn.Parameter):
     """Frozen bit-planes that `numel()` counts as the weights that they stand for.
 
-    PEFT's `print_trainable_parameters` adds up `numel()`; bytes would make a 3-bit model look smaller than it is. Padding
+    PEFT's `print_trainable_parameters` adds up `numel()`; bytes would make a 3-bit model look smaller than it is.
+    Padding
     isn't counted. `nelement()`, `shape` and `nbytes` tell what is stored.
     """
 
@@ -51,7 +52,8 @@ class PackedLinear(nn.Module):
         bias: float `[out]` or None.
         in_features, out_features: Size of the weight.
         sym: Whether every zero point is `2**(bits - 1)`.
-        conv1d: Whether the layer stood as transformers' `Conv1D` (`[in, out]`), which it becomes again when dequantised.
+        conv1d: Whether the layer stood as transformers' `Conv1D` (`[in, out]`), which it becomes again when
+        dequantised.
         compute_dtype: dtype of the float weight that the layer stands for; the scale's by default. PEFT reads it, too.
     """
 
@@ -118,7 +120,8 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight `[out, in]`, dequantised at every access. Some models read its dtype (T5); don't use it in a loop."""
+        """The weight `[out, in]`, dequantised at every access. Some models read its dtype (T5); don't use it in a
+        loop."""
         return self.dequantize().to(self.compute_dtype)
 
     @property
@@ -131,7 +134,8 @@ class PackedLinear(nn.Module):
         return unpack(self.planes, self.out_features, self.in_features)
 
     def dequantize(self, scale: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """The float weight `[out, in]`, in the scale's dtype; `scale` `[out, groups]` stands in for the layer's own."""
+        """The float weight `[out, in]`, in the scale's dtype; `scale` `[out, groups]` stands in for the layer's
+        own."""
         scale = self.scale if scale is None else scale
         return dequantize(self.codes(), scale.detach(), self.zero_point)
 
@@ -148,7 +152,7 @@ class PackedLinear(nn.Module):
         digest = hashlib.blake2b(digest_size=8)
         digest.update(repr((self.bits, self.group_size, self.out_features, self.in_features)).encode())
         for tensor in (self.planes, self.zero_point):
-            digest.update(tensor.detach().cpu().contiguous().numpy())
+            digest.update(tensor.detach().cpu().contiguous().numpy().data)
         return int.from_bytes(digest.digest(), "little") >> 1
 
     def forward(
@@ -175,7 +179,8 @@ class PackedLinear(nn.Module):
         bits = planes.shape[2] if planes.dim() == 4 else 0
         if planes.dtype != torch.uint8 or planes.shape != planes_shape(self.out_features, self.in_features, bits):
             raise ValueError(
-                f"planes are {planes.dtype} {tuple(planes.shape)}; a weight of {self.out_features} x {self.in_features} "
+                f"planes are {planes.dtype} {tuple(planes.shape)}; a weight of {self.out_features} x "
+                f"{self.in_features} "
                 f"takes uint8 [ceil(out / {TILE_ROWS}), ceil(in / 8), bits, {TILE_ROWS}]."
             )
         groups = scale.shape[1] if scale.dim() == 2 else 0

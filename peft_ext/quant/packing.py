@@ -1,9 +1,11 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
 """Codes to bit-planes and back: b-bit integers take b bits, in the order in which the CPU kernel reads them.
 
-Bit `p` of every code forms plane `p`. One byte holds the same bit of 8 neighbouring inputs of one output row (bit `i` of
+Bit `p` of every code forms plane `p`. One byte holds the same bit of 8 neighbouring inputs of one output row (bit `i`
+of
 the byte is input `8 j + i`); 32 rows make a tile, and a tile's bytes are ordered `[input byte, plane, row]`, so that
-a kernel streams through them with aligned 32-byte loads. Inside a tile, byte `2 i` belongs to row `i` and byte `2 i + 1` to row
+a kernel streams through them with aligned 32-byte loads. Inside a tile, byte `2 i` belongs to row `i` and byte `2 i +
+1` to row
 `16 + i`: even and odd bytes then widen to 16 bits without a shuffle.
 """
 
@@ -67,7 +69,8 @@ def unpack(planes: torch.Tensor, out_features: int, in_features: int) -> torch.T
         in_features: Inputs of the weight, at most `8 * input bytes`.
 
     Returns:
-        uint8 codes `[out_features, in_features]` (a view of a padded matrix where the sizes aren't multiples of 32 and 8).
+        uint8 codes `[out_features, in_features]` (a view of a padded matrix where the sizes aren't multiples of 32
+        and 8).
     """
     tiles, input_bytes, bits, _ = planes.shape
     # [bits, tiles, half, row, byte]: the last three in the order of the weight's rows and inputs
@@ -92,7 +95,8 @@ def _gather(ordered: torch.Tensor, first: int) -> torch.Tensor:
 def _spread_table(first: int, pair: bool, device: torch.device) -> torch.Tensor:
     """Eight codes' bits `first` (and `first + 1`) for every value of one plane byte (two), as int64 = 8 bytes.
 
-    A gather of 8 codes at a time is several times faster than shifting bits one by one, and needs only ops that every device has.
+    A gather of 8 codes at a time is several times faster than shifting bits one by one, and needs only ops that every
+    device has.
     """
     byte = torch.arange(256, device=device)
     bits = ((byte[:, None] >> torch.arange(8, device=device)) & 1).to(torch.uint8)

@@ -1,5 +1,6 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""A plain training loop for `accelerate launch`; writes an adapter and a report. Not a test: `test_trainers.py` runs it."""
+"""A plain training loop for `accelerate launch`; writes an adapter and a report. Not a test: `test_trainers.py` runs
+it."""
 
 from __future__ import annotations
 

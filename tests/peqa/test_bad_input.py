@@ -44,7 +44,8 @@ def test_group_size(group_size):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("init_method", "best"), ("init_method", None), ("parametrization", "linear"), ("task_type", "SING")]
+    ("field", "value"),
+    [("init_method", "best"), ("init_method", None), ("parametrization", "linear"), ("task_type", "SING")],
 )
 def test_choices(field, value):
     with pytest.raises(ValueError, match=f"{value}"):

@@ -156,7 +156,12 @@ def test_excluding_everything():
 
 @pytest.mark.parametrize(
     ("model", "targets", "pattern"),
-    [("llama", ["q_proj"], None), ("llama", ["q_proj"], "layers"), ("gpt2", ["c_attn"], "h"), ("opt", ["fc1"], ["layers"])],
+    [
+        ("llama", ["q_proj"], None),
+        ("llama", ["q_proj"], "layers"),
+        ("gpt2", ["c_attn"], "h"),
+        ("opt", ["fc1"], ["layers"]),
+    ],
 )
 def test_layers_to_transform(model, targets, pattern):
     names = _targets(model, target_modules=targets, layers_to_transform=[1], layers_pattern=pattern)
@@ -187,7 +192,9 @@ def test_modules_to_save_are_not_quantised():
 def test_bits_pattern():
     wrapped = get_peft_model(
         tiny("llama"),
-        PeqaConfig(bits=4, bits_pattern={"down_proj": 8, r"layers\.0\..*\.q_proj": 2, "^model.layers.1.mlp.up_proj": 3}),
+        PeqaConfig(
+            bits=4, bits_pattern={"down_proj": 8, r"layers\.0\..*\.q_proj": 2, "^model.layers.1.mlp.up_proj": 3}
+        ),
     )
     found = {name: layer.base_layer.bits for name, layer in tuner_layers(wrapped.base_model.model).items()}
     for name, bits in found.items():

@@ -70,7 +70,9 @@ def test_forward_takes_positional_and_keyword_arguments(case):
     batch = case.inputs()
     first = next(iter(batch))
     with torch.no_grad():
-        by_name = logits_of(model, {first: batch[first], **({k: v for k, v in batch.items() if k != "attention_mask"})})
+        by_name = logits_of(
+            model, {first: batch[first], **({k: v for k, v in batch.items() if k != "attention_mask"})}
+        )
         rest = {k: v for k, v in batch.items() if k not in (first, "attention_mask")}
         by_position = model(batch[first], **rest)
     by_position = by_position if isinstance(by_position, torch.Tensor) else by_position[0]

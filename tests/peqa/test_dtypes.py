@@ -76,7 +76,8 @@ def test_half_float_and_bfloat16_methods(case):
 
 @few_cases
 def test_saving_in_half_precision_and_loading_in_float(case, tmp_path):
-    """A half-precision base has other codes than a float32 one only if its weights differ; here they are rounded first."""
+    """A half-precision base has other codes than a float32 one only if its weights differ; here they are rounded
+    first."""
     rounded = case.float_model(torch.bfloat16)
     model = get_peft_model(rounded, case.config()).eval()
     move_adapter(model, strength=case.strength)

@@ -13,7 +13,17 @@ from transformers.pytorch_utils import Conv1D
 from peft_ext import PeqaConfig, calibrate
 from peft_ext.peqa.layer import PeqaLinear
 from peft_ext.quant.linear import PackedLinear
-from tests.cases import CASES, Case, adapter_parameters, assert_differs, assert_same, case_ids, move_adapter, train, tuner_layers
+from tests.cases import (
+    CASES,
+    Case,
+    adapter_parameters,
+    assert_differs,
+    assert_same,
+    case_ids,
+    move_adapter,
+    train,
+    tuner_layers,
+)
 from tests.tiny_models import HIDDEN, LAYERS, inputs, logits_of, tiny
 
 
@@ -21,7 +31,9 @@ PEQA_CASES = [case for case in CASES if case.config_cls is PeqaConfig]
 peqa_cases = pytest.mark.parametrize("case", PEQA_CASES, ids=case_ids(PEQA_CASES))
 # q, o: HIDDEN; k, v: HIDDEN / 2; gate, up: 2 * HIDDEN; down: HIDDEN
 LLAMA_CHANNELS = LAYERS * (2 * HIDDEN + 2 * HIDDEN // 2 + 2 * 2 * HIDDEN + HIDDEN)
-BATCHES = [{"input_ids": torch.randint(3, 100, (2, 16), generator=torch.Generator().manual_seed(seed))} for seed in range(3)]
+BATCHES = [
+    {"input_ids": torch.randint(3, 100, (2, 16), generator=torch.Generator().manual_seed(seed))} for seed in range(3)
+]
 
 
 def _packed(model: nn.Module) -> dict[str, PackedLinear]:
@@ -41,7 +53,9 @@ def test_layers_hold_codes_and_no_float_weight(case):
         rows = -(-layer.out_features // 32) * 32
         assert base.bits == bits and base.planes.nbytes == rows * -(-layer.in_features // 8) * bits
         floats = {p.shape for p in (*layer.parameters(), *layer.buffers()) if p.is_floating_point()}
-        assert not floats & {before[name].weight.shape, before[name].weight.t().shape}, "a float copy of the weight is kept"
+        assert not floats & {before[name].weight.shape, before[name].weight.t().shape}, (
+            "a float copy of the weight is kept"
+        )
         group_size = case.kwargs.get("group_size", -1)
         groups = 1 if group_size == -1 else layer.in_features // group_size
         assert base.scale.shape == layer.peqa_delta["default"].shape == (layer.out_features, groups)
@@ -104,7 +118,9 @@ def test_the_file_holds_plain_scales_and_fingerprints(case, tmp_path):
 
 @pytest.mark.parametrize(("group_size", "per_channel"), [(-1, 1), (16, 2)])
 def test_one_number_per_channel_or_group_is_trained(group_size, per_channel, capsys):
-    config = PeqaConfig(group_size=group_size, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"])
+    config = PeqaConfig(
+        group_size=group_size, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]
+    )
     channels = LLAMA_CHANNELS - LAYERS * HIDDEN  # all of these have HIDDEN inputs; down_proj is left out
     model = get_peft_model(tiny("llama"), config)
     trainable, total = model.get_nb_trainable_parameters()
@@ -160,7 +176,10 @@ def test_fingerprints_tell_codes_and_formats_apart_but_not_scales():
 @peqa_cases
 def test_merge_and_unload_packed(case):
     model = case.moved()
-    scales = {name: layer.scale_of("default").detach().clone() for name, layer in tuner_layers(model.base_model.model).items()}
+    scales = {
+        name: layer.scale_of("default").detach().clone()
+        for name, layer in tuner_layers(model.base_model.model).items()
+    }
     codes = {name: layer.base_layer.fingerprint() for name, layer in tuner_layers(model.base_model.model).items()}
     merged = model.merge_and_unload()
     assert set(_packed(merged)) == set(scales)
@@ -180,7 +199,9 @@ def test_merge_and_unload_dequantized(case):
     assert {key: value.shape for key, value in merged.state_dict().items()} == {
         key: value.shape for key, value in plain.state_dict().items()
     }
-    assert {value.dtype for value in merged.state_dict().values()} == {value.dtype for value in plain.state_dict().values()}
+    assert {value.dtype for value in merged.state_dict().values()} == {
+        value.dtype for value in plain.state_dict().values()
+    }
     plain.load_state_dict(merged.state_dict())
     assert_same(case.logits(plain), expected)
     assert isinstance(next(m for n, m in merged.named_modules() if n in codes_of(case)), (nn.Linear, Conv1D))
@@ -200,7 +221,9 @@ def test_a_second_adapter_of_another_width_is_refused():
     model = get_peft_model(tiny("llama"), PeqaConfig(bits=4)).eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     for other in ({"bits": 3}, {"group_size": 16}, {"sym": True}, {"bits_pattern": {"q_proj": 2}}):
-        with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj.*" + next(iter(other)).split("_p")[0]):
+        with pytest.raises(
+            ValueError, match=r"model\.layers\.0\.self_attn\.q_proj.*" + next(iter(other)).split("_p")[0]
+        ):
             model.add_adapter("other", PeqaConfig(**other))
         assert list(model.peft_config) == ["default"]
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -240,7 +263,9 @@ def test_calibrated_start():
     assert calibrated is model and len(_packed(model)) == 7 * LAYERS
     codes = {name: layer.fingerprint() for name, layer in _packed(model).items()}
     peft_model = get_peft_model(calibrated, config).eval()
-    assert {n.removesuffix(".base_layer"): p.fingerprint() for n, p in _packed(peft_model.base_model.model).items()} == codes
+    assert {
+        n.removesuffix(".base_layer"): p.fingerprint() for n, p in _packed(peft_model.base_model.model).items()
+    } == codes
     rounded = get_peft_model(tiny("llama"), PeqaConfig(bits=3)).eval()
     with torch.no_grad():
         errors = [(logits_of(m, batch) - exact).square().mean() for m in (peft_model, rounded)]

@@ -88,7 +88,9 @@ def test_safe_merge_refuses_a_broken_adapter_and_leaves_the_base_alone(case, bro
     # the last layer: the ones before it are checked and merged first
     list(adapter_parameters(model).values())[-1].data[0] = broken
     state = _state(model)
-    with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default seems to be broken"):
+    with pytest.raises(
+        ValueError, match="NaNs detected in the merged weights. The adapter default seems to be broken"
+    ):
         model.base_model.merge_adapter(safe_merge=True)
     for layer in tuner_layers(model).values():
         if layer.merged:

@@ -55,7 +55,9 @@ def _tuned(config: PeqaConfig, name: str = "llama"):
 
 def _codes(model) -> dict[str, int]:
     packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
-    return {re.sub(r"^base_model\.model\.|\.base_layer$", "", name): layer.fingerprint() for name, layer in packed.items()}
+    return {
+        re.sub(r"^base_model\.model\.|\.base_layer$", "", name): layer.fingerprint() for name, layer in packed.items()
+    }
 
 
 @pytest.mark.parametrize("merged", [True, False], ids=["merged", "unloaded"])
@@ -139,7 +141,9 @@ def test_adapter_on_a_packed_base_in_a_fresh_process(method, tmp_path, fresh_pro
     model.save_pretrained(tmp_path / "adapter")
     model.unload().save_pretrained(tmp_path / "base")
     code = STOCK.replace('assert "peft_ext" not in sys.modules\n', "").replace(
-        "with torch", "import peft_ext\nfrom peft import PeftModel\nmodel = PeftModel.from_pretrained(model, sys.argv[2])\nwith torch"
+        "with torch",
+        "import peft_ext\nfrom peft import PeftModel\nmodel = PeftModel.from_pretrained(model, "
+        "sys.argv[2])\nwith torch",
     )
     logits = fresh_process(code, tmp_path / "base", tmp_path / "adapter")
     assert_same(torch.tensor(json.loads(logits)), expected, tolerance=1e-4)
@@ -162,7 +166,9 @@ def test_several_adapters_and_hot_swap_on_a_packed_base(tmp_path):
     model.add_adapter("other", PeqaConfig(bits=4))
     move_adapter(model), move_adapter(model, "other", seed=1)
     model.save_pretrained(tmp_path / "adapters")
-    restored = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapters")
+    restored = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapters"
+    )
     assert_same(_logits(restored), _logits(model))
     restored.load_adapter(tmp_path / "adapters" / "other", "default")
     model.set_adapter("other")
@@ -176,7 +182,9 @@ def test_a_derived_base_and_the_packed_base_take_each_others_adapters(tmp_path):
     derived = _tuned(PeqaConfig(**config))
     derived.save_pretrained(tmp_path / "adapter")
     get_peft_model(tiny("llama"), PeqaConfig(**config)).unload().save_pretrained(tmp_path / "base")
-    on_packed = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    on_packed = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+    )
     assert_same(_logits(on_packed), _logits(derived))
     move_adapter(on_packed, seed=4)
     on_packed.save_pretrained(tmp_path / "back")

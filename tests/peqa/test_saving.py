@@ -238,7 +238,8 @@ def test_auto_classes(name, auto, tmp_path):
 
 
 def test_transformers_loads_the_adapter_itself_or_says_who_can(tmp_path):
-    """`model.load_adapter` of transformers maps names on its own; it must not end in another model than the saved one."""
+    """`model.load_adapter` of transformers maps names on its own; it must not end in another model than the saved
+    one."""
     case = CASES[0]
     model = case.moved()
     model.save_pretrained(tmp_path)

@@ -60,7 +60,9 @@ def _trainer(folder, **overrides) -> Trainer:
     return Trainer(model, TrainingArguments(**_arguments(folder, **overrides)), train_dataset=_token_rows())
 
 
-@pytest.mark.parametrize("saver", [{}, {"bf16": True, "gradient_checkpointing": True}], ids=["float32", "bf16-checkpointing"])
+@pytest.mark.parametrize(
+    "saver", [{}, {"bf16": True, "gradient_checkpointing": True}], ids=["float32", "bf16-checkpointing"]
+)
 def test_trainer_resumes_with_the_same_losses(saver, tmp_path):
     whole = _trainer(tmp_path / "whole", **saver)
     codes = {name: p.clone() for name, p in whole.model.named_parameters() if not p.requires_grad}

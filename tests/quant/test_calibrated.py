@@ -24,7 +24,8 @@ def output_error(weight, hessian, quantized):
 
 
 def textbook(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, bits: int, damping: float) -> torch.Tensor:
-    """Optimal brain quantisation, column by column: the inverse Hessian of the columns left is computed anew each time."""
+    """Optimal brain quantisation, column by column: the inverse Hessian of the columns left is computed anew each
+    time."""
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True).tolist()
     hessian = hessian + torch.eye(len(order), dtype=hessian.dtype) * damping * hessian.diagonal().mean()
     weight, codes = weight.clone(), torch.empty(weight.shape, dtype=torch.uint8)

@@ -1,0 +1,124 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Every benchmark runs from end to end on tiny random models, and goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+
+torch = pytest.importorskip("torch")
+
+from benchmarks import common, peqa_learning_rate, peqa_quality, peqa_training, tuning  # noqa: E402
+
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads memory figures of Linux")
+
+
+def _rows(path):
+    return json.loads(path.read_text())["rows"]
+
+
+def test_quality(tmp_path, capsys):
+    output = tmp_path / "quality.json"
+    peqa_quality.main(["--smoke", "--output", str(output)])
+    shown = capsys.readouterr().out
+    for row in peqa_quality.all_rows():
+        assert f"| {row.title} |" in shown
+    assert "not measured" not in shown
+    assert "PEQA, 4 bits, group 64, over LoRA float" in shown
+    assert list(tmp_path.glob("*.tmp*")) == []
+    before = output.read_text()
+    peqa_quality.main(["--smoke", "--output", str(output)])
+    assert output.read_text() == before, "finished rows were measured again"
+    assert capsys.readouterr().out == shown
+
+
+def test_quality_goes_on_after_a_kill(tmp_path):
+    output = tmp_path / "quality.json"
+    arguments = ["--smoke", "--output", str(output), "--rows", "LoRA, then quantised, 4 bits, per channel; rounded"]
+    peqa_quality.main(arguments)  # trains the LoRA that it needs, without storing the LoRA's own row
+    result = _rows(output)[-1]["result"]
+    # as a kill before the last row was written leaves it
+    common.write_json(output, {"rows": _rows(output)[:-1]})
+    peqa_quality.main(arguments)
+    assert _rows(output)[-1]["result"]["test"] == pytest.approx(result["test"])
+
+
+def test_quality_says_why_a_row_is_missing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    output = tmp_path / "quality.json"
+    for _ in range(2):
+        peqa_quality.main(["--smoke", "--output", str(output), "--rows", "QLoRA"])
+        assert "| QLoRA, NF4 | not possible here: " in capsys.readouterr().out
+    assert len(_rows(output)) == 1
+
+
+def test_quality_without_data(tmp_path):
+    with pytest.raises(FileNotFoundError, match="train.txt.*--data-dir"):
+        peqa_quality.main(["--data-dir", str(tmp_path)])
+
+
+@linux_only
+def test_training(tmp_path, capsys):
+    output = tmp_path / "training.json"
+    peqa_training.main(["--smoke", "--output", str(output)])
+    shown = capsys.readouterr().out
+    assert "over LoRA's" in shown and "over plain autograd's" in shown
+    for method in peqa_training.SMOKE_METHODS:
+        assert f"| {method.title} |" in shown
+    results = {row["settings"]["kind"]: row["result"] for row in _rows(output)}
+    assert all(result["peak"] >= result["at_start"] > 0 for result in results.values())
+    # two float32 moments for each trained number, and a step count for each tensor
+    assert results["PEQA"]["optimizer_bytes"] >= 2 * results["PEQA"]["trained_bytes"]
+
+
+def test_plain_autograd_computes_what_peqa_computes():
+    method = peqa_training.Method
+    batch = torch.randint(0, 200, (2, 16))
+    losses, gradients = [], []
+    for kind in ("PEQA", peqa_training.PLAIN):
+        model = peqa_training.build(peqa_training.TINY, method(kind, 3, 64), torch.float32)
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append([parameter.grad for parameter in tuning.trainable(model)])
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_learning_rate(tmp_path, capsys):
+    output = tmp_path / "rates.json"
+    peqa_learning_rate.main(["--smoke", "--output", str(output)])
+    shown = capsys.readouterr().out
+    assert "one learning rate serves best" in shown
+    count = len(_rows(output))
+    peqa_learning_rate.main(["--smoke", "--output", str(output)])
+    assert len(_rows(output)) == count and capsys.readouterr().out == shown
+
+
+def test_rescaling_keeps_the_function():
+    model = tuning.tiny_llama()
+    tokens = torch.randint(0, 200, (2, 16))
+    with torch.no_grad():
+        before = model(tokens).logits
+        weight = model.model.layers[0].mlp.up_proj.weight.clone()
+        peqa_learning_rate.rescale(model, 16.0, seed=0)
+        torch.testing.assert_close(model(tokens).logits, before, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(model.model.layers[0].mlp.up_proj.weight, weight)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_large_random_model(monkeypatch, bits):
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    monkeypatch.setattr(peqa_training, "BILLION_CONFIG", {**small, "num_key_value_heads": 2, "vocab_size": 100})
+    method = peqa_training.Method("LoRA, r = 8") if bits is None else peqa_training.Method("PEQA", bits)
+    model = peqa_training.build(peqa_training.BILLION, method, torch.float32)
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    batch = torch.randint(0, 100, (2, 8))
+    loss = model(input_ids=batch, labels=batch).loss
+    loss.backward()
+    assert 3 < loss.item() < 7  # about log(100): weights of a sound size
+    assert all(parameter.grad is not None for parameter in tuning.trainable(model))
