@@ -105,7 +105,8 @@ def token_blocks(
 def _python_docs() -> list[str]:
     from pydoc_data.topics import topics
 
-    return [topics[name] for name in sorted(topics)]
+    # several topics share a text; it must not lie on both sides of the split
+    return list(dict.fromkeys(topics[name] for name in sorted(topics)))
 
 
 def _read_folder(folder: Path, text_field: str) -> tuple[list[str], Optional[list[str]]]:

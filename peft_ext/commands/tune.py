@@ -79,6 +79,11 @@ class TuneTrainingArguments(TrainingArguments):
     save_total_limit: Optional[int] = field(default=1, metadata={"help": "Checkpoints to keep."})
     report_to: str = field(default="none", metadata={"help": "Where to report to; none by default."})
 
+    def __post_init__(self):
+        if not self.output_dir:  # transformers would choose a folder by itself
+            raise ValueError("output_dir is missing: pass --output_dir, the folder to write the run to.")
+        super().__post_init__()
+
 
 def main(argv: Sequence[str]) -> None:
     """Check everything, then quantise, tune and compare."""
@@ -129,9 +134,7 @@ def _check_output(args: TuneArguments, training: TuneTrainingArguments) -> Path:
     Raises:
         ValueError, OSError: If it is something else, or can't be written.
     """
-    if not training.output_dir:
-        raise ValueError("output_dir is missing: pass --output_dir, the folder to write the run to.")
-    run = Path(training.output_dir).expanduser().resolve()
+    run = Path(str(training.output_dir)).expanduser().resolve()
     arguments = _arguments(args, training)
     if run.exists() and not run.is_dir():
         raise FileExistsError(f"output_dir={str(run)!r} is a file; pass a folder.")

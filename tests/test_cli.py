@@ -1,0 +1,180 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""The command line on a tiny model: whole runs, resumed runs, and mistakes that leave nothing behind."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from peft_ext.cli import main
+from tests.tiny_tokenizer import save_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("cli") / "model")
+
+
+@pytest.fixture
+def flags(tiny_folder):
+    common = {
+        "model": tiny_folder,
+        "max_steps": 3,
+        "block_size": 32,
+        "held_out_blocks": 4,
+        "calibration_blocks": 8,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return [part for name, value in common.items() for part in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_folder, tmp_path_factory):
+    """A finished run."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    arguments = ["--model", tiny_folder, "--output_dir", run, "--bits", "3", "--max_steps", "4", "--block_size", "32"]
+    arguments += ["--held_out_blocks", "4", "--calibration_blocks", "8", "--use_cpu", "True"]
+    assert main(["tune", *map(str, arguments)]) == 0
+    return run
+
+
+def test_a_run_holds_what_it_promises(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {"adapter", "base", "before.json", "config.yaml", "loss.png", "metrics.json"}
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert set(metrics["perplexity"]) == {"float", "quantized", "tuned"}
+    assert metrics["trained_parameters"] == 2 * (4 * 64 + 2 * 96 + 64)
+    assert metrics["steps"] == len(metrics["losses"]) == 4
+    assert metrics["bytes"]["adapter"] < metrics["bytes"]["packed_base"] < metrics["bytes"]["float_model"]
+    assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_started_again_a_finished_run_prints_its_table(finished, capsys):
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    again = ["--output_dir", str(finished), "--use_cpu", "True"]
+    for name in ("model", "bits", "max_steps", "block_size", "held_out_blocks", "calibration_blocks"):
+        again += [f"--{name}", str(config[name])]
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    assert main(["tune", *again]) == 0
+    out = capsys.readouterr().out
+    assert "is finished already" in out and "perplexity, tuned" in out and "1,024" in out
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+
+
+def test_other_arguments_do_not_overwrite_a_run(finished, flags, capsys):
+    assert main(["tune", *flags, "--output_dir", str(finished), "--bits", "2"]) == 2
+    assert "is not empty and not a run with these arguments" in capsys.readouterr().err
+
+
+def test_eval_and_generate(finished, tmp_path, capsys):
+    assert main(["eval", str(finished), "--block_size", "32", "--blocks", "4", "--output", str(tmp_path / "e.json")]) == 0
+    metrics = json.loads((finished / "metrics.json").read_text())
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert result["perplexity"] == pytest.approx(metrics["perplexity"]["tuned"], rel=1e-3)
+    assert main(["generate", str(finished), "--prompt", "one", "two words", "--max_new_tokens", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "--- one\none" in out and "--- two words\ntwo words" in out
+
+
+def test_base_and_adapter_by_name(finished, tmp_path):
+    arguments = ["--model", str(finished / "base"), "--adapter", str(finished / "adapter")]
+    common = ["--block_size", "32", "--blocks", "4", "--output", str(tmp_path / "e.json")]
+    assert main(["eval", *arguments, *common]) == 0
+    assert main(["eval", *arguments[:2], *common]) == 0
+
+
+def test_a_packed_base_keeps_its_codes(finished, flags, tmp_path):
+    run = tmp_path / "second"
+    position = flags.index("--model")
+    flags[position + 1] = str(finished / "base")
+    assert main(["tune", *flags, "--bits", "3", "--output_dir", str(run)]) == 0
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["perplexity"]["float"] is None
+    assert (run / "base" / "model.safetensors").read_bytes() == (finished / "base" / "model.safetensors").read_bytes()
+
+
+def test_yaml_and_flags(flags, tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text("bits: 2\ngroup_size: 32\ninit_method: minmax\n")
+    assert main(["tune", "--config", str(config), *flags, "--bits", "4", "--output_dir", str(tmp_path / "run")]) == 0
+    stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (stored["bits"], stored["group_size"], stored["init_method"]) == (4, 32, "minmax")
+    config.write_text("bitz: 2\n")
+    assert main(["tune", "--config", str(config), *flags, "--output_dir", str(tmp_path / "other")]) == 2
+    assert "bitz" in capsys.readouterr().err
+
+
+def test_a_killed_run_goes_on(flags, tmp_path, monkeypatch):
+    from transformers import Trainer
+
+    flags += ["--save_steps", "1", "--output_dir", str(tmp_path / "run")]
+    steps = []
+    original = Trainer.training_step
+
+    def killed(self, *args, **kwargs):
+        steps.append(self.state.global_step)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        main(["tune", *flags])
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    assert main(["generate", str(tmp_path / "run"), "--prompt", "x"]) == 2
+    assert main(["tune", *flags]) == 0
+    assert steps == [0, 1, 2, 2]
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (["--bits", "5"], "bits=5"),
+        (["--group_size", "48"], "group_size=48 does not divide in_features=64"),
+        (["--init_method", "best"], "init_method='best'"),
+        (["--data", "missing.txt"], "missing.txt"),
+        (["--data", "{tmp}/empty.jsonl"], "is empty"),
+        (["--data", "{tmp}/short.txt"], "less than one block"),
+        (["--model", "./missing"], "./missing"),
+        (["--calibration_blocks", "0"], "calibration_blocks=0"),
+        (["--output_dir", "{tmp}/full"], "is not empty"),
+        (["--output_dir", "{tmp}/short.txt"], "is a file"),
+        (["--output_dir", "/proc/nowhere"], "can't be written"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_mistakes_end_in_one_line_and_leave_nothing(flags, mistake, message, tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("precious")
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "short.txt").write_text("short")
+    before = sorted(tmp_path.rglob("*"))
+    mistake = [part.format(tmp=tmp_path) for part in mistake]
+    assert main(["tune", *flags, "--output_dir", str(tmp_path / "run"), *mistake]) == 2
+    error = capsys.readouterr().err
+    assert "peft-ext tune: error:" in error and message in error and "Traceback" not in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_output_dir_is_asked_for(flags, capsys):
+    assert main(["tune", *flags]) == 2
+    assert "pass --output_dir" in capsys.readouterr().err
+
+
+def test_help_version_and_unknown_commands(capsys):
+    assert main(["--help"]) == main([]) == main(["--version"]) == 0
+    assert "tune" in capsys.readouterr().out
+    assert main(["tun"]) == 2
+    assert "unknown command 'tun'" in capsys.readouterr().err
+
+
+def test_generate_without_a_prompt(finished, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", [])
+    assert main(["generate", str(finished)]) == 2
+    assert "pass --prompt" in capsys.readouterr().err
+    assert main(["generate", str(finished), "--prompt", "x", "--chat"]) == 2
+    assert "no chat template" in capsys.readouterr().err

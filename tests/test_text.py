@@ -1,0 +1,113 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Every way to name a text, and every way to get it wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from peft_ext.models import load_tokenizer
+from peft_ext.perplexity import perplexity
+from peft_ext.text import PYTHON_DOCS, load_text, token_blocks
+from tests.tiny_models import tiny
+from tests.tiny_tokenizer import save_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(str(save_tiny_model(tmp_path_factory.mktemp("model"))))
+
+
+def test_python_docs_are_split_by_topic():
+    first, second = load_text(PYTHON_DOCS), load_text(PYTHON_DOCS)
+    assert first == second
+    assert not set(first.train) & set(first.held_out)
+    assert 0.05 < len(first.held_out) / (len(first.train) + len(first.held_out)) < 0.15
+    assert load_text(PYTHON_DOCS, seed=1).held_out != first.held_out
+
+
+def test_files_and_folders(tmp_path):
+    lines = [json.dumps({"text": f"document {i}"}) for i in range(20)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    splits = load_text(str(tmp_path / "a.jsonl"), held_out=0.2)
+    assert (len(splits.train), len(splits.held_out)) == (16, 4)
+    (tmp_path / "b.txt").write_text("one line\n" * 100)
+    splits = load_text(str(tmp_path / "b.txt"))
+    assert len(splits.train[0]) + len(splits.held_out[0]) == 900
+    assert len(load_text(str(tmp_path)).train) == 19  # both files
+
+
+def test_a_folder_with_splits_is_used_as_it_is(tmp_path):
+    for name in ("train", "valid", "test"):
+        (tmp_path / f"{name}.txt").write_text(f"the {name} text")
+    assert load_text(str(tmp_path)) == (["the train text"], ["the valid text"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        ("\n\n", "is empty"),
+        ('{"text": "a"}\n{"text": ', "line 2: not valid JSON"),
+        ('{"body": "a"}', r"no field 'text'; pass text_field, one of \['body'\]"),
+        ('{"text": 3}', "is a int, not a string"),
+        ("[1]", "expected a JSON object"),
+    ],
+)
+def test_bad_json_lines(tmp_path, content, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_text(str(path))
+
+
+def test_missing_and_unreadable(tmp_path):
+    for name in ("missing.txt", "missing.jsonl", "some/deep/path"):
+        with pytest.raises(FileNotFoundError, match=name):
+            load_text(str(tmp_path / name))
+    with pytest.raises(FileNotFoundError, match="holds no .txt or .jsonl"):
+        load_text(str(tmp_path))
+    (tmp_path / "x.csv").write_text("a,b")
+    with pytest.raises(ValueError, match="only .txt and .jsonl"):
+        load_text(str(tmp_path / "x.csv"))
+    (tmp_path / "x.txt").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        load_text(str(tmp_path / "x.txt"))
+    with pytest.raises(ValueError, match="held_out=1.5"):
+        load_text(PYTHON_DOCS, held_out=1.5)
+
+
+def test_blocks_hold_the_text_in_order(tokenizer):
+    texts = ["first document", "second one"]
+    blocks = token_blocks(tokenizer, texts, 4)
+    joined = tokenizer.decode(blocks.flatten())
+    assert ("first document" + tokenizer.eos_token + "second one").startswith(joined)
+    assert blocks.shape[1] == 4
+
+
+def test_text_shorter_than_a_block(tokenizer):
+    with pytest.raises(ValueError, match=r"the held-out text has \d+ tokens, less than one block of block_size=256"):
+        token_blocks(tokenizer, ["short"], 256, name="held-out text")
+    with pytest.raises(ValueError, match="block_size=1"):
+        token_blocks(tokenizer, ["short"], 1)
+
+
+def test_perplexity_is_that_of_the_mean_loss():
+    model = tiny("llama").train()
+    blocks = torch.randint(3, 90, (5, 12))
+    with torch.no_grad():
+        model.eval()
+        logits = model(blocks).logits[:, :-1]
+        model.train()
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten()).exp().item()
+    for batch_size in (1, 2, 8):
+        assert perplexity(model, blocks, batch_size=batch_size) == pytest.approx(expected, rel=1e-5)
+    assert model.training
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (4, 1), (8,)])
+def test_perplexity_refuses_blocks_that_predict_nothing(shape):
+    with pytest.raises(ValueError, match="blocks must be"):
+        perplexity(tiny("llama"), torch.zeros(shape, dtype=torch.long))
