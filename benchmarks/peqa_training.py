@@ -318,6 +318,7 @@ def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a round, after one that isn't timed")
     parser.add_argument("--rounds", type=int, default=3, help="processes per method")
     parser.add_argument("--rounds-of-large", type=int, default=1, help=f"processes per method for {BILLION}")
+    parser.add_argument("--methods", nargs="*", default=[], help="only methods whose title contains one of these")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--block-size", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -346,6 +347,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         for model in args.model
         for repeat in range(rounds_of(args, model))
         for method in (SMOKE_METHODS if args.smoke else METHODS)
+        if not args.methods or any(part in method.title for part in args.methods)
     ]
     for model, repeat, method in tqdm([] if args.table else turns, desc="Measuring"):
         key = settings(args, model, method, repeat)

@@ -70,7 +70,9 @@ def test_other_arguments_do_not_overwrite_a_run(finished, flags, capsys):
 
 
 def test_eval_and_generate(finished, tmp_path, capsys):
-    assert main(["eval", str(finished), "--block_size", "32", "--blocks", "4", "--output", str(tmp_path / "e.json")]) == 0
+    assert (
+        main(["eval", str(finished), "--block_size", "32", "--blocks", "4", "--output", str(tmp_path / "e.json")]) == 0
+    )
     metrics = json.loads((finished / "metrics.json").read_text())
     result = json.loads((tmp_path / "e.json").read_text())
     assert result["perplexity"] == pytest.approx(metrics["perplexity"]["tuned"], rel=1e-3)

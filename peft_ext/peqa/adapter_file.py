@@ -64,8 +64,7 @@ def from_file(
     if left:
         raise ValueError(
             f"the adapter file has {left[0]!r} ({len(left)} such entries), but the adapter {adapter_name!r} does not "
-            f"tune "
-            f"that layer here. It belongs to {_base(config)}; load it onto that, with its own adapter_config.json."
+            f"tune that layer here. It belongs to {_base(config)}; load it onto that, with its own adapter_config.json."
         )
     return result
 
@@ -78,8 +77,7 @@ def _check_codes(codes: torch.Tensor | None, layer: PeqaLayer, config: PeqaConfi
     if int(codes) != layer.base_layer.fingerprint():
         raise ValueError(
             f"{where}: the adapter was trained on other integer codes than this model has, so its scales mean nothing "
-            f"here. "
-            f"It belongs to {_base(config)} at {config.bits} bits, group_size={config.group_size}, "
+            f"here. It belongs to {_base(config)} at {config.bits} bits, group_size={config.group_size}, "
             f"init_method={config.init_method!r}: load that (a float base in the same dtype as in training), or "
             "the packed base that was saved beside the adapter."
         )

@@ -1,6 +1,5 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""Quantise a model's layers on the user's own data, in one forward pass, each layer on the inputs that it will really
-see."""
+"""Quantise a model's layers on the user's own data: one forward pass, each layer on the inputs that it will see."""
 
 from __future__ import annotations
 
@@ -19,8 +18,7 @@ from peft_ext.quant.linear import PackedLinear
 
 
 Batch = Union[torch.Tensor, Mapping[str, Any]]
-# Inputs that make up a Hessian are added up in blocks of about this many numbers, so that its copy in float32 stays
-# small.
+# The inputs behind a Hessian are added up in blocks of about this many numbers, so that their float32 copy is small.
 _CHUNK = 1 << 23
 
 
