@@ -42,16 +42,7 @@ class Run(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def threads():
-    """All cores: these tests are long enough to use them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(torch.get_num_interop_threads())
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def run(threads, tmp_path_factory) -> Run:
+def run(tmp_path_factory) -> Run:
     """Calibrate on a few blocks, train a few steps, save the adapter and the packed base."""
     try:
         model = load_model(dtype=torch.float32)
@@ -153,7 +144,9 @@ def test_the_packed_checkpoint_is_small(run):
 
 
 def test_base_and_adapter_from_disk(run):
-    model = PeftModel.from_pretrained(load_model(str(run.folder / "base"), dtype=torch.float32), run.folder / "adapter")
+    model = PeftModel.from_pretrained(
+        load_model(str(run.folder / "base"), dtype=torch.float32), run.folder / "adapter"
+    )
     with torch.no_grad():
         assert_same(model(input_ids=run.prompt).logits, run.adapter_logits, tolerance=1e-4)
         with model.disable_adapter():
