@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from peft_ext.quant.matmul import linear
 from peft_ext.quant.packing import TILE_ROWS, unpack
 
 
@@ -164,7 +165,7 @@ class _GroupWise(torch.autograd.Function):
         y = x.new_empty(x.shape[0], out_features)
         for start, stop, block in centred_blocks(weight, x.dtype):
             block.mul_(scale[start:stop, :, None])
-            y[:, start:stop] = x @ block.view(stop - start, in_features).t()
+            y[:, start:stop] = linear(x, block.view(stop - start, in_features))
         return y
 
     @staticmethod
@@ -172,15 +173,16 @@ class _GroupWise(torch.autograd.Function):
     def backward(ctx, grad):
         x, scale, planes, zero_point = ctx.saved_tensors
         weight = PackedWeight(planes, zero_point, *ctx.size)
-        grad_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
+        grad_x = None
         grad_scale = torch.empty_like(scale) if ctx.needs_input_grad[1] else None
         for start, stop, block in centred_blocks(weight, x.dtype):
             grad_rows = grad[:, start:stop]
             if grad_scale is not None:
-                grad_weight = (grad_rows.t() @ x).view(block.shape)
+                grad_weight = linear(grad_rows.t(), x.t()).view(block.shape)
                 grad_scale[start:stop] = grad_weight.mul_(block).sum(-1, dtype=_sum_dtype(grad))
-            if grad_x is not None:
-                grad_x.addmm_(grad_rows, block.mul_(scale[start:stop, :, None]).view(stop - start, -1))
+            if ctx.needs_input_grad[0]:
+                block = block.mul_(scale[start:stop, :, None]).view(stop - start, -1)
+                grad_x = _add(grad_x, linear(grad_rows, block.t()))
         return grad_x, grad_scale, None, None, None, None
 
 
@@ -188,7 +190,7 @@ def _product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     """`x (q - z)^T`: [rows, in] -> [rows, out]."""
     y = x.new_empty(x.shape[0], weight.out_features)
     for start, stop, block in centred_blocks(weight, x.dtype):
-        product = x @ block.view(stop - start, -1).t()
+        product = linear(x, block.view(stop - start, -1))
         if stop - start == weight.out_features:
             return product
         y[:, start:stop] = product
@@ -197,10 +199,14 @@ def _product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
 
 def _product_backward(grad: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     """`grad (q - z)`: [rows, out] -> [rows, in]."""
-    grad_x = grad.new_zeros(grad.shape[0], weight.in_features)
+    grad_x = None
     for start, stop, block in centred_blocks(weight, grad.dtype):
-        grad_x.addmm_(grad[:, start:stop], block.view(stop - start, -1))
+        grad_x = _add(grad_x, linear(grad[:, start:stop], block.view(stop - start, -1).t()))
     return grad_x
+
+
+def _add(total: Optional[torch.Tensor], part: torch.Tensor) -> torch.Tensor:
+    return part if total is None else total.add_(part)
 
 
 def _mixed_group_wise(
@@ -211,8 +217,9 @@ def _mixed_group_wise(
     for start, stop, block in centred_blocks(weight, rows.dtype):
         for index in choice.unique().tolist():
             samples = choice == index
+            own = rows[samples]
             scaled = (block * scales[index, start:stop, :, None]).to(rows.dtype).view(stop - start, -1)
-            y[samples, :, start:stop] = rows[samples] @ scaled.t()
+            y[samples, :, start:stop] = linear(own.flatten(0, 1), scaled).view(*own.shape[:2], stop - start)
     return y
 
 
