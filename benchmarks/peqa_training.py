@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -49,6 +50,7 @@ from peft_ext import PeqaConfig
 from peft_ext.models import DEFAULT_MODEL, load_model
 from peft_ext.peqa.quantization import pack_layer
 from peft_ext.quant.linear import PackedLinear
+from peft_ext.quant.matmul import KERNEL_VARIABLE
 
 
 BILLION = "random-llama-1b"
@@ -71,6 +73,7 @@ class Method(NamedTuple):
     kind: str
     bits: Optional[int] = None
     group_size: int = -1
+    kernel: str = "auto"  # PEFT_EXT_KERNEL
 
     @property
     def title(self) -> str:
@@ -78,7 +81,8 @@ class Method(NamedTuple):
         if self.bits is None:
             return self.kind
         form = "per channel" if self.group_size == -1 else f"group {self.group_size}"
-        return f"{self.kind}, {self.bits} bits, {form}"
+        note = "" if self.kernel == "auto" else f"; {self.kernel}'s matmul"
+        return f"{self.kind}, {self.bits} bits, {form}{note}"
 
 
 LORA, FULL, PLAIN = "LoRA, r = 8", "Full fine-tuning", "PEQA by plain autograd"
@@ -86,6 +90,7 @@ METHODS = (
     Method("PEQA", 4),
     Method(LORA),
     Method(PLAIN, 4),
+    Method("PEQA", 4, kernel="torch"),
     Method("PEQA", 4, 64),
     Method(PLAIN, 4, 64),
     Method("PEQA", 3),
@@ -199,7 +204,8 @@ def in_own_process(args: argparse.Namespace, model: str, method: Method) -> dict
     command = [sys.executable, "-m", "benchmarks.peqa_training", "--worker", json.dumps([model, *method])]
     command += ["--steps", str(args.steps), "--batch-size", str(args.batch_size), "--block-size", str(args.block_size)]
     command += ["--dtype", args.dtype, "--seed", str(args.seed)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    variables = {**os.environ, KERNEL_VARIABLE: method.kernel}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=variables)
     if done.returncode:
         raise RuntimeError(f"{method.title} on {model} ended with {done.returncode}:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from typing import Any, Union
+from typing import Any, NamedTuple, Union
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from peft_ext.peqa.config import PeqaConfig
 from peft_ext.peqa.model import check_targets
 from peft_ext.peqa.quantization import is_packed, pack_layer
 from peft_ext.quant.linear import PackedLinear
+from peft_ext.quant.matmul import linear
 
 
 Batch = Union[torch.Tensor, Mapping[str, Any]]
@@ -27,13 +28,11 @@ def calibrate(model: nn.Module, config: PeqaConfig, batches: Iterable[Batch], pr
     """
     Quantise the target layers of a float model in place with the calibrated start of PEQA.
 
-    The batches run through the model once, together. When the forward reaches a target layer, the layer is quantised
-    on the
-    inputs that arrive there, which have come through the quantised layers before it; then the forward goes on with
-    the packed
-    layer. So the peak of extra memory is one layer, its Hessian and the activations of the batches; about 8,000
-    tokens do. After the
-    last target layer the pass stops.
+    The batches run through the model once, together, and twice side by side: one copy sees the float model, the other
+    the layers packed so far. When the forward reaches a target layer, the layer is quantised on the second copy's
+    inputs, and towards what it gives on the first copy's; then the copies go on through the float and the packed
+    layer. So the peak of extra memory is one layer, its moments and the activations of the batches; about 8,000 tokens
+    do. After the last target layer the pass stops.
 
     Args:
         model (`nn.Module`):
@@ -84,21 +83,25 @@ class _Finished(Exception):
 
 
 class _Pass:
-    """One forward pass that quantises every target layer when it is reached."""
+    """One forward pass that quantises every target layer when it is reached.
+
+    The first half of the batch is the float model's, the second half has come through the packed layers.
+    """
 
     def __init__(
         self, model: nn.Module, config: PeqaConfig, targets: dict[str, nn.Module], inputs: Batch, progressbar: bool
     ) -> None:
-        self.model, self.config, self.targets, self.inputs = model, config, dict(targets), inputs
+        self.model, self.config, self.targets = model, config, dict(targets)
         self.mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+        self.inputs, sizes = _twice(inputs)
+        # a layer sees samples, or flattened tokens; rows that a model has picked (experts) can't be told apart
+        self.halves = {2 * size for size in sizes}
         self.progress = tqdm(total=len(targets), desc="Calibrating", unit="layer", disable=not progressbar)
-        self.last_input: torch.Tensor | None = None
-        self.last_hessian: torch.Tensor | None = None
+        self.both = torch.empty(0)  # the input of the layer that runs at the moment
+        self.last: tuple[torch.Tensor, _Moments] | None = None
 
     def run(self) -> None:
-        handles = [
-            module.register_forward_hook(self._make_hook(name, module)) for name, module in self.targets.items()
-        ]
+        handles = [handle for name, module in self.targets.items() for handle in self._hook(name, module)]
         try:
             self.model(self.inputs) if isinstance(self.inputs, torch.Tensor) else self.model(**self.inputs)
         except _Finished:
@@ -110,17 +113,26 @@ class _Pass:
             self._replace(name, pack_layer(module, self.config, name))
         self.progress.close()
 
-    def _make_hook(self, name: str, module: nn.Module):
-        def hook(_, args, output):
+    def _hook(self, name: str, module: nn.Module):
+        def before(_, args):
             if name not in self.targets:
                 return None  # called again: a layer that the model uses more than once
-            packed = pack_layer(module, self.config, name, self._hessian(args[0]))
+            self.both = args[0]
+            return (args[0].chunk(2)[0], *args[1:]) if args[0].shape[0] in self.halves else None
+
+        def after(_, args, float_output):
+            if name not in self.targets:
+                return None
+            moments, x = self._moments_of(self.both), self.both
+            packed = pack_layer(module, self.config, name, *moments)
             self._replace(name, packed)
             if not self.targets:
                 raise _Finished
-            return packed(args[0])
+            if moments.shift is None:
+                return packed(x)
+            return torch.cat([float_output, packed(x.chunk(2)[1])])
 
-        return hook
+        return module.register_forward_pre_hook(before), module.register_forward_hook(after)
 
     def _replace(self, name: str, packed: PackedLinear) -> None:
         packed.train(self.model.training)
@@ -128,24 +140,61 @@ class _Pass:
         del self.targets[name]
         self.progress.update()
 
-    def _hessian(self, x: torch.Tensor) -> torch.Tensor:
-        """Mean of x x^T over the tokens that count; layers that share their input (q, k, v) share it."""
-        if x is self.last_input and self.last_hessian is not None:
-            return self.last_hessian
-        mask = self.mask
-        if mask is not None and mask.shape == x.shape[:-1]:
-            x_rows = x[mask.bool()]
-        else:
-            x_rows = x.reshape(-1, x.shape[-1])
-        if not x_rows.numel():
-            raise ValueError("the batches hold no tokens (all padding, or of length 0); pass some training data.")
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        hessian = torch.zeros(x.shape[-1], x.shape[-1], dtype=dtype, device=x.device)
-        for rows in x_rows.split(max(1, _CHUNK // x.shape[-1])):
-            rows = rows.to(dtype)
-            hessian.addmm_(rows.t(), rows, alpha=1 / max(1, len(x_rows)))
-        self.last_input, self.last_hessian = x, hessian
-        return hessian
+    def _moments_of(self, both: torch.Tensor) -> _Moments:
+        """Moments over the tokens that count; layers that share their input (q, k, v) share them."""
+        if self.last is None or self.last[0] is not both:
+            x_float, x = both.chunk(2) if both.shape[0] in self.halves else (None, both)
+            self.last = both, _moments(self._rows(x), None if x_float is None else self._rows(x_float))
+        return self.last[1]
+
+    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+        if self.mask is not None and self.mask.shape == x.shape[:-1]:
+            return x[self.mask.bool()]
+        return x.reshape(-1, x.shape[-1])
+
+
+class _Moments(NamedTuple):
+    """Means over the calibration inputs of a layer: `hessian` of `x x^T`, `shift` of `(x_float - x) x^T`; `[in,
+    in]`."""
+
+    hessian: torch.Tensor
+    shift: torch.Tensor | None
+
+
+def _moments(x: torch.Tensor, x_float: torch.Tensor | None) -> _Moments:
+    """x, x_float: `[rows, in]`."""
+    if not x.numel():
+        raise ValueError("the batches hold no tokens (all padding, or of length 0); pass some training data.")
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    hessian = torch.zeros(x.shape[-1], x.shape[-1], dtype=dtype, device=x.device)
+    shift = torch.zeros_like(hessian)
+    size = max(1, _CHUNK // x.shape[-1])
+    for start in range(0, len(x), size):
+        rows = x[start : start + size].to(dtype)
+        hessian.add_(linear(rows.t(), rows.t()), alpha=1 / len(x))
+        if x_float is not None:
+            moved = x_float[start : start + size].to(dtype) - rows
+            shift.add_(linear(moved.t(), rows.t()), alpha=1 / len(x))
+    return _Moments(hessian, None if x_float is None else shift)
+
+
+def _twice(inputs: Batch) -> tuple[Batch, set[int]]:
+    """The batch twice, one copy after the other; and the numbers of rows (samples, or tokens) of one copy."""
+    if isinstance(inputs, torch.Tensor):
+        return torch.cat([inputs, inputs]), _sizes(inputs)
+    tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor) and value.dim()]
+    sizes = set().union(*(_sizes(value) for value in tensors))
+    samples = len(tensors[0]) if tensors else 0
+
+    def twice(value: Any) -> Any:
+        whole = isinstance(value, torch.Tensor) and value.dim() and len(value) == samples
+        return torch.cat([value, value]) if whole else value
+
+    return {key: twice(value) for key, value in inputs.items()}, sizes
+
+
+def _sizes(tensor: torch.Tensor) -> set[int]:
+    return {len(tensor), tensor[..., 0].numel() if tensor.is_floating_point() else tensor.numel()}
 
 
 def _join(batches: list[Any]) -> Batch:

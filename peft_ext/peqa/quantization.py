@@ -32,14 +32,20 @@ def is_packed(module: nn.Module) -> bool:
 
 
 @skip_init_on_device
-def pack_layer(module: Any, config: PeqaConfig, name: str, hessian: Optional[torch.Tensor] = None) -> PackedLinear:
+def pack_layer(
+    module: Any,
+    config: PeqaConfig,
+    name: str,
+    hessian: Optional[torch.Tensor] = None,
+    shift: Optional[torch.Tensor] = None,
+) -> PackedLinear:
     """The packed counterpart of a layer. Codes that exist are taken over; a float weight is quantised.
 
     Args:
         module: `nn.Linear`, `Conv1D`, a compressed-tensors layer or a [`PackedLinear`].
         config: Format and start.
         name: The layer's name, for messages and `bits_pattern`.
-        hessian: `[in, in]`, for the calibrated start.
+        hessian, shift: `[in, in]`, for the calibrated start; see `quantize_calibrated`.
     """
     if isinstance(module, PackedLinear):
         return module
@@ -52,7 +58,7 @@ def pack_layer(module: Any, config: PeqaConfig, name: str, hessian: Optional[tor
         if weight.device.type == "meta":
             quantized = _empty_quantized(weight, config.group_size)
         elif hessian is not None:
-            quantized = quantize_calibrated(weight, hessian, bits, config.group_size, config.sym)
+            quantized = quantize_calibrated(weight, hessian, bits, config.group_size, config.sym, shift=shift)
         else:
             # a calibrated start that saw no input for this layer falls back on the best without data
             method = "minmax" if config.init_method == "calibrated" else config.init_method

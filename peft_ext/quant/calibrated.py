@@ -2,13 +2,15 @@
 """The start that looks at data: a grid searched under the inputs' second moments, then GPTQ's error feedback onto it.
 
 Sources: GPTQ (Frantar et al., 2022, arXiv 2210.17323), algorithm 1 with columns by falling energy; the grid is found
-as AWQ and
-EfficientQAT find theirs, by shrinking ranges, but with every input's error weighted by its energy.
+as AWQ and EfficientQAT find theirs, by shrinking ranges, but with every input's error weighted by its energy. That a
+layer makes up for what the layers before it changed is the idea of GPTAQ (Li et al., 2025, arXiv 2504.02692), here as
+a damped step towards the least-squares weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Optional
 
 import torch
 
@@ -18,6 +20,10 @@ from peft_ext.quant.uniform import SHRINK_FACTORS, Grid, Quantized, check_format
 # Maps a column of weights [out] and its index in the weight to codes uint8 [out] and the values that they stand for
 # [out].
 ColumnRounding = Callable[[torch.Tensor, int], "tuple[torch.Tensor, torch.Tensor]"]
+# How far a weight moves towards the one that undoes the shift of its inputs. All the way fits the calibration data
+# instead (SmolLM2, 3 bits, 8,192 tokens, validation perplexity: 40.7 at 0, 36.6 at 0.25 and 0.5, 41.0 at 1).
+_SHIFT_SHARE = 0.5
+_SHIFT_DAMPING = 0.03
 
 
 def quantize_calibrated(
@@ -27,6 +33,7 @@ def quantize_calibrated(
     group_size: int = -1,
     sym: bool = False,
     damping: float = 0.01,
+    shift: Optional[torch.Tensor] = None,
 ) -> Quantized:
     """Quantise so that the layer's *output* on the calibration data changes least.
 
@@ -35,6 +42,8 @@ def quantize_calibrated(
         hessian: float `[in, in]`, the sum (or mean) of `x x^T` over the calibration inputs.
         bits, group_size, sym: As in [`peft_ext.quant.uniform.quantize`].
         damping: Share of the mean diagonal that is added to the Hessian's diagonal.
+        shift: float `[in, in]`, the sum (or mean) of `(x_float - x) x^T`, with `x_float` what the layer would get in
+            the float model; the weight then makes up for part of what the layers before it changed.
 
     Returns:
         [`peft_ext.quant.uniform.Quantized`]; the same weight and Hessian give the same codes.
@@ -45,16 +54,30 @@ def quantize_calibrated(
     check_format(bits, group_size, weight.shape[1])
     if hessian.shape != (weight.shape[1], weight.shape[1]):
         raise ValueError(f"hessian has shape {tuple(hessian.shape)}, expected {(weight.shape[1],) * 2}.")
-    if not torch.isfinite(hessian).all():
+    if not torch.isfinite(hessian).all() or (shift is not None and not torch.isfinite(shift).all()):
         raise ValueError("the calibration inputs have NaN or infinity; check the model and the calibration data.")
     weight = check_weight(weight)
     hessian = hessian.to(weight.dtype)
+    if shift is not None:
+        weight = follow_shift(weight, hessian, shift.to(weight.dtype))
     energy = hessian.diagonal()
     if not (energy > 0).any():
         energy = torch.ones_like(energy)  # the layer saw only zeros: every input counts the same
     grid = search_grid(weight, bits, group_size, sym, SHRINK_FACTORS, energy / energy.mean())
     codes = error_feedback(weight, hessian, uniform_rounding(grid, bits, weight.shape[1]), damping)
     return Quantized(codes, grid.scale, grid.zero_point.to(torch.uint8))
+
+
+def follow_shift(weight: torch.Tensor, hessian: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """A step from `W` towards `argmin_V sum |W x_float - V x|^2 = W + W shift hessian^-1`; all arguments as above.
+
+    The least-squares weight pulls the output on the inputs that do arrive to where the float model has it.
+    """
+    damped = hessian.clone()
+    damped.diagonal().add_(_SHIFT_DAMPING * hessian.diagonal().mean().clamp(min=torch.finfo(hessian.dtype).tiny))
+    # (W C) H^-1 = (H^-1 (W C)^T)^T
+    step = torch.linalg.solve(damped, (weight @ shift).t()).t()
+    return torch.add(weight, step, alpha=_SHIFT_SHARE).contiguous()
 
 
 def uniform_rounding(grid: Grid, bits: int, in_features: int) -> ColumnRounding:

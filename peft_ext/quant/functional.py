@@ -9,9 +9,10 @@ unpacks the codes again; a dequantised weight never outlives a block.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -181,8 +182,8 @@ class _GroupWise(torch.autograd.Function):
                 grad_weight = linear(grad_rows.t(), x.t()).view(block.shape)
                 grad_scale[start:stop] = grad_weight.mul_(block).sum(-1, dtype=_sum_dtype(grad))
             if ctx.needs_input_grad[0]:
-                block = block.mul_(scale[start:stop, :, None]).view(stop - start, -1)
-                grad_x = _add(grad_x, linear(grad_rows, block.t()))
+                part = linear(grad_rows, block.mul_(scale[start:stop, :, None]).view(stop - start, -1).t())
+                grad_x = part if grad_x is None else grad_x.add_(part)
         return grad_x, grad_scale, None, None, None, None
 
 
@@ -199,14 +200,11 @@ def _product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
 
 def _product_backward(grad: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     """`grad (q - z)`: [rows, out] -> [rows, in]."""
-    grad_x = None
-    for start, stop, block in centred_blocks(weight, grad.dtype):
-        grad_x = _add(grad_x, linear(grad[:, start:stop], block.view(stop - start, -1).t()))
-    return grad_x
-
-
-def _add(total: Optional[torch.Tensor], part: torch.Tensor) -> torch.Tensor:
-    return part if total is None else total.add_(part)
+    parts = (
+        linear(grad[:, start:stop], block.view(stop - start, -1).t())
+        for start, stop, block in centred_blocks(weight, grad.dtype)
+    )
+    return functools.reduce(torch.Tensor.add_, parts)
 
 
 def _mixed_group_wise(

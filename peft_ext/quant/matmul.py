@@ -33,7 +33,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _prefers_onednn(x: torch.Tensor) -> bool:
     if x.dtype != torch.float32 or x.device.type != "cpu" or not x.numel() or torch.compiler.is_compiling():
         return False  # a compiler makes its own choice
-    return kernel() == "auto" and _has_onednn() and torch.backends.mkldnn.enabled
+    return kernel() == "auto" and _has_onednn() and bool(torch.backends.mkldnn.enabled)
 
 
 def kernel() -> str:
