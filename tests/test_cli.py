@@ -132,6 +132,23 @@ def test_a_killed_run_goes_on(flags, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["steps"] == 3
 
 
+LAUNCHERS = {
+    "accelerate-launch": ("accelerate.commands.launch", "--cpu", "--num_processes", 1, "--module", "peft_ext.cli"),
+    # accelerate starts several CPU processes only through mpirun; torchrun needs nothing else
+    "torchrun-two-processes": ("torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "peft_ext.cli"),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_tune_under_a_launcher(launcher, run_module, flags, tmp_path):
+    module, *rest = LAUNCHERS[launcher]
+    run_module(module, *rest, "tune", *flags, "--bits", 3, "--output_dir", tmp_path / "run")
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["steps"] == len(metrics["losses"]) == 3
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"adapter", "base", "loss.png"}
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [

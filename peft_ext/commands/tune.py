@@ -95,13 +95,14 @@ def main(argv: Sequence[str]) -> None:
         init_method=args.init_method,
         task_type="CAUSAL_LM",
     )
-    run = _check_output(args, training)
-    if (run / "metrics.json").is_file():
-        print(f"{run} is finished already; its figures:")
-        print(table(_read_json(run / "metrics.json")))
-        return
-    train_blocks, held_out = _load_blocks(args, training.seed)
+    # of several processes, the others look at the run folder once the first has written the base
     with training.main_process_first(desc="quantising the base"):
+        run = _check_output(args, training)
+        if (run / "metrics.json").is_file():
+            print(f"{run} is finished already; its figures:")
+            print(table(_read_json(run / "metrics.json")))
+            return
+        train_blocks, held_out = _load_blocks(args, training.seed)
         before = _quantize(args, training, config, run, train_blocks, held_out)
     trainer = _train(config, training, run, train_blocks)
     if trainer.is_world_process_zero():

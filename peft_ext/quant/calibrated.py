@@ -68,16 +68,26 @@ def quantize_calibrated(
     return Quantized(codes, grid.scale, grid.zero_point.to(torch.uint8))
 
 
-def follow_shift(weight: torch.Tensor, hessian: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """A step from `W` towards `argmin_V sum |W x_float - V x|^2 = W + W shift hessian^-1`; all arguments as above.
+def follow_shift(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    shift: torch.Tensor,
+    share: float = _SHIFT_SHARE,
+    damping: float = _SHIFT_DAMPING,
+) -> torch.Tensor:
+    """A step from `W` towards `argmin_V sum |W x_float - V x|^2 = W + W shift hessian^-1`; arguments as above.
 
-    The least-squares weight pulls the output on the inputs that do arrive to where the float model has it.
+    The least-squares weight brings the output on the inputs that do arrive to where the float model has it.
+
+    Args:
+        share: Length of the step; 1 goes all the way.
+        damping: Share of the mean diagonal that is added to the Hessian's diagonal.
     """
     damped = hessian.clone()
-    damped.diagonal().add_(_SHIFT_DAMPING * hessian.diagonal().mean().clamp(min=torch.finfo(hessian.dtype).tiny))
+    damped.diagonal().add_(damping * hessian.diagonal().mean().clamp(min=torch.finfo(hessian.dtype).tiny))
     # (W C) H^-1 = (H^-1 (W C)^T)^T
     step = torch.linalg.solve(damped, (weight @ shift).t()).t()
-    return torch.add(weight, step, alpha=_SHIFT_SHARE).contiguous()
+    return torch.add(weight, step, alpha=share).contiguous()
 
 
 def uniform_rounding(grid: Grid, bits: int, in_features: int) -> ColumnRounding:

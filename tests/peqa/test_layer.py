@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_ext import PeqaConfig, calibrate
 from peft_ext.peqa.layer import PeqaLinear
+from peft_ext.quant.calibrated import quantize_calibrated
 from peft_ext.quant.linear import PackedLinear
 from tests.cases import (
     CASES,
@@ -284,6 +285,50 @@ def test_calibration_is_deterministic_and_takes_any_batches():
     assert prints[0] == prints[1] == prints[2]
     mlp = calibrate(tiny("mlp"), PeqaConfig(init_method="calibrated"), [torch.randn(8, 10)], progressbar=False)
     assert len(_packed(mlp)) == 3
+
+
+def test_calibration_is_the_slow_way_done_at_once():
+    """Layer by layer, with the inputs of the float model and those through the packed layers computed anew."""
+    config = PeqaConfig(bits=3, init_method="calibrated")
+    x, float_model = torch.randn(64, 10), tiny("mlp")
+    calibrated = calibrate(tiny("mlp"), config, list(x.split(16)), progressbar=False)
+    packed = tiny("mlp")
+    for name in _packed(calibrated):
+        float_input, arrived = (_input_of(name, model, x) for model in (float_model, packed))
+        expected = quantize_calibrated(
+            float_model.get_submodule(name).weight,
+            arrived.t() @ arrived,
+            bits=3,
+            shift=(float_input - arrived).t() @ arrived,
+        )
+        layer = calibrated.get_submodule(name)
+        assert torch.equal(layer.codes(), expected.codes), name
+        torch.testing.assert_close(layer.scale.data, expected.scale)
+        packed.set_submodule(name, layer)
+
+
+def _input_of(name, model, x):
+    inputs = []
+    with model.get_submodule(name).register_forward_pre_hook(lambda _, args: inputs.append(args[0])), torch.no_grad():
+        model(x)
+    return inputs[0]
+
+
+def test_calibration_of_layers_that_see_picked_rows():
+    """Rows that a model picks out of the batch can't be told apart; the layer is calibrated on all of them."""
+
+    class Picks(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(8, 8), torch.nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.second(x[: len(x) // 2 + 1])
+
+    config = PeqaConfig(bits=4, init_method="calibrated", target_modules=["first", "second"])
+    calibrated = calibrate(Picks(), config, [torch.randn(32, 8)], progressbar=False)
+    assert set(_packed(calibrated)) == {"first", "second"}
 
 
 def test_calibration_leaves_mode_and_config_alone():

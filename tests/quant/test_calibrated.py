@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft_ext.quant.calibrated import error_feedback, quantize_calibrated, uniform_rounding
+from peft_ext.quant.calibrated import error_feedback, follow_shift, quantize_calibrated, uniform_rounding
 from peft_ext.quant.uniform import Grid, dequantize, quantize, search_grid
 
 
@@ -88,3 +88,43 @@ def test_refuses_bad_hessians(layer):
     hessian[0, 0] = float("nan")
     with pytest.raises(ValueError, match="NaN or infinity"):
         quantize_calibrated(weight, hessian, 3)
+
+
+@pytest.fixture
+def shifted():
+    """A weight, the inputs that it would get in the float model, and those that do arrive."""
+    x_float = torch.randn(400, 32, dtype=torch.float64) @ torch.randn(32, 32, dtype=torch.float64)
+    arrived = x_float @ (torch.eye(32) + 0.1 * torch.randn(32, 32)).double() + 0.1 * torch.randn_like(x_float)
+    return torch.randn(12, 32, dtype=torch.float64), x_float, arrived
+
+
+def test_following_a_shift_all_the_way_is_least_squares(shifted):
+    weight, x_float, x = shifted
+    found = follow_shift(weight, x.t() @ x, (x_float - x).t() @ x, share=1.0, damping=0.0)
+    expected = torch.linalg.lstsq(x, x_float @ weight.t()).solution.t()
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_shift_is_made_up_for(shifted):
+    weight, x_float, x = shifted
+    hessian, shift = x.t() @ x, (x_float - x).t() @ x
+
+    def gap(quantized):
+        return (x @ dequantize(*quantized).t() - x_float @ weight.t()).square().sum()
+
+    assert gap(quantize_calibrated(weight, hessian, 4, shift=shift)) < 0.7 * gap(
+        quantize_calibrated(weight, hessian, 4)
+    )
+
+
+def test_without_a_shift_nothing_is_followed(layer):
+    weight, hessian = layer
+    plain = quantize_calibrated(weight, hessian, 3)
+    for one, other in zip(plain, quantize_calibrated(weight, hessian, 3, shift=torch.zeros_like(hessian))):
+        assert torch.equal(one, other)
+
+
+def test_a_shift_with_nan_is_refused(layer):
+    weight, hessian = layer
+    with pytest.raises(ValueError, match="calibration inputs have NaN"):
+        quantize_calibrated(weight, hessian, 3, shift=torch.full_like(hessian, float("nan")))
