@@ -37,7 +37,7 @@ demo: $(READY)
 	$(BIN)/peft-ext generate $(DEMO) --prompt "The for statement is used to" "A class definition is" --max_new_tokens 32
 
 test: $(READY)
-	$(BIN)/python -m pytest -q --durations=10 --ignore=tests/benchmarks
+	$(BIN)/python -m pytest -q --durations=10
 
 quality: $(READY)
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ from typing import Optional
 
 import torch
 
+from peft_ext.quant.binary import BinaryQuantized, check_binary_format, levels_of, quantize_binary
 from peft_ext.quant.uniform import SHRINK_FACTORS, Grid, Quantized, check_format, check_weight, search_grid
 
 
@@ -52,6 +53,39 @@ def quantize_calibrated(
         ValueError: If the format is unknown, the shapes don't fit, or the weight or the Hessian has NaN or infinity.
     """
     check_format(bits, group_size, weight.shape[1])
+    weight, hessian, input_weight = _prepare(weight, hessian, shift)
+    grid = search_grid(weight, bits, group_size, sym, SHRINK_FACTORS, input_weight)
+    codes = error_feedback(weight, hessian, uniform_rounding(grid, bits, weight.shape[1]), damping)
+    return Quantized(codes, grid.scale, grid.zero_point.to(torch.uint8))
+
+
+def quantize_binary_calibrated(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    bits: int,
+    group_size: int = -1,
+    damping: float = 0.01,
+    shift: Optional[torch.Tensor] = None,
+) -> BinaryQuantized:
+    """[`quantize_calibrated`] onto binary codes: alphas by weighted alternation, then error feedback onto their levels.
+
+    Args:
+        bits, group_size: As in [`peft_ext.quant.binary.quantize_binary`]; the others as above.
+
+    Raises:
+        ValueError: If the format is unknown, the shapes don't fit, or the weight or the Hessian has NaN or infinity.
+    """
+    check_binary_format(bits, group_size, weight.shape[1])
+    weight, hessian, input_weight = _prepare(weight, hessian, shift)
+    alpha = quantize_binary(weight, bits, group_size, input_weight=input_weight).alpha
+    codes = error_feedback(weight, hessian, binary_rounding(alpha, weight.shape[1]), damping)
+    return BinaryQuantized(codes, alpha)
+
+
+def _prepare(
+    weight: torch.Tensor, hessian: torch.Tensor, shift: Optional[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Checked: the weight to round, the Hessian in its dtype, and every input's weight `[in]` in the error."""
     if hessian.shape != (weight.shape[1], weight.shape[1]):
         raise ValueError(f"hessian has shape {tuple(hessian.shape)}, expected {(weight.shape[1],) * 2}.")
     if not torch.isfinite(hessian).all() or (shift is not None and not torch.isfinite(shift).all()):
@@ -63,9 +97,7 @@ def quantize_calibrated(
     energy = hessian.diagonal()
     if not (energy > 0).any():
         energy = torch.ones_like(energy)  # the layer saw only zeros: every input counts the same
-    grid = search_grid(weight, bits, group_size, sym, SHRINK_FACTORS, energy / energy.mean())
-    codes = error_feedback(weight, hessian, uniform_rounding(grid, bits, weight.shape[1]), damping)
-    return Quantized(codes, grid.scale, grid.zero_point.to(torch.uint8))
+    return weight, hessian, energy / energy.mean()
 
 
 def follow_shift(
@@ -99,6 +131,20 @@ def uniform_rounding(grid: Grid, bits: int, in_features: int) -> ColumnRounding:
         scale, zero_point = scales[index // size], zero_points[index // size]
         codes = (column / scale).round_().add_(zero_point).clamp_(0, top)
         return codes.to(torch.uint8), codes.sub_(zero_point).mul_(scale)
+
+    return round_column
+
+
+def binary_rounding(alpha: torch.Tensor, in_features: int) -> ColumnRounding:
+    """Rounding of one column to the nearest level of alphas `[out, groups, bits]`, for [`error_feedback`]."""
+    size = in_features // alpha.shape[1]
+    levels, order = levels_of(alpha).transpose(0, 1).sort(dim=-1, stable=True)  # [groups, out, 2**bits]
+    middles, codes_of = ((levels[..., 1:] + levels[..., :-1]) / 2).contiguous(), order.to(torch.uint8)
+
+    def round_column(column: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        group = index // size
+        position = torch.searchsorted(middles[group], column[:, None])
+        return codes_of[group].gather(-1, position)[:, 0], levels[group].gather(-1, position)[:, 0]
 
     return round_column
 

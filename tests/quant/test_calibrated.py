@@ -6,7 +6,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft_ext.quant.calibrated import error_feedback, follow_shift, quantize_calibrated, uniform_rounding
+from peft_ext.quant.binary import BINARY_METHODS, dequantize_binary, levels_of, quantize_binary
+from peft_ext.quant.calibrated import (
+    binary_rounding,
+    error_feedback,
+    follow_shift,
+    quantize_binary_calibrated,
+    quantize_calibrated,
+    uniform_rounding,
+)
 from peft_ext.quant.uniform import Grid, dequantize, quantize, search_grid
 
 
@@ -88,6 +96,48 @@ def test_refuses_bad_hessians(layer):
     hessian[0, 0] = float("nan")
     with pytest.raises(ValueError, match="NaN or infinity"):
         quantize_calibrated(weight, hessian, 3)
+
+
+def textbook_binary(weight: torch.Tensor, hessian: torch.Tensor, alpha: torch.Tensor, damping: float) -> torch.Tensor:
+    """[`textbook`] with the nearest of every row's own levels, by comparing with all of them."""
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True).tolist()
+    hessian = hessian + torch.eye(len(order), dtype=hessian.dtype) * damping * hessian.diagonal().mean()
+    weight, codes = weight.clone(), torch.empty(weight.shape, dtype=torch.uint8)
+    size, levels = weight.shape[1] // alpha.shape[1], levels_of(alpha)
+    for position, column in enumerate(order):
+        left = order[position:]
+        inverse = torch.linalg.inv(hessian[left][:, left])
+        own = levels[:, column // size]
+        codes[:, column] = (own - weight[:, column, None]).abs().argmin(-1).to(torch.uint8)
+        value = own.gather(-1, codes[:, column, None].long())[:, 0]
+        weight[:, left] -= ((weight[:, column] - value) / inverse[0, 0])[:, None] * inverse[0][None, :]
+    return codes
+
+
+@pytest.mark.parametrize("group_size", [-1, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_binary_feedback_is_gptq_onto_the_levels(layer, bits, group_size):
+    weight, hessian = layer
+    alpha = quantize_binary(weight, bits, group_size).alpha
+    codes = error_feedback(weight, hessian, binary_rounding(alpha, 32), 0.01)
+    assert torch.equal(codes, textbook_binary(weight, hessian, alpha, 0.01))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_calibrated_binary_codes_change_the_output_least(layer, bits):
+    weight, hessian = layer
+
+    def gap(coded):
+        error = dequantize_binary(*coded) - weight
+        return ((error @ hessian) * error).sum()
+
+    calibrated = quantize_binary_calibrated(weight, hessian, bits)
+    assert gap(calibrated) < 0.7 * min(gap(quantize_binary(weight, bits, -1, name)) for name in BINARY_METHODS)
+    again = quantize_binary_calibrated(weight, hessian, bits)
+    assert torch.equal(calibrated.codes, again.codes) and torch.equal(calibrated.alpha, again.alpha)
+    nan = torch.full_like(hessian, float("nan"))
+    with pytest.raises(ValueError, match="calibration inputs have NaN"):
+        quantize_binary_calibrated(weight, nan, bits)
 
 
 @pytest.fixture

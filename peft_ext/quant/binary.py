@@ -1,0 +1,206 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Binary coding (BCQ): `W = sum_p alpha_p * B_p` with signs `B_p`, per output channel or per group of inputs.
+
+Sources: AlphaTuning (Kwon et al., 2022, arXiv 2210.03858), section 3.1; alternating refinement as in Xu et al. (2018,
+arXiv 1802.00150). Bit `p` of a code is set where `B_p` is +1, so codes pack into the same bit-planes as uniform ones.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+import torch
+
+from peft_ext.quant.uniform import check_group_size, check_weight
+
+
+BINARY_BITS = (1, 2, 3, 4, 8)
+BINARY_METHODS = ("greedy", "alternating")
+# Rounds of alternating refinement, as in LUT-GEMM's code.
+ROUNDS = 15
+# Rows are coded in chunks of about this many weights, so that a chunk's signs stay in a core's cache.
+_CHUNK = 1 << 18
+
+
+class BinaryQuantized(NamedTuple):
+    """A weight in binary coding: `codes` uint8 `[out, in]`, `alpha` float `[out, groups, bits]`.
+
+    Greedy and alternating codes have alphas that are not negative and fall with `p`: alpha_1 is the largest.
+    """
+
+    codes: torch.Tensor
+    alpha: torch.Tensor
+
+
+def check_binary_format(bits: int, group_size: int, in_features: Optional[int] = None) -> None:
+    """Refuse widths and group sizes that don't exist.
+
+    Raises:
+        ValueError: Names the argument, its value and what may be passed instead.
+    """
+    if isinstance(bits, bool) or bits not in BINARY_BITS:
+        raise ValueError(f"bits={bits!r} is not supported; choose one of {BINARY_BITS}.")
+    check_group_size(group_size, in_features)
+
+
+def quantize_binary(
+    weight: torch.Tensor,
+    bits: int,
+    group_size: int = -1,
+    method: str = "alternating",
+    rounds: int = ROUNDS,
+    input_weight: Optional[torch.Tensor] = None,
+) -> BinaryQuantized:
+    """Binary codes of a weight.
+
+    Args:
+        weight: float `[out, in]`.
+        bits: Number of sign planes: 1 to 4, or 8.
+        group_size: Inputs that share their alphas; -1 for all inputs of an output channel.
+        method: `"greedy"` (each plane takes the sign of what is left, and its mean size) or `"alternating"` (greedy,
+            then in turn the best alphas for the codes and the best codes for the alphas).
+        rounds: Rounds of refinement at most; the error never rises.
+        input_weight: `[in]`, the second moment of each input; the error of input `j` counts `input_weight[j]` times.
+
+    Returns:
+        [`BinaryQuantized`]; the same weight and arguments give the same codes.
+
+    Raises:
+        ValueError: If the format or method is unknown, or the weight has NaN or infinity.
+    """
+    check_binary_format(bits, group_size, weight.shape[1])
+    if method not in BINARY_METHODS:
+        raise ValueError(f"method={method!r} is unknown; choose one of {BINARY_METHODS}.")
+    weight = check_weight(weight)
+    out_features, in_features = weight.shape
+    size = in_features if group_size == -1 else group_size
+    groups = weight.view(out_features, -1, size)
+    counts = torch.ones(1, 1, size) if input_weight is None else input_weight.view(1, -1, size)
+    counts = counts.to(weight)
+    rounds = rounds if method == "alternating" else 0
+    rows = max(1, _CHUNK // in_features)
+    parts = [_code_rows(groups[start : start + rows], counts, bits, rounds) for start in range(0, out_features, rows)]
+    codes, alpha = (torch.cat(tensors) for tensors in zip(*parts))
+    return BinaryQuantized(codes.view(out_features, in_features), alpha)
+
+
+def dequantize_binary(codes: torch.Tensor, alpha: torch.Tensor, offset: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """`sum_p alpha_p * B_p` (`+ offset`).
+
+    Args:
+        codes: uint8 `[out, in]`.
+        alpha: float `[out, groups, bits]`.
+        offset: float `[out, groups]` or None.
+
+    Returns:
+        `[out, in]` in the dtype of `alpha`.
+    """
+    groups = codes.view(codes.shape[0], alpha.shape[1], -1)
+    levels = levels_of(alpha) if offset is None else levels_of(alpha) + offset[..., None]
+    return levels.gather(-1, groups.long()).view(codes.shape)
+
+
+def levels_of(alpha: torch.Tensor) -> torch.Tensor:
+    """The values that the codes `0 .. 2**bits - 1` stand for. `[..., bits]` -> `[..., 2**bits]`."""
+    return alpha @ _signs(alpha.shape[-1], alpha).t()
+
+
+def uniform_to_binary(scale: torch.Tensor, zero_point: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Alphas `[out, groups, bits]` and offset `[out, groups]` that give uniform codes the same values.
+
+    `scale (q - z) = sum_p scale 2^(p-1) B_p + scale ((2^bits - 1) / 2 - z)`, p from 0; the codes stay as they are.
+    """
+    powers = 2.0 ** torch.arange(-1, bits - 1, dtype=scale.dtype, device=scale.device)
+    return scale[..., None] * powers, scale * ((2**bits - 1) / 2 - zero_point.to(scale.dtype))
+
+
+def binary_to_uniform(alpha: torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Undo [`uniform_to_binary`]: scale and zero point `[out, groups]`.
+
+    Raises:
+        ValueError: If the alphas don't double from plane to plane, or the zero point isn't an integer in range.
+    """
+    bits = alpha.shape[-1]
+    scale = 2 * alpha[..., 0]
+    zero_point = (2**bits - 1) / 2 - offset / scale
+    rounded = zero_point.round()
+    expected, expected_offset = uniform_to_binary(scale, rounded, bits)
+    tolerance = 1e-5 * scale.abs()
+    doubles = ((expected - alpha).abs() <= tolerance[..., None]).all()
+    whole = ((expected_offset - offset).abs() <= 2**bits * tolerance).all()
+    if not (doubles and whole and ((rounded >= 0) & (rounded < 2**bits)).all()):
+        raise ValueError(
+            "these alphas and offsets are no uniform grid (alphas that double from plane to plane, and an integer zero "
+            "point); only codes that came from a uniform format can go back to one."
+        )
+    return scale, rounded.to(torch.uint8)
+
+
+def nearest_codes(groups: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """uint8 code of the nearest level. groups `[rows, groups, size]`, alpha `[rows, groups, bits]`."""
+    levels, order = levels_of(alpha).sort(dim=-1, stable=True)
+    middles = (levels[..., 1:] + levels[..., :-1]) / 2
+    positions = torch.searchsorted(middles, groups)
+    return order.to(torch.uint8).gather(-1, positions)
+
+
+def _code_rows(
+    groups: torch.Tensor, counts: torch.Tensor, bits: int, rounds: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and alphas of some rows. groups: `[rows, groups, size]`; counts: `[1, 1 or groups, size]`."""
+    codes, alpha = _greedy(groups, counts, bits)
+    error = _error(groups, counts, codes, alpha)
+    for _ in range(rounds):
+        new_alpha = _refit(groups, counts, codes, bits)
+        new_codes = nearest_codes(groups, new_alpha)
+        new_error = _error(groups, counts, new_codes, new_alpha)
+        better = new_error < error
+        if not better.any():
+            break
+        error = torch.where(better, new_error, error)
+        alpha = torch.where(better[..., None], new_alpha, alpha)
+        codes = torch.where(better[..., None], new_codes, codes)
+    return codes, alpha
+
+
+def _greedy(groups: torch.Tensor, counts: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each plane takes the sign of what is left, and its (weighted) mean size."""
+    left, share = groups.clone(), counts / counts.sum(-1, keepdim=True).clamp(min=torch.finfo(counts.dtype).tiny)
+    codes, alphas = torch.zeros_like(groups, dtype=torch.uint8), []
+    for plane in range(bits):
+        positive = left >= 0
+        codes |= positive.to(torch.uint8) << plane
+        alphas.append((left.abs() * share).sum(-1))
+        left -= torch.where(positive, alphas[-1][..., None], -alphas[-1][..., None])
+    return codes, torch.stack(alphas, -1)
+
+
+def _refit(groups: torch.Tensor, counts: torch.Tensor, codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """The alphas of least (weighted) squared error for given codes, not negative and falling.
+
+    A plane whose alpha would be negative is the same plane with its signs turned; nearest codes see to that.
+    """
+    planes = torch.arange(bits, dtype=torch.uint8, device=codes.device)
+    signs = (
+        ((codes[..., None, :] >> planes[:, None]) & 1).to(groups.dtype).mul_(2).sub_(1)
+    )  # [rows, groups, bits, size]
+    weighted = signs * counts[..., None, :]
+    gram = (weighted @ signs.transpose(-1, -2)).double()
+    target = (weighted @ groups[..., None]).double()
+    # planes may coincide; a trace of ridge picks one of the solutions
+    trace = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(groups.dtype).tiny)
+    gram = gram + 1e-7 * trace[..., None, None] * torch.eye(bits, dtype=gram.dtype, device=gram.device)
+    alpha = torch.linalg.solve(gram, target)[..., 0].abs()
+    return alpha.sort(dim=-1, descending=True).values.to(groups.dtype)
+
+
+def _error(groups: torch.Tensor, counts: torch.Tensor, codes: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """(Weighted) squared error of each group, summed in float64."""
+    value = levels_of(alpha).gather(-1, codes.long())
+    return (value.sub_(groups).square_() * counts).sum(-1, dtype=torch.float64)
+
+
+def _signs(bits: int, like: torch.Tensor) -> torch.Tensor:
+    """Signs of the planes `[2**bits, bits]` under every code."""
+    codes = torch.arange(2**bits, device=like.device)
+    return ((codes[:, None] >> torch.arange(bits, device=like.device)) & 1).to(like.dtype) * 2 - 1
