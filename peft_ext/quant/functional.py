@@ -2,9 +2,8 @@
 """Products with packed weights, and their gradients, without a gradient of the weight's size.
 
 Per channel, `u = x (q - z)^T` and `y = u * s`, so `dL/ds_o = sum_t g_to u_to`: nothing of size `[out, in]` is
-computed, let alone kept. Group-wise gradients reduce `g^T x` against the codes, a block of rows at a time. The
-backward
-unpacks the codes again; a dequantised weight never outlives a block.
+computed, let alone kept. Gradients of group-wise scales and of a binary coding's alphas reduce `g^T x` against the
+codes, a block of rows at a time. The backward unpacks the codes again; a dequantised weight never outlives a block.
 """
 
 from __future__ import annotations
@@ -12,13 +11,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from peft_ext.quant.matmul import linear
-from peft_ext.quant.packing import TILE_ROWS, unpack
+from peft_ext.quant.packing import TILE_ROWS, unpack, unpack_signs
 
 
 # Weights unpacked at a time (16 MiB in float32): enough for a fast matmul, little beside a layer of a 7B model.
@@ -28,28 +27,36 @@ _TINY = 1e-30
 
 
 class PackedWeight(NamedTuple):
-    """The frozen part of a packed weight.
+    """The frozen part of a packed weight, uniform or in binary coding.
 
-    `planes`: uint8 `[tiles, input bytes, bits, 32]`, see `packing.py`. `zero_point`: uint8 `[out, groups]`.
+    `planes`: uint8 `[tiles, input bytes, bits, 32]`, see `packing.py`. `zero_point`: uint8 `[out, groups]`; None for
+    binary coding.
     """
 
     planes: torch.Tensor
-    zero_point: torch.Tensor
+    zero_point: Optional[torch.Tensor]
     out_features: int
     in_features: int
 
 
 def packed_linear(
-    x: torch.Tensor, weight: PackedWeight, scale: torch.Tensor, *, keep_product: bool = False
+    x: torch.Tensor,
+    weight: PackedWeight,
+    scale: torch.Tensor,
+    *,
+    keep_product: bool = False,
+    trained_planes: Optional[int] = None,
 ) -> torch.Tensor:
-    """`x (scale * (codes - zero_point))^T`, differentiable in `x` and `scale`.
+    """`x (scale * (codes - zero_point))^T`, or `x (sum_p alpha_p B_p)^T`; differentiable in `x` and `scale`.
 
     Args:
         x: float `[..., in]`.
         weight: The packed codes and zero points.
-        scale: float `[out, groups]`.
+        scale: float `[out, groups]`; of a binary coding the alphas `[out, groups, bits]`.
         keep_product: Per channel, keep `x (q - z)^T` for the backward instead of the output. Needs more memory; lets
-            the model change the output in place.
+            the model change the output in place. Without effect on group-wise scales and binary coding.
+        trained_planes: Compute the gradient of the first alphas only (the others' is zero); all by default. Without
+            effect on uniform codes.
 
     Returns:
         `[..., out]` in the dtype of `x`.
@@ -60,8 +67,8 @@ def packed_linear(
     """
     _check_input(x, weight.in_features)
     rows = x.reshape(-1, weight.in_features)
-    if not _scales_output(x, scale):
-        y = _GroupWise.apply(rows, scale, *weight)
+    if not _scales_output(x, weight, scale):
+        y = _Blockwise.apply(rows, scale, trained_planes, *weight)
     elif keep_product:
         y = (_Product.apply(rows, *weight) * scale[:, 0]).to(x.dtype)
     else:
@@ -75,12 +82,12 @@ def mixed_packed_linear(
 ) -> torch.Tensor:
     """A batch whose samples use different scales on the same codes; for inference.
 
-    Per channel, all samples share one product with the codes. Group-wise, the codes are unpacked once.
+    Per channel, all samples share one product with the codes. Otherwise the codes are unpacked once.
 
     Args:
         x: float `[batch, ..., in]`.
         weight: The packed codes and zero points.
-        scales: float `[n, out, groups]`.
+        scales: float `[n, out, groups]`, or alphas `[n, out, groups, bits]`.
         choice: int64 `[batch]`, the scale that each sample uses.
 
     Returns:
@@ -88,7 +95,7 @@ def mixed_packed_linear(
     """
     _check_input(x, weight.in_features)
     rows = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), weight.in_features)
-    if _scales_output(x, scales[0]):
+    if _scales_output(x, weight, scales[0]):
         product = _product(rows.reshape(-1, weight.in_features), weight)
         y = product.view(*rows.shape[:-1], -1).mul_(scales[choice, :, 0][:, None, :])
     else:
@@ -96,17 +103,45 @@ def mixed_packed_linear(
     return y.reshape(*x.shape[:-1], weight.out_features)
 
 
-def centred_blocks(weight: PackedWeight, dtype: torch.dtype) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Yield `(start, stop, codes - zero_point)` for blocks of rows, the codes as `[stop - start, groups, in /
-    groups]`."""
-    tiles = max(1, BLOCK_SIZE // (TILE_ROWS * weight.in_features))
-    groups = weight.zero_point.shape[1]
+def code_blocks(weight: PackedWeight, groups: int, dtype: torch.dtype) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Unpack a block of rows at a time.
+
+    Yields:
+        `(start, stop, block)` with rows `start` to `stop`; `block` is `codes - zero_point` `[rows, groups, in /
+        groups]`, or the signs `[bits, rows, groups, in / groups]` of a binary coding.
+    """
+    planes_at_once = 1 if weight.zero_point is not None else weight.planes.shape[2]
+    tiles = max(1, BLOCK_SIZE // (TILE_ROWS * weight.in_features * planes_at_once))
     for tile in range(0, weight.planes.shape[0], tiles):
         start, stop = tile * TILE_ROWS, min((tile + tiles) * TILE_ROWS, weight.out_features)
-        codes = unpack(weight.planes[tile : tile + tiles], stop - start, weight.in_features)
-        zero_point = weight.zero_point[start:stop].to(dtype)[..., None]
-        # a uint8 tensor minus a float one: conversion and difference in one pass
-        yield start, stop, codes.reshape(stop - start, groups, -1) - zero_point
+        planes = weight.planes[tile : tile + tiles]
+        if weight.zero_point is None:
+            signs = unpack_signs(planes, stop - start, weight.in_features, dtype)
+            yield start, stop, signs.reshape(-1, stop - start, groups, weight.in_features // groups)
+        else:
+            codes = unpack(planes, stop - start, weight.in_features).reshape(stop - start, groups, -1)
+            # a uint8 tensor minus a float one: conversion and difference in one pass
+            yield start, stop, codes - weight.zero_point[start:stop].to(dtype)[..., None]
+
+
+def _dense(block: torch.Tensor, scale: torch.Tensor, in_place: bool = False) -> torch.Tensor:
+    """The float weight `[rows, in]` of a block of codes or signs. scale: `[rows, groups(, bits)]`."""
+    if block.dim() == 3:
+        weight = block.mul_(scale[..., None]) if in_place else (block * scale[..., None]).to(block.dtype)
+    else:
+        weight = (block[0] * scale[..., 0, None]).to(block.dtype)
+        for plane in range(1, len(block)):
+            weight.addcmul_(block[plane], scale[..., plane, None].to(block.dtype))
+    return weight.view(weight.shape[0], -1)
+
+
+def _gradient_of_scale(grad_weight: torch.Tensor, block: torch.Tensor, trained_planes: Optional[int]) -> torch.Tensor:
+    """What `_dense` makes of a weight's gradient `[rows, in]`: `[rows, groups]`, or `[rows, groups, trained planes]`."""
+    groups = grad_weight.view(block.shape[-3:])
+    if block.dim() == 3:
+        return (groups * block).sum(-1, dtype=_sum_dtype(groups))
+    planes = block if trained_planes is None else block[:trained_planes]
+    return torch.stack([(groups * plane).sum(-1, dtype=_sum_dtype(groups)) for plane in planes], -1)
 
 
 class _PerChannel(torch.autograd.Function):
@@ -155,18 +190,18 @@ class _Product(torch.autograd.Function):
         return _product_backward(grad, PackedWeight(*ctx.saved_tensors, *ctx.size)), None, None, None, None
 
 
-class _GroupWise(torch.autograd.Function):
-    """`y = x (s * (q - z))^T` with a scale per group; x: [rows, in], s: [out, groups]. Keeps `x` for the backward."""
+class _Blockwise(torch.autograd.Function):
+    """`y = x W^T` with `W` of group-wise scales or a binary coding, a block of rows at a time; x: [rows, in]. Keeps
+    `x` for the backward."""
 
     @staticmethod
-    def forward(ctx, x, scale, planes, zero_point, out_features, in_features):
+    def forward(ctx, x, scale, trained_planes, planes, zero_point, out_features, in_features):
         weight = PackedWeight(planes, zero_point, out_features, in_features)
         ctx.save_for_backward(x, scale, planes, zero_point)
-        ctx.size = (out_features, in_features)
+        ctx.size, ctx.trained_planes = (out_features, in_features), trained_planes
         y = x.new_empty(x.shape[0], out_features)
-        for start, stop, block in centred_blocks(weight, x.dtype):
-            block.mul_(scale[start:stop, :, None])
-            y[:, start:stop] = linear(x, block.view(stop - start, in_features))
+        for start, stop, block in code_blocks(weight, scale.shape[1], x.dtype):
+            y[:, start:stop] = linear(x, _dense(block, scale[start:stop], in_place=True))
         return y
 
     @staticmethod
@@ -175,22 +210,23 @@ class _GroupWise(torch.autograd.Function):
         x, scale, planes, zero_point = ctx.saved_tensors
         weight = PackedWeight(planes, zero_point, *ctx.size)
         grad_x = None
-        grad_scale = torch.empty_like(scale) if ctx.needs_input_grad[1] else None
-        for start, stop, block in centred_blocks(weight, x.dtype):
+        grad_scale = torch.zeros_like(scale) if ctx.needs_input_grad[1] else None
+        for start, stop, block in code_blocks(weight, scale.shape[1], x.dtype):
             grad_rows = grad[:, start:stop]
             if grad_scale is not None:
-                grad_weight = linear(grad_rows.t(), x.t()).view(block.shape)
-                grad_scale[start:stop] = grad_weight.mul_(block).sum(-1, dtype=_sum_dtype(grad))
+                found = _gradient_of_scale(linear(grad_rows.t(), x.t()), block, ctx.trained_planes)
+                rows = grad_scale[start:stop]
+                (rows if rows.dim() == 2 else rows[..., : found.shape[-1]]).copy_(found)
             if ctx.needs_input_grad[0]:
-                part = linear(grad_rows, block.mul_(scale[start:stop, :, None]).view(stop - start, -1).t())
+                part = linear(grad_rows, _dense(block, scale[start:stop], in_place=True).t())
                 grad_x = part if grad_x is None else grad_x.add_(part)
-        return grad_x, grad_scale, None, None, None, None
+        return grad_x, grad_scale, None, None, None, None, None
 
 
 def _product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     """`x (q - z)^T`: [rows, in] -> [rows, out]."""
     y = x.new_empty(x.shape[0], weight.out_features)
-    for start, stop, block in centred_blocks(weight, x.dtype):
+    for start, stop, block in code_blocks(weight, 1, x.dtype):
         product = linear(x, block.view(stop - start, -1))
         if stop - start == weight.out_features:
             return product
@@ -202,7 +238,7 @@ def _product_backward(grad: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     """`grad (q - z)`: [rows, out] -> [rows, in]."""
     parts = (
         linear(grad[:, start:stop], block.view(stop - start, -1).t())
-        for start, stop, block in centred_blocks(weight, grad.dtype)
+        for start, stop, block in code_blocks(weight, 1, grad.dtype)
     )
     return functools.reduce(torch.Tensor.add_, parts)
 
@@ -212,19 +248,19 @@ def _mixed_group_wise(
 ) -> torch.Tensor:
     """rows: [batch, n, in] -> [batch, n, out], each sample with its own group-wise scale."""
     y = rows.new_empty(*rows.shape[:-1], weight.out_features)
-    for start, stop, block in centred_blocks(weight, rows.dtype):
+    for start, stop, block in code_blocks(weight, scales.shape[2], rows.dtype):
         for index in choice.unique().tolist():
             samples = choice == index
             own = rows[samples]
-            scaled = (block * scales[index, start:stop, :, None]).to(rows.dtype).view(stop - start, -1)
-            y[samples, :, start:stop] = linear(own.flatten(0, 1), scaled).view(*own.shape[:2], stop - start)
+            product = linear(own.flatten(0, 1), _dense(block, scales[index, start:stop]))
+            y[samples, :, start:stop] = product.view(*own.shape[:2], stop - start)
     return y
 
 
-def _scales_output(x: torch.Tensor, scale: torch.Tensor) -> bool:
-    """Whether the scale is applied to the product. Not in float16, whose range the bare product with integers may
-    leave."""
-    return scale.shape[-1] == 1 and x.dtype != torch.float16
+def _scales_output(x: torch.Tensor, weight: PackedWeight, scale: torch.Tensor) -> bool:
+    """Whether the scale is applied to the product: one scale per channel, uniform codes. Not in float16, whose range
+    the bare product with integers may leave."""
+    return weight.zero_point is not None and scale.shape[-1] == 1 and x.dtype != torch.float16
 
 
 def _sum_dtype(x: torch.Tensor) -> torch.dtype:

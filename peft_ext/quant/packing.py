@@ -81,6 +81,26 @@ def unpack(planes: torch.Tensor, out_features: int, in_features: int) -> torch.T
     return codes.view(torch.uint8).view(tiles * TILE_ROWS, input_bytes * 8)[:out_features, :in_features]
 
 
+def unpack_signs(planes: torch.Tensor, out_features: int, in_features: int, dtype: torch.dtype) -> torch.Tensor:
+    """The planes as signs `[bits, out_features, in_features]`: +1 where a bit is set, else -1.
+
+    Args:
+        planes, out_features, in_features: As in [`unpack`].
+        dtype: Float type of the signs.
+    """
+    tiles, input_bytes, bits, _ = planes.shape
+    ordered = planes.view(tiles, input_bytes, bits, TILE_ROWS // 2, 2).permute(2, 0, 4, 3, 1)
+    table = _sign_table if torch.compiler.is_compiling() else _cached_sign_table
+    signs = table(dtype, planes.device).index_select(0, ordered.reshape(-1).to(torch.int32))
+    return signs.view(bits, tiles * TILE_ROWS, input_bytes * 8)[:, :out_features, :in_features]
+
+
+def _sign_table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The signs of the eight bits of every byte, `[256, 8]`."""
+    bits = (torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)) & 1
+    return bits.to(dtype) * 2 - 1
+
+
 def _gather(ordered: torch.Tensor, first: int) -> torch.Tensor:
     """What plane `first` (and the next one, where there is one) adds to the codes; 8 codes to an int64."""
     pair = first + 1 < ordered.shape[0]
@@ -108,3 +128,4 @@ def _spread_table(first: int, pair: bool, device: torch.device) -> torch.Tensor:
 
 
 _cached_spread_table = functools.lru_cache(maxsize=64)(_spread_table)
+_cached_sign_table = functools.lru_cache(maxsize=16)(_sign_table)

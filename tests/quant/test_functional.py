@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from peft_ext.quant import functional
+from peft_ext.quant.binary import dequantize_binary, quantize_binary
 from peft_ext.quant.functional import PackedWeight, mixed_packed_linear, packed_linear
 from peft_ext.quant.packing import pack
 from peft_ext.quant.uniform import dequantize, quantize
@@ -21,20 +24,35 @@ MODES = [
 ]
 
 
-@pytest.fixture(params=[2, 3, 4, 8], ids=lambda bits: f"{bits}bit")
+def packed_weight(form, bits, group_size=-1, dtype=torch.float64):
+    """A packed weight, its scale (alphas) and the codes' values."""
+    weight = torch.randn(OUT, IN, dtype=dtype)
+    if form == "binary":
+        codes, scale = quantize_binary(weight, bits, group_size)
+        return PackedWeight(pack(codes, bits), None, OUT, IN), scale, codes
+    codes, scale, zero_point = quantize(weight, bits, group_size)
+    return PackedWeight(pack(codes, bits), zero_point, OUT, IN), scale, codes
+
+
+FORMS = [("uniform", 2), ("uniform", 3), ("uniform", 4), ("uniform", 8), ("binary", 1), ("binary", 3), ("binary", 4)]
+
+
+@pytest.fixture(params=FORMS, ids=lambda form: f"{form[0]}-{form[1]}bit")
 def make(request):
-    """Makes a packed weight, its scale and the codes' values, for a group size."""
+    """[`packed_weight`] of a number format, for a group size."""
+    return functools.partial(packed_weight, *request.param)
 
-    def make(group_size=-1, dtype=torch.float64):
-        quantized = quantize(torch.randn(OUT, IN, dtype=dtype), request.param, group_size)
-        packed = PackedWeight(pack(quantized.codes, request.param), quantized.zero_point, OUT, IN)
-        return packed, quantized.scale.clone(), quantized.codes
 
-    return make
+@pytest.fixture(params=[2, 3, 4, 8], ids=lambda bits: f"{bits}bit")
+def make_uniform(request):
+    """The same with uniform codes only."""
+    return functools.partial(packed_weight, "uniform", request.param)
 
 
 def reference(x, packed, scale, codes):
     """y = x W^T with the weight made in full."""
+    if packed.zero_point is None:
+        return x @ dequantize_binary(codes, scale).t()
     return x @ dequantize(codes, scale, packed.zero_point).t()
 
 
@@ -119,6 +137,28 @@ def test_half_precision(make, group_size, dtype):
     assert (y.float() - exact).abs().max() < 0.02 * exact.abs().max()
 
 
+@pytest.mark.parametrize("group_size", [-1, 8])
+@pytest.mark.parametrize("trained", [1, 2])
+def test_the_gradient_of_the_first_alphas_alone(trained, group_size):
+    packed, scale, codes = packed_weight("binary", 3, group_size)
+    x, grads = torch.randn(5, IN, dtype=torch.float64), []
+    for planes in (trained, None):
+        leaf = scale.clone().requires_grad_()
+        packed_linear(x, packed, leaf, trained_planes=planes).square().sum().backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(grads[0][..., :trained], grads[1][..., :trained])
+    assert not grads[0][..., trained:].any() and grads[1][..., trained:].any()
+
+
+def test_binary_coding_keeps_no_weight():
+    packed, scale, _ = packed_weight("binary", 3)
+    saved = []
+    x = torch.randn(50, IN, dtype=torch.float64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        packed_linear(x, packed, scale.requires_grad_())
+    assert {tensor.numel() for tensor in saved if tensor.is_floating_point()} == {x.numel(), scale.numel()}
+
+
 def test_float16_does_not_overflow():
     quantized = quantize(torch.full((OUT, IN), 0.01) * torch.rand(OUT, IN), 8)
     packed = PackedWeight(pack(quantized.codes, 8), quantized.zero_point, OUT, IN)
@@ -126,8 +166,8 @@ def test_float16_does_not_overflow():
     assert torch.isfinite(packed_linear(x, packed, quantized.scale)).all()
 
 
-def test_saves_no_weight_and_shares_the_output(make):
-    packed, scale, _ = make()
+def test_saves_no_weight_and_shares_the_output(make_uniform):
+    packed, scale, _ = make_uniform()
     saved = []
     x = torch.randn(50, IN, dtype=torch.float64, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -137,8 +177,8 @@ def test_saves_no_weight_and_shares_the_output(make):
     assert any(tensor.data_ptr() == y.data_ptr() for tensor in floats)
 
 
-def test_in_place_change_of_the_output_is_noticed_and_keep_product_allows_it(make):
-    packed, scale, codes = make()
+def test_in_place_change_of_the_output_is_noticed_and_keep_product_allows_it(make_uniform):
+    packed, scale, codes = make_uniform()
     x = torch.randn(3, IN, dtype=torch.float64)
     y = packed_linear(x, packed, scale.clone().requires_grad_())
     y.add_(1)
@@ -168,6 +208,7 @@ def test_compiles_without_a_break(make, group_size):
     def loss(x, s):
         return packed_linear(x, packed, s).square().sum()
 
+    torch.compiler.reset()  # else the formats together pass the limit of recompilations
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     results = []
     for function in (loss, compiled):
@@ -202,8 +243,8 @@ def test_mixed_batch_is_each_sample_with_its_own_scale(make, group_size):
     torch.testing.assert_close(mixed_packed_linear(x, packed, scales, choice), expected)
 
 
-def test_mixed_batch_multiplies_by_the_codes_once(make, monkeypatch):
-    packed, scale, _ = make()
+def test_mixed_batch_multiplies_by_the_codes_once(make_uniform, monkeypatch):
+    packed, scale, _ = make_uniform()
     calls = []
     original = functional.unpack
     monkeypatch.setattr(functional, "unpack", lambda *args: calls.append(1) or original(*args))

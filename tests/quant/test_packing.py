@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_ext.quant.packing import SUPPORTED_BITS, TILE_ROWS, pack, planes_shape, unpack
+from peft_ext.quant.packing import SUPPORTED_BITS, TILE_ROWS, pack, planes_shape, unpack, unpack_signs
 
 
 def slow_bit(planes: torch.Tensor, row: int, column: int, plane: int) -> int:
@@ -72,3 +72,14 @@ def test_refuses_other_dtypes_and_shapes():
         pack(torch.zeros(2, 2, dtype=torch.int64), 3)
     with pytest.raises(ValueError, match=r"\(2, 2, 2\)"):
         pack(torch.zeros(2, 2, 2, dtype=torch.uint8), 3)
+
+
+@given(st.integers(1, 8), st.integers(1, 70), st.integers(1, 20), st.integers(0, 2**31))
+@settings(deadline=None, max_examples=40)
+def test_signs_are_the_bits(bits, rows, inputs, seed):
+    codes = torch.randint(0, 2**bits, (rows, inputs), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+    signs = unpack_signs(pack(codes, bits), rows, inputs, torch.float32)
+    assert signs.shape == (bits, rows, inputs)
+    for plane in range(bits):
+        assert torch.equal(signs[plane] > 0, (codes >> plane) & 1 == 1)
+    assert torch.equal(signs.abs(), torch.ones_like(signs))
