@@ -1,5 +1,6 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""Float linear layers by oneDNN, for benchmarks that compare results, not time: on AMD processors they take half as long.
+"""Float linear layers by oneDNN, for benchmarks that compare results, not time: on AMD processors they take half as
+long.
 
 Never used where time is measured: there, the peers run as their users run them.
 """
