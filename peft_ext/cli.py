@@ -38,9 +38,18 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         command = importlib.import_module(f"peft_ext.commands.{argv[0]}")
         command.main(argv[1:])
     except (ValueError, OSError, ImportError) as error:
-        print(f"peft-ext {argv[0]}: error: {error}", file=sys.stderr)
-        return 2
+        return _failed(argv[0], str(error))
+    except Exception as error:
+        # a damaged file or YAML; their classes come from libraries that --help should not import
+        if type(error).__module__.split(".")[0] not in ("safetensors", "yaml"):
+            raise
+        return _failed(argv[0], f"a file is damaged: {error}")
     return 0
+
+
+def _failed(command: str, message: str) -> int:
+    print(f"peft-ext {command}: error: {message}", file=sys.stderr)
+    return 2
 
 
 def usage() -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -160,6 +161,8 @@ def test_tune_under_a_launcher(launcher, run_module, flags, tmp_path):
         (["--data", "{tmp}/short.txt"], "less than one block"),
         (["--model", "./missing"], "./missing"),
         (["--calibration_blocks", "0"], "calibration_blocks=0"),
+        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size=0"),
+        (["--config", "{tmp}/broken.yaml"], "a file is damaged"),
         (["--output_dir", "{tmp}/full"], "is not empty"),
         (["--output_dir", "{tmp}/short.txt"], "is a file"),
         (["--output_dir", "/proc/nowhere"], "can't be written"),
@@ -171,12 +174,37 @@ def test_mistakes_end_in_one_line_and_leave_nothing(flags, mistake, message, tmp
     (tmp_path / "full" / "mine.txt").write_text("precious")
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "short.txt").write_text("short")
+    (tmp_path / "broken.yaml").write_text("bits: [2")
     before = sorted(tmp_path.rglob("*"))
     mistake = [part.format(tmp=tmp_path) for part in mistake]
     assert main(["tune", *flags, "--output_dir", str(tmp_path / "run"), *mistake]) == 2
     error = capsys.readouterr().err
     assert "peft-ext tune: error:" in error and message in error and "Traceback" not in error
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_model_that_no_base_can_be_written_of(flags, tmp_path, capsys):
+    from tests.tiny_models import tiny
+    from tests.tiny_tokenizer import save_tiny_model
+
+    folder = save_tiny_model(tmp_path / "model")
+    position = flags.index("--model")
+    flags[position + 1] = str(folder)
+    tiny("gpt2").save_pretrained(folder)
+    assert main(["tune", *flags, "--output_dir", str(tmp_path / "run")]) == 2
+    assert "Conv1D" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_run(finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    adapter = run / "adapter" / "adapter_model.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:-10])
+    assert main(["generate", str(run), "--prompt", "x"]) == 2
+    assert "a file is damaged" in capsys.readouterr().err
+    assert main(["generate", str(run), "--prompt", ""]) == 2
+    assert "empty" in capsys.readouterr().err
 
 
 def test_output_dir_is_asked_for(flags, capsys):

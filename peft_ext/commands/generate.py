@@ -38,8 +38,8 @@ def main(argv: Sequence[str]) -> None:
     if args.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={args.max_new_tokens} must be at least 1.")
     prompts = args.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    if not prompts:
-        raise ValueError("no prompt: pass --prompt TEXT, or lines on the standard input.")
+    if not prompts or not all(prompts):
+        raise ValueError("no prompt, or an empty one: pass --prompt TEXT, or lines on the standard input.")
     model, tokenizer = load_tuned(args)
     tokenizer.padding_side = "left"
     if args.seed is not None:

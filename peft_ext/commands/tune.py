@@ -23,6 +23,7 @@ import torch
 import yaml
 from peft import get_peft_model
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import get_last_checkpoint
 
 from peft_ext import PeqaConfig, calibrate
@@ -82,6 +83,8 @@ class TuneTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if not self.output_dir:  # transformers would choose a folder by itself
             raise ValueError("output_dir is missing: pass --output_dir, the folder to write the run to.")
+        if self.per_device_train_batch_size < 1:
+            raise ValueError(f"per_device_train_batch_size={self.per_device_train_batch_size} must be at least 1.")
         super().__post_init__()
 
 
@@ -182,6 +185,12 @@ def _quantize(
         return _read_json(run / "before.json")
     model = load_model(args.model)
     targets = check_targets(PeqaConfig(**_format(config), target_modules="all-linear"), model)
+    conv1d = [name for name, module in targets.items() if isinstance(module, Conv1D)]
+    if conv1d:
+        raise ValueError(
+            f"model={args.model!r} has Conv1D layers ({conv1d[0]!r} and others), whose packed weights compressed-tensors "
+            "can't store as a base. Tune it from Python: get_peft_model(model, PeqaConfig(...)) takes them."
+        )
     packed = all(is_packed(module) for module in targets.values())
     run.mkdir(parents=True, exist_ok=True)
     with written_whole(run / "config.yaml") as path:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Union
 
 import torch
@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from peft_ext.peqa.config import PeqaConfig
 from peft_ext.peqa.model import check_targets
-from peft_ext.peqa.quantization import is_packed, pack_layer
+from peft_ext.peqa.quantization import free_weight, is_packed, pack_layer
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.matmul import linear
 
@@ -21,6 +21,7 @@ from peft_ext.quant.matmul import linear
 Batch = Union[torch.Tensor, Mapping[str, Any]]
 # The inputs behind a Hessian are added up in blocks of about this many numbers, so that their float32 copy is small.
 _CHUNK = 1 << 23
+_NO_TOKENS = "the batches hold no tokens (all padding, or of length 0); pass some training data."
 
 
 @torch.no_grad()
@@ -41,7 +42,8 @@ def calibrate(model: nn.Module, config: PeqaConfig, batches: Iterable[Batch], pr
             Target modules and format; `init_method` must be `"calibrated"`.
         batches (iterable of `dict` or `torch.Tensor`):
             What the model takes: dicts of keyword arguments such as `{"input_ids": [batch, tokens]}`, or tensors.
-            Samples of different length are padded on the right; padding doesn't count.
+            Samples of different length are padded on the right; padding doesn't count (in an encoder-decoder, that
+            of the encoder's inputs).
         progressbar (`bool`, defaults to `True`):
             Whether to show one step per layer.
 
@@ -68,12 +70,17 @@ def calibrate(model: nn.Module, config: PeqaConfig, batches: Iterable[Batch], pr
     if not targets:
         raise ValueError(f"Target modules {config.target_modules} not found in the base model.")
     targets = {name: module for name, module in targets.items() if not is_packed(module)}
-    inputs = _join(list(batches))
-    training = model.training
+    inputs = _join(list(batches), getattr(model, "prepare_decoder_input_ids_from_labels", None))
+    training, model_config = model.training, getattr(model, "config", None)
+    use_cache = getattr(model_config, "use_cache", None)
     model.eval()
     try:
+        if use_cache:
+            model_config.use_cache = False  # type: ignore[union-attr]  # keys and values of all layers, for nothing
         _Pass(model, config, targets, inputs, progressbar).run()
     finally:
+        if use_cache:
+            model_config.use_cache = use_cache  # type: ignore[union-attr]
         model.train(training)
     return model
 
@@ -111,6 +118,7 @@ class _Pass:
                 handle.remove()
         for name, module in list(self.targets.items()):  # never reached on this data
             self._replace(name, pack_layer(module, self.config, name))
+            free_weight(module, self.model)
         self.progress.close()
 
     def _hook(self, name: str, module: nn.Module):
@@ -118,6 +126,8 @@ class _Pass:
             if name not in self.targets:
                 return None  # called again: a layer that the model uses more than once
             self.both = args[0]
+            if self.last is None and not self._halves_match(args[0]):
+                self.halves = set()
             return (args[0].chunk(2)[0], *args[1:]) if args[0].shape[0] in self.halves else None
 
         def after(_, args, float_output):
@@ -126,6 +136,7 @@ class _Pass:
             moments, x = self._moments_of(self.both), self.both
             packed = pack_layer(module, self.config, name, *moments)
             self._replace(name, packed)
+            free_weight(module, self.model)
             if not self.targets:
                 raise _Finished
             if moments.shift is None:
@@ -147,9 +158,16 @@ class _Pass:
             self.last = both, _moments(self._rows(x), None if x_float is None else self._rows(x_float))
         return self.last[1]
 
+    def _halves_match(self, both: torch.Tensor) -> bool:
+        """Before anything is packed the copies are equal; where they aren't, the batch isn't the first dimension."""
+        if both.shape[0] not in self.halves:
+            return False
+        one, other = both.chunk(2)
+        return torch.allclose(one, other, rtol=1e-2, atol=1e-3)
+
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
-        if self.mask is not None and self.mask.shape == x.shape[:-1]:
-            return x[self.mask.bool()]
+        if self.mask is not None and x.shape[:-1] in (self.mask.shape, (self.mask.numel(),)):
+            return x[self.mask.bool().view(x.shape[:-1])]
         return x.reshape(-1, x.shape[-1])
 
 
@@ -164,7 +182,7 @@ class _Moments(NamedTuple):
 def _moments(x: torch.Tensor, x_float: torch.Tensor | None) -> _Moments:
     """x, x_float: `[rows, in]`."""
     if not x.numel():
-        raise ValueError("the batches hold no tokens (all padding, or of length 0); pass some training data.")
+        raise ValueError(_NO_TOKENS)
     dtype = torch.promote_types(x.dtype, torch.float32)
     hessian = torch.zeros(x.shape[-1], x.shape[-1], dtype=dtype, device=x.device)
     shift = torch.zeros_like(hessian)
@@ -180,9 +198,12 @@ def _moments(x: torch.Tensor, x_float: torch.Tensor | None) -> _Moments:
 
 def _twice(inputs: Batch) -> tuple[Batch, set[int]]:
     """The batch twice, one copy after the other; and the numbers of rows (samples, or tokens) of one copy."""
+    values = [inputs] if isinstance(inputs, torch.Tensor) else inputs.values()
+    tensors = [value for value in values if isinstance(value, torch.Tensor) and value.dim()]
+    if not all(tensor.numel() for tensor in tensors):
+        raise ValueError(_NO_TOKENS)
     if isinstance(inputs, torch.Tensor):
         return torch.cat([inputs, inputs]), _sizes(inputs)
-    tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor) and value.dim()]
     sizes = set().union(*(_sizes(value) for value in tensors))
     samples = len(tensors[0]) if tensors else 0
 
@@ -197,14 +218,16 @@ def _sizes(tensor: torch.Tensor) -> set[int]:
     return {len(tensor), tensor[..., 0].numel() if tensor.is_floating_point() else tensor.numel()}
 
 
-def _join(batches: list[Any]) -> Batch:
-    """All batches as one."""
+def _join(batches: list[Any], decoder_inputs_of: Callable[..., torch.Tensor] | None = None) -> Batch:
+    """All batches as one. Labels are dropped; `decoder_inputs_of` makes an encoder-decoder's inputs of them first."""
     if not batches:
         raise ValueError("batches is empty; pass a few batches of training data to calibrate on.")
     if all(isinstance(batch, torch.Tensor) for batch in batches):
         return _pad_and_cat(batches, 0)
     if not all(isinstance(batch, Mapping) for batch in batches):
         raise TypeError(f"batches must be dicts of model inputs or tensors, got {type(batches[0]).__name__}.")
+    if decoder_inputs_of is not None:
+        batches = [_with_decoder_inputs(batch, decoder_inputs_of) for batch in batches]
     keys = [key for key in batches[0] if key != "labels"]
     if any(set(keys) != set(batch) - {"labels"} for batch in batches):
         raise ValueError(f"the batches have different keys; the first has {sorted(batches[0])}.")
@@ -215,6 +238,14 @@ def _join(batches: list[Any]) -> Batch:
         if len({tuple(mask.shape[1:]) for mask in ones}) > 1:
             joined["attention_mask"] = _pad_and_cat(ones, 0)
     return joined
+
+
+def _with_decoder_inputs(
+    batch: Mapping[str, Any], decoder_inputs_of: Callable[..., torch.Tensor]
+) -> Mapping[str, Any]:
+    if "labels" not in batch or "decoder_input_ids" in batch or "decoder_inputs_embeds" in batch:
+        return batch
+    return {**batch, "decoder_input_ids": decoder_inputs_of(labels=batch["labels"])}
 
 
 def _join_values(values: list[Any]) -> Any:

@@ -20,7 +20,7 @@ from peft_ext.checkpoint import pack_quantized
 from peft_ext.peqa import adapter_file
 from peft_ext.peqa.config import PeqaConfig
 from peft_ext.peqa.layer import PeqaLayer, PeqaLinear
-from peft_ext.peqa.quantization import check_target, is_packed, pack_layer, to_float
+from peft_ext.peqa.quantization import check_target, free_weight, is_packed, pack_layer, to_float
 from peft_ext.quant.linear import PackedLinear
 
 
@@ -118,6 +118,7 @@ class PeqaModel(BaseTuner):
             new_module.requires_grad_(False)
         new_module.train(target.training)
         self._replace_module(parent, target_name, new_module, target)
+        free_weight(target, self.model)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(new_module, (PeqaLayer, PackedLinear)):

@@ -70,6 +70,16 @@ def pack_layer(
     )
 
 
+def free_weight(module: nn.Module, model: nn.Module) -> None:
+    """Let go of the float weight of a layer that a packed one has replaced: PEFT, or a hook, holds the layer until the
+    last one is packed.
+
+    A layer that the model has under another name too keeps its weight, and so does a module that a weight is tied to.
+    """
+    if isinstance(module, (nn.Linear, Conv1D)) and not any(other is module for other in model.modules()):
+        module.weight = None
+
+
 def to_float(layer: PackedLinear) -> nn.Module:
     """The plain `nn.Linear` or `Conv1D` with a packed layer's weight, in the dtype that it had before."""
     weight = layer.weight
@@ -111,6 +121,12 @@ def check_target(module: Any, config: PeqaConfig, name: str) -> None:
 
 def _check_float_layer(module: Any, config: PeqaConfig, name: str) -> None:
     weight, conv1d = module.weight, isinstance(module, Conv1D)
+    hook = getattr(module, "_hf_hook", None)
+    if any(getattr(part, "offload", False) for part in getattr(hook, "hooks", [hook])):
+        raise ValueError(
+            f"layer {name!r} is offloaded, so its weight isn't there to be quantised; load the model without offload "
+            "(device_map=None or a device that holds it). Packed, it takes a fraction of the memory."
+        )
     if not weight.is_floating_point():
         raise ValueError(
             f"layer {name!r} has a {weight.dtype} weight in a format that is unknown here; load the float model."

@@ -152,7 +152,8 @@ class PackedLinear(nn.Module):
         digest = hashlib.blake2b(digest_size=8)
         digest.update(repr((self.bits, self.group_size, self.out_features, self.in_features)).encode())
         for tensor in (self.planes, self.zero_point):
-            digest.update(tensor.detach().cpu().contiguous().numpy().data)
+            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # sharded by FSDP2
+            digest.update(whole.detach().cpu().contiguous().numpy().data)
         return int.from_bytes(digest.digest(), "little") >> 1
 
     def forward(

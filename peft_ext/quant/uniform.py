@@ -3,7 +3,7 @@
 
 Source: PEQA (Kim et al., 2023, arXiv 2305.14152), section 3; names as in GPTQ. Data-free starts live here; the one
 that
-uses calibration data is in `calibration.py`.
+uses calibration data is in `calibrated.py`.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -104,6 +105,14 @@ def test_a_weight_that_is_not_finite_when_calibrating():
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj.*NaN"):
         calibrate(model, PeqaConfig(init_method="calibrated"), [IDS], progressbar=False)
     assert isinstance(model.model.layers[0].mlp.up_proj, torch.nn.Linear)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_an_offloaded_model(calibrated):
+    model = cpu_offload(tiny("llama"))
+    config = PeqaConfig(init_method="calibrated" if calibrated else "minmax")
+    with pytest.raises(ValueError, match="q_proj.*is offloaded.*without offload"):
+        calibrate(model, config, [IDS], progressbar=False) if calibrated else get_peft_model(model, config)
 
 
 def test_integer_input():

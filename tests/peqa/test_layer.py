@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -11,6 +13,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_ext import PeqaConfig, calibrate
+from peft_ext.peqa import calibration
+from peft_ext.peqa import model as peqa_model
 from peft_ext.peqa.layer import PeqaLinear
 from peft_ext.quant.calibrated import quantize_calibrated
 from peft_ext.quant.linear import PackedLinear
@@ -329,6 +333,73 @@ def test_calibration_of_layers_that_see_picked_rows():
     config = PeqaConfig(bits=4, init_method="calibrated", target_modules=["first", "second"])
     calibrated = calibrate(Picks(), config, [torch.randn(32, 8)], progressbar=False)
     assert set(_packed(calibrated)) == {"first", "second"}
+
+
+def test_calibration_of_a_model_whose_batch_comes_second():
+    """The copies of the batch can't be told apart by the first dimension, whatever its size is by chance."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+
+    class TimeFirst(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x):
+            return self.inner(x.transpose(0, 1))
+
+    config = PeqaConfig(bits=3, init_method="calibrated", target_modules=["0", "2"])
+    x = torch.randn(6, 12, 8)  # 12 steps of time: as many as samples, twice
+    weight = model[0].weight.detach().clone()
+    calibrated = calibrate(TimeFirst(), config, [x], progressbar=False)
+    rows = torch.cat([x, x]).reshape(-1, 8)
+    expected = quantize_calibrated(weight, rows.t() @ rows, 3)
+    assert torch.equal(calibrated.inner[0].codes(), expected.codes)
+
+
+def test_calibration_of_an_encoder_decoder_takes_training_batches():
+    batch = inputs("t5")
+    labels = batch["decoder_input_ids"]
+    batches = [{"input_ids": batch["input_ids"], "labels": labels}]
+    config = PeqaConfig(bits=4, init_method="calibrated")
+    calibrated = calibrate(tiny("t5"), config, batches, progressbar=False)
+    model = tiny("t5")
+    explicit = {"input_ids": batch["input_ids"], "decoder_input_ids": model._shift_right(labels)}
+    other = calibrate(model, config, [explicit], progressbar=False)
+    prints = [[layer.fingerprint() for layer in _packed(each).values()] for each in (calibrated, other)]
+    assert prints[0] == prints[1]
+
+
+def test_calibration_keeps_no_cache():
+    model = tiny("llama")
+    seen = []
+    model.model.layers[0].register_forward_hook(
+        lambda module, args, kwargs, output: seen.append(kwargs.get("past_key_values")), with_kwargs=True
+    )
+    calibrate(model, PeqaConfig(init_method="calibrated"), BATCHES, progressbar=False)
+    assert seen == [None] and model.config.use_cache
+
+
+@pytest.mark.parametrize("init_method", ["minmax", "calibrated"])
+def test_one_float_layer_at_a_time(init_method, monkeypatch):
+    """Every float weight is gone by the time that the next layer is packed."""
+    model, config, alive = tiny("llama"), PeqaConfig(init_method=init_method), []
+    packs = [calibration, peqa_model]
+    original = calibration.pack_layer
+
+    def watched(module, *args):
+        for reference in alive:
+            assert reference() is None
+        packed = original(module, *args)
+        if not isinstance(module, PackedLinear):
+            alive.append(weakref.ref(module.weight))
+        return packed
+
+    for module in packs:
+        monkeypatch.setattr(module, "pack_layer", watched)
+    if init_method == "calibrated":
+        calibrate(model, config, BATCHES, progressbar=False)
+    get_peft_model(model, config)
+    assert len(alive) == 7 * LAYERS
 
 
 def test_calibration_leaves_mode_and_config_alone():
