@@ -20,7 +20,7 @@ help:
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 10) else f"peft-ext needs Python 3.10 or newer, $(PYTHON) is {v[0]}.{v[1]}. Try: make PYTHON=python3.12 ...")'
 	@echo "==> 1/4 virtual environment in $(VENV)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "==> 2/4 PyTorch (a large download, once)"
 	$(BIN)/python -m pip install --disable-pip-version-check "$(TORCH)"
 	@echo "==> 3/4 peft-ext and what it needs"

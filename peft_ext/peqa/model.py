@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from peft.config import PeftConfig
@@ -186,15 +186,30 @@ class PeqaModel(BaseTuner):
         if adapter_name in self.peft_config:
             return
         self._check_weighted(adapters, weights)
-        configs = [self.peft_config[name] for name in adapters]
-        if all(isinstance(config.target_modules, str) for config in configs):
-            targets: Any = "|".join(f"({config.target_modules})" for config in configs)
-        else:
-            targets = set().union(*(config.target_modules for config in configs))
-        # the sum may be of any sign, which the log can't stand for
-        kind = "relative" if configs[0].parametrization == "log" else configs[0].parametrization
-        self.peft_config[adapter_name] = replace(configs[0], target_modules=targets, parametrization=kind)
-        self.inject_adapter(self.model, adapter_name)
+        first = self.peft_config[adapters[0]]
+        held = {
+            name: layer
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, PeqaLayer) and any(adapter in layer.peqa_delta for adapter in adapters)
+        }
+        self.peft_config[adapter_name] = replace(
+            first,
+            # the very layers that the adapters tune, whatever rules chose them
+            target_modules=set(held),
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            bits_pattern={
+                n: layer.base_layer.bits for n, layer in held.items() if layer.base_layer.bits != first.bits
+            },
+            # the sum may be of any sign, which the log can't stand for
+            parametrization="relative" if first.parametrization == "log" else first.parametrization,
+        )
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except ValueError:
+            del self.peft_config[adapter_name]
+            raise
         self.set_requires_grad(adapter_name, False)
         for layer in self._layers():
             if adapter_name in layer.peqa_delta:

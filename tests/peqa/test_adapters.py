@@ -7,9 +7,11 @@ import warnings
 
 import pytest
 import torch
+from peft import get_peft_model
 
+from peft_ext import PeqaConfig
 from tests.cases import CASES, adapter_parameters, assert_differs, assert_same, case_ids, move_adapter, tuner_layers
-from tests.tiny_models import logits_of
+from tests.tiny_models import logits_of, tiny
 
 
 def _saves_modules(case) -> bool:
@@ -236,3 +238,18 @@ def test_hot_swap(case, tmp_path):
     assert_same(case.logits(model), expected)
     model.load_adapter(tmp_path, adapter_name="default")
     assert_same(case.logits(model), first)
+
+
+def test_weighted_adapter_of_adapters_on_different_layers():
+    """The sum tunes every layer that one of them tunes, at that layer's own width."""
+    model = get_peft_model(tiny("llama"), PeqaConfig(bits=4, target_modules=["q_proj"], layers_to_transform=[0]), "a")
+    model.add_adapter("b", PeqaConfig(bits=3, target_modules=["v_proj"], layers_to_transform=[1]))
+    for name in ("a", "b"):
+        move_adapter(model, name)
+    model.add_weighted_adapter(["a", "b"], [1.0, 0.5], "sum")
+    assert len(adapter_parameters(model, "sum")) == 2
+    model.eval()
+    for name, weight in (("a", 1.0), ("b", 0.5)):
+        for key, delta in adapter_parameters(model, name).items():
+            total = adapter_parameters(model, "sum")[key.removesuffix(name) + "sum"]
+            torch.testing.assert_close(total.data, weight * delta.data)
