@@ -31,7 +31,7 @@ $(READY): pyproject.toml
 
 demo: $(READY)
 	@if [ -n "$(FORCE)" ]; then rm -rf $(DEMO); fi
-	@echo "==> SmolLM2-135M becomes 3-bit, and learns from Python's documentation (about 8 minutes on two cores, once)"
+	@echo "==> SmolLM2-135M becomes 3-bit, and learns from Python's documentation (about 4 minutes on two cores, once)"
 	$(BIN)/peft-ext tune --config examples/demo.yaml --output_dir $(DEMO)
 	@echo "==> a fresh process loads the packed base and the adapter, and generates"
 	$(BIN)/peft-ext generate $(DEMO) --prompt "The for statement is used to" "A class definition is" --max_new_tokens 32

@@ -22,6 +22,9 @@ def main() -> None:
     NotebookClient(notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": "."}}).execute()
     print(f"{args.notebook}: executed in {time.perf_counter() - start:.0f} s")
     if args.write:
+        for cell in notebook.cells:  # progress bars and warnings hold this machine's paths
+            if cell.cell_type == "code":
+                cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         nbformat.write(notebook, args.notebook)
 
 
