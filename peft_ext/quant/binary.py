@@ -11,7 +11,7 @@ from typing import NamedTuple, Optional
 
 import torch
 
-from peft_ext.quant.uniform import check_group_size, check_weight
+from peft_ext.quant.uniform import check_format, check_weight
 
 
 BINARY_BITS = (1, 2, 3, 4, 8)
@@ -30,17 +30,6 @@ class BinaryQuantized(NamedTuple):
 
     codes: torch.Tensor
     alpha: torch.Tensor
-
-
-def check_binary_format(bits: int, group_size: int, in_features: Optional[int] = None) -> None:
-    """Refuse widths and group sizes that don't exist.
-
-    Raises:
-        ValueError: Names the argument, its value and what may be passed instead.
-    """
-    if isinstance(bits, bool) or bits not in BINARY_BITS:
-        raise ValueError(f"bits={bits!r} is not supported; choose one of {BINARY_BITS}.")
-    check_group_size(group_size, in_features)
 
 
 def quantize_binary(
@@ -68,7 +57,7 @@ def quantize_binary(
     Raises:
         ValueError: If the format or method is unknown, or the weight has NaN or infinity.
     """
-    check_binary_format(bits, group_size, weight.shape[1])
+    check_format(bits, group_size, weight.shape[1], BINARY_BITS)
     if method not in BINARY_METHODS:
         raise ValueError(f"method={method!r} is unknown; choose one of {BINARY_METHODS}.")
     weight = check_weight(weight)

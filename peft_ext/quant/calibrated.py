@@ -14,7 +14,7 @@ from typing import Optional
 
 import torch
 
-from peft_ext.quant.binary import BinaryQuantized, check_binary_format, levels_of, quantize_binary
+from peft_ext.quant.binary import BINARY_BITS, BinaryQuantized, levels_of, quantize_binary
 from peft_ext.quant.uniform import SHRINK_FACTORS, Grid, Quantized, check_format, check_weight, search_grid
 
 
@@ -75,7 +75,7 @@ def quantize_binary_calibrated(
     Raises:
         ValueError: If the format is unknown, the shapes don't fit, or the weight or the Hessian has NaN or infinity.
     """
-    check_binary_format(bits, group_size, weight.shape[1])
+    check_format(bits, group_size, weight.shape[1], BINARY_BITS)
     weight, hessian, input_weight = _prepare(weight, hessian, shift)
     alpha = quantize_binary(weight, bits, group_size, input_weight=input_weight).alpha
     codes = error_feedback(weight, hessian, binary_rounding(alpha, weight.shape[1]), damping)

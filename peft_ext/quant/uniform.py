@@ -37,23 +37,16 @@ class Quantized(NamedTuple):
     zero_point: torch.Tensor
 
 
-def check_format(bits: int, group_size: int, in_features: Optional[int] = None) -> None:
+def check_format(
+    bits: int, group_size: int, in_features: Optional[int] = None, supported_bits: tuple[int, ...] = UNIFORM_BITS
+) -> None:
     """Refuse widths and group sizes that don't exist.
 
     Raises:
         ValueError: Names the argument, its value and what may be passed instead.
     """
-    if isinstance(bits, bool) or bits not in UNIFORM_BITS:
-        raise ValueError(f"bits={bits!r} is not supported; choose one of {UNIFORM_BITS}.")
-    check_group_size(group_size, in_features)
-
-
-def check_group_size(group_size: int, in_features: Optional[int] = None) -> None:
-    """Refuse a group size that isn't -1 or a divisor of the inputs.
-
-    Raises:
-        ValueError: Names the group size and what may be passed instead.
-    """
+    if isinstance(bits, bool) or bits not in supported_bits:
+        raise ValueError(f"bits={bits!r} is not supported; choose one of {supported_bits}.")
     if isinstance(group_size, bool) or not isinstance(group_size, int) or (group_size != -1 and group_size < 1):
         raise ValueError(f"group_size={group_size!r} must be -1 (one scale per output channel) or a positive integer.")
     if in_features is not None and group_size != -1 and in_features % group_size:
