@@ -369,6 +369,16 @@ def test_calibration_of_an_encoder_decoder_takes_training_batches():
     assert prints[0] == prints[1]
 
 
+@pytest.mark.parametrize("model", ["llama", "opt"])
+def test_padding_does_not_count(model, monkeypatch):
+    """Also where a model flattens the tokens before a layer, as OPT does."""
+    counted, original = [], calibration._moments
+    monkeypatch.setattr(calibration, "_moments", lambda x, *rest: counted.append(len(x)) or original(x, *rest))
+    batches = [{"input_ids": torch.randint(3, 20, (2, length))} for length in (5, 8)]
+    calibrate(tiny(model), PeqaConfig(init_method="calibrated"), batches, progressbar=False)
+    assert set(counted) == {2 * 5 + 2 * 8}
+
+
 def test_calibration_keeps_no_cache():
     model = tiny("llama")
     seen = []
