@@ -30,8 +30,8 @@ from benchmarks.common import RESULTS, Results, describe, log, markdown_table
 from benchmarks.tuning import Restart, byte_blocks, sample_blocks, tiny_llama, train
 from peft_ext import PeqaConfig, calibrate
 from peft_ext.models import DEFAULT_MODEL, load_model, load_tokenizer
-from peft_ext.peqa.config import PARAMETRIZATIONS
 from peft_ext.perplexity import perplexity
+from peft_ext.scale_tuning.config import PARAMETRIZATIONS
 from peft_ext.text import PYTHON_DOCS, load_text, token_blocks
 
 

@@ -15,6 +15,8 @@ from peft.utils import PeftType, register_peft_method
 # Set on the members that we add: tells ours, after a reload, from one of a future PEFT.
 _OWNER_ATTRIBUTE = "registered_by"
 _OWNER = "peft_ext"
+# All names that we add. If one of them is taken, none is added.
+TUNERS = ("ALPHATUNING", "PEQA")
 
 
 def register_tuner(name: str, config_cls: type, model_cls: type) -> PeftType:
@@ -31,6 +33,8 @@ def register_tuner(name: str, config_cls: type, model_cls: type) -> PeftType:
     Raises:
         ImportError: If the installed PEFT has a method of that name itself.
     """
+    for taken in TUNERS:
+        _check_not_taken(taken)
     member = _add_member(name.upper())
     # after a reload, the mappings must hold the classes of the modules that are now in sys.modules
     for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
@@ -44,15 +48,17 @@ def peft_type(value: str) -> PeftType:
     return PeftType(value)
 
 
+def _check_not_taken(name: str) -> None:
+    if name in PeftType.__members__ and getattr(PeftType[name], _OWNER_ATTRIBUTE, None) != _OWNER:
+        raise ImportError(
+            f"peft {peft.__version__} has a method {name} of its own, which peft-ext would hide. Use PEFT's, or "
+            "install a peft-ext that is made for this version of PEFT (pip install -U peft-ext)."
+        )
+
+
 def _add_member(name: str) -> PeftType:
     if name in PeftType.__members__:
-        member = PeftType[name]
-        if getattr(member, _OWNER_ATTRIBUTE, None) != _OWNER:
-            raise ImportError(
-                f"peft {peft.__version__} has a method {name} of its own, which peft-ext would hide. Use PEFT's, or "
-                "install a peft-ext that is made for this version of PEFT (pip install -U peft-ext)."
-            )
-        return member
+        return PeftType[name]
     member = str.__new__(PeftType, name)
     member._name_ = name
     member._value_ = name

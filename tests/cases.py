@@ -16,7 +16,7 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peft_ext import PeqaConfig
+from peft_ext import AlphaTuningConfig, PeqaConfig
 from tests.tiny_models import TINY_MODELS, inputs, logits_of, tiny
 
 
@@ -69,6 +69,10 @@ def _peqa(name: str, model: str, strength: float = 0.1, **kwargs) -> Case:
     return Case(f"peqa-{name}", model, PeqaConfig, kwargs, strength)
 
 
+def _alpha(name: str, model: str, strength: float = 0.1, **kwargs) -> Case:
+    return Case(f"alphatuning-{name}", model, AlphaTuningConfig, kwargs, strength)
+
+
 CASES = [
     _peqa("llama-4bit", "llama", bits=4, task_type="CAUSAL_LM"),
     _peqa("llama-3bit-groups", "llama", bits=3, group_size=16, init_method="mse", task_type="CAUSAL_LM"),
@@ -89,6 +93,16 @@ CASES = [
     _peqa("mlp-4bit", "mlp", bits=4, target_modules=["lin0", "lin1"]),
     _peqa("mlp-groups-head", "mlp", bits=3, group_size=2, target_modules=["lin0"], modules_to_save=["head"]),
     _peqa("conv-4bit", "conv", bits=4, target_modules=["lin0"]),
+    _alpha("llama-4bit", "llama", bits=4, task_type="CAUSAL_LM"),
+    _alpha("llama-3bit-groups-all", "llama", bits=3, group_size=16, trained_alphas="all", task_type="CAUSAL_LM"),
+    _alpha("llama-greedy-log", "llama", bits=2, init_method="greedy", parametrization="log", task_type="CAUSAL_LM"),
+    _alpha("gpt2-4bit", "gpt2", bits=4, fan_in_fan_out=True, task_type="CAUSAL_LM"),
+    _alpha("opt-absolute", "opt", bits=3, parametrization="absolute", task_type="CAUSAL_LM", strength=0.01),
+    _alpha("neox-list", "gpt_neox", bits=3, target_modules=["query_key_value", "dense"], task_type="CAUSAL_LM"),
+    _alpha("t5-3bit", "t5", bits=3, task_type="SEQ_2_SEQ_LM"),
+    _alpha("bert-all", "bert", bits=3, trained_alphas="all", task_type="SEQ_CLS"),
+    _alpha("mlp-1bit-head", "mlp", bits=1, target_modules=["lin0"], modules_to_save=["head"]),
+    _alpha("conv-groups", "conv", bits=2, group_size=2, target_modules=["lin0"]),
 ]
 CASES_THAT_GENERATE = [case for case in CASES if case.generates]
 TRANSFORMERS_CASES = [case for case in CASES if TINY_MODELS[case.model].blocks]

@@ -22,21 +22,26 @@ from peft.mapping import (
 from peft.utils import PeftType
 
 import peft_ext
-from peft_ext import PeqaConfig, PeqaModel
+from peft_ext import AlphaTuningConfig, AlphaTuningModel, PeqaConfig, PeqaModel
+from peft_ext.registration import TUNERS
 from tests.tiny_models import tiny
 
 
-def test_the_member():
-    member = PeftType.PEQA
+CLASSES = [(PeqaConfig, PeqaModel), (AlphaTuningConfig, AlphaTuningModel)]
+
+
+@pytest.mark.parametrize("name", TUNERS)
+def test_the_member(name):
+    member = getattr(PeftType, name)
     assert isinstance(member, PeftType) and isinstance(member, str)
-    assert member == "PEQA" and member.value == "PEQA" and member.name == "PEQA"
-    assert PeftType("PEQA") is member and PeftType["PEQA"] is member
+    assert member == name and member.value == name and member.name == name
+    assert PeftType(name) is member and PeftType[name] is member
     assert member in PeftType and member in list(PeftType)
-    assert list(PeftType)[-1] is member and len(PeftType) == len(set(PeftType))
-    assert hash(member) == hash("PEQA") and {member: 1}["PEQA"] == 1
-    assert str(member) == str(PeftType.LORA).replace("LORA", "PEQA")
-    assert repr(member) == repr(PeftType.LORA).replace("LORA", "PEQA")
-    assert json.dumps(member) == '"PEQA"'
+    assert list(PeftType)[-len(TUNERS) :] == list(TUNERS) and len(PeftType) == len(set(PeftType))
+    assert hash(member) == hash(name) and {member: 1}[name] == 1
+    assert str(member) == str(PeftType.LORA).replace("LORA", name)
+    assert repr(member) == repr(PeftType.LORA).replace("LORA", name)
+    assert json.dumps(member) == f'"{name}"'
 
 
 def test_the_member_cannot_be_reassigned():
@@ -51,25 +56,30 @@ def test_other_members_are_as_they_were():
         PeftType("NOBODY")
 
 
-def test_mappings():
-    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.PEQA] is PeqaConfig
-    assert PEFT_TYPE_TO_CONFIG_MAPPING["PEQA"] is PeqaConfig
-    assert PEFT_TYPE_TO_TUNER_MAPPING["PEQA"] is PeqaModel
-    assert PEFT_TYPE_TO_PREFIX_MAPPING["PEQA"] == "peqa_" == PeqaModel.prefix
-    assert PeftType.PEQA not in PEFT_TYPE_TO_MIXED_MODEL_MAPPING
+@pytest.mark.parametrize("config_cls, model_cls", CLASSES)
+def test_mappings(config_cls, model_cls):
+    member = config_cls().peft_type
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[member] is config_cls
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[member.value] is config_cls
+    assert PEFT_TYPE_TO_TUNER_MAPPING[member.value] is model_cls
+    assert PEFT_TYPE_TO_PREFIX_MAPPING[member.value] == f"{member.value.lower()}_" == model_cls.prefix
+    assert member not in PEFT_TYPE_TO_MIXED_MODEL_MAPPING
 
 
-def test_get_peft_config():
-    config = get_peft_config({"peft_type": "PEQA", "bits": 3, "task_type": "CAUSAL_LM"})
-    assert isinstance(config, PeqaConfig) and config.bits == 3
-    assert config.peft_type is PeftType.PEQA
+@pytest.mark.parametrize("config_cls", [config_cls for config_cls, _ in CLASSES])
+def test_get_peft_config(config_cls):
+    member = config_cls().peft_type
+    config = get_peft_config({"peft_type": member.value, "bits": 3, "task_type": "CAUSAL_LM"})
+    assert isinstance(config, config_cls) and config.bits == 3
+    assert config.peft_type is member
 
 
-def test_config_classes_of_peft(tmp_path):
-    PeqaConfig(bits=2, group_size=32).save_pretrained(tmp_path)
-    for cls in (PeftConfig, PeqaConfig):
+@pytest.mark.parametrize("config_cls", [config_cls for config_cls, _ in CLASSES])
+def test_config_classes_of_peft(config_cls, tmp_path):
+    config_cls(bits=2, group_size=32).save_pretrained(tmp_path)
+    for cls in (PeftConfig, config_cls):
         config = cls.from_pretrained(tmp_path)
-        assert type(config) is PeqaConfig and config.bits == 2 and config.group_size == 32
+        assert type(config) is config_cls and config.bits == 2 and config.group_size == 32
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -156,14 +166,16 @@ def test_fork(tmp_path):
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
-def test_a_future_peft_that_has_the_name(fresh_process):
+@pytest.mark.parametrize("name", TUNERS)
+def test_a_future_peft_that_has_the_name(name, fresh_process):
     """Then ours must step back with a clear error, and leave PEFT as it is."""
     code = """
-import enum
+import enum, sys
 import peft.utils.peft_types as peft_types
+name = sys.argv[1]
 
 members = {member.name: member.value for member in peft_types.PeftType}
-theirs = enum.Enum("PeftType", {**members, "PEQA": "PEQA"}, type=str)
+theirs = enum.Enum("PeftType", {**members, name: name}, type=str)
 import peft, peft.utils, peft.config, peft.mapping
 for module in (peft_types, peft, peft.utils, peft.config, peft.mapping):
     if hasattr(module, "PeftType"):
@@ -171,12 +183,12 @@ for module in (peft_types, peft, peft.utils, peft.config, peft.mapping):
 try:
     import peft_ext
 except ImportError as error:
-    assert "PEQA" in str(error) and peft.__version__ in str(error), error
+    assert name in str(error) and peft.__version__ in str(error), error
     print("refused")
 assert len(theirs) == len(members) + 1
-assert "PEQA" not in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
+assert not {"PEQA", "ALPHATUNING"} & set(peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING)
 """
-    assert fresh_process(code).strip() == "refused"
+    assert fresh_process(code, name).strip() == "refused"
 
 
 def test_nothing_else_of_peft_changes(fresh_process):
@@ -206,8 +218,8 @@ after = snapshot()
 changed = [key for key, value in before.items() if after.get(key) is not value]
 assert not changed, changed
 for name, table in maps.items():
-    assert {k: v for k, v in getattr(mapping, name).items() if k != "PEQA"} == table, name
-assert list(PeftType)[:-1] == members
+    assert {k: v for k, v in getattr(mapping, name).items() if k not in ("PEQA", "ALPHATUNING")} == table, name
+assert list(PeftType)[:-2] == members
 print("untouched")
 """
     assert fresh_process(code).strip() == "untouched"
@@ -223,7 +235,7 @@ import peft_ext
 
 
 def test_public_names():
-    assert {"PeqaConfig", "PeqaModel", "calibrate"} <= set(peft_ext.__all__)
+    assert {"AlphaTuningConfig", "AlphaTuningModel", "PeqaConfig", "PeqaModel", "calibrate"} <= set(peft_ext.__all__)
     for name in peft_ext.__all__:
         assert getattr(peft_ext, name) is not None
     assert peft_ext.__version__

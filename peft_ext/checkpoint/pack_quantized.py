@@ -29,6 +29,7 @@ from transformers import CompressedTensorsConfig, PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file
 
+from peft_ext.quant.formats import Uniform
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.uniform import UNIFORM_BITS, Quantized
 
@@ -111,7 +112,7 @@ def compress(layer: PackedLinear, bits: int, sym: bool) -> dict[str, torch.Tenso
         "weight_scale": layer.scale.detach().clone(),
         "weight_shape": torch.tensor([layer.out_features, layer.in_features]),
     }
-    if not sym:
+    if not sym and layer.zero_point is not None:
         tensors["weight_zero_point"] = pack_to_int32(signed(layer.zero_point), bits, packed_dim=0)
     return tensors
 
@@ -185,6 +186,19 @@ def take_over(module: Any, name: str) -> PackedLinear:
     bits = module.quantization_scheme.weights.num_bits
     tensors = {key: getattr(module, key) for key in _TENSORS if hasattr(module, key)}
     return expand(tensors, bits, bits, module.bias)
+
+
+def format_of(module: Any, name: str) -> Uniform:
+    """What a compressed layer is quantised to.
+
+    Raises:
+        ValueError: If the layer's format has no packed counterpart here; names the layer and what it has.
+    """
+    check_taken_over(module, name)
+    weights = module.quantization_scheme.weights
+    return Uniform(
+        weights.num_bits, weights.group_size if weights.strategy == "group" else -1, bool(weights.symmetric)
+    )
 
 
 def check_taken_over(module: Any, name: str) -> None:

@@ -29,10 +29,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from peft_ext import PeqaConfig, calibrate
 from peft_ext.commands.run_folder import parse, write_json, written_whole
 from peft_ext.models import DEFAULT_MODEL, load_model, load_tokenizer
-from peft_ext.peqa.model import check_targets
-from peft_ext.peqa.quantization import is_packed
 from peft_ext.perplexity import perplexity
 from peft_ext.quant.linear import PackedLinear
+from peft_ext.scale_tuning.model import check_targets
+from peft_ext.scale_tuning.quantization import is_packed
 from peft_ext.text import load_text, token_blocks
 
 

@@ -4,26 +4,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Optional, Union
 
-from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from peft_ext.quant.uniform import check_format
-
-
-INIT_METHODS = ("minmax", "mse", "calibrated")
-PARAMETRIZATIONS = ("relative", "log", "absolute")
+from peft_ext.quant.formats import Uniform
+from peft_ext.scale_tuning.config import ScaleTuningConfig
 
 
 @dataclass
-class PeqaConfig(PeftConfig):
+class PeqaConfig(ScaleTuningConfig):
     """
     This is the configuration class to store the configuration of a [`PeqaModel`].
 
     PEQA turns the weights of the target layers into integers, freezes them, and trains one scale per output channel
-    (or
-    per group of inputs). Paper: https://huggingface.co/papers/2305.14152.
+    (or per group of inputs). Paper: https://huggingface.co/papers/2305.14152.
 
     Args:
         bits (`int`, *optional*, defaults to `4`):
@@ -37,17 +31,15 @@ class PeqaConfig(PeftConfig):
             Keep every zero point in the middle of the range. Some engines run only symmetric weights.
         init_method (`str`, *optional*, defaults to `"minmax"`):
             Where the integers come from: `"minmax"` rounds to the nearest level of each channel's range; `"mse"`
-            shrinks
-            the range to the least squared error, as in the paper; `"calibrated"` needs a call of
-            [`calibrate`] with some training data first and is by far the best at 3 and 2 bits.
+            shrinks the range to the least squared error, as in the paper; `"calibrated"` needs a call of [`calibrate`]
+            with some training data first and is by far the best at 3 and 2 bits.
         parametrization (`str`, *optional*, defaults to `"relative"`):
             What the optimiser sees. `"relative"`: scale = s0 * (1 + delta), so that one learning rate (about 1e-2)
             suits every model and width; `"log"`: scale = s0 * exp(delta); `"absolute"`: scale = s0 + delta, the
             paper's, whose learning rate depends on the model. Adapter files hold plain scales in every case.
         target_modules (`Union[List[str], str]`, *optional*):
             The names of the modules to quantise, or a regular expression. Only `nn.Linear` and transformers' `Conv1D`
-            are
-            supported. Default: `"all-linear"`, every linear layer but the output layer; on a packed base, its packed
+            are supported. Default: `"all-linear"`, every linear layer but the output layer; on a packed base, its packed
             layers.
         exclude_modules (`Union[List[str], str]`, *optional*):
             The names of the modules to leave as they are, or a regular expression.
@@ -70,74 +62,20 @@ class PeqaConfig(PeftConfig):
             Start from the quantised model. Don't change this setting, except if you know exactly what you're doing.
     """
 
-    bits: int = field(default=4, metadata={"help": "Width of an integer weight: 2, 3, 4 or 8."})
-    group_size: int = field(
-        default=-1, metadata={"help": "Number of inputs that share a scale; -1: one scale per output channel."}
-    )
     sym: bool = field(default=False, metadata={"help": "Keep every zero point in the middle of the range."})
     init_method: str = field(
-        default="minmax",
+        default=Uniform.default_method,
         metadata={"help": "Where the integers come from: 'minmax', 'mse' or 'calibrated' (call calibrate first)."},
-    )
-    parametrization: str = field(
-        default="relative",
-        metadata={"help": "What the optimiser sees of a scale: 'relative', 'log' or 'absolute'."},
-    )
-    target_modules: Optional[Union[list[str], str]] = field(
-        default=None,
-        metadata={
-            "help": (
-                "List of module names or regex expression of the module names to quantise. Only nn.Linear and Conv1D "
-                "are supported. Default: 'all-linear', every linear layer but the output layer."
-            )
-        },
-    )
-    exclude_modules: Optional[Union[list[str], str]] = field(
-        default=None,
-        metadata={"help": "List of module names or regex expression of the modules to leave as they are."},
-    )
-    modules_to_save: Optional[list[str]] = field(
-        default=None,
-        metadata={"help": "Modules apart from the quantised layers that are trained in full and saved."},
-    )
-    layers_to_transform: Optional[Union[list[int], int]] = field(
-        default=None, metadata={"help": "Indexes of the layers to quantise; the others stay as they are."}
-    )
-    layers_pattern: Optional[Union[list[str], str]] = field(
-        default=None, metadata={"help": "Name of the nn.ModuleList that layers_to_transform indexes."}
-    )
-    bits_pattern: Optional[dict] = field(
-        default_factory=dict,
-        metadata={"help": "Other widths for some layers: module names or regex expressions mapped to bits."},
-    )
-    fan_in_fan_out: bool = field(
-        default=False, metadata={"help": "Whether the target layers store their weight as (fan_in, fan_out)."}
     )
     keep_product: bool = field(
         default=False,
         metadata={"help": "Keep each layer's unscaled product for the backward instead of its output."},
     )
-    init_weights: bool = field(
-        default=True, metadata={"help": "Start from the quantised model; False starts from random scales (for tests)."}
-    )
 
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType.PEQA
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            setattr(self, name, set(value) if isinstance(value, list) else value)
-        self.bits_pattern = self.bits_pattern or {}
-        for bits in (self.bits, *self.bits_pattern.values()):
-            check_format(bits, self.group_size)
-        if self.init_method not in INIT_METHODS:
-            raise ValueError(f"init_method={self.init_method!r} is unknown; choose one of {INIT_METHODS}.")
-        if self.parametrization not in PARAMETRIZATIONS:
-            raise ValueError(f"parametrization={self.parametrization!r} is unknown; choose one of {PARAMETRIZATIONS}.")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
-        is_regex = isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear"
-        if is_regex and self.layers_to_transform is not None:
-            raise ValueError(
-                "`layers_to_transform` cannot be used when `target_modules` is a str; pass a list of names."
-            )
+
+    def number_format(self, bits: int) -> Uniform:
+        """Integers of that width."""
+        return Uniform(bits, self.group_size, self.sym)

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 from torch import nn
 
+from peft_ext.quant.binary import BinaryQuantized, dequantize_binary
+from peft_ext.quant.formats import BinaryCoding, NumberFormat, Uniform, empty_quantized
 from peft_ext.quant.functional import PackedWeight, mixed_packed_linear, packed_linear
 from peft_ext.quant.packing import TILE_ROWS, pack, planes_shape, unpack
 from peft_ext.quant.uniform import Quantized, dequantize
@@ -43,12 +45,14 @@ class PackedParameter(nn.Parameter):
 
 
 class PackedLinear(nn.Module):
-    """`y = x (scale * (codes - zero_point))^T + bias`, the codes packed into bit-planes; nothing of it is trained.
+    """`y = x W^T + bias` with `W = scale * (codes - zero_point)`, or `W = sum_p scale_p * B_p` for a binary coding.
+
+    The codes are packed into bit-planes; nothing of the layer is trained.
 
     Args:
         planes: uint8 `[ceil(out / 32), ceil(in / 8), bits, 32]`, see `packing.py`.
-        scale: float `[out, groups]`.
-        zero_point: uint8 `[out, groups]`.
+        scale: float `[out, groups]`; of a binary coding the alphas `[out, groups, bits]`.
+        zero_point: uint8 `[out, groups]`; None for a binary coding.
         bias: float `[out]` or None.
         in_features, out_features: Size of the weight.
         sym: Whether every zero point is `2**(bits - 1)`.
@@ -61,7 +65,7 @@ class PackedLinear(nn.Module):
         self,
         planes: torch.Tensor,
         scale: torch.Tensor,
-        zero_point: torch.Tensor,
+        zero_point: Optional[torch.Tensor],
         bias: Optional[torch.Tensor],
         *,
         in_features: int,
@@ -79,13 +83,13 @@ class PackedLinear(nn.Module):
         self._check_shapes(planes, scale, zero_point)
         self.planes = PackedParameter(planes, in_features * out_features)
         self.scale = nn.Parameter(scale, requires_grad=False)
-        self.zero_point = nn.Parameter(zero_point, requires_grad=False)
+        self.zero_point = None if zero_point is None else nn.Parameter(zero_point, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @classmethod
     def from_quantized(
         cls,
-        quantized: Quantized,
+        quantized: Union[Quantized, BinaryQuantized],
         bits: int,
         bias: Optional[torch.Tensor],
         *,
@@ -95,10 +99,11 @@ class PackedLinear(nn.Module):
     ) -> PackedLinear:
         """Pack a quantised weight; scales are kept in float32 (float64 for a float64 weight)."""
         out_features, in_features = quantized.codes.shape
+        codes, scale, *zero_point = quantized
         return cls(
-            pack(quantized.codes, bits),
-            quantized.scale,
-            quantized.zero_point,
+            pack(codes, bits),
+            scale,
+            zero_point[0] if zero_point else None,
             bias,
             in_features=in_features,
             out_features=out_features,
@@ -106,6 +111,32 @@ class PackedLinear(nn.Module):
             conv1d=conv1d,
             compute_dtype=compute_dtype,
         )
+
+    @classmethod
+    def empty(
+        cls,
+        number_format: NumberFormat,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        bias: Optional[torch.Tensor],
+        conv1d: bool = False,
+    ) -> PackedLinear:
+        """A layer on the meta device for a weight of `shape` `[out, in]` and `dtype`; `bias` is kept as it is."""
+        return cls.from_quantized(
+            empty_quantized(number_format, shape, dtype),
+            number_format.bits,
+            bias,
+            sym=getattr(number_format, "sym", False),
+            conv1d=conv1d,
+            compute_dtype=dtype,
+        )
+
+    @property
+    def number_format(self) -> NumberFormat:
+        """What the weight is quantised to."""
+        if self.zero_point is None:
+            return BinaryCoding(self.bits, self.group_size)
+        return Uniform(self.bits, self.group_size, self.sym)
 
     @property
     def bits(self) -> int:
@@ -134,10 +165,11 @@ class PackedLinear(nn.Module):
         return unpack(self.planes, self.out_features, self.in_features)
 
     def dequantize(self, scale: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """The float weight `[out, in]`, in the scale's dtype; `scale` `[out, groups]` stands in for the layer's
-        own."""
-        scale = self.scale if scale is None else scale
-        return dequantize(self.codes(), scale.detach(), self.zero_point)
+        """The float weight `[out, in]`, in the scale's dtype; `scale` stands in for the layer's own."""
+        scale = (self.scale if scale is None else scale).detach()
+        if self.zero_point is None:
+            return dequantize_binary(self.codes(), scale)
+        return dequantize(self.codes(), scale, self.zero_point)
 
     def fingerprint(self) -> int:
         """A 63-bit digest of format, codes and zero points (not of the scales): the identity of the packed weight.
@@ -151,17 +183,22 @@ class PackedLinear(nn.Module):
             )
         digest = hashlib.blake2b(digest_size=8)
         digest.update(repr((self.bits, self.group_size, self.out_features, self.in_features)).encode())
-        for tensor in (self.planes, self.zero_point):
+        for tensor in (self.planes,) if self.zero_point is None else (self.planes, self.zero_point):
             whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # sharded by FSDP2
             digest.update(whole.detach().cpu().contiguous().numpy().data)
         return int.from_bytes(digest.digest(), "little") >> 1
 
     def forward(
-        self, x: torch.Tensor, scale: Optional[torch.Tensor] = None, keep_product: bool = False
+        self,
+        x: torch.Tensor,
+        scale: Optional[torch.Tensor] = None,
+        keep_product: bool = False,
+        trained_planes: Optional[int] = None,
     ) -> torch.Tensor:
-        """`[..., in] -> [..., out]`; `scale` `[out, groups]` (a tuner's) stands in for the layer's own."""
+        """`[..., in] -> [..., out]`; `scale` (a tuner's) stands in for the layer's own. See `packed_linear`."""
         scale = self.scale if scale is None else scale
-        return self._add_bias(packed_linear(_autocast(x), self.packed, scale, keep_product=keep_product))
+        y = packed_linear(_autocast(x), self.packed, scale, keep_product=keep_product, trained_planes=trained_planes)
+        return self._add_bias(y)
 
     def forward_mixed(self, x: torch.Tensor, scales: torch.Tensor, choice: torch.Tensor) -> torch.Tensor:
         """`[batch, ..., in] -> [batch, ..., out]`, sample `i` with `scales[choice[i]]`; see `mixed_packed_linear`."""
@@ -172,11 +209,11 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
-            f"group_size={self.group_size}, sym={self.sym}, bias={self.bias is not None}"
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"number_format={self.number_format}, bias={self.bias is not None}"
         )
 
-    def _check_shapes(self, planes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
+    def _check_shapes(self, planes: torch.Tensor, scale: torch.Tensor, zero_point: Optional[torch.Tensor]) -> None:
         bits = planes.shape[2] if planes.dim() == 4 else 0
         if planes.dtype != torch.uint8 or planes.shape != planes_shape(self.out_features, self.in_features, bits):
             raise ValueError(
@@ -184,13 +221,16 @@ class PackedLinear(nn.Module):
                 f"{self.in_features} "
                 f"takes uint8 [ceil(out / {TILE_ROWS}), ceil(in / 8), bits, {TILE_ROWS}]."
             )
-        groups = scale.shape[1] if scale.dim() == 2 else 0
-        if not groups or scale.shape[0] != self.out_features or self.in_features % groups:
+        groups = scale.shape[1] if scale.dim() >= 2 else 0
+        expected = [self.out_features, groups] if zero_point is not None else [self.out_features, groups, bits]
+        if not groups or list(scale.shape) != expected or self.in_features % groups:
+            layout = "[out_features, groups" + ("]" if zero_point is not None else ", bits]")
             raise ValueError(
-                f"scale has shape {tuple(scale.shape)}; expected [out_features={self.out_features}, groups] with "
-                f"in_features={self.in_features} a multiple of groups."
+                f"scale has shape {tuple(scale.shape)}; expected {layout} with out_features={self.out_features}"
+                f"{'' if zero_point is not None else f', bits={bits}'} and in_features={self.in_features} a multiple of "
+                "groups."
             )
-        if zero_point.dtype != torch.uint8 or zero_point.shape != scale.shape:
+        if zero_point is not None and (zero_point.dtype != torch.uint8 or zero_point.shape != scale.shape):
             raise ValueError(f"zero_point is {zero_point.dtype} {tuple(zero_point.shape)}; expected uint8 like scale.")
 
     def _apply(self, fn, recurse=True):

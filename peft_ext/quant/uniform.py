@@ -14,6 +14,7 @@ import torch
 
 
 UNIFORM_BITS = (2, 3, 4, 8)
+UNIFORM_METHODS = ("minmax", "mse")
 # The range shrinks in these steps while a grid is searched; the first is min-max itself.
 SHRINK_FACTORS = tuple(1.0 - 0.02 * step for step in range(36))
 # Rows are searched in chunks of about this many weights, so that a chunk stays in a core's cache.
@@ -76,8 +77,8 @@ def quantize(
         ValueError: If the format or method is unknown, or the weight has NaN or infinity.
     """
     check_format(bits, group_size, weight.shape[1])
-    if method not in ("minmax", "mse"):
-        raise ValueError(f"method={method!r} is unknown; choose 'minmax' or 'mse'.")
+    if method not in UNIFORM_METHODS:
+        raise ValueError(f"method={method!r} is unknown; choose one of {UNIFORM_METHODS}.")
     weight = check_weight(weight)
     grid = search_grid(weight, bits, group_size, sym, SHRINK_FACTORS if method == "mse" else (1.0,))
     return round_to_grid(weight, grid, bits)

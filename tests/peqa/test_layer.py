@@ -13,11 +13,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_ext import PeqaConfig, calibrate
-from peft_ext.peqa import calibration
-from peft_ext.peqa import model as peqa_model
 from peft_ext.peqa.layer import PeqaLinear
 from peft_ext.quant.calibrated import quantize_calibrated
 from peft_ext.quant.linear import PackedLinear
+from peft_ext.scale_tuning import calibration
+from peft_ext.scale_tuning import model as tuner_model
 from tests.cases import (
     CASES,
     Case,
@@ -393,7 +393,7 @@ def test_calibration_keeps_no_cache():
 def test_one_float_layer_at_a_time(init_method, monkeypatch):
     """Every float weight is gone by the time that the next layer is packed."""
     model, config, alive = tiny("llama"), PeqaConfig(init_method=init_method), []
-    packs = [calibration, peqa_model]
+    packs = [calibration, tuner_model]
     original = calibration.pack_layer
 
     def watched(module, *args):

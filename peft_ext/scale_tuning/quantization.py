@@ -1,29 +1,22 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""How a model's layers become packed under a [`PeqaConfig`]: which ones, by which start, and what can't be."""
+"""How a model's layers become packed under a tuner's config: which ones, by which start, and what can't be."""
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import asdict
 from typing import Any, Optional
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import skip_init_on_device
-from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_ext.checkpoint import pack_quantized
-from peft_ext.peqa.config import PeqaConfig
-from peft_ext.quant.calibrated import quantize_calibrated
+from peft_ext.quant.formats import CALIBRATED, NumberFormat, check_number_format, same_format
 from peft_ext.quant.linear import PackedLinear
-from peft_ext.quant.uniform import Quantized, check_format, quantize
-
-
-def bits_of(config: PeqaConfig, name: str) -> int:
-    """Width of the layer called `name`: its entry in `bits_pattern`, or `bits`."""
-    pattern = config.bits_pattern or {}
-    return pattern.get(get_pattern_key(list(pattern), name), config.bits)
+from peft_ext.scale_tuning.config import ScaleTuningConfig
 
 
 def is_packed(module: nn.Module) -> bool:
@@ -34,7 +27,7 @@ def is_packed(module: nn.Module) -> bool:
 @skip_init_on_device
 def pack_layer(
     module: Any,
-    config: PeqaConfig,
+    config: ScaleTuningConfig,
     name: str,
     hessian: Optional[torch.Tensor] = None,
     shift: Optional[torch.Tensor] = None,
@@ -46,27 +39,45 @@ def pack_layer(
         config: Format and start.
         name: The layer's name, for messages and `bits_pattern`.
         hessian, shift: `[in, in]`, for the calibrated start; see `quantize_calibrated`.
+
+    Raises:
+        ValueError: If the weight can't be quantised so; names the layer.
     """
     if isinstance(module, PackedLinear):
         return module
     if pack_quantized.is_compressed(module):
         return pack_quantized.take_over(module, name)
-    conv1d, bits = isinstance(module, Conv1D), bits_of(config, name)
+    # a calibrated start that saw no input for this layer falls back on the best without data
+    number_format = config.format_of(name)
+    method = number_format.default_method if config.init_method == CALIBRATED else config.init_method
+    return quantize_layer(module, number_format, method, name, hessian, shift)
+
+
+def quantize_layer(
+    module: Any,
+    number_format: NumberFormat,
+    method: str,
+    name: str,
+    hessian: Optional[torch.Tensor] = None,
+    shift: Optional[torch.Tensor] = None,
+) -> PackedLinear:
+    """The packed counterpart of an `nn.Linear` or `Conv1D`, on the meta device if it is there.
+
+    Raises:
+        ValueError: If the weight can't be quantised so; names the layer.
+    """
+    conv1d = isinstance(module, Conv1D)
     weight = module.weight.detach()
     weight = weight.t() if conv1d else weight
+    if weight.device.type == "meta":
+        return PackedLinear.empty(number_format, weight.shape, weight.dtype, module.bias, conv1d)
     try:
-        if weight.device.type == "meta":
-            quantized = _empty_quantized(weight, config.group_size)
-        elif hessian is not None:
-            quantized = quantize_calibrated(weight, hessian, bits, config.group_size, config.sym, shift=shift)
-        else:
-            # a calibrated start that saw no input for this layer falls back on the best without data
-            method = "minmax" if config.init_method == "calibrated" else config.init_method
-            quantized = quantize(weight, bits, config.group_size, config.sym, method)
+        quantized = number_format.quantize(weight, method, hessian, shift)
     except ValueError as error:
         raise ValueError(f"layer {name!r}: {error}") from error
+    sym = getattr(number_format, "sym", False)
     return PackedLinear.from_quantized(
-        quantized, bits, module.bias, sym=config.sym, conv1d=conv1d, compute_dtype=weight.dtype
+        quantized, number_format.bits, module.bias, sym=sym, conv1d=conv1d, compute_dtype=weight.dtype
     )
 
 
@@ -95,7 +106,7 @@ def to_float(layer: PackedLinear) -> nn.Module:
     return module
 
 
-def check_target(module: Any, config: PeqaConfig, name: str) -> None:
+def check_target(module: Any, config: ScaleTuningConfig, name: str) -> None:
     """Refuse, before anything is changed, a layer that can't be tuned under this config.
 
     Raises:
@@ -104,12 +115,9 @@ def check_target(module: Any, config: PeqaConfig, name: str) -> None:
     if isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
     if isinstance(module, PackedLinear):
-        _check_format_of_base(config, name, module.in_features, module.bits, module.group_size, module.sym)
+        _check_format_of_base(config, name, module.in_features, module.number_format)
     elif pack_quantized.is_compressed(module):
-        pack_quantized.check_taken_over(module, name)
-        weights = module.quantization_scheme.weights
-        group_size = weights.group_size if weights.strategy == "group" else -1
-        _check_format_of_base(config, name, module.in_features, weights.num_bits, group_size, bool(weights.symmetric))
+        _check_format_of_base(config, name, module.in_features, pack_quantized.format_of(module, name))
     elif isinstance(module, (nn.Linear, Conv1D)):
         _check_float_layer(module, config, name)
     else:
@@ -119,7 +127,7 @@ def check_target(module: Any, config: PeqaConfig, name: str) -> None:
         )
 
 
-def _check_float_layer(module: Any, config: PeqaConfig, name: str) -> None:
+def _check_float_layer(module: Any, config: ScaleTuningConfig, name: str) -> None:
     weight, conv1d = module.weight, isinstance(module, Conv1D)
     hook = getattr(module, "_hf_hook", None)
     if any(getattr(part, "offload", False) for part in getattr(hook, "hooks", [hook])):
@@ -132,7 +140,7 @@ def _check_float_layer(module: Any, config: PeqaConfig, name: str) -> None:
             f"layer {name!r} has a {weight.dtype} weight in a format that is unknown here; load the float model."
         )
     try:
-        check_format(bits_of(config, name), config.group_size, weight.shape[0] if conv1d else weight.shape[1])
+        check_number_format(config.format_of(name), weight.shape[0] if conv1d else weight.shape[1])
     except ValueError as error:
         raise ValueError(f"layer {name!r}: {error}") from error
     if weight.device.type != "meta" and not torch.isfinite(weight).all():
@@ -142,29 +150,18 @@ def _check_float_layer(module: Any, config: PeqaConfig, name: str) -> None:
         warnings.warn(message, stacklevel=2)
 
 
-def _check_format_of_base(
-    config: PeqaConfig, name: str, in_features: int, bits: int, group_size: int, sym: bool
-) -> None:
+def _check_format_of_base(config: ScaleTuningConfig, name: str, in_features: int, found: NumberFormat) -> None:
     """The codes of a packed base are kept as they are, so the config must describe them."""
-
-    def normal(size: int) -> int:
-        return -1 if size == in_features else size  # a single group is the whole channel
-
-    found = {"bits": bits, "group_size": normal(group_size), "sym": sym}
-    asked = {"bits": bits_of(config, name), "group_size": normal(config.group_size), "sym": config.sym}
-    if asked != found:
-        differing = {key: value for key, value in found.items() if asked[key] != value}
+    asked = config.format_of(name)
+    if type(asked) is not type(found):
+        raise ValueError(
+            f"layer {name!r} is quantised already to {found.name}, but {type(config).__name__} tunes {asked.name}. Use "
+            "the config of the base's own format, or start from the float model."
+        )
+    if not same_format(asked, found, in_features):
+        differing = {key: value for key, value in asdict(found).items() if getattr(asked, key) != value}
         raise ValueError(
             f"layer {name!r} is quantised already with {differing}, but the config asks for "
-            f"{ {key: asked[key] for key in differing} }. Its codes are never rounded again: pass "
+            f"{ {key: getattr(asked, key) for key in differing} }. Its codes are never rounded again: pass "
             f"{', '.join(f'{key}={value}' for key, value in differing.items())}, or start from the float model."
         )
-
-
-def _empty_quantized(weight: torch.Tensor, group_size: int) -> Quantized:
-    """Tensors of the right size on the meta device."""
-    groups = 1 if group_size == -1 else weight.shape[1] // group_size
-    scale = torch.empty(weight.shape[0], groups, device="meta", dtype=torch.promote_types(weight.dtype, torch.float32))
-    return Quantized(
-        torch.empty(weight.shape, device="meta", dtype=torch.uint8), scale, torch.empty_like(scale, dtype=torch.uint8)
-    )

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from peft_ext.peqa.config import PeqaConfig
-from peft_ext.peqa.model import check_targets
-from peft_ext.peqa.quantization import free_weight, is_packed, pack_layer
+from peft_ext.quant.formats import CALIBRATED
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.matmul import linear
+from peft_ext.scale_tuning.config import ScaleTuningConfig
+from peft_ext.scale_tuning.model import check_targets
+from peft_ext.scale_tuning.quantization import free_weight, is_packed, pack_layer
 
 
 Batch = Union[torch.Tensor, Mapping[str, Any]]
@@ -25,9 +26,11 @@ _NO_TOKENS = "the batches hold no tokens (all padding, or of length 0); pass som
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, config: PeqaConfig, batches: Iterable[Batch], progressbar: bool = True) -> nn.Module:
+def calibrate(
+    model: nn.Module, config: ScaleTuningConfig, batches: Iterable[Batch], progressbar: bool = True
+) -> nn.Module:
     """
-    Quantise the target layers of a float model in place with the calibrated start of PEQA.
+    Quantise the target layers of a float model in place with the calibrated start.
 
     The batches run through the model once, together, and twice side by side: one copy sees the float model, the other
     the layers packed so far. When the forward reaches a target layer, the layer is quantised on the second copy's
@@ -38,7 +41,7 @@ def calibrate(model: nn.Module, config: PeqaConfig, batches: Iterable[Batch], pr
     Args:
         model (`nn.Module`):
             A float model; transformers or any other.
-        config (`PeqaConfig`):
+        config (`PeqaConfig` or `AlphaTuningConfig`):
             Target modules and format; `init_method` must be `"calibrated"`.
         batches (iterable of `dict` or `torch.Tensor`):
             What the model takes: dicts of keyword arguments such as `{"input_ids": [batch, tokens]}`, or tensors.
@@ -60,7 +63,7 @@ def calibrate(model: nn.Module, config: PeqaConfig, batches: Iterable[Batch], pr
         >>> model = get_peft_model(calibrate(model, config, [{"input_ids": tokens}]), config)
         ```
     """
-    if config.init_method != "calibrated":
+    if config.init_method != CALIBRATED:
         raise ValueError(
             f"init_method={config.init_method!r} needs no data; pass init_method='calibrated' to calibrate."
         )
@@ -96,7 +99,12 @@ class _Pass:
     """
 
     def __init__(
-        self, model: nn.Module, config: PeqaConfig, targets: dict[str, nn.Module], inputs: Batch, progressbar: bool
+        self,
+        model: nn.Module,
+        config: ScaleTuningConfig,
+        targets: dict[str, nn.Module],
+        inputs: Batch,
+        progressbar: bool,
     ) -> None:
         self.model, self.config, self.targets = model, config, dict(targets)
         self.mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None

@@ -14,7 +14,7 @@ import torch
 from peft import PeftConfig, PeftType, TaskType, get_peft_model
 from transformers.pytorch_utils import Conv1D
 
-from peft_ext import PeqaConfig
+from peft_ext import AlphaTuningConfig, PeqaConfig
 from peft_ext.quant.linear import PackedLinear
 from tests.cases import assert_same, tuner_layers
 from tests.tiny_models import LAYERS, TINY_MODELS, inputs, logits_of, tiny
@@ -32,14 +32,15 @@ def test_defaults():
     assert config.peft_type is PeftType.PEQA and config.inference_mode is False and config.task_type is None
 
 
-def test_every_field_is_documented():
-    own = {field.name: field for field in dataclasses.fields(PeqaConfig)}
+@pytest.mark.parametrize("config_cls", [PeqaConfig, AlphaTuningConfig])
+def test_every_field_is_documented(config_cls):
+    own = {field.name: field for field in dataclasses.fields(config_cls)}
     for inherited in dataclasses.fields(PeftConfig):
         own.pop(inherited.name)
-    assert set(own) >= {"bits", "group_size", "sym", "init_method", "bits_pattern", "fan_in_fan_out"}
+    assert set(own) >= {"bits", "group_size", "init_method", "bits_pattern", "fan_in_fan_out"}
     for name, field in own.items():
         assert len(field.metadata.get("help", "")) > 20, name
-        assert re.search(rf"^\s+{name} \(`", PeqaConfig.__doc__, re.MULTILINE), f"{name} is not in the docstring"
+        assert re.search(rf"^\s+{name} \(`", config_cls.__doc__, re.MULTILINE), f"{name} is not in the docstring"
 
 
 def test_round_trip_through_a_file(tmp_path):

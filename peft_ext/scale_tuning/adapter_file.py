@@ -1,0 +1,154 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""What an adapter file holds: for every layer its plain scales and a fingerprint of the codes that they belong to.
+
+<layer>.peqa_scale          float [out, groups]
+<layer>.peqa_codes          int64 [1], see PackedLinear.fingerprint
+
+<layer>.alphatuning_scale   float [out, groups, trained alphas]
+<layer>.alphatuning_codes   int64 [1]
+<layer>.alphatuning_frozen  float [4], where not all alphas are trained: what identifies the others
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from peft_ext.scale_tuning.config import ScaleTuningConfig
+from peft_ext.scale_tuning.layer import ScaleTuningLinear
+
+
+_SCALE, _CODES, _FROZEN, _DELTA = "scale", "codes", "frozen", "delta"  # after the tuner's prefix
+_PEFT_PREFIX = "base_model.model."
+# Frozen alphas may have been rounded to another dtype, but not tuned; relative to their norm.
+_FROZEN_TOLERANCE = 0.01
+
+
+def to_file(
+    model: nn.Module, adapter_name: str, selected: dict[str, torch.Tensor], state_dict: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Replace deltas by plain scales and add fingerprints.
+
+    Args:
+        model: Holds the tuner layers.
+        adapter_name: The adapter that is saved.
+        selected: The adapter's part of `state_dict`, keys with the adapter's name.
+        state_dict: The model's state dict; gathered, where the model is sharded.
+    """
+    result = dict(selected)
+    for name, layer in _layers(model, adapter_name).items():
+        key = f"{name}.{layer.prefix}"
+        delta = result.pop(f"{key}{_DELTA}.{adapter_name}", None)
+        if delta is None:
+            continue
+        base = layer.base_scale() if layer.merged else state_dict.get(f"{name}.base_layer.scale", layer.base_scale())
+        with torch.no_grad():
+            result[f"{key}{_SCALE}.{adapter_name}"] = layer.scale_for(delta, base, adapter_name)
+            if delta.shape != base.shape:
+                result[f"{key}{_FROZEN}.{adapter_name}"] = _projections_of_frozen(base, delta)
+        codes = torch.tensor([layer.base_layer.fingerprint()], dtype=torch.int64)
+        result[f"{key}{_CODES}.{adapter_name}"] = codes
+    return result
+
+
+def from_file(
+    model: nn.Module, config: ScaleTuningConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Check a file's fingerprints and scales against the model, and turn the scales into deltas.
+
+    Raises:
+        ValueError: If the file belongs to other codes, or its scales don't fit or aren't finite; names the layer.
+    """
+    result = dict(state_dict)
+    layers = _layers(model, adapter_name)
+    for name, layer in layers.items():
+        scale, codes, frozen = (_pop(result, f"{name}.{layer.prefix}{key}") for key in (_SCALE, _CODES, _FROZEN))
+        if scale is None:
+            continue  # PEFT reports the missing delta
+        where = f"adapter {adapter_name!r}, layer {name.removeprefix(_PEFT_PREFIX)!r}"
+        _check_codes(codes, layer, config, where)
+        own = layer.deltas[adapter_name]
+        _check_scale(scale, own, where)
+        _check_frozen(frozen, layer, own, where)
+        delta = layer.delta_of(scale.to(layer.base_scale().device), adapter_name)
+        result[f"{name}.{layer.prefix}{_DELTA}"] = delta.to(own.dtype)
+    prefixes = {layer.prefix for layer in layers.values()}
+    endings = tuple(f".{prefix}{key}" for prefix in prefixes for key in (_SCALE, _CODES, _FROZEN))
+    left = [key for key in result if key.endswith(endings)]
+    if left:
+        raise ValueError(
+            f"the adapter file has {left[0]!r} ({len(left)} such entries), but the adapter {adapter_name!r} does not "
+            f"tune that layer here. It belongs to {_base(config)}; load it onto that, with its own adapter_config.json."
+        )
+    return result
+
+
+def _check_codes(codes: torch.Tensor | None, layer: ScaleTuningLinear, config: ScaleTuningConfig, where: str) -> None:
+    if codes is None or codes.dtype != torch.int64 or codes.numel() != 1:
+        raise ValueError(
+            f"{where}: the file has no fingerprint of the codes; it is damaged or not a peft-ext adapter."
+        )
+    if int(codes) != layer.base_layer.fingerprint():
+        raise ValueError(
+            f"{where}: the adapter was trained on other integer codes than this model has, so its scales mean nothing "
+            f"here. It belongs to {_base(config)} at {config.bits} bits, group_size={config.group_size}, "
+            f"init_method={config.init_method!r}: load that (a float base in the same dtype as in training), or "
+            "the packed base that was saved beside the adapter."
+        )
+
+
+def _check_scale(scale: torch.Tensor, delta: torch.Tensor, where: str) -> None:
+    if scale.shape != delta.shape:
+        raise ValueError(f"{where}: scales of shape {tuple(scale.shape)}, expected {tuple(delta.shape)}.")
+    if not scale.is_floating_point() or not torch.isfinite(scale).all():
+        raise ValueError(f"{where}: the scales have NaN or infinity (or aren't float); the file is damaged.")
+
+
+def _check_frozen(frozen: torch.Tensor | None, layer: ScaleTuningLinear, delta: torch.Tensor, where: str) -> None:
+    base = layer.base_scale()
+    if delta.shape == base.shape:
+        return
+    expected = _projections_of_frozen(base, delta)
+    if frozen is None or frozen.shape != expected.shape or not frozen.is_floating_point():
+        raise ValueError(f"{where}: the file has nothing that identifies the frozen alphas; it is damaged.")
+    tolerance = _FROZEN_TOLERANCE * torch.linalg.vector_norm(_frozen_part(base, delta)).item()
+    if not torch.allclose(frozen.to(expected), expected, rtol=0.0, atol=tolerance):
+        raise ValueError(
+            f"{where}: this base has the adapter's codes but other alphas beside the first ones, such as those of an "
+            "adapter with trained_alphas='all' that was merged into it; load the adapter onto its own base."
+        )
+
+
+def _projections_of_frozen(base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """Four projections `[4]` of the alphas that an adapter leaves as they are. They move as far as the alphas do, so
+    that they tell tuned ones from rounded ones, which a hash can't."""
+    frozen = _frozen_part(base, delta)
+    golden_angle = 2.399963  # waves of many frequencies, as good as random directions
+    steps = torch.arange(1, 5, dtype=torch.float64, device=frozen.device) * golden_angle
+    at = torch.arange(frozen.numel(), dtype=torch.float64, device=frozen.device)
+    return torch.stack([(torch.cos(at * step) * frozen).sum() for step in steps]).float()
+
+
+def _frozen_part(base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    return base[..., delta.shape[-1] :].detach().double().flatten()
+
+
+def _base(config: ScaleTuningConfig) -> str:
+    return (
+        f"the base model {config.base_model_name_or_path!r}"
+        if config.base_model_name_or_path
+        else "another base model"
+    )
+
+
+def _layers(model: nn.Module, adapter_name: str) -> dict[str, ScaleTuningLinear]:
+    return {
+        name.removeprefix("_fsdp_wrapped_module."): module
+        for name, module in model.named_modules()
+        if isinstance(module, ScaleTuningLinear) and adapter_name in module.deltas
+    }
+
+
+def _pop(state_dict: dict[str, torch.Tensor], key: str) -> torch.Tensor | None:
+    """Keys have PEFT's prefix in files; a model into which layers were injected directly has none."""
+    return state_dict.pop(key, state_dict.pop(_PEFT_PREFIX + key, None))

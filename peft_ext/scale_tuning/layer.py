@@ -1,0 +1,194 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""The tuner layer of all scale tuners: a packed linear layer and, for every adapter, what it changes about the scales."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Optional
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+
+from peft_ext.quant.linear import PackedLinear
+from peft_ext.scale_tuning.config import ScaleTuningConfig
+
+
+class ScaleTuningLinear(nn.Module, BaseTunerLayer):
+    """A [`PackedLinear`] whose scales adapters replace; base of the tuners' layers.
+
+    The trained tensor of an adapter is `delta`, zero at the start: scale = s0 * (1 + delta) (relative),
+    s0 * exp(delta) (log) or s0 + delta (absolute), with s0 the base layer's scale. `delta` is shaped like the scale,
+    `[out, groups]`, or for a binary coding `[out, groups, trained]`, of which the first `trained` alphas are trained.
+    """
+
+    prefix: str  # of the tuner's parameters
+    adapter_layer_names: tuple[str, ...]  # `("<prefix>delta",)`
+    other_param_names: tuple[str, ...] = ("parametrization",)
+
+    base_layer: PackedLinear
+    active_adapters: list[str]
+    # while adapters are merged: the base's own scale, so that unmerging is exact
+    unmerged_scale: Optional[torch.Tensor]
+
+    def __init__(self, base_layer: PackedLinear, adapter_name: str, config: ScaleTuningConfig) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        setattr(self, f"{self.prefix}delta", nn.ParameterDict({}))
+        self.parametrization: dict[str, str] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.register_buffer("unmerged_scale", None, persistent=False)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    @property
+    def deltas(self) -> nn.ParameterDict:
+        """The trained tensors by adapter."""
+        return getattr(self, f"{self.prefix}delta")
+
+    def trained_shape(self, config: Any) -> tuple[int, ...]:
+        """Shape of an adapter's delta: all scales, or the first alphas."""
+        return tuple(self.base_layer.scale.shape)
+
+    def product_options(self) -> dict[str, Any]:
+        """What the tuner asks of the layer's product; arguments of [`PackedLinear`]'s forward."""
+        return {}
+
+    def update_layer(self, adapter_name: str, config: Any) -> None:
+        """Add an adapter."""
+        scale = self.base_layer.scale
+        delta = torch.zeros(self.trained_shape(config), dtype=self.base_layer.compute_dtype, device=scale.device)
+        if not config.init_weights:
+            delta.normal_(std=0.1)
+        self.deltas[adapter_name] = nn.Parameter(delta)
+        self.parametrization[adapter_name] = config.parametrization
+        BaseTunerLayer._move_adapter_to_device_of_base_layer(self, adapter_name)
+        BaseTunerLayer.set_adapter(self, self.active_adapters, inference_mode=config.inference_mode)
+
+    def base_scale(self) -> torch.Tensor:
+        """The scale of the base layer, whatever is merged into it at the moment."""
+        return self.base_layer.scale if self.unmerged_scale is None else self.unmerged_scale
+
+    def scale_of(self, adapter_name: str) -> torch.Tensor:
+        """The scale of one adapter, shaped like the base layer's."""
+        delta, base = self.deltas[adapter_name], self.base_scale()
+        trained = self.scale_for(delta, base, adapter_name)
+        if trained.shape == base.shape:
+            return trained
+        return torch.cat([trained, base[..., trained.shape[-1] :].to(trained.dtype)], -1)
+
+    def scale_for(self, delta: torch.Tensor, base: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """What `delta` makes of the trained part of `base` under an adapter's parametrisation; shaped like `delta`."""
+        base = trained_part(base, delta)
+        kind = self.parametrization[adapter_name]
+        if kind == "absolute":
+            return base + delta
+        return base * (1 + delta if kind == "relative" else delta.exp())
+
+    def delta_of(self, scale: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """The delta for which [`scale_for`] gives `scale`, which has the delta's shape.
+
+        Raises:
+            ValueError: If no delta does: a log-parametrised scale can't change its sign.
+        """
+        base = trained_part(self.base_scale().detach(), scale).to(scale)
+        kind = self.parametrization[adapter_name]
+        if kind == "absolute":
+            return scale - base
+        # a scale of zero stays one, whatever the delta
+        ratio = torch.where(base == 0, torch.ones_like(scale), scale / base)
+        if kind == "relative":
+            return ratio - 1
+        if not (ratio > 0).all():
+            raise ValueError("parametrization='log' can't stand for scales of another sign; use 'relative'.")
+        return ratio.log()
+
+    def combined_scale(self, adapter_names: list[str]) -> Optional[torch.Tensor]:
+        """The scale of several adapters: what each adds to the base's is summed. None if the layer has none of
+        them."""
+        names = [name for name in adapter_names if name in self.deltas]
+        if not names:
+            return None
+        scale = self.scale_of(names[0])
+        for name in names[1:]:
+            scale = scale + (self.scale_of(name) - self.base_scale())
+        return scale
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, None]:
+        # no dtype: loaded deltas must not be rounded to a half precision base's
+        return self.base_layer.scale.device, None
+
+    def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
+        """Write the adapters' scales into the base layer.
+
+        Args:
+            safe_merge (`bool`, *optional*):
+                Check the merged scales for NaN and infinity first, and leave the layer as it was if there are any.
+            adapter_names (`list[str]`, *optional*):
+                The adapters to merge; all active ones by default.
+
+        Raises:
+            ValueError: If `safe_merge` finds NaN or infinity.
+        """
+        adapter_names = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in adapter_names or [] if name in self.deltas]
+        if not names:
+            return
+        with torch.no_grad():
+            scale = self.combined_scale([*self.merged_adapters, *names])
+            assert scale is not None  # names isn't empty
+            if safe_merge and not torch.isfinite(scale).all():
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
+            if self.unmerged_scale is None:
+                self.unmerged_scale = self.base_layer.scale.data
+            self.base_layer.scale.data = scale.to(self.unmerged_scale.dtype)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Give the base layer its own scale back, to the bit."""
+        if self.unmerged_scale is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.base_layer.scale.data = self.unmerged_scale
+        self.unmerged_scale = None
+        self.merged_adapters.clear()
+
+    def forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: Optional[list[str]] = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """`[..., in] -> [..., out]`; `adapter_names` gives each sample of the batch its own adapter (inference)."""
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, adapter_names)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return self.base_layer(x)
+        return self.base_layer(x, scale=self.combined_scale(self.active_adapters), **self.product_options())
+
+    def _mixed_batch_forward(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively. (A model that reshapes its batch before this layer "
+                "can't mix adapters in it.)"
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        names = list(dict.fromkeys(adapter_names)) or ["__base__"]
+        scales = torch.stack(
+            [self.scale_of(name) if name in self.deltas else self.base_scale() for name in names]
+        ).detach()
+        choice = torch.tensor([names.index(name) for name in adapter_names], device=x.device)
+        return self.base_layer.forward_mixed(x, scales, choice)
+
+    def __repr__(self) -> str:
+        return self.prefix.replace("_", ".") + super().__repr__()
+
+
+def trained_part(scale: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The scales that an adapter trains, of all; `like` has the adapter's shape."""
+    return scale if scale.shape == like.shape else scale[..., : like.shape[-1]]

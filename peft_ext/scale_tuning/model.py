@@ -1,0 +1,324 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""The tuner model: packs a model's layers at injection and manages the adapters' scales as PEFT expects."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any, Optional
+
+import torch
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from peft_ext.checkpoint import pack_quantized
+from peft_ext.quant.formats import CALIBRATED
+from peft_ext.quant.linear import PackedLinear
+from peft_ext.scale_tuning import adapter_file
+from peft_ext.scale_tuning.config import ScaleTuningConfig
+from peft_ext.scale_tuning.layer import ScaleTuningLinear, trained_part
+from peft_ext.scale_tuning.quantization import check_target, free_weight, is_packed, pack_layer, to_float
+
+
+class ScaleTuningModel(BaseTuner):
+    """Base of [`PeqaModel`] and [`AlphaTuningModel`], which say what `prefix` and `tuner_layer_cls` are."""
+
+    tuner_layer_cls: type[ScaleTuningLinear]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: Optional[dict[str, torch.Tensor]] = None,
+    ) -> None:
+        if isinstance(peft_config, PeftConfig) and peft_config.inference_mode:
+            # injected directly for loading, as transformers' load_adapter does, which then copies tensors by name,
+            # past the hooks that check fingerprints and turn scales into deltas: the adapter would silently have no effect
+            raise ValueError(
+                f"{peft_config.peft_type.value} adapters are loaded by PEFT: use PeftModel.from_pretrained(model, folder) (or "
+                "AutoPeftModelForCausalLM), not transformers' load_adapter. To inject layers by hand, pass a config "
+                "with "
+                "inference_mode=False, then call set_peft_model_state_dict."
+            )
+        super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+
+    def _prepare_adapter_config(self, peft_config: ScaleTuningConfig, model_config: dict) -> ScaleTuningConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = "all-linear"
+        return peft_config
+
+    def _prepare_model(self, peft_config: ScaleTuningConfig, model: nn.Module) -> None:
+        """Check every target before any is changed."""
+        targets = check_targets(peft_config, model)
+        fresh = [
+            name
+            for name, module in targets.items()
+            if not isinstance(module, ScaleTuningLinear) and not is_packed(module)
+        ]
+        if fresh and peft_config.init_method == CALIBRATED:
+            raise ValueError(_calibration_missing(peft_config, fresh))
+        if fresh and any(isinstance(module, ScaleTuningLinear) for module in model.modules()):
+            warnings.warn(
+                f"The new adapter quantises {len(fresh)} layers that were float so far, such as {fresh[0]!r}. All "
+                f"adapters "
+                "share one packed base, so the outputs of the others change too.",
+                stacklevel=2,
+            )
+
+    def _create_and_replace(
+        self,
+        peft_config: ScaleTuningConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: Optional[str] = None,
+    ) -> None:
+        if isinstance(target, ScaleTuningLinear):
+            target.update_layer(adapter_name, peft_config)
+            return
+        new_module = self.tuner_layer_cls(pack_layer(target, peft_config, current_key), adapter_name, peft_config)
+        if adapter_name not in self.active_adapters:
+            # adding an additional adapter: it is not automatically trainable
+            new_module.requires_grad_(False)
+        new_module.train(target.training)
+        self._replace_module(parent, target_name, new_module, target)
+        free_weight(target, self.model)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(new_module, (ScaleTuningLinear, PackedLinear)):
+            # made on the right device, with a weight of its own; PEFT's version would copy the float weight over
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        pack_quantized.release_hook(model)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Optional[list[str]] = None,
+        dequantize: bool = False,
+    ) -> nn.Module:
+        r"""
+        Write the adapter's scales into the base model and return it, still packed.
+
+        `save_pretrained` of the returned transformers model writes compressed-tensors `pack-quantized`, which stock
+        transformers and vLLM load.
+
+        Args:
+            progressbar (`bool`):
+                whether to show a progressbar indicating the unload and merge process (default: False).
+            safe_merge (`bool`):
+                whether to check the merged scales for NaN and infinity before writing them.
+            adapter_names (`List[str]`, *optional*):
+                The list of adapter names that should be merged. If None, all active adapters will be merged.
+            dequantize (`bool`):
+                whether to return plain float `nn.Linear` (`Conv1D`) layers instead of packed ones.
+        """
+        model = self._unload_and_optionally_merge(
+            progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+        if dequantize:
+            for name, layer in list(model.named_modules()):
+                if isinstance(layer, PackedLinear):
+                    model.set_submodule(name, to_float(layer))
+            pack_quantized.make_saveable(model)
+        return model
+
+    def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        pack_quantized.make_saveable(model)
+        return model
+
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+        """
+        Add a new adapter `s0 + sum_i weights[i] * (s_i - s0)`: what each adapter changed about the scales, weighted.
+
+        Args:
+            adapters (`list`):
+                List of adapter names to be merged.
+            weights (`list`):
+                List of weights for each adapter.
+            adapter_name (`str`):
+                Name of the new adapter.
+
+        Raises:
+            ValueError: If an adapter doesn't exist, the lists differ in length, or adapters have `modules_to_save`.
+        """
+        if adapter_name in self.peft_config:
+            return
+        self._check_weighted(adapters, weights)
+        first = self.peft_config[adapters[0]]
+        held = {
+            name: layer
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, ScaleTuningLinear) and any(adapter in layer.deltas for adapter in adapters)
+        }
+        self.peft_config[adapter_name] = self._weighted_config(
+            adapters,
+            # the very layers that the adapters tune, whatever rules chose them
+            target_modules=set(held),
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            bits_pattern={
+                n: layer.base_layer.bits for n, layer in held.items() if layer.base_layer.bits != first.bits
+            },
+        )
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except ValueError:
+            del self.peft_config[adapter_name]
+            raise
+        self.set_requires_grad(adapter_name, False)
+        for layer in self._layers():
+            if adapter_name in layer.deltas:
+                _set_weighted(layer, adapters, weights, adapter_name)
+
+    def _weighted_config(self, adapters: list[str], **changes: Any) -> Any:
+        """The config of a weighted adapter: the first one's with `changes`."""
+        first = self.peft_config[adapters[0]]
+        # the sum may be of any sign, which the log can't stand for
+        parametrization = "relative" if first.parametrization == "log" else first.parametrization
+        return replace(first, parametrization=parametrization, **changes)
+
+    def _check_weighted(self, adapters: list[str], weights: list[float]) -> None:
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown:
+            raise ValueError(f"Adapter {unknown[0]} does not exist")
+        if len(adapters) != len(weights) or not adapters:
+            raise ValueError(f"got {len(adapters)} adapters and {len(weights)} weights; pass one weight per adapter.")
+        wrappers = [module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        if any(sum(name in wrapper._adapters for name in adapters) > 1 for wrapper in wrappers):
+            raise ValueError("Cannot add weighted adapters targeting the same module with modules_to_save.")
+        if len({type(self.peft_config[name].target_modules) for name in adapters}) > 1:
+            raise ValueError("All adapter configs should have the same type for target_modules, a list or a regex.")
+
+    def _layers(self) -> Iterator[ScaleTuningLinear]:
+        return (module for module in self.model.modules() if isinstance(module, ScaleTuningLinear))
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        """With `adapter_names`, hand every tuner layer the name of each sample's adapter for the time of a forward."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        self._check_adapter_names(adapter_names)
+        num_beams = kwargs.get("num_beams", None) or 1
+        expanded = [name for name in adapter_names for _ in range(num_beams)]
+        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
+        # an encoder sees the batch before it is repeated for each beam
+        in_encoder = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
+        handles = []
+        for module in self.modules():
+            if isinstance(module, (ScaleTuningLinear, AuxiliaryTrainingWrapper)):
+                names = adapter_names if module in in_encoder else expanded
+                handles.append(module.register_forward_pre_hook(partial(_pass_names, names=names), with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_adapter_names(self, adapter_names: list[str]) -> None:
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        if not isinstance(adapter_names, (list, tuple)):
+            raise TypeError(f"Got adapter names of type {type(adapter_names)}, expected a list of str.")
+        unknown = sorted(set(adapter_names) - {"__base__"} - set(self.peft_config))
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return adapter_file.to_file(model, adapter_name, selected, state_dict)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        state_dict = adapter_file.from_file(model, config, adapter_name, state_dict)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def check_targets(config: ScaleTuningConfig, model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that a config targets in a model, by name, once all of them have been checked.
+
+    Layers that were loaded dequantised from a packed checkpoint become packed again; "all-linear" is spelt out in the
+    config.
+
+    Raises:
+        ValueError: If a layer can't be tuned under this config; names it.
+    """
+    pack_quantized.restore(model)
+    resolve_all_linear(config, model)
+    targets = target_layers(config, model)
+    for name, module in targets.items():
+        check_target(module, config, name)
+    return targets
+
+
+def resolve_all_linear(config: ScaleTuningConfig, model: nn.Module) -> None:
+    """Spell "all-linear" out. On a base with packed layers it means these; on a float one, what PEFT means by it."""
+    targets = config.target_modules
+    if not isinstance(targets, str) or targets.lower() != "all-linear":
+        return
+    packed = {
+        name for name, module in model.named_modules() if isinstance(module, ScaleTuningLinear) or is_packed(module)
+    }
+    if packed:
+        inner = {f"{name}.base_layer" for name in packed}
+        config.target_modules = packed - inner  # type: ignore[assignment]  # PEFT, too, keeps a set here
+    else:
+        _maybe_include_all_linear_layers(config, model)
+
+
+def target_layers(config: ScaleTuningConfig, model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that a config targets, by name; a tuner layer stands for the layer that it wraps."""
+    tuner_layers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name
+        and not (tuner_layers and name.startswith(tuner_layers))
+        and BaseTuner._check_target_module_exists(config, name)
+    }
+
+
+def _pass_names(module: nn.Module, args: tuple, kwargs: dict, names: list[str]) -> tuple[tuple, dict]:
+    return args, {**kwargs, "adapter_names": names}
+
+
+@torch.no_grad()
+def _set_weighted(layer: ScaleTuningLinear, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+    base, delta = layer.base_scale(), layer.deltas[adapter_name]
+    scale = base.to(delta.dtype, copy=True)
+    for name, weight in zip(adapters, weights):
+        if name in layer.deltas:
+            scale += weight * (layer.scale_of(name) - base)
+    delta.copy_(layer.delta_of(trained_part(scale, delta), adapter_name))
+
+
+def _calibration_missing(config: ScaleTuningConfig, names: list[str]) -> str:
+    belongs = (
+        f" An adapter that is being loaded needs the packed base that it was trained on "
+        f"({config.base_model_name_or_path!r})."
+        if config.inference_mode and config.base_model_name_or_path
+        else ""
+    )
+    data_free = config.number_format(config.bits).default_method
+    return (
+        f"init_method='calibrated' needs data, and layer {names[0]!r} ({len(names)} in all) is still float. Call "
+        f"peft_ext.calibrate(model, config, batches) before get_peft_model, or pass init_method={data_free!r}.{belongs}"
+    )
