@@ -1,15 +1,17 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""The one place where peft-ext enters PEFT: a new member of `PeftType`, then PEFT's own `register_peft_method`.
+"""The one place where peft-ext enters PEFT and transformers, through their own registries.
 
-`PeftType` is a closed `str` enum and `register_peft_method` asks for a member, so the member is added first. Nothing
-else of PEFT is touched.
+`PeftType` is a closed `str` enum and PEFT's `register_peft_method` asks for a member, so the member is added first.
+Nothing else of PEFT is touched.
 """
 
 from __future__ import annotations
 
 import peft
+import transformers
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
+from transformers.quantizers import auto
 
 
 # Set on the members that we add: tells ours, after a reload, from one of a future PEFT.
@@ -41,6 +43,24 @@ def register_tuner(name: str, config_cls: type, model_cls: type) -> PeftType:
         mapping.pop(member, None)
     register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
     return member
+
+
+def register_quantizer(name: str, config_cls: type, quantizer_cls: type) -> None:
+    """Make a checkpoint format a quantization method of transformers; again, or with reloaded classes, is harmless.
+
+    Raises:
+        ImportError: If the installed transformers has a method of that name itself.
+    """
+    for mapping in (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING):
+        if name in mapping and not mapping[name].__module__.startswith(f"{_OWNER}."):
+            raise ImportError(
+                f"transformers {transformers.__version__} has a quantization method {name!r} of its own, which peft-ext "
+                "would hide; install a peft-ext that is made for this version of transformers (pip install -U "
+                "peft-ext)."
+            )
+        mapping.pop(name, None)
+    auto.register_quantization_config(name)(config_cls)
+    auto.register_quantizer(name)(quantizer_cls)
 
 
 def peft_type(value: str) -> PeftType:

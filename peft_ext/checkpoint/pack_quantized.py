@@ -29,28 +29,13 @@ from transformers import CompressedTensorsConfig, PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file
 
+from peft_ext.quant.conversion import packed_layers
 from peft_ext.quant.formats import Uniform
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.uniform import UNIFORM_BITS, Quantized
 
 
 _TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
-
-
-def make_saveable(model: nn.Module) -> None:
-    """Let `model.save_pretrained` write pack-quantized, or floats again where no packed layer is left.
-
-    Other modules than transformers' are left alone; their `state_dict` holds the packed tensors.
-    """
-    if not isinstance(model, PreTrainedModel):
-        return
-    if any(isinstance(module, PackedLinear) for module in model.modules()):
-        model.hf_quantizer = PackQuantizedWriter(model)
-    elif not any(is_compressed(module) for module in model.modules()):
-        model.hf_quantizer = None
-        for name in ("quantization_config", "packed_bits"):
-            if hasattr(model.config, name):
-                delattr(model.config, name)
 
 
 class PackQuantizedWriter(HfQuantizer):
@@ -60,7 +45,7 @@ class PackQuantizedWriter(HfQuantizer):
     requires_calibration = True
 
     def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(_describe(model, _packed_layers(model)), pre_quantized=True)
+        super().__init__(_describe(model, packed_layers(model)), pre_quantized=True)
 
     def is_serializable(self) -> bool:
         return True
@@ -70,13 +55,8 @@ class PackQuantizedWriter(HfQuantizer):
         return True
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """State dict with `weight_packed`, `weight_scale`, `weight_zero_point`, `weight_shape` for each packed layer.
-
-        Raises:
-            ValueError: If the layers' formats can't stand in one checkpoint; names a layer.
-        """
-        layers = _packed_layers(model)
-        _check_storable(layers)
+        """State dict with `weight_packed`, `weight_scale`, `weight_zero_point`, `weight_shape` for each packed layer."""
+        layers = packed_layers(model)
         # the layers may have changed since the model was handed out; file and config must agree
         self.quantization_config = _describe(model, layers)
         weights = self.quantization_config.quantization_config.config_groups["group_0"].weights
@@ -229,7 +209,7 @@ def release_hook(model: nn.Module) -> None:
 def _describe(model: PreTrainedModel, layers: dict[str, PackedLinear]) -> CompressedTensorsConfig:
     """Write the format of the packed layers into the model's config, and return it."""
     bits = max(layer.bits for layer in layers.values())
-    group_size = max(_group_sizes(layers))
+    group_size = max(group_sizes(layers))
     # symmetric at its own width isn't symmetric in a wider container
     sym = all(layer.sym and layer.bits == bits for layer in layers.values())
     weights = {
@@ -253,31 +233,17 @@ def _describe(model: PreTrainedModel, layers: dict[str, PackedLinear]) -> Compre
     return config
 
 
-def _check_storable(layers: dict[str, PackedLinear]) -> None:
-    for name, layer in layers.items():
-        if layer.conv1d:
-            raise ValueError(
-                f"layer {name!r} was a Conv1D, which compressed-tensors can't store. Save "
-                "merge_and_unload(dequantize=True) instead, or keep the adapter beside the float model (data-free "
-                "starts are derived again at load)."
-            )
-    sizes = _group_sizes(layers)
-    if len(sizes) > 1:
-        raise ValueError(
-            f"the layers have group sizes {sorted(sizes)}; a checkpoint holds one. Save "
-            "merge_and_unload(dequantize=True) instead."
-        )
+def can_store(layers: dict[str, PackedLinear]) -> bool:
+    """Whether pack-quantized has room for these layers: uniform integers of one group size, no `Conv1D`."""
+    uniform = all(isinstance(layer.number_format, Uniform) and not layer.conv1d for layer in layers.values())
+    return uniform and len(group_sizes(layers)) == 1
 
 
-def _group_sizes(layers: dict[str, PackedLinear]) -> set[int]:
+def group_sizes(layers: dict[str, PackedLinear]) -> set[int]:
     """The group sizes among the layers; -1 if all are per channel. A layer may consist of a single group."""
     if all(layer.group_size == -1 for layer in layers.values()):
         return {-1}
     return {layer.in_features // layer.scale.shape[1] for layer in layers.values()}
-
-
-def _packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
 
 
 def _checkpoint_config(model: nn.Module) -> Optional[dict[str, Any]]:

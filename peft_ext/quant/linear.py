@@ -233,6 +233,11 @@ class PackedLinear(nn.Module):
         if zero_point is not None and (zero_point.dtype != torch.uint8 or zero_point.shape != scale.shape):
             raise ValueError(f"zero_point is {zero_point.dtype} {tuple(zero_point.shape)}; expected uint8 like scale.")
 
+    def freeze(self) -> None:
+        """Make frozen parameters of what a loader has put in their place."""
+        self._keep_packed_parameter()
+        self.requires_grad_(False)
+
     def _apply(self, fn, recurse=True):
         dtype = self.scale.dtype
         super()._apply(fn, recurse)

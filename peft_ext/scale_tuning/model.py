@@ -17,12 +17,14 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from peft_ext.checkpoint import pack_quantized
+from peft_ext.checkpoint.saving import make_saveable
+from peft_ext.quant.conversion import packed_layers, to_float
 from peft_ext.quant.formats import CALIBRATED
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.scale_tuning import adapter_file
 from peft_ext.scale_tuning.config import ScaleTuningConfig
 from peft_ext.scale_tuning.layer import ScaleTuningLinear, trained_part
-from peft_ext.scale_tuning.quantization import check_target, free_weight, is_packed, pack_layer, to_float
+from peft_ext.scale_tuning.quantization import check_target, free_weight, is_packed, pack_layer
 
 
 class ScaleTuningModel(BaseTuner):
@@ -113,8 +115,9 @@ class ScaleTuningModel(BaseTuner):
         r"""
         Write the adapter's scales into the base model and return it, still packed.
 
-        `save_pretrained` of the returned transformers model writes compressed-tensors `pack-quantized`, which stock
-        transformers and vLLM load.
+        `save_pretrained` of the returned transformers model writes a packed checkpoint: of uniform integers a
+        compressed-tensors one (`pack-quantized`), which stock transformers and vLLM load; of a binary coding and of
+        `Conv1D` layers our own (`bcq`), which transformers loads once `peft_ext` is imported.
 
         Args:
             progressbar (`bool`):
@@ -130,15 +133,14 @@ class ScaleTuningModel(BaseTuner):
             progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
         if dequantize:
-            for name, layer in list(model.named_modules()):
-                if isinstance(layer, PackedLinear):
-                    model.set_submodule(name, to_float(layer))
-            pack_quantized.make_saveable(model)
+            for name, layer in packed_layers(model).items():
+                model.set_submodule(name, to_float(layer))
+            make_saveable(model)
         return model
 
     def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        pack_quantized.make_saveable(model)
+        make_saveable(model)
         return model
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:

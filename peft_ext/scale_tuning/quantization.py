@@ -14,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_ext.checkpoint import pack_quantized
+from peft_ext.quant.conversion import quantize_layer
 from peft_ext.quant.formats import CALIBRATED, NumberFormat, check_number_format, same_format
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.scale_tuning.config import ScaleTuningConfig
@@ -53,34 +54,6 @@ def pack_layer(
     return quantize_layer(module, number_format, method, name, hessian, shift)
 
 
-def quantize_layer(
-    module: Any,
-    number_format: NumberFormat,
-    method: str,
-    name: str,
-    hessian: Optional[torch.Tensor] = None,
-    shift: Optional[torch.Tensor] = None,
-) -> PackedLinear:
-    """The packed counterpart of an `nn.Linear` or `Conv1D`, on the meta device if it is there.
-
-    Raises:
-        ValueError: If the weight can't be quantised so; names the layer.
-    """
-    conv1d = isinstance(module, Conv1D)
-    weight = module.weight.detach()
-    weight = weight.t() if conv1d else weight
-    if weight.device.type == "meta":
-        return PackedLinear.empty(number_format, weight.shape, weight.dtype, module.bias, conv1d)
-    try:
-        quantized = number_format.quantize(weight, method, hessian, shift)
-    except ValueError as error:
-        raise ValueError(f"layer {name!r}: {error}") from error
-    sym = getattr(number_format, "sym", False)
-    return PackedLinear.from_quantized(
-        quantized, number_format.bits, module.bias, sym=sym, conv1d=conv1d, compute_dtype=weight.dtype
-    )
-
-
 def free_weight(module: nn.Module, model: nn.Module) -> None:
     """Let go of the float weight of a layer that a packed one has replaced: PEFT, or a hook, holds the layer until the
     last one is packed.
@@ -89,21 +62,6 @@ def free_weight(module: nn.Module, model: nn.Module) -> None:
     """
     if isinstance(module, (nn.Linear, Conv1D)) and not any(other is module for other in model.modules()):
         module.weight = None
-
-
-def to_float(layer: PackedLinear) -> nn.Module:
-    """The plain `nn.Linear` or `Conv1D` with a packed layer's weight, in the dtype that it had before."""
-    weight = layer.weight
-    if layer.conv1d:
-        module: Any = Conv1D(0, 0)
-        module.nf, module.nx = layer.out_features, layer.in_features
-        module.weight = nn.Parameter(weight.t().contiguous())
-        module.bias = nn.Parameter(weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.data)
-        return module
-    module = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    module.weight = nn.Parameter(weight)
-    module.bias = None if layer.bias is None else nn.Parameter(layer.bias.data)
-    return module
 
 
 def check_target(module: Any, config: ScaleTuningConfig, name: str) -> None:

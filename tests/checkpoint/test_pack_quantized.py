@@ -253,13 +253,6 @@ def test_bfloat16_base(tmp_path):
     assert {p.dtype for p in adapter_parameters(model).values()} == {torch.float32}
 
 
-def test_conv1d_cannot_be_stored_and_says_what_can(tmp_path):
-    base = get_peft_model(tiny("gpt2"), PeqaConfig(bits=4)).unload()
-    with pytest.raises(ValueError, match="Conv1D.*dequantize=True"):
-        base.save_pretrained(tmp_path / "packed")
-    assert not list(tmp_path.rglob("*.safetensors"))
-
-
 @pytest.mark.parametrize("other", [{"bits": 3}, {"bits": 4, "group_size": 16}, {"bits": 4, "sym": True}], ids=str)
 def test_a_config_that_does_not_fit_the_codes(other, tmp_path):
     get_peft_model(tiny("llama"), PeqaConfig(bits=4)).unload().save_pretrained(tmp_path)

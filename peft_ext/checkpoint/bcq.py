@@ -1,0 +1,317 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""`bcq`, our own checkpoint: bit-planes and scales as the layers hold them, read and written by a transformers quantizer.
+
+It holds binary codings, and uniform integers, which are binary codings with tied alphas (`binary.py`): those that
+compressed-tensors has no room for (`Conv1D`, several group sizes). Tensors of a layer, see `PackedLinear`:
+
+<layer>.planes       uint8 [tiles, input bytes, bits, 32]
+<layer>.scale        float [out, groups, bits] (alphas), or [out, groups] of uniform integers
+<layer>.zero_point   uint8 [out, groups], of uniform integers
+<layer>.bias         float [out], where the layer has one
+
+Loading makes no float weight: the layers are packed on the meta device before the tensors arrive. A float checkpoint
+is quantised weight by weight as it is read.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from peft_ext.quant.conversion import packed_layers, quantize_layer, to_float
+from peft_ext.quant.formats import BinaryCoding, NumberFormat, Uniform, check_number_format
+from peft_ext.quant.linear import PackedLinear
+
+
+QUANT_METHOD = "bcq"
+FORMATS = ("binary", "uniform")
+
+
+class BcqConfig(QuantizationConfigMixin):
+    """
+    Configuration of packed weights in binary coding, for `from_pretrained(..., quantization_config=BcqConfig(bits=3))`.
+
+    Args:
+        bits (`int`, *optional*, defaults to `4`):
+            Number of sign planes: 1, 2, 3, 4 or 8 (of uniform integers 2, 3, 4 or 8).
+        group_size (`int`, *optional*, defaults to `-1`):
+            Number of inputs that share their alphas; -1: all inputs of an output channel.
+        init_method (`str`, *optional*):
+            Where the codes come from when a float model is quantised while it is loaded: `"alternating"` (the default)
+            or `"greedy"`; of uniform integers `"minmax"` (the default) or `"mse"`. With data, use
+            [`peft_ext.calibrate`] on the loaded float model instead: it is far better below 8 bits.
+        number_format (`str`, *optional*, defaults to `"binary"`):
+            `"binary"`, with free alphas, or `"uniform"`, integers with a scale and a zero point.
+        sym (`bool`, *optional*, defaults to `False`):
+            Of uniform integers: keep every zero point in the middle of the range.
+        bits_pattern (`dict`, *optional*):
+            Other widths for some layers: full module names mapped to bits.
+        group_size_pattern (`dict`, *optional*):
+            Other group sizes for some layers: full module names mapped to group sizes.
+        modules_to_not_convert (`list[str]`, *optional*):
+            Modules that stay float; the output layer and tied weights by default.
+    """
+
+    def __init__(
+        self,
+        bits: int = 4,
+        group_size: int = -1,
+        init_method: Optional[str] = None,
+        number_format: str = "binary",
+        sym: bool = False,
+        bits_pattern: Optional[dict[str, int]] = None,
+        group_size_pattern: Optional[dict[str, int]] = None,
+        modules_to_not_convert: Optional[list[str]] = None,
+        quant_method: str = QUANT_METHOD,
+    ) -> None:
+        self.quant_method = quant_method
+        self.bits, self.group_size, self.sym = bits, group_size, sym
+        self.number_format = number_format
+        self.bits_pattern = dict(bits_pattern or {})
+        self.group_size_pattern = dict(group_size_pattern or {})
+        self.modules_to_not_convert = modules_to_not_convert
+        if quant_method != QUANT_METHOD:
+            raise ValueError(f"quant_method={quant_method!r} is another method; BcqConfig's is {QUANT_METHOD!r}.")
+        if number_format not in FORMATS:
+            raise ValueError(f"number_format={number_format!r} is unknown; choose one of {FORMATS}.")
+        for name in ("", *self.bits_pattern, *self.group_size_pattern):
+            check_number_format(self.format_of(name))
+        methods = self.format_of("").methods
+        self.init_method = init_method or self.format_of("").default_method
+        if self.init_method not in methods:
+            raise ValueError(
+                f"init_method={init_method!r} is unknown; choose one of {methods}. (A calibrated start needs data: "
+                "load the float model and call peft_ext.calibrate.)"
+            )
+
+    def format_of(self, name: str) -> NumberFormat:
+        """The format of the layer called `name`."""
+        bits = self.bits_pattern.get(name, self.bits)
+        group_size = self.group_size_pattern.get(name, self.group_size)
+        if self.number_format == "binary":
+            return BinaryCoding(bits, group_size)
+        return Uniform(bits, group_size, self.sym)
+
+
+class BcqHfQuantizer(HfQuantizer):
+    """Reads, writes and makes `bcq` checkpoints inside transformers' `from_pretrained` and `save_pretrained`."""
+
+    requires_calibration = False
+    quantization_config: BcqConfig
+
+    def __init__(self, quantization_config: BcqConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.targets: dict[str, NumberFormat] = {}  # of a float model that is quantised while it is loaded
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, Any]]:
+        """The model's own state dict is what is stored; only the config has to agree with it."""
+        # the layers may have changed since the model was loaded
+        self.quantization_config = describe(model)
+        return None, {}
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Optional[list[str]] = None, **kwargs: Any
+    ) -> None:
+        if self.pre_quantized:
+            stored = None if checkpoint_files is None else _stored_formats(checkpoint_files)
+            self._make_room(model, stored)
+            return
+        config = self.quantization_config
+        skipped = self.get_modules_to_not_convert(
+            model, config.modules_to_not_convert, model._keep_in_fp32_modules, add_default_skips=True
+        )
+        for name, module in model.named_modules():
+            if isinstance(module, (nn.Linear, Conv1D)) and should_convert_module(name, skipped):
+                check_layer(name, config.format_of(name), _in_features(module))
+                self.targets[name] = config.format_of(name)
+        if not self.targets:
+            raise ValueError(
+                f"modules_to_not_convert={config.modules_to_not_convert!r} leaves no linear layer to quantise in "
+                f"{type(model).__name__}."
+            )
+
+    def _make_room(self, model: PreTrainedModel, stored: Optional[dict[str, NumberFormat]]) -> None:
+        """Replace the layers that a checkpoint has packed by empty packed ones.
+
+        Raises:
+            ValueError: If the checkpoint's tensors and its config disagree; names the layer.
+        """
+        config, left = self.quantization_config, dict(stored or {})
+        for name, module in list(model.named_modules()):
+            if not isinstance(module, (nn.Linear, Conv1D)):
+                continue
+            in_features = _in_features(module)
+            if stored is None:
+                if not should_convert_module(name, config.modules_to_not_convert or []):
+                    continue
+                number_format = config.format_of(name)
+            else:
+                key = next((key for key in _names_in_files(name, model.base_model_prefix) if key in left), None)
+                if key is None:
+                    continue
+                found, number_format = left.pop(key), config.format_of(key)
+                _check_agrees(key, found, number_format, in_features)
+            shape = (module.weight.t() if isinstance(module, Conv1D) else module.weight).shape
+            conv1d = isinstance(module, Conv1D)
+            empty = PackedLinear.empty(number_format, shape, module.weight.dtype, module.bias, conv1d)
+            empty.train(module.training)
+            model.set_submodule(name, empty)
+        if stored and len(left) == len(stored):
+            raise ValueError(
+                f"the checkpoint's packed layers ({next(iter(left))!r} and others) are not in {type(model).__name__}; "
+                "load it with the class that it was saved from."
+            )
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for layer in packed_layers(model).values():
+            layer.freeze()
+        model.config.quantization_config = self.quantization_config = describe(model)
+        return model
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        name, _, tensor = param_name.rpartition(".")
+        return tensor == "weight" and name in self.targets
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Quantize(self)
+
+    def _dequantize(self, model: PreTrainedModel, dtype: Optional[torch.dtype] = None) -> PreTrainedModel:
+        for name, layer in packed_layers(model).items():
+            model.set_submodule(name, to_float(layer).to(dtype))
+        return model
+
+
+class _Quantize(ConversionOps):
+    """Turns a float weight into a packed layer the moment that it has been read."""
+
+    def __init__(self, hf_quantizer: BcqHfQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        model: Optional[nn.Module] = None,
+        full_layer_name: Optional[str] = None,
+        missing_keys: Optional[set[str]] = None,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        assert model is not None and full_layer_name is not None  # transformers always passes them
+        value = next(iter(input_dict.values()))
+        name = full_layer_name.rpartition(".")[0]
+        module = model.get_submodule(name)
+        module.weight = nn.Parameter(value[0] if isinstance(value, list) else value, requires_grad=False)
+        config = self.hf_quantizer.quantization_config
+        packed = quantize_layer(module, self.hf_quantizer.targets[name], config.init_method, name)
+        packed.train(module.training)
+        packed._is_hf_initialized = True  # type: ignore[assignment]
+        for tensor in packed.parameters(recurse=False):
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+        model.set_submodule(name, packed)
+        if missing_keys is not None:
+            missing_keys.discard(full_layer_name)
+        return {}
+
+
+def describe(model: PreTrainedModel) -> BcqConfig:
+    """The config of a model's packed layers, written into the model's config as well."""
+    layers = packed_layers(model)
+    formats = [layer.number_format for layer in layers.values()]
+    kinds = {type(number_format) for number_format in formats}
+    if len(kinds) > 1:
+        raise ValueError("the model has uniform integers and binary codings; a checkpoint holds layers of one kind.")
+    most, groups = _most_frequent([f.bits for f in formats]), _most_frequent([f.group_size for f in formats])
+    config = BcqConfig(
+        bits=most,
+        group_size=groups,
+        number_format="binary" if kinds <= {BinaryCoding} else "uniform",
+        sym=all(getattr(number_format, "sym", False) for number_format in formats),
+        bits_pattern={name: layer.bits for name, layer in layers.items() if layer.bits != most},
+        group_size_pattern={name: layer.group_size for name, layer in layers.items() if layer.group_size != groups},
+        modules_to_not_convert=[n for n, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))],
+    )
+    model.config.quantization_config = config
+    return config
+
+
+def check_layer(name: str, number_format: NumberFormat, in_features: int) -> None:
+    """Refuse a format that doesn't fit a layer.
+
+    Raises:
+        ValueError: Names the layer, the argument and what fits.
+    """
+    try:
+        check_number_format(number_format, in_features)
+    except ValueError as error:
+        raise ValueError(f"layer {name!r}: {error}") from error
+
+
+def _stored_formats(files: list[str]) -> dict[str, NumberFormat]:
+    """The format of every packed layer, read off the shapes in the files' headers.
+
+    Raises:
+        ValueError: If a file is damaged; names it.
+    """
+    shapes: dict[str, list[int]] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                shapes.update({key: file.get_slice(key).get_shape() for key in file.keys()})
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{str(path)!r} is truncated or no safetensors file ({error}); download or save it again."
+            ) from error
+    formats: dict[str, NumberFormat] = {}
+    for name in [key.removesuffix(".planes") for key in shapes if key.endswith(".planes")]:
+        planes, scale = shapes[f"{name}.planes"], shapes.get(f"{name}.scale")
+        if scale is None or len(planes) != 4:
+            raise ValueError(f"layer {name!r}: the checkpoint has no scales or damaged planes; save it again.")
+        in_features, zero_point = 8 * planes[1], f"{name}.zero_point" in shapes
+        group_size = -1 if scale[1] == 1 else in_features // scale[1]
+        formats[name] = Uniform(planes[2], group_size) if zero_point else BinaryCoding(planes[2], group_size)
+    return formats
+
+
+def _check_agrees(name: str, found: NumberFormat, stated: NumberFormat, in_features: int) -> None:
+    """found: read off the planes' padded shapes."""
+    kind = found.name == stated.name and found.bits == stated.bits
+    groups = [1 if f.group_size == -1 else round(in_features / f.group_size) for f in (found, stated)]
+    if not kind or groups[0] != groups[1]:
+        raise ValueError(
+            f"layer {name!r}: the checkpoint holds {found.name} of {found.bits} bits in {groups[0]} groups per channel, "
+            f"but its config.json says {stated.name} of {stated.bits} bits in {groups[1]}; one of the two files isn't "
+            "this checkpoint's. Save or download both again."
+        )
+
+
+def _names_in_files(name: str, prefix: str) -> list[str]:
+    """What a layer may be called in a checkpoint, which may be of the model with or without a head."""
+    return [name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")]
+
+
+def _in_features(module: Any) -> int:
+    return module.weight.shape[0] if isinstance(module, Conv1D) else module.weight.shape[1]
+
+
+def _most_frequent(values: list[int]) -> int:
+    return max(sorted(set(values)), key=values.count) if values else -1

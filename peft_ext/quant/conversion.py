@@ -1,0 +1,67 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""`nn.Linear` and transformers' `Conv1D` to packed layers and back."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_ext.quant.formats import NumberFormat
+from peft_ext.quant.linear import PackedLinear
+
+
+def quantize_layer(
+    module: Any,
+    number_format: NumberFormat,
+    method: str,
+    name: str,
+    hessian: Optional[torch.Tensor] = None,
+    shift: Optional[torch.Tensor] = None,
+) -> PackedLinear:
+    """The packed counterpart of an `nn.Linear` or `Conv1D`, on the meta device if that is where it is.
+
+    Args:
+        module: The layer; its bias is kept.
+        number_format, method: What to quantise to, and by which data-free start.
+        name: The layer's name, for messages.
+        hessian, shift: `[in, in]`, for the calibrated start; see `quantize_calibrated`.
+
+    Raises:
+        ValueError: If the weight can't be quantised so; names the layer.
+    """
+    conv1d = isinstance(module, Conv1D)
+    weight = module.weight.detach()
+    weight = weight.t() if conv1d else weight
+    if weight.device.type == "meta":
+        return PackedLinear.empty(number_format, weight.shape, weight.dtype, module.bias, conv1d)
+    try:
+        quantized = number_format.quantize(weight, method, hessian, shift)
+    except ValueError as error:
+        raise ValueError(f"layer {name!r}: {error}") from error
+    sym = getattr(number_format, "sym", False)
+    return PackedLinear.from_quantized(
+        quantized, number_format.bits, module.bias, sym=sym, conv1d=conv1d, compute_dtype=weight.dtype
+    )
+
+
+def to_float(layer: PackedLinear) -> nn.Module:
+    """The plain `nn.Linear` or `Conv1D` with a packed layer's weight, in the dtype that it had before."""
+    weight = layer.weight
+    if layer.conv1d:
+        module: Any = Conv1D(0, 0)
+        module.nf, module.nx = layer.out_features, layer.in_features
+        module.weight = nn.Parameter(weight.t().contiguous())
+        module.bias = nn.Parameter(weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.data)
+        return module
+    module = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    module.weight = nn.Parameter(weight)
+    module.bias = None if layer.bias is None else nn.Parameter(layer.bias.data)
+    return module
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
+    """The packed layers of a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
