@@ -123,9 +123,8 @@ def all_rows() -> list[Row]:
         for bits, group in ((4, 64), (4, -1), (3, 64), (3, -1), (2, 64))
     ]
     for start in ("minmax", "mse"):
-        for bits in (4, 3):
-            rows += [row for row in _with_start(bits, -1, start) if row not in rows]
-    return rows
+        rows += [row for row in _with_start(4, -1, start) if row not in rows]
+    return [*rows, Row("Quantised", 3, -1, "mse", False)]
 
 
 def _with_start(bits: int, group_size: int, start: str) -> list[Row]:

@@ -13,6 +13,7 @@ from peft_ext.version import __version__
 
 COMMANDS = {
     "tune": "quantise a language model, tune its scales on a text, and compare before and after",
+    "quantize": "write a packed checkpoint of a language model, calibrated on a text",
     "eval": "perplexity of a tuned model on a text",
     "generate": "generate text with a tuned model",
 }

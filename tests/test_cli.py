@@ -7,6 +7,7 @@ import json
 import shutil
 
 import pytest
+import torch
 import yaml
 
 from peft_ext.cli import main
@@ -162,6 +163,11 @@ def test_tune_under_a_launcher(launcher, run_module, flags, tmp_path):
         (["--model", "./missing"], "./missing"),
         (["--calibration_blocks", "0"], "calibration_blocks=0"),
         (["--per_device_train_batch_size", "0"], "per_device_train_batch_size=0"),
+        (["--method", "lora"], "method='lora'"),
+        (["--method", "alphatuning", "--bits", "9"], "bits=9"),
+        (["--method", "alphatuning", "--trained_alphas", "second"], "trained_alphas='second'"),
+        (["--method", "alphatuning", "--sym", "True"], "sym=True"),
+        (["--eval_strategy", "steps", "--eval_steps", "1"], "eval_strategy="),
         (["--config", "{tmp}/broken.yaml"], "a file is damaged"),
         (["--output_dir", "{tmp}/full"], "is not empty"),
         (["--output_dir", "{tmp}/short.txt"], "is a file"),
@@ -183,17 +189,123 @@ def test_mistakes_end_in_one_line_and_leave_nothing(flags, mistake, message, tmp
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_model_that_no_base_can_be_written_of(flags, tmp_path, capsys):
-    from tests.tiny_models import tiny
-    from tests.tiny_tokenizer import save_tiny_model
+@pytest.fixture
+def gpt2_flags(flags, tmp_path):
+    """GPT-2, whose Conv1D layers compressed-tensors has no room for."""
+    from transformers import GPT2Config, GPT2LMHeadModel
 
-    folder = save_tiny_model(tmp_path / "model")
-    position = flags.index("--model")
-    flags[position + 1] = str(folder)
-    tiny("gpt2").save_pretrained(folder)
-    assert main(["tune", *flags, "--output_dir", str(tmp_path / "run")]) == 2
-    assert "Conv1D" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+    folder = save_tiny_model(tmp_path / "gpt2")
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=260, n_positions=256, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    flags[flags.index("--model") + 1] = str(folder)
+    return flags
+
+
+@pytest.mark.parametrize("method", ["peqa", "alphatuning"])
+def test_gpt2(method, gpt2_flags, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["tune", *gpt2_flags, "--method", method, "--bits", "3", "--output_dir", str(run)]) == 0
+    assert json.loads((run / "base" / "config.json").read_text())["quantization_config"]["quant_method"] == "bcq"
+    assert main(["eval", str(run), "--block_size", "32", "--blocks", "4", "--output", str(tmp_path / "e.json")]) == 0
+    metrics = json.loads((run / "metrics.json").read_text())
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert result["perplexity"] == pytest.approx(metrics["perplexity"]["tuned"], rel=1e-3)
+
+
+@pytest.mark.parametrize("trained_alphas, count", [("first", 1), ("all", 2)])
+def test_alphatuning(trained_alphas, count, flags, tmp_path, capsys):
+    run = tmp_path / "run"
+    arguments = ["--method", "alphatuning", "--trained_alphas", trained_alphas, "--bits", "2"]
+    assert main(["tune", *flags, *arguments, "--output_dir", str(run)]) == 0
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["trained_parameters"] == 2 * (4 * 64 + 2 * 96 + 64) * count
+    assert main(["generate", str(run), "--prompt", "one", "--max_new_tokens", "3"]) == 0
+    assert "--- one\none" in capsys.readouterr().out
+    assert main(["tune", *flags, *arguments, "--output_dir", str(run)]) == 0
+    assert "is finished already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("checkpoint_format", ["pack-quantized", "bcq"])
+def test_quantize(checkpoint_format, quantize_flags, tmp_path, capsys):
+    folder = tmp_path / "packed"
+    arguments = [*quantize_flags, "--format", checkpoint_format, "--bits", "3", "--output_dir", str(folder)]
+    assert main(["quantize", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "perplexity, 3 bits" in out and "packed checkpoint" in out
+    assert main(["generate", "--model", str(folder), "--prompt", "one", "--max_new_tokens", "2"]) == 0
+    # a base that is packed already is tuned as it is
+    method = "peqa" if checkpoint_format == "pack-quantized" else "alphatuning"
+    position = quantize_flags.index("--model")
+    quantize_flags[position + 1] = str(folder)
+    training = ["--method", method, "--bits", "3", "--max_steps", "1", "--use_cpu", "True"]
+    assert main(["tune", *quantize_flags, *training, "--output_dir", str(tmp_path / "run")]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["perplexity"]["float"] is None and metrics["perplexity"]["tuned"] > 1
+
+
+@pytest.fixture
+def quantize_flags(flags):
+    at = [flags.index(name) for name in ("--max_steps", "--use_cpu", "--disable_tqdm")]
+    return [part for index, part in enumerate(flags) if index not in at and index - 1 not in at]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (["--format", "gguf"], "format='gguf' is unknown"),
+        (["--format", "bcq", "--bits", "0"], "bits=0"),
+        (["--format", "bcq", "--bits", "9"], "bits=9"),
+        (["--format", "bcq", "--sym", "True"], "sym=True"),
+        (["--format", "bcq", "--init_method", "minmax"], "init_method='minmax'"),
+        (["--group_size", "48"], "group_size=48 does not divide"),
+        (["--data", "missing.txt"], "missing.txt"),
+        (["--output_dir", "{tmp}/full"], "not empty"),
+        (["--output_dir", "/proc/nowhere"], "can't be written"),
+        (["--output_dir", ""], "pass --output_dir"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_mistakes_when_quantising(quantize_flags, mistake, message, tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("precious")
+    before = sorted(tmp_path.rglob("*"))
+    mistake = [part.format(tmp=tmp_path) for part in mistake]
+    assert main(["quantize", *quantize_flags, "--output_dir", str(tmp_path / "out"), *mistake]) == 2
+    error = capsys.readouterr().err
+    assert "peft-ext quantize: error:" in error and message in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_quantising_gpt2_says_which_format_has_room(gpt2_flags, tmp_path, capsys):
+    position = gpt2_flags.index("--max_steps")
+    arguments = [*gpt2_flags[:position], *gpt2_flags[position + 2 : gpt2_flags.index("--use_cpu")]]
+    assert main(["quantize", *arguments, "--output_dir", str(tmp_path / "out")]) == 2
+    assert "Conv1D" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_what_a_killed_run_left_is_swept_away(finished, tmp_path):
+    from peft_ext.commands.run_folder import sweep, written_whole
+
+    with pytest.raises(KeyboardInterrupt), written_whole(tmp_path / "base") as partial:
+        partial.mkdir()
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    with written_whole(tmp_path / "base") as partial:  # killed before it could clean up
+        left = tmp_path / partial.parent.name.replace("partial-", "partial-old")
+        left.mkdir()
+        partial.mkdir()
+    (tmp_path / ".hidden").touch()
+    sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "base"]
+
+
+@pytest.mark.parametrize("output, message", [("missing/e.json", "does not exist"), ("", "is a folder")])
+def test_eval_checks_its_output_first(output, message, finished, tmp_path, capsys):
+    assert main(["eval", str(finished), "--output", str(tmp_path / output)]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_damaged_run(finished, tmp_path, capsys):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
-from peft_ext.commands.run_folder import ModelArguments, load_tuned, parse, write_json
+from peft_ext.commands.run_folder import ModelArguments, check_writable, load_tuned, parse, write_json
 from peft_ext.models import load_tokenizer
 from peft_ext.perplexity import perplexity
 from peft_ext.text import load_text, token_blocks
@@ -39,6 +39,8 @@ class EvalArguments(ModelArguments):
 def main(argv: Sequence[str]) -> None:
     """Measure and print."""
     (args,) = parse(argv, EvalArguments, positional="run")
+    if args.output:
+        check_writable(Path(args.output), "output")
     splits = load_text(args.data, text_field=args.text_field, data_config=args.data_config)
     texts = [*splits.train, *splits.held_out] if args.whole else splits.held_out
     if args.run is None:

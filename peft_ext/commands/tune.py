@@ -8,12 +8,8 @@ the same arguments, a run continues from its last checkpoint, and a finished one
 
 from __future__ import annotations
 
-import copy
 import json
-import math
 import shutil
-import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,46 +18,39 @@ from typing import Any, Optional
 import torch
 import yaml
 from peft import get_peft_model
-from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.pytorch_utils import Conv1D
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from peft_ext import PeqaConfig, calibrate
-from peft_ext.commands.run_folder import parse, write_json, written_whole
-from peft_ext.models import DEFAULT_MODEL, load_model, load_tokenizer
+from peft_ext import AlphaTuningConfig, PeqaConfig
+from peft_ext.commands.packed_base import (
+    PackedBaseArguments,
+    aligned,
+    file_bytes,
+    load_blocks,
+    load_checked,
+    mebibytes,
+    number,
+    write_base,
+)
+from peft_ext.commands.run_folder import check_folder_writable, parse, sweep, write_json, written_whole
+from peft_ext.models import load_model
 from peft_ext.perplexity import perplexity
-from peft_ext.quant.linear import PackedLinear
-from peft_ext.scale_tuning.model import check_targets
-from peft_ext.scale_tuning.quantization import is_packed
-from peft_ext.text import load_text, token_blocks
+from peft_ext.scale_tuning.config import ScaleTuningConfig
+
+
+METHODS = {"peqa": PeqaConfig, "alphatuning": AlphaTuningConfig}
 
 
 @dataclass
-class TuneArguments:
-    """What to tune, on which text, in which format."""
+class TuneArguments(PackedBaseArguments):
+    """What to tune, on which text, by which method."""
 
-    model: str = field(
-        default=DEFAULT_MODEL, metadata={"help": "Default model, hub id, folder (also a packed base) or .gguf file."}
+    method: str = field(
+        default="peqa", metadata={"help": "peqa (integers, scales trained) or alphatuning (binary codings, alphas)."}
     )
-    data: str = field(
-        default="python-docs", metadata={"help": "Text or JSON-lines file, folder, hub data set id, or python-docs."}
+    trained_alphas: str = field(
+        default="first", metadata={"help": "Of alphatuning: train the first alpha of a channel (group), or all."}
     )
-    text_field: str = field(
-        default="text", metadata={"help": "Field that holds the text in JSON lines and data sets."}
-    )
-    data_config: Optional[str] = field(default=None, metadata={"help": "Configuration of the hub data set."})
-    bits: int = field(default=4, metadata={"help": "Width of an integer weight: 2, 3, 4 or 8."})
-    group_size: int = field(default=-1, metadata={"help": "Inputs that share a scale; -1: one scale per channel."})
-    sym: bool = field(default=False, metadata={"help": "Keep every zero point in the middle of the range."})
-    init_method: str = field(
-        default="calibrated", metadata={"help": "Where the integers come from: calibrated, minmax or mse."}
-    )
-    calibration_blocks: int = field(default=32, metadata={"help": "Blocks of the training text to calibrate on."})
-    block_size: int = field(default=256, metadata={"help": "Tokens per block."})
-    held_out: float = field(
-        default=0.1, metadata={"help": "Share of the text that is held out, where it has no validation split."}
-    )
-    held_out_blocks: int = field(default=64, metadata={"help": "Held-out blocks to measure perplexity on."})
 
 
 @dataclass
@@ -85,19 +74,17 @@ class TuneTrainingArguments(TrainingArguments):
             raise ValueError("output_dir is missing: pass --output_dir, the folder to write the run to.")
         if self.per_device_train_batch_size < 1:
             raise ValueError(f"per_device_train_batch_size={self.per_device_train_batch_size} must be at least 1.")
+        if getattr(self.eval_strategy, "value", self.eval_strategy) != "no":
+            raise ValueError(
+                f"eval_strategy={self.eval_strategy!r}: tune measures held-out perplexity before and after; leave it out."
+            )
         super().__post_init__()
 
 
 def main(argv: Sequence[str]) -> None:
     """Check everything, then quantise, tune and compare."""
     args, training = parse(argv, TuneArguments, TuneTrainingArguments)
-    config = PeqaConfig(
-        bits=args.bits,
-        group_size=args.group_size,
-        sym=args.sym,
-        init_method=args.init_method,
-        task_type="CAUSAL_LM",
-    )
+    config = _config(args)
     # of several processes, the others look at the run folder once the first has written the base
     with training.main_process_first(desc="quantising the base"):
         run = _check_output(args, training)
@@ -105,7 +92,7 @@ def main(argv: Sequence[str]) -> None:
             print(f"{run} is finished already; its figures:")
             print(table(_read_json(run / "metrics.json")))
             return
-        train_blocks, held_out = _load_blocks(args, training.seed)
+        train_blocks, held_out = load_blocks(args, training.seed)
         before = _quantize(args, training, config, run, train_blocks, held_out)
     trainer = _train(config, training, run, train_blocks)
     if trainer.is_world_process_zero():
@@ -114,22 +101,32 @@ def main(argv: Sequence[str]) -> None:
         print(f"\nThe run is in {run}. Next: peft-ext generate {run} --prompt '...'")
 
 
+def _config(args: TuneArguments) -> ScaleTuningConfig:
+    if args.method not in METHODS:
+        raise ValueError(f"method={args.method!r} is unknown; choose one of {tuple(METHODS)}.")
+    common = {name: getattr(args, name) for name in ("bits", "group_size", "init_method")}
+    if args.method == "peqa":
+        return PeqaConfig(**common, sym=args.sym, task_type="CAUSAL_LM")
+    if args.sym:
+        raise ValueError("sym=True is for integers (method='peqa'); a binary coding is symmetric anyway.")
+    return AlphaTuningConfig(**common, trained_alphas=args.trained_alphas, task_type="CAUSAL_LM")
+
+
 def table(metrics: dict[str, Any]) -> str:
     """The figures of a run, as text."""
     perplexities, sizes, seconds = metrics["perplexity"], metrics["bytes"], metrics["seconds"]
     rows = [
-        ("perplexity, float model", _number(perplexities["float"])),
-        (f"perplexity, {metrics['bits']} bits", _number(perplexities["quantized"])),
-        ("perplexity, tuned", _number(perplexities["tuned"])),
-        ("float model", _mebibytes(sizes["float_model"])),
-        ("packed base", _mebibytes(sizes["packed_base"])),
-        ("adapter", _mebibytes(sizes["adapter"])),
+        ("perplexity, float model", number(perplexities["float"])),
+        (f"perplexity, {metrics['bits']} bits", number(perplexities["quantized"])),
+        ("perplexity, tuned", number(perplexities["tuned"])),
+        ("float model", mebibytes(sizes["float_model"])),
+        ("packed base", mebibytes(sizes["packed_base"])),
+        ("adapter", mebibytes(sizes["adapter"])),
         ("trained parameters", f"{metrics['trained_parameters']:,}"),
         ("time to quantise", f"{seconds['quantize']:.0f} s"),
         ("time to tune", f"{seconds['train']:.0f} s, {metrics['steps']} steps"),
     ]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"  {name:<{width}}  {value:>16}" for name, value in rows)
+    return aligned(rows)
 
 
 def _check_output(args: TuneArguments, training: TuneTrainingArguments) -> Path:
@@ -146,36 +143,19 @@ def _check_output(args: TuneArguments, training: TuneTrainingArguments) -> Path:
         config_file = run / "config.yaml"
         if not config_file.is_file() or yaml.safe_load(config_file.read_text(encoding="utf-8")) != arguments:
             raise FileExistsError(
-                f"output_dir={str(run)!r} is not empty and not a run with these arguments; pass another folder, or "
-                f"the "
+                f"output_dir={str(run)!r} is not empty and not a run with these arguments; pass another folder, or the "
                 "same arguments to continue that run."
             )
+        sweep(run)
         return run
-    parent = next(folder for folder in (run, *run.parents) if folder.exists())
-    try:
-        tempfile.TemporaryDirectory(dir=parent).cleanup()
-    except OSError as error:
-        raise PermissionError(f"output_dir={str(run)!r} can't be written: {error}") from error
+    check_folder_writable(run, "output_dir")
     return run
-
-
-def _load_blocks(args: TuneArguments, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Training blocks in random order, and held-out blocks `[n, block_size]`."""
-    for name in ("calibration_blocks", "held_out_blocks"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name}={getattr(args, name)} must be at least 1.")
-    splits = load_text(args.data, held_out=args.held_out, text_field=args.text_field, data_config=args.data_config)
-    tokenizer = load_tokenizer(args.model)
-    train = token_blocks(tokenizer, splits.train, args.block_size, name="training text")
-    held_out = token_blocks(tokenizer, splits.held_out, args.block_size, name="held-out text")
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    return train[order], held_out[: args.held_out_blocks]
 
 
 def _quantize(
     args: TuneArguments,
     training: TuneTrainingArguments,
-    config: PeqaConfig,
+    config: ScaleTuningConfig,
     run: Path,
     train_blocks: torch.Tensor,
     held_out: torch.Tensor,
@@ -183,39 +163,16 @@ def _quantize(
     """Write the packed base, unless it is there already; returns what was measured before tuning."""
     if (run / "before.json").is_file():
         return _read_json(run / "before.json")
-    model = load_model(args.model)
-    targets = check_targets(PeqaConfig(**_format(config), target_modules="all-linear"), model)
-    conv1d = [name for name, module in targets.items() if isinstance(module, Conv1D)]
-    if conv1d:
-        raise ValueError(
-            f"model={args.model!r} has Conv1D layers ({conv1d[0]!r} and others), whose packed weights compressed-tensors "
-            "can't store as a base. Tune it from Python: get_peft_model(model, PeqaConfig(...)) takes them."
-        )
-    packed = all(is_packed(module) for module in targets.values())
+    model = load_checked(args, config)
     run.mkdir(parents=True, exist_ok=True)
     with written_whole(run / "config.yaml") as path:
         path.write_text(yaml.safe_dump(_arguments(args, training)), encoding="utf-8")
-    float_bytes = _float_bytes(model)
-    before = None if packed else perplexity(model, held_out, progressbar=True)
-    start = time.perf_counter()
-    if not packed and config.init_method == "calibrated":
-        model = calibrate(model, config, train_blocks[-args.calibration_blocks :].split(4))
-    base = get_peft_model(model, copy.deepcopy(config)).unload()
-    seconds = time.perf_counter() - start
-    quantized = perplexity(base, held_out, progressbar=True)
-    with written_whole(run / "base") as folder:
-        base.save_pretrained(folder)
-        load_tokenizer(args.model).save_pretrained(folder)
-    measured = {
-        "perplexity": {"float": before, "quantized": quantized},
-        "bytes": {"float_model": float_bytes},
-        "seconds": {"quantize": seconds},
-    }
+    measured = write_base(model, args, config, run / "base", train_blocks, held_out)
     write_json(run / "before.json", measured)
     return measured
 
 
-def _train(config: PeqaConfig, training: TuneTrainingArguments, run: Path, blocks: torch.Tensor) -> Trainer:
+def _train(config: ScaleTuningConfig, training: TuneTrainingArguments, run: Path, blocks: torch.Tensor) -> Trainer:
     """Tune the packed base with transformers' Trainer, from the last checkpoint if there is one."""
     base = load_model(str(run / "base"))
     model = get_peft_model(base, config)
@@ -242,13 +199,14 @@ def _finish(
     metrics = {
         "model": args.model,
         "data": args.data,
+        "method": args.method,
         "bits": args.bits,
         "group_size": args.group_size,
         "perplexity": {**before["perplexity"], "tuned": tuned},
         "bytes": {
             **before["bytes"],
-            "packed_base": _file_bytes(run / "base"),
-            "adapter": _file_bytes(run / "adapter"),
+            "packed_base": file_bytes(run / "base"),
+            "adapter": file_bytes(run / "adapter"),
         },
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "steps": trainer.state.global_step,
@@ -294,31 +252,5 @@ def _arguments(args: TuneArguments, training: TuneTrainingArguments) -> dict[str
     return {**asdict(args), **plain}
 
 
-def _format(config: PeqaConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in ("bits", "group_size", "sym")}
-
-
-def _float_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the model with every packed layer as floats of its scale's dtype."""
-    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
-    inside = {id(p) for layer in packed for p in layer.parameters()}
-    rest = sum(p.nbytes for p in model.parameters() if id(p) not in inside)
-    return rest + sum(layer.in_features * layer.out_features * layer.scale.element_size() for layer in packed)
-
-
-def _file_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _number(value: Optional[float]) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,.0f}" if value >= 1000 and math.isfinite(value) else f"{value:.2f}"
-
-
-def _mebibytes(count: int) -> str:
-    return f"{count / 2**20:.2f} MiB"

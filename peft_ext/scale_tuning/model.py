@@ -15,6 +15,7 @@ from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from tqdm.auto import tqdm
 
 from peft_ext.checkpoint import pack_quantized
 from peft_ext.checkpoint.saving import make_saveable
@@ -31,6 +32,7 @@ class ScaleTuningModel(BaseTuner):
     """Base of [`PeqaModel`] and [`AlphaTuningModel`], which say what `prefix` and `tuner_layer_cls` are."""
 
     tuner_layer_cls: type[ScaleTuningLinear]
+    _progress: Optional[tqdm] = None  # of the injection under way
 
     def __init__(
         self,
@@ -66,6 +68,8 @@ class ScaleTuningModel(BaseTuner):
         ]
         if fresh and peft_config.init_method == CALIBRATED:
             raise ValueError(_calibration_missing(peft_config, fresh))
+        # shown on a terminal, and only if it takes a while
+        self._progress = tqdm(total=len(fresh), desc="Quantising", unit="layer", delay=1.0, disable=None, leave=False)
         if fresh and any(isinstance(module, ScaleTuningLinear) for module in model.modules()):
             warnings.warn(
                 f"The new adapter quantises {len(fresh)} layers that were float so far, such as {fresh[0]!r}. All "
@@ -94,6 +98,8 @@ class ScaleTuningModel(BaseTuner):
         new_module.train(target.training)
         self._replace_module(parent, target_name, new_module, target)
         free_weight(target, self.model)
+        if self._progress is not None:
+            self._progress.update()
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(new_module, (ScaleTuningLinear, PackedLinear)):
@@ -104,6 +110,9 @@ class ScaleTuningModel(BaseTuner):
 
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         pack_quantized.release_hook(model)
+        if self._progress is not None:
+            self._progress.close()
+            self._progress = None  # it can't be copied
 
     def merge_and_unload(
         self,

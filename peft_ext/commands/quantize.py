@@ -1,0 +1,83 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""`peft-ext quantize`: write a packed checkpoint of a model, calibrated on a text, and compare before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Optional
+
+from peft_ext import AlphaTuningConfig, PeqaConfig
+from peft_ext.commands.packed_base import (
+    PackedBaseArguments,
+    aligned,
+    file_bytes,
+    load_blocks,
+    load_checked,
+    mebibytes,
+    number,
+    write_base,
+)
+from peft_ext.commands.run_folder import check_folder_writable, parse
+from peft_ext.scale_tuning.config import ScaleTuningConfig
+
+
+# The tuner's config whose format a checkpoint holds.
+FORMATS = {"pack-quantized": PeqaConfig, "bcq": AlphaTuningConfig}
+
+
+@dataclass
+class QuantizeArguments(PackedBaseArguments):
+    """What to quantise, to which checkpoint."""
+
+    format: str = field(
+        default="pack-quantized",
+        metadata={"help": "pack-quantized (integers, for stock transformers and vLLM) or bcq (binary codings)."},
+    )
+    output_dir: Optional[str] = field(default=None, metadata={"help": "The folder to write the checkpoint to."})
+    seed: int = field(default=42, metadata={"help": "Seed of the choice of calibration blocks."})
+
+
+def main(argv: Sequence[str]) -> None:
+    """Check everything, then quantise, write and compare."""
+    (args,) = parse(argv, QuantizeArguments)
+    config = _config(args)
+    folder = _check_output(args.output_dir)
+    train_blocks, held_out = load_blocks(args, args.seed)
+    model = load_checked(args, config, args.format)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    measured = write_base(model, args, config, folder, train_blocks, held_out, args.format)
+    rows = [
+        ("perplexity, float model", number(measured["perplexity"]["float"])),
+        (f"perplexity, {args.bits} bits", number(measured["perplexity"]["quantized"])),
+        ("float model", mebibytes(measured["bytes"]["float_model"])),
+        ("packed checkpoint", mebibytes(file_bytes(folder))),
+        ("time to quantise", f"{measured['seconds']['quantize']:.0f} s"),
+    ]
+    print(aligned(rows))
+    print(f"\nThe checkpoint is in {folder}. Next: peft-ext generate --model {folder} --prompt '...'")
+
+
+def _config(args: QuantizeArguments) -> ScaleTuningConfig:
+    if args.format not in FORMATS:
+        raise ValueError(f"format={args.format!r} is unknown; choose one of {tuple(FORMATS)}.")
+    if args.sym and args.format == "bcq":
+        raise ValueError("sym=True is for integers (format='pack-quantized'); a binary coding is symmetric anyway.")
+    common = {name: getattr(args, name) for name in ("bits", "group_size", "init_method")}
+    return PeqaConfig(**common, sym=args.sym) if args.format == "pack-quantized" else AlphaTuningConfig(**common)
+
+
+def _check_output(output_dir: Optional[str]) -> Path:
+    """The folder of the checkpoint: new or empty.
+
+    Raises:
+        ValueError, OSError: If it is something else, or can't be written.
+    """
+    if not output_dir:
+        raise ValueError("output_dir is missing: pass --output_dir, the folder to write the checkpoint to.")
+    folder = Path(output_dir).expanduser().resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"output_dir={str(folder)!r} is a file or not empty; pass a new folder.")
+    check_folder_writable(folder, "output_dir")
+    return folder
