@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from peft_ext import PeqaConfig, calibrate
 from peft_ext.quant.linear import PackedLinear
+from peft_ext.scale_tuning.config import ScaleTuningConfig
 
 
 # The learned scales of quantisation-aware training move this many times faster than its weights: relative steps of
@@ -62,8 +63,8 @@ def _nf4(bnb, linear: nn.Linear) -> nn.Module:
     return layer.to(linear.weight.device)
 
 
-def quantized(model: nn.Module, config: PeqaConfig, calibration: torch.Tensor) -> PeftModel:
-    """The model under PEQA, untuned; `calibration` `[blocks, tokens]` is read only by the calibrated start."""
+def quantized(model: nn.Module, config: ScaleTuningConfig, calibration: torch.Tensor) -> PeftModel:
+    """The model under PEQA or AlphaTuning, untuned; `calibration` `[blocks, tokens]` is read only by the calibrated start."""
     if config.init_method == "calibrated":
         model = calibrate(model, config, calibration.split(4), progressbar=False)
     return get_peft_model(model, config)

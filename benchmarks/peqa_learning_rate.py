@@ -27,7 +27,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from benchmarks.common import RESULTS, Results, describe, log, markdown_table
-from benchmarks.tuning import Restart, byte_blocks, sample_blocks, tiny_llama, train
+from benchmarks.tuning import Restart, byte_blocks, causal_batches, sample_blocks, tiny_llama, train
 from peft_ext import PeqaConfig, calibrate
 from peft_ext.models import DEFAULT_MODEL, load_model, load_tokenizer
 from peft_ext.perplexity import perplexity
@@ -62,7 +62,8 @@ def small_llama(hidden_size: int, args: argparse.Namespace) -> Subject:
     model = tiny_llama(hidden_size, layers=1 if args.smoke else 4, seed=args.seed)
     pretraining = sample_blocks(blocks[:half], 16 * args.pretraining_steps, args.seed)
     rate = 3e-3 * math.sqrt(64 / hidden_size)
-    losses = train(model, pretraining, learning_rate=rate, batch_size=16, name=f"Pre-training, {hidden_size} wide")
+    batches = causal_batches(pretraining, 16)
+    losses = train(model, batches, learning_rate=rate, name=f"Pre-training, {hidden_size} wide")
     log(f"Llama, {hidden_size} wide: loss {losses[-1]:.2f} after {len(losses)} steps")
     tuning = sample_blocks(blocks[half:], count, args.seed)
     return Subject(model, tuning, held_out[:64], blocks[:CALIBRATION_BLOCKS], 16)
@@ -150,7 +151,7 @@ class Tuned:
         self.restart()
         name = f"{parametrization}, rate {rate:g}"
         blocks, batch_size = self.subject.train, self.subject.batch_size
-        losses = train(self.model, blocks, learning_rate=rate, batch_size=batch_size, name=name)
+        losses = train(self.model, causal_batches(blocks, batch_size), learning_rate=rate, name=name)
         after = math.log(perplexity(self.model, self.subject.held_out, batch_size=8))
         diverged = not (math.isfinite(losses[-1]) and math.isfinite(after))
         return {"before": self.before, "after": math.inf if diverged else after}

@@ -32,7 +32,7 @@ from torch import nn
 from benchmarks import baselines
 from benchmarks.common import RESULTS, ROOT, Results, describe, log, markdown_table, verdict
 from benchmarks.fast_linear import fast_linear
-from benchmarks.tuning import Restart, byte_blocks, sample_blocks, tiny_llama, train, trainable
+from benchmarks.tuning import Restart, byte_blocks, causal_batches, sample_blocks, tiny_llama, train, trainable
 from peft_ext import PeqaConfig
 from peft_ext.models import DEFAULT_MODEL, load_model, load_tokenizer
 from peft_ext.perplexity import perplexity
@@ -235,7 +235,7 @@ class Study:
         """`steps` steps on the first batches of the training data."""
         blocks = self.data.train[: steps * self.budget.batch_size]
         torch.manual_seed(self.args.seed)
-        return train(model, blocks, learning_rate=rate, batch_size=self.budget.batch_size, name=name)
+        return train(model, causal_batches(blocks, self.budget.batch_size), learning_rate=rate, name=name)
 
     def learning_rate(self, row: Row) -> tuple[float, Optional[nn.Module], dict[str, float]]:
         """The rate with the least validation perplexity; with it the row's untrained model, if the search built it."""

@@ -1,5 +1,6 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""Cost of a training step: time, peak memory, trained and optimiser bytes, for PEQA, LoRA and full fine-tuning.
+"""Cost of a training step: time, peak memory, trained and optimiser bytes, for PEQA, AlphaTuning, LoRA and full
+fine-tuning.
 
 Every measurement is a process of its own, so that no peak hides another; the methods take turns for several rounds, so
 that a slow minute of the machine hits them all. Tokens are random: neither time nor memory depends on them. Linux
@@ -46,10 +47,11 @@ from benchmarks.common import (
     verdict,
 )
 from benchmarks.tuning import tiny_llama, trainable
-from peft_ext import PeqaConfig
+from peft_ext import AlphaTuningConfig, PeqaConfig
 from peft_ext.models import DEFAULT_MODEL, load_model
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.matmul import KERNEL_VARIABLE
+from peft_ext.scale_tuning.config import ScaleTuningConfig
 from peft_ext.scale_tuning.quantization import pack_layer
 
 
@@ -86,6 +88,7 @@ class Method(NamedTuple):
 
 
 LORA, FULL, PLAIN = "LoRA, r = 8", "Full fine-tuning", "PEQA by plain autograd"
+ALPHA, ALL_ALPHAS = "AlphaTuning", "AlphaTuning, all alphas"
 METHODS = (
     Method("PEQA", 4),
     Method(LORA),
@@ -95,9 +98,12 @@ METHODS = (
     Method(PLAIN, 4, 64),
     Method("PEQA", 3),
     Method("PEQA", 3, 64),
+    Method(ALPHA, 4),
+    Method(ALL_ALPHAS, 4),
+    Method(ALPHA, 3),
     Method(FULL),
 )
-SMOKE_METHODS = (Method("PEQA", 4), Method(LORA), Method(PLAIN, 4), Method(FULL))
+SMOKE_METHODS = (Method("PEQA", 4), Method(LORA), Method(PLAIN, 4), Method(ALPHA, 3), Method(FULL))
 
 
 class PlainLinear(nn.Module):
@@ -117,7 +123,7 @@ class PlainLinear(nn.Module):
 
 def build(model: str, method: Method, dtype: torch.dtype) -> nn.Module:
     """The model, ready for the method's training."""
-    config = None if method.bits is None else PeqaConfig(bits=method.bits, group_size=method.group_size)
+    config = config_of(method)
     if model == BILLION:
         base = billion(dtype, config)
     else:
@@ -127,7 +133,19 @@ def build(model: str, method: Method, dtype: torch.dtype) -> nn.Module:
     if method.kind == LORA:
         return baselines.lora(base)
     tuned = get_peft_model(base, config)
-    return tuned if method.kind == "PEQA" else plain_autograd(tuned.unload())
+    return plain_autograd(tuned.unload()) if method.kind == PLAIN else tuned
+
+
+def config_of(method: Method) -> Optional[ScaleTuningConfig]:
+    """The tuner's config, by the quickest start: time and memory don't depend on it."""
+    if method.bits is None:
+        return None
+    if method.kind in (ALPHA, ALL_ALPHAS):
+        trained = "first" if method.kind == ALPHA else "all"
+        return AlphaTuningConfig(
+            bits=method.bits, group_size=method.group_size, init_method="greedy", trained_alphas=trained
+        )
+    return PeqaConfig(bits=method.bits, group_size=method.group_size)
 
 
 def plain_autograd(base: nn.Module) -> nn.Module:
@@ -139,7 +157,7 @@ def plain_autograd(base: nn.Module) -> nn.Module:
     return base
 
 
-def billion(dtype: torch.dtype, config: Optional[PeqaConfig]) -> nn.Module:
+def billion(dtype: torch.dtype, config: Optional[ScaleTuningConfig]) -> nn.Module:
     """A Llama of 1.1 billion random parameters; with a config, each layer is packed as soon as it is made."""
     from accelerate import init_empty_weights
 

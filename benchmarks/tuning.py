@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -22,19 +22,18 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 def train(
     model: nn.Module,
-    blocks: torch.Tensor,
+    batches: Sequence[Mapping[str, torch.Tensor]],
     *,
     learning_rate: float,
-    batch_size: int,
     name: str = "Training",
     warmup_share: float = 0.1,
     progressbar: bool = True,
 ) -> list[float]:
-    """One pass over `blocks`, with AdamW and no weight decay, linear warm-up, then cosine decay to zero.
+    """One pass over `batches`, with AdamW and no weight decay, linear warm-up, then cosine decay to zero.
 
     Args:
         model: A causal language model; what `requires_grad` is trained.
-        blocks: Token ids `[steps * batch_size, tokens]`, taken in order, so that every method sees the same batches.
+        batches: Its inputs with labels, taken in order, so that every method sees the same; see [`causal_batches`].
         learning_rate: The peak learning rate.
 
     Returns:
@@ -42,12 +41,11 @@ def train(
     """
     parameters = trainable(model)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    batches = blocks.split(batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(len(batches), warmup_share))
     model.train()
     losses: list[float] = []
     for batch in tqdm(batches, desc=name, disable=not progressbar, leave=False):
-        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        loss = model(**batch, use_cache=False).loss
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             break
@@ -58,6 +56,11 @@ def train(
         schedule.step()
     model.eval()
     return losses
+
+
+def causal_batches(blocks: torch.Tensor, batch_size: int) -> list[dict[str, torch.Tensor]]:
+    """Blocks of tokens `[steps * batch_size, tokens]` as batches in which every token is predicted."""
+    return [{"input_ids": batch, "labels": batch} for batch in blocks.split(batch_size)]
 
 
 def _cosine(steps: int, warmup_share: float):
