@@ -11,7 +11,17 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from benchmarks import common, peqa_learning_rate, peqa_quality, peqa_training, tuning  # noqa: E402
+from benchmarks import (  # noqa: E402
+    alphatuning_nlg,
+    alphatuning_sizes,
+    common,
+    nlg_metrics,
+    peqa_learning_rate,
+    peqa_quality,
+    peqa_training,
+    reconstruction,
+    tuning,
+)
 
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads memory figures of Linux")
@@ -122,3 +132,76 @@ def test_large_random_model(monkeypatch, bits):
     loss.backward()
     assert 3 < loss.item() < 7  # about log(100): weights of a sound size
     assert all(parameter.grad is not None for parameter in tuning.trainable(model))
+
+
+def test_nlg(tmp_path, capsys):
+    output = tmp_path / "nlg.json"
+    alphatuning_nlg.main(["--smoke", "--output", str(output)])
+    shown = capsys.readouterr().out
+    for row in alphatuning_nlg.all_rows():
+        assert f"| {row.title} |" in shown
+    assert "not measured" not in shown and "BLEU below full fine-tuning" in shown
+    before = output.read_text()
+    alphatuning_nlg.main(["--smoke", "--output", str(output)])
+    assert output.read_text() == before, "finished rows were measured again"
+    trained = {row["settings"]["method"]: row["result"]["trained"] for row in _rows(output) if "BLEU" in row["result"]}
+    assert trained["AlphaTuning"] == trained["PEQA"] < trained["AlphaTuning, all alphas"] < trained["LoRA, r = 8"]
+
+
+def test_nlg_without_data(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        alphatuning_nlg.main(["--data-dir", str(tmp_path)])
+    assert "no train.jsonl" in capsys.readouterr().err
+
+
+def test_the_loss_counts_targets_only():
+    batch = alphatuning_nlg._batch([alphatuning_nlg.Example([5, 6], [7, 1]), alphatuning_nlg.Example([5], [1])], pad=0)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 1], [5, 1, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, 7, 1], [-100, 1, -100, -100]]
+
+
+def test_nlg_metrics():
+    references = [["the cat sat on the mat", "a cat was on the mat"], ["hello there my old friend"]]
+    right = nlg_metrics.nlg_metrics(["a cat was on the mat", "hello there my old friend"], references)
+    assert right["BLEU"] == pytest.approx(100) and right["ROUGE-L"] == pytest.approx(100)
+    assert right["chrF"] == pytest.approx(100) and right["METEOR"] > 99
+    wrong = nlg_metrics.nlg_metrics(["dogs bark", "no"], references)
+    assert all(wrong[name] < 20 for name in wrong)
+
+
+def test_reconstruction(tmp_path, capsys):
+    output = tmp_path / "reconstruction.json"
+    reconstruction.main(["--smoke", "--output", str(output)])
+    shown = capsys.readouterr().out
+    assert "| BCQ, alternating |" in shown and "calibrated BCQ over calibrated uniform" in shown
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    results = {
+        tuple(row["settings"][key] for key in ("format", "method", "bits")): row["result"] for row in _rows(output)
+    }
+    for bits in (2, 3, 4):
+        greedy, alternating = (results["binary coding", method, bits]["error"] for method in ("greedy", "alternating"))
+        assert alternating < greedy
+    before = output.read_text()
+    reconstruction.main(["--smoke", "--output", str(output)])
+    assert output.read_text() == before
+
+
+def test_the_sizes_are_those_of_the_paper():
+    """Whole models at 3 bits, in megabytes: what the paper's size table has for GPT-2 medium and large."""
+    for name, whole in (("GPT-2 medium", 327), ("GPT-2 large", 535)):
+        found = alphatuning_sizes.sizes_of(alphatuning_sizes.CONFIGS[name], 3)
+        assert round((found.packed_bytes + found.rest_bytes) / 1e6) == whole
+    opt = alphatuning_sizes.sizes_of(alphatuning_sizes.CONFIGS["OPT-1.3B"], 3)
+    assert opt.trained == 442_368
+
+
+@linux_only
+def test_sizes(tmp_path, capsys):
+    alphatuning_sizes.main(["--smoke", "--output", str(tmp_path / "sizes.json")])
+    shown = capsys.readouterr().out
+    assert (
+        "model.layers.0.self_attn.q_proj" in shown
+        and "| packed |" in shown
+        and "**not met**" not in shown.split("peak")[0]
+    )
