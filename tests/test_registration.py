@@ -8,6 +8,8 @@ import copy
 import json
 import os
 import pickle
+import subprocess
+import sys
 
 import peft
 import pytest
@@ -245,3 +247,22 @@ def test_methods_of_peft_still_work():
     model = get_peft_model(tiny("mlp"), peft.LoraConfig(target_modules=["lin0"]))
     assert isinstance(model, PeftModel)
     assert model(torch.zeros(1, 10)).shape == (1, 2)
+
+
+def test_pip_check_has_nothing_to_say_about_us():
+    done = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True, timeout=120)
+    assert not [line for line in done.stdout.splitlines() if line.startswith("peft-ext ")]
+
+
+def test_a_future_transformers_that_has_the_format():
+    from transformers.quantizers import auto
+
+    from peft_ext.checkpoint import BcqConfig, BcqHfQuantizer
+    from peft_ext.registration import register_quantizer
+
+    assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["bcq"] is BcqConfig
+    register_quantizer("bcq", BcqConfig, BcqHfQuantizer)  # again: harmless
+    assert auto.AUTO_QUANTIZER_MAPPING["bcq"] is BcqHfQuantizer
+    with pytest.raises(ImportError, match="transformers .* has a quantization method 'gptq' of its own"):
+        register_quantizer("gptq", BcqConfig, BcqHfQuantizer)
+    assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] is not BcqConfig

@@ -111,3 +111,30 @@ def test_perplexity_is_that_of_the_mean_loss():
 def test_perplexity_refuses_blocks_that_predict_nothing(shape):
     with pytest.raises(ValueError, match="blocks must be"):
         perplexity(tiny("llama"), torch.zeros(shape, dtype=torch.long))
+
+
+def test_a_hub_data_set(monkeypatch):
+    """What load_dataset returns is a DatasetDict; the hub itself can't be had in tests."""
+    import datasets
+
+    def splits(**texts):
+        return datasets.DatasetDict(
+            {
+                name: datasets.Dataset.from_dict({"text": lines, "label": [0] * len(lines)})
+                for name, lines in texts.items()
+            }
+        )
+
+    asked, whole = [], splits(train=["one", "  ", "two"], validation=["three"], test=["four"])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args: asked.append(args) or whole)
+    found = load_text("owner/name", data_config="small")
+    assert asked == [("owner/name", "small")]
+    assert found.train == ["one", "two"] and found.held_out == ["three"]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args: splits(train=[f"text {i}" for i in range(20)]))
+    found = load_text("owner/name", held_out=0.1)
+    assert len(found.held_out) == 2 and not set(found.train) & set(found.held_out)
+    with pytest.raises(ValueError, match="content"):
+        load_text("owner/name", text_field="content")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args: splits(test=["four"]))
+    with pytest.raises(ValueError, match="no split 'train', only .'test'"):
+        load_text("owner/name")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Union
 
@@ -22,6 +23,9 @@ from peft_ext.scale_tuning.quantization import free_weight, is_packed, pack_laye
 Batch = Union[torch.Tensor, Mapping[str, Any]]
 # The inputs behind a Hessian are added up in blocks of about this many numbers, so that their float32 copy is small.
 _CHUNK = 1 << 23
+# Token ids and the masks that say which of them count.
+_MASKS = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
+_NO_LABEL = -100  # transformers' padding of labels
 _NO_TOKENS = "the batches hold no tokens (all padding, or of length 0); pass some training data."
 
 
@@ -45,8 +49,7 @@ def calibrate(
             Target modules and format; `init_method` must be `"calibrated"`.
         batches (iterable of `dict` or `torch.Tensor`):
             What the model takes: dicts of keyword arguments such as `{"input_ids": [batch, tokens]}`, or tensors.
-            Samples of different length are padded on the right; padding doesn't count (in an encoder-decoder, that
-            of the encoder's inputs).
+            Samples of different length are padded on the right; padding doesn't count.
         progressbar (`bool`, defaults to `True`):
             Whether to show one step per layer.
 
@@ -107,7 +110,8 @@ class _Pass:
         progressbar: bool,
     ) -> None:
         self.model, self.config, self.targets = model, config, dict(targets)
-        self.mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+        masks = inputs if isinstance(inputs, Mapping) else {}
+        self.masks = [mask for mask in map(masks.get, _MASKS.values()) if mask is not None]
         self.inputs, sizes = _twice(inputs)
         # a layer sees samples, or flattened tokens; rows that a model has picked (experts) can't be told apart
         self.halves = {2 * size for size in sizes}
@@ -174,9 +178,12 @@ class _Pass:
         return torch.allclose(one, other, rtol=1e-2, atol=1e-3)
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
-        if self.mask is not None and x.shape[:-1] in (self.mask.shape, (self.mask.numel(),)):
-            return x[self.mask.bool().view(x.shape[:-1])]
-        return x.reshape(-1, x.shape[-1])
+        fitting = [mask for mask in self.masks if x.shape[:-1] in (mask.shape, (mask.numel(),))]
+        if not fitting:
+            return x.reshape(-1, x.shape[-1])
+        # encoder and decoder inputs of one shape can't be told apart: tokens that count in both
+        counts = functools.reduce(torch.logical_and, (mask.bool() for mask in fitting))
+        return x[counts.view(x.shape[:-1])]
 
 
 class _Moments(NamedTuple):
@@ -240,11 +247,11 @@ def _join(batches: list[Any], decoder_inputs_of: Callable[..., torch.Tensor] | N
     if any(set(keys) != set(batch) - {"labels"} for batch in batches):
         raise ValueError(f"the batches have different keys; the first has {sorted(batches[0])}.")
     joined = {key: _join_values([batch[key] for batch in batches]) for key in keys}
-    ids = joined.get("input_ids")
-    if isinstance(ids, torch.Tensor) and "attention_mask" not in joined:
-        ones = [torch.ones_like(batch["input_ids"]) for batch in batches]
-        if len({tuple(mask.shape[1:]) for mask in ones}) > 1:
-            joined["attention_mask"] = _pad_and_cat(ones, 0)
+    for ids, mask in _MASKS.items():
+        if isinstance(joined.get(ids), torch.Tensor) and mask not in joined:
+            ones = [torch.ones_like(batch[ids]) for batch in batches]
+            if len({tuple(one.shape[1:]) for one in ones}) > 1:
+                joined[mask] = _pad_and_cat(ones, 0)
     return joined
 
 
@@ -253,7 +260,9 @@ def _with_decoder_inputs(
 ) -> Mapping[str, Any]:
     if "labels" not in batch or "decoder_input_ids" in batch or "decoder_inputs_embeds" in batch:
         return batch
-    return {**batch, "decoder_input_ids": decoder_inputs_of(labels=batch["labels"])}
+    labels = batch["labels"]
+    counts = (labels != _NO_LABEL).long()
+    return {"decoder_attention_mask": counts, **batch, "decoder_input_ids": decoder_inputs_of(labels=labels)}
 
 
 def _join_values(values: list[Any]) -> Any:

@@ -379,6 +379,20 @@ def test_padding_does_not_count(model, monkeypatch):
     assert set(counted) == {2 * 5 + 2 * 8}
 
 
+def test_padding_of_labels_does_not_count(monkeypatch):
+    counted, original = [], calibration._moments
+    monkeypatch.setattr(calibration, "_moments", lambda x, *rest: counted.append(len(x)) or original(x, *rest))
+    labels = torch.randint(3, 20, (2, 7))
+    labels[1, 4:] = -100
+    batches = [
+        {"input_ids": torch.randint(3, 20, (2, 9)), "labels": labels},
+        {"input_ids": torch.randint(3, 20, (2, 6)), "labels": torch.randint(3, 20, (2, 5))},
+    ]
+    calibrate(tiny("t5"), PeqaConfig(init_method="calibrated"), batches, progressbar=False)
+    encoder, decoder = 2 * 9 + 2 * 6, 7 + 4 + 2 * 5
+    assert set(counted) == {encoder, decoder}
+
+
 def test_calibration_keeps_no_cache():
     model = tiny("llama")
     seen = []

@@ -8,8 +8,10 @@ import pickle
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
+from peft_ext.quant.binary import quantize_binary
 from peft_ext.quant.linear import PackedLinear, PackedParameter
 from peft_ext.quant.uniform import quantize
 
@@ -20,6 +22,13 @@ OUT, IN = 40, 24
 @pytest.fixture
 def layer():
     return make()
+
+
+def make_double(group_size, binary):
+    """In float64, for gradcheck."""
+    weight = torch.randn(OUT, IN, dtype=torch.float64)
+    quantized = quantize_binary(weight, 3, group_size) if binary else quantize(weight, 3, group_size)
+    return PackedLinear.from_quantized(quantized, 3, torch.randn(OUT, dtype=torch.float64))
 
 
 def make(bits=3, group_size=-1, sym=False):
@@ -89,6 +98,61 @@ def test_autocast(layer):
         y = layer(x)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.05)
+
+
+SHAPES = {
+    "2-D": lambda: torch.randn(5, IN, dtype=torch.float64),
+    "3-D": lambda: torch.randn(2, 3, IN, dtype=torch.float64),
+    "not contiguous": lambda: torch.randn(IN, 3, 2, dtype=torch.float64).permute(2, 1, 0),
+    "strided": lambda: torch.randn(4, 2 * IN, dtype=torch.float64)[::2, ::2],
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("binary", [False, True], ids=["uniform", "binary"])
+@pytest.mark.parametrize("group_size", [-1, 8])
+def test_gradcheck_with_bias(group_size, binary, shape, checkpointing):
+    layer = make_double(group_size, binary)
+    x, scale = SHAPES[shape]().detach().requires_grad_(), layer.scale.detach().clone().requires_grad_()
+
+    def forward(x, scale):
+        if checkpointing:
+            return torch.utils.checkpoint.checkpoint(layer, x, scale, use_reentrant=False)
+        return layer(x, scale)
+
+    assert torch.autograd.gradcheck(forward, (x, scale))
+
+
+@pytest.mark.parametrize("binary", [False, True], ids=["uniform", "binary"])
+@pytest.mark.parametrize("group_size", [-1, 8])
+@pytest.mark.parametrize("shape", [(0, IN), (2, 0, IN)])
+def test_the_gradient_of_an_empty_batch_is_zero(shape, group_size, binary):
+    layer = make_double(group_size, binary)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    scale = layer.scale.detach().clone().requires_grad_()
+    y = layer(x, scale)
+    assert y.shape == (*shape[:-1], OUT)
+    y.sum().backward()
+    assert x.grad.shape == x.shape and torch.equal(scale.grad, torch.zeros_like(scale))
+
+
+@pytest.mark.parametrize("binary", [False, True], ids=["uniform", "binary"])
+@pytest.mark.parametrize("group_size", [-1, 8])
+def test_gradients_under_autocast(group_size, binary):
+    """Near the float64 ones, and in the tensors' own dtypes."""
+    layer = make_double(group_size, binary)
+    x, scale = torch.randn(6, IN, dtype=torch.float64, requires_grad=True), layer.scale.detach().clone()
+    scale.requires_grad_()
+    layer(x, scale).square().sum().backward()
+    expected = x.grad.clone(), scale.grad.clone()
+    layer.float()
+    x_float, scale_float = (tensor.detach().float().requires_grad_() for tensor in (x, scale))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(x_float, scale_float).float().square().sum().backward()
+    for found, wanted in zip((x_float.grad, scale_float.grad), expected):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), wanted, rtol=0.05, atol=0.05 * wanted.abs().max().item())
 
 
 def test_fingerprint_is_of_codes_zero_points_and_format(layer):
