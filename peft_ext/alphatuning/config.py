@@ -37,8 +37,8 @@ class AlphaTuningConfig(ScaleTuningConfig):
         init_method (`str`, *optional*, defaults to `"alternating"`):
             Where the codes come from: `"greedy"`, the paper's (each plane takes the sign of what is left);
             `"alternating"` refines these codes and alphas in turn; `"calibrated"` needs a call of [`calibrate`] with
-            some training data first. Below 8 bits per channel the first two wreck small models, so calibrate if you
-            have data.
+            some training data first. Per channel the first two wreck small models at any width (they clip the few
+            large weights), so calibrate, or choose small groups.
         parametrization (`str`, *optional*, defaults to `"relative"`):
             What the optimiser sees. `"relative"`: alpha = alpha0 * (1 + delta), so that one learning rate (about 1e-2)
             suits every model and width; `"log"`: alpha = alpha0 * exp(delta); `"absolute"`: alpha = alpha0 + delta,

@@ -48,7 +48,8 @@ class BcqConfig(QuantizationConfigMixin):
         init_method (`str`, *optional*):
             Where the codes come from when a float model is quantised while it is loaded: `"alternating"` (the default)
             or `"greedy"`; of uniform integers `"minmax"` (the default) or `"mse"`. With data, use
-            [`peft_ext.calibrate`] on the loaded float model instead: it is far better below 8 bits.
+            [`peft_ext.calibrate`] on the loaded float model instead, which is far better; without, choose small groups
+            (32, 64): a channel's least-squares levels clip the few large weights that models live on.
         number_format (`str`, *optional*, defaults to `"binary"`):
             `"binary"`, with free alphas, or `"uniform"`, integers with a scale and a zero point.
         sym (`bool`, *optional*, defaults to `False`):

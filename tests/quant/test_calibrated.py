@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from peft_ext.quant import calibrated
 from peft_ext.quant.binary import BINARY_METHODS, dequantize_binary, levels_of, quantize_binary
 from peft_ext.quant.calibrated import (
     binary_rounding,
@@ -13,6 +14,7 @@ from peft_ext.quant.calibrated import (
     follow_shift,
     quantize_binary_calibrated,
     quantize_calibrated,
+    refit_alphas,
     uniform_rounding,
 )
 from peft_ext.quant.uniform import Grid, dequantize, quantize, search_grid
@@ -131,13 +133,53 @@ def test_calibrated_binary_codes_change_the_output_least(layer, bits):
         error = dequantize_binary(*coded) - weight
         return ((error @ hessian) * error).sum()
 
-    calibrated = quantize_binary_calibrated(weight, hessian, bits)
-    assert gap(calibrated) < 0.7 * min(gap(quantize_binary(weight, bits, -1, name)) for name in BINARY_METHODS)
+    found = quantize_binary_calibrated(weight, hessian, bits)
+    assert gap(found) < 0.7 * min(gap(quantize_binary(weight, bits, -1, name)) for name in BINARY_METHODS)
     again = quantize_binary_calibrated(weight, hessian, bits)
-    assert torch.equal(calibrated.codes, again.codes) and torch.equal(calibrated.alpha, again.alpha)
+    assert torch.equal(found.codes, again.codes) and torch.equal(found.alpha, again.alpha)
     nan = torch.full_like(hessian, float("nan"))
     with pytest.raises(ValueError, match="calibration inputs have NaN"):
         quantize_binary_calibrated(weight, nan, bits)
+
+
+def best_alphas(weight, hessian, codes, alpha, damping):
+    """Row by row, group after group: least squares on the factored Hessian with the other groups as they are."""
+    damped = hessian + torch.eye(len(hessian), dtype=hessian.dtype) * damping * hessian.diagonal().mean()
+    root = torch.linalg.cholesky(damped)  # error^T H error = |error root|^2
+    alpha, (_, groups, bits) = alpha.clone(), alpha.shape
+    size = weight.shape[1] // groups
+    for index, (row, code) in enumerate(zip(weight, codes)):
+        basis = torch.zeros(groups, bits, len(row), dtype=weight.dtype)
+        for group in range(groups):
+            for plane in range(bits):
+                inside = slice(group * size, (group + 1) * size)
+                basis[group, plane, inside] = ((code[inside] >> plane) & 1).to(weight.dtype) * 2 - 1
+        for group in range(groups):
+            others = sum(alpha[index, g] @ basis[g] for g in range(groups) if g != group)
+            target = ((row - others) @ root)[:, None]
+            alpha[index, group] = torch.linalg.lstsq((basis[group] @ root).t(), target).solution[:, 0]
+    return alpha.abs().sort(-1, descending=True).values
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+@pytest.mark.parametrize("group_size", [-1, 8])
+def test_refitted_alphas_are_least_squares_on_the_output(layer, group_size, bits):
+    weight, hessian = layer
+    codes, alpha = quantize_binary(weight, bits, group_size)
+    expected = best_alphas(weight, hessian, codes, alpha, 0.01)
+    torch.testing.assert_close(refit_alphas(weight, hessian, codes, alpha, 0.01), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("group_size", [-1, 8])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_refits_bring_the_output_closer(layer, bits, group_size, monkeypatch):
+    weight, hessian = layer
+    gaps = []
+    for refits in (0, 2):
+        monkeypatch.setattr(calibrated, "_REFITS", refits)
+        error = dequantize_binary(*quantize_binary_calibrated(weight, hessian, bits, group_size)) - weight
+        gaps.append(((error @ hessian) * error).sum())
+    assert gaps[1] < gaps[0]
 
 
 @pytest.fixture
