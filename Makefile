@@ -59,6 +59,9 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.peqa_learning_rate
 	$(BIN)/python -m benchmarks.peqa_training
 	$(BIN)/python -m benchmarks.peqa_quality --budget full
+	$(BIN)/python -m benchmarks.alphatuning_sizes
+	$(BIN)/python -m benchmarks.reconstruction
+	$(BIN)/python -m benchmarks.alphatuning_nlg
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
