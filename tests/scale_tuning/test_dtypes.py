@@ -14,11 +14,12 @@ from tests.tiny_models import logits_of
 
 
 HALVES = [torch.float16, torch.bfloat16]
-FEW_NAMES = ("peqa-llama-3bit-groups", "peqa-gpt2-4bit", "peqa-mlp-4bit")
+FEW_NAMES = ("peqa-llama-3bit-groups", "peqa-gpt2-4bit", "peqa-mlp-4bit", "alphatuning-gpt2-4bit")
 FEW = [case for case in CASES if case.name in FEW_NAMES]
 few_cases = pytest.mark.parametrize("case", FEW, ids=case_ids(FEW))
 # Tracing takes seconds; the tuner layers of larger models are the same.
-COMPILED = [case for case in CASES if case.name in ("peqa-mlp-4bit", "peqa-mlp-groups-head", "peqa-neox-regex")]
+COMPILED_NAMES = ("peqa-mlp-4bit", "peqa-mlp-groups-head", "peqa-neox-regex", "alphatuning-mlp-1bit-head")
+COMPILED = [case for case in CASES if case.name in COMPILED_NAMES]
 
 
 def _half(batch: dict, dtype: torch.dtype) -> dict:

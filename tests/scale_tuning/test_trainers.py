@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from peft_ext import PeqaConfig
+from peft_ext import AlphaTuningConfig, PeqaConfig
 from tests.cases import adapter_parameters, assert_same, prefix_of
 from tests.tiny_models import VOCAB, logits_of, tiny, tiny_tokenizer
 
@@ -55,13 +55,19 @@ def _losses(trainer: Trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def _trainer(folder, **overrides) -> Trainer:
-    model = get_peft_model(tiny("llama"), PeqaConfig(**CONFIG))
+def _trainer(folder, config_cls=PeqaConfig, **overrides) -> Trainer:
+    model = get_peft_model(tiny("llama"), config_cls(**CONFIG))
     return Trainer(model, TrainingArguments(**_arguments(folder, **overrides)), train_dataset=_token_rows())
 
 
 @pytest.mark.parametrize(
-    "saver", [{}, {"bf16": True, "gradient_checkpointing": True}], ids=["float32", "bf16-checkpointing"]
+    "saver",
+    [
+        {},
+        {"bf16": True, "gradient_checkpointing": True},
+        {"config_cls": AlphaTuningConfig, "bf16": True, "gradient_checkpointing": True},
+    ],
+    ids=["float32", "bf16-checkpointing", "alphatuning"],
 )
 def test_trainer_resumes_with_the_same_losses(saver, tmp_path):
     whole = _trainer(tmp_path / "whole", **saver)
@@ -103,8 +109,10 @@ def test_trainer_loads_the_best_checkpoint(tmp_path):
         assert_same(logits_of(trainer.model.eval(), BATCH), logits_of(best, BATCH), tolerance=1e-5)
 
 
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_sft_trainer(gradient_checkpointing, tmp_path):
+@pytest.mark.parametrize(
+    "config_cls, gradient_checkpointing", [(PeqaConfig, False), (PeqaConfig, True), (AlphaTuningConfig, True)]
+)
+def test_sft_trainer(config_cls, gradient_checkpointing, tmp_path):
     from trl import SFTConfig, SFTTrainer
 
     texts = [" ".join(f"w{token}" for token in row) for row in _token_rows()["input_ids"]]
@@ -114,7 +122,7 @@ def test_sft_trainer(gradient_checkpointing, tmp_path):
         args=SFTConfig(**arguments),
         train_dataset=Dataset.from_dict({"text": texts}),
         processing_class=tiny_tokenizer(),
-        peft_config=PeqaConfig(**CONFIG),
+        peft_config=config_cls(**CONFIG),
     )
     assert isinstance(trainer.model, PeftModel)
     trainable = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
@@ -124,7 +132,7 @@ def test_sft_trainer(gradient_checkpointing, tmp_path):
     assert _mean_loss(trainer.model) < start
     trainer.save_model(tmp_path / "final")
     restored = PeftModel.from_pretrained(tiny("llama"), tmp_path / "final")
-    fresh = adapter_parameters(get_peft_model(tiny("llama"), PeqaConfig(**CONFIG)))
+    fresh = adapter_parameters(get_peft_model(tiny("llama"), config_cls(**CONFIG)))
     for name, parameter in adapter_parameters(trainer.model).items():
         found = adapter_parameters(restored)[name].data
         torch.testing.assert_close(found, parameter.data.float(), rtol=1e-4, atol=1e-5)

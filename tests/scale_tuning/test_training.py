@@ -22,6 +22,7 @@ from tests.cases import (
 
 
 FEW_NAMES = ("peqa-llama-3bit-groups", "peqa-gpt2-4bit", "peqa-opt-4bit", "peqa-t5-4bit", "peqa-bert-4bit")
+FEW_NAMES += ("alphatuning-llama-4bit", "alphatuning-bert-all")
 FEW = [case for case in CASES if case.name in FEW_NAMES]
 few_cases = pytest.mark.parametrize("case", FEW, ids=case_ids(FEW))
 transformers_cases = pytest.mark.parametrize("case", TRANSFORMERS_CASES, ids=case_ids(TRANSFORMERS_CASES))
