@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import (
     AutoPeftModelForCausalLM,
     AutoPeftModelForSeq2SeqLM,
@@ -18,6 +20,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from tests.cases import (
     CASES,
@@ -254,6 +257,8 @@ def test_transformers_loads_the_adapter_itself_or_says_who_can(tmp_path):
 
 
 def test_transformers_adds_and_saves_an_adapter_itself(tmp_path):
+    if Version(peft.__version__) < Version(MIN_PEFT_VERSION):
+        pytest.skip(f"this transformers' own add_adapter asks for peft {MIN_PEFT_VERSION}")
     case = CASES[0]
     plain = case.float_model()
     before = case.logits(plain)
