@@ -15,19 +15,22 @@ is quantised weight by weight as it is read.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Optional
 
 import torch
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from peft_ext.quant.conversion import packed_layers, quantize_layer, to_float
+from peft_ext.quant.conversion import dequantize_layers, packed_layers, quantize_layer
 from peft_ext.quant.formats import BinaryCoding, NumberFormat, Uniform, check_number_format
 from peft_ext.quant.linear import PackedLinear
 
@@ -55,9 +58,9 @@ class BcqConfig(QuantizationConfigMixin):
         sym (`bool`, *optional*, defaults to `False`):
             Of uniform integers: keep every zero point in the middle of the range.
         bits_pattern (`dict`, *optional*):
-            Other widths for some layers: full module names mapped to bits.
+            Other widths for some layers: module names or regular expressions mapped to bits, as in the tuners' configs.
         group_size_pattern (`dict`, *optional*):
-            Other group sizes for some layers: full module names mapped to group sizes.
+            Other group sizes for some layers: module names or regular expressions mapped to group sizes.
         modules_to_not_convert (`list[str]`, *optional*):
             Modules that stay float; the output layer and tied weights by default.
     """
@@ -84,8 +87,10 @@ class BcqConfig(QuantizationConfigMixin):
             raise ValueError(f"quant_method={quant_method!r} is another method; BcqConfig's is {QUANT_METHOD!r}.")
         if number_format not in FORMATS:
             raise ValueError(f"number_format={number_format!r} is unknown; choose one of {FORMATS}.")
-        for name in ("", *self.bits_pattern, *self.group_size_pattern):
-            check_number_format(self.format_of(name))
+        kind, given = type(self.format_of("")), (bits, *self.bits_pattern.values())
+        for width in given:
+            for size in (group_size, *self.group_size_pattern.values()):
+                check_number_format(kind(width, size))
         methods = self.format_of("").methods
         self.init_method = init_method or self.format_of("").default_method
         if self.init_method not in methods:
@@ -96,8 +101,9 @@ class BcqConfig(QuantizationConfigMixin):
 
     def format_of(self, name: str) -> NumberFormat:
         """The format of the layer called `name`."""
-        bits = self.bits_pattern.get(name, self.bits)
-        group_size = self.group_size_pattern.get(name, self.group_size)
+        bits = self.bits_pattern.get(get_pattern_key(list(self.bits_pattern), name), self.bits)
+        groups = self.group_size_pattern
+        group_size = groups.get(get_pattern_key(list(groups), name), self.group_size)
         if self.number_format == "binary":
             return BinaryCoding(bits, group_size)
         return Uniform(bits, group_size, self.sym)
@@ -150,6 +156,11 @@ class BcqHfQuantizer(HfQuantizer):
                 f"modules_to_not_convert={config.modules_to_not_convert!r} leaves no linear layer to quantise in "
                 f"{type(model).__name__}."
             )
+        for pattern in ("bits_pattern", "group_size_pattern"):
+            hit = {get_pattern_key(list(getattr(config, pattern)), name) for name in self.targets}
+            missed = [key for key in getattr(config, pattern) if key not in hit]
+            if missed:
+                raise ValueError(f"{pattern} has {missed[0]!r}, which matches no layer that is quantised.")
 
     def _make_room(self, model: PreTrainedModel, stored: Optional[dict[str, NumberFormat]]) -> None:
         """Replace the layers that a checkpoint has packed by empty packed ones.
@@ -157,29 +168,27 @@ class BcqHfQuantizer(HfQuantizer):
         Raises:
             ValueError: If the checkpoint's tensors and its config disagree; names the layer.
         """
-        config, left = self.quantization_config, dict(stored or {})
+        config = self.quantization_config
+        in_file = None if stored is None else _names_in_files(model, stored)
         for name, module in list(model.named_modules()):
             if not isinstance(module, (nn.Linear, Conv1D)):
                 continue
-            in_features = _in_features(module)
-            if stored is None:
+            number_format = config.format_of(name)
+            if in_file is None or stored is None:
                 if not should_convert_module(name, config.modules_to_not_convert or []):
                     continue
-                number_format = config.format_of(name)
+            elif name not in in_file:
+                continue
             else:
-                key = next((key for key in _names_in_files(name, model.base_model_prefix) if key in left), None)
-                if key is None:
-                    continue
-                found, number_format = left.pop(key), config.format_of(key)
-                _check_agrees(key, found, number_format, in_features)
-            shape = (module.weight.t() if isinstance(module, Conv1D) else module.weight).shape
+                number_format = _checked(in_file[name], stored[in_file[name]], name, module, config)
             conv1d = isinstance(module, Conv1D)
+            shape = (module.weight.t() if conv1d else module.weight).shape
             empty = PackedLinear.empty(number_format, shape, module.weight.dtype, module.bias, conv1d)
             empty.train(module.training)
             model.set_submodule(name, empty)
-        if stored and len(left) == len(stored):
+        if stored and not in_file:
             raise ValueError(
-                f"the checkpoint's packed layers ({next(iter(left))!r} and others) are not in {type(model).__name__}; "
+                f"the checkpoint's packed layers ({next(iter(stored))!r} and others) are not in {type(model).__name__}; "
                 "load it with the class that it was saved from."
             )
 
@@ -197,9 +206,7 @@ class BcqHfQuantizer(HfQuantizer):
         return _Quantize(self)
 
     def _dequantize(self, model: PreTrainedModel, dtype: Optional[torch.dtype] = None) -> PreTrainedModel:
-        for name, layer in packed_layers(model).items():
-            model.set_submodule(name, to_float(layer).to(dtype))
-        return model
+        return dequantize_layers(model, dtype)
 
 
 class _Quantize(ConversionOps):
@@ -293,21 +300,40 @@ def _stored_formats(files: list[str]) -> dict[str, NumberFormat]:
     return formats
 
 
-def _check_agrees(name: str, found: NumberFormat, stated: NumberFormat, in_features: int) -> None:
-    """found: read off the planes' padded shapes."""
-    kind = found.name == stated.name and found.bits == stated.bits
-    groups = [1 if f.group_size == -1 else round(in_features / f.group_size) for f in (found, stated)]
-    if not kind or groups[0] != groups[1]:
-        raise ValueError(
-            f"layer {name!r}: the checkpoint holds {found.name} of {found.bits} bits in {groups[0]} groups per channel, "
-            f"but its config.json says {stated.name} of {stated.bits} bits in {groups[1]}; one of the two files isn't "
-            "this checkpoint's. Save or download both again."
-        )
+def _checked(key: str, found: NumberFormat, name: str, module: Any, config: BcqConfig) -> NumberFormat:
+    """What the config says about a layer, once it agrees with the files.
+
+    Args:
+        key: The layer's name in the files.
+        found: Read off the planes' padded shapes.
+        name: The layer's name in the model, which may have or lack the prefix of the model's body.
+    """
+    in_features = _in_features(module)
+    stated = [config.format_of(possible) for possible in (name, key)]
+    groups_found = 1 if found.group_size == -1 else round(in_features / found.group_size)
+    for number_format in stated:
+        groups = 1 if number_format.group_size == -1 else in_features // number_format.group_size
+        if (found.name, found.bits, groups_found) == (number_format.name, number_format.bits, groups):
+            return number_format
+    groups = 1 if stated[0].group_size == -1 else in_features // stated[0].group_size
+    raise ValueError(
+        f"layer {key!r}: the checkpoint holds {found.name} of {found.bits} bits in {groups_found} groups per channel, but "
+        f"its config.json says {stated[0].name} of {stated[0].bits} bits in {groups}; one of the two files isn't this "
+        "checkpoint's. Save or download both again."
+    )
 
 
-def _names_in_files(name: str, prefix: str) -> list[str]:
-    """What a layer may be called in a checkpoint, which may be of the model with or without a head."""
-    return [name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")]
+def _names_in_files(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+    """The model's layers that a checkpoint has packed, mapped to their names in its files; as the loader renames keys."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    keys, found = model.state_dict(), {}
+    for name in stored:
+        key, _ = rename_source_key(f"{name}.weight", renamings, converters, model.base_model_prefix, keys)
+        if key in keys:
+            found[key.removesuffix(".weight")] = name
+    return found
 
 
 def _in_features(module: Any) -> int:

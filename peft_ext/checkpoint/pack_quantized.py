@@ -26,10 +26,12 @@ from peft.utils.integrations import skip_init_on_device
 from safetensors import safe_open
 from torch import nn
 from transformers import CompressedTensorsConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file
 
-from peft_ext.quant.conversion import packed_layers
+from peft_ext.quant.conversion import dequantize_layers, packed_layers
 from peft_ext.quant.formats import Uniform
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.uniform import UNIFORM_BITS, Quantized
@@ -53,6 +55,9 @@ class PackQuantizedWriter(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+    def _dequantize(self, model: PreTrainedModel, dtype: Optional[torch.dtype] = None) -> nn.Module:
+        return dequantize_layers(model, dtype)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """State dict with `weight_packed`, `weight_scale`, `weight_zero_point`, `weight_shape` for each packed layer."""
@@ -233,10 +238,15 @@ def _describe(model: PreTrainedModel, layers: dict[str, PackedLinear]) -> Compre
     return config
 
 
-def can_store(layers: dict[str, PackedLinear]) -> bool:
-    """Whether pack-quantized has room for these layers: uniform integers of one group size, no `Conv1D`."""
+def can_store(model: PreTrainedModel) -> bool:
+    """Whether pack-quantized has room for a model's layers: uniform integers of one group size, no `Conv1D`.
+
+    Nor models whose experts transformers merges at load: with compressed-tensors it looks for packed ones only.
+    """
+    layers = packed_layers(model)
     uniform = all(isinstance(layer.number_format, Uniform) and not layer.conv1d for layer in layers.values())
-    return uniform and len(group_sizes(layers)) == 1
+    merged = any(isinstance(entry, WeightConverter) for entry in get_model_conversion_mapping(model))
+    return uniform and not merged and len(group_sizes(layers)) == 1
 
 
 def group_sizes(layers: dict[str, PackedLinear]) -> set[int]:

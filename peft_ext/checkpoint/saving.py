@@ -3,44 +3,88 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.quantizers.base import HfQuantizer
 
 from peft_ext.checkpoint import bcq, pack_quantized
 from peft_ext.quant.conversion import packed_layers
+from peft_ext.quant.linear import PackedLinear
 
 
-def make_saveable(model: nn.Module, format: str | None = None) -> None:
+FORMATS = ("pack-quantized", "bcq")
+
+
+def make_saveable(model: nn.Module, checkpoint_format: Optional[str] = None) -> None:
     """Let `model.save_pretrained` write packed layers, or floats again where no packed layer is left.
 
     Other modules than transformers' are left alone; their `state_dict` holds the packed tensors.
 
     Args:
-        format: `"pack-quantized"` or `"bcq"`; by default the first where it has room for the layers.
+        checkpoint_format: `"pack-quantized"` or `"bcq"`; by default the first where it has room for the layers.
 
     Raises:
         ValueError: If the format has no room for the layers, or doesn't exist.
     """
+    if checkpoint_format not in (None, *FORMATS):
+        raise ValueError(f"format={checkpoint_format!r} is unknown; choose one of {FORMATS}.")
     if not isinstance(model, PreTrainedModel):
         return
-    layers = packed_layers(model)
-    if layers:
-        model.hf_quantizer = _writer(model, layers, format)
+    if packed_layers(model):
+        _take_over_the_rest(model)
+        _untie(model)
+        model.hf_quantizer = _writer(model, checkpoint_format)
     elif not any(pack_quantized.is_compressed(module) for module in model.modules()):
-        model.hf_quantizer = None
-        for name in ("quantization_config", "packed_bits"):
-            if hasattr(model.config, name):
-                delattr(model.config, name)
+        _forget_quantization(model)
 
 
-def _writer(model: PreTrainedModel, layers: dict, format: str | None):
-    if format not in (None, "pack-quantized", "bcq"):
-        raise ValueError(f"format={format!r} is unknown; choose 'pack-quantized' or 'bcq'.")
-    if format == "bcq" or (format is None and not pack_quantized.can_store(layers)):
+def _writer(model: PreTrainedModel, checkpoint_format: Optional[str]) -> HfQuantizer:
+    room = pack_quantized.can_store(model)
+    if checkpoint_format == "bcq" or (checkpoint_format is None and not room):
         return bcq.BcqHfQuantizer(bcq.describe(model), pre_quantized=True)
-    if not pack_quantized.can_store(layers):
+    if not room:
         raise ValueError(
-            "format='pack-quantized' holds uniform integers of one group size in nn.Linear layers only, which this "
-            "model's aren't all; pass format='bcq'."
+            "format='pack-quantized' holds uniform integers of one group size in nn.Linear layers only (and no merged "
+            "experts), which this model's aren't all; pass format='bcq'."
         )
     return pack_quantized.PackQuantizedWriter(model)
+
+
+def _take_over_the_rest(model: PreTrainedModel) -> None:
+    """Layers of a compressed base that nothing was tuned on are packed like the others, so that one writer has all."""
+    for name, module in list(model.named_modules()):
+        if pack_quantized.is_compressed(module):
+            packed = pack_quantized.take_over(module, name)
+            packed.train(module.training)
+            model.set_submodule(name, packed)
+    pack_quantized.release_hook(model)
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """A packed output layer has a weight of its own, whatever the config said before."""
+    if not isinstance(model.get_output_embeddings(), PackedLinear):
+        return
+    for config in (model.config, model.config.get_text_config()):
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
+    packed = tuple(f"{name}." for name in packed_layers(model))
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    model.all_tied_weights_keys = {
+        key: value for key, value in tied.items() if not key.startswith(packed) and not value.startswith(packed)
+    }
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    """A model of floats is an ordinary one, also for Trainer and `model.half()`."""
+    model.hf_quantizer = None
+    if getattr(model, "is_quantized", False):
+        model.is_quantized = False
+    for holder, names in ((model, ("quantization_method",)), (model.config, ("quantization_config", "packed_bits"))):
+        for name in names:
+            if name in vars(holder):
+                delattr(holder, name)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and getattr(module.config, "_is_quantized", False):
+            module.config._is_quantized = False

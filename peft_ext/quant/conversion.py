@@ -62,6 +62,13 @@ def to_float(layer: PackedLinear) -> nn.Module:
     return module
 
 
+def dequantize_layers(model: nn.Module, dtype: Optional[torch.dtype] = None) -> nn.Module:
+    """Replace a model's packed layers by float ones; `dtype`: the weights' own by default."""
+    for name, layer in packed_layers(model).items():
+        model.set_submodule(name, to_float(layer).to(dtype))
+    return model
+
+
 def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
     """The packed layers of a model, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}

@@ -26,10 +26,13 @@ class PackedParameter(nn.Parameter):
 
     logical_numel: int
 
-    def __new__(cls, data: torch.Tensor, logical_numel: int, requires_grad: bool = False) -> PackedParameter:
-        # accelerate and PEFT rebuild parameters from their __dict__ and requires_grad; codes are never trained
+    def __new__(
+        cls, data: torch.Tensor, logical_numel: Optional[int] = None, requires_grad: bool = False
+    ) -> PackedParameter:
+        # accelerate and PEFT rebuild parameters from data, requires_grad and perhaps their __dict__; codes are never
+        # trained, and the layer restores their number
         parameter = super().__new__(cls, data, requires_grad=False)
-        parameter.logical_numel = logical_numel
+        parameter.logical_numel = data.numel() if logical_numel is None else logical_numel
         return parameter
 
     def numel(self) -> int:
@@ -171,19 +174,24 @@ class PackedLinear(nn.Module):
             return dequantize_binary(self.codes(), scale)
         return dequantize(self.codes(), scale, self.zero_point)
 
-    def fingerprint(self) -> int:
+    def fingerprint(self, planes: Optional[torch.Tensor] = None, zero_point: Optional[torch.Tensor] = None) -> int:
         """A 63-bit digest of format, codes and zero points (not of the scales): the identity of the packed weight.
+
+        Args:
+            planes, zero_point: Where the layer's own are sharded and have been gathered already: the whole ones.
 
         Raises:
             ValueError: If the layer is on the meta device and has no codes yet.
         """
-        if self.planes.device.type == "meta":
+        planes = self.planes if planes is None else planes
+        zero_point = self.zero_point if zero_point is None else zero_point
+        if planes.device.type == "meta":
             raise ValueError(
                 "a layer on the meta device has no codes to take a fingerprint of; load its weights first."
             )
         digest = hashlib.blake2b(digest_size=8)
         digest.update(repr((self.bits, self.group_size, self.out_features, self.in_features)).encode())
-        for tensor in (self.planes,) if self.zero_point is None else (self.planes, self.zero_point):
+        for tensor in (planes,) if zero_point is None else (planes, zero_point):
             whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # sharded by FSDP2
             digest.update(whole.detach().cpu().contiguous().numpy().data)
         return int.from_bytes(digest.digest(), "little") >> 1
@@ -239,10 +247,9 @@ class PackedLinear(nn.Module):
         self.requires_grad_(False)
 
     def _apply(self, fn, recurse=True):
-        dtype = self.scale.dtype
+        # scales are float32 from the start, so they don't tell what a cast does to the weight that they stand for
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.scale.device)).dtype
         super()._apply(fn, recurse)
-        if self.scale.dtype != dtype:
-            self.compute_dtype = self.scale.dtype
         return self._keep_packed_parameter()
 
     def _load_from_state_dict(self, *args, **kwargs):
@@ -251,9 +258,11 @@ class PackedLinear(nn.Module):
 
     def _keep_packed_parameter(self) -> PackedLinear:
         """Moves between some devices and `load_state_dict(assign=True)` make a plain parameter of the planes."""
-        planes = self._parameters["planes"]
+        planes, count = self._parameters["planes"], self.in_features * self.out_features
         if type(planes) is nn.Parameter:
-            self._parameters["planes"] = PackedParameter(planes.data, self.in_features * self.out_features)
+            self._parameters["planes"] = PackedParameter(planes.data, count)
+        elif isinstance(planes, PackedParameter):
+            planes.logical_numel = count
         return self
 
 

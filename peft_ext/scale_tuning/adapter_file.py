@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from peft_ext.quant.formats import CALIBRATED
 from peft_ext.scale_tuning.config import ScaleTuningConfig
 from peft_ext.scale_tuning.layer import ScaleTuningLinear
 
@@ -46,7 +47,9 @@ def to_file(
             result[f"{key}{_SCALE}.{adapter_name}"] = layer.scale_for(delta, base, adapter_name)
             if delta.shape != base.shape:
                 result[f"{key}{_FROZEN}.{adapter_name}"] = _projections_of_frozen(base, delta)
-        codes = torch.tensor([layer.base_layer.fingerprint()], dtype=torch.int64)
+        # of a sharded model only one process may come here, so nothing is gathered that is there already
+        planes, zero_point = (state_dict.get(f"{name}.base_layer.{part}") for part in ("planes", "zero_point"))
+        codes = torch.tensor([layer.base_layer.fingerprint(planes, zero_point)], dtype=torch.int64)
         result[f"{key}{_CODES}.{adapter_name}"] = codes
     return result
 
@@ -134,6 +137,11 @@ def _frozen_part(base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
 
 
 def _base(config: ScaleTuningConfig) -> str:
+    if config.init_method == CALIBRATED:
+        made_from = (
+            f", made from or lying at {config.base_model_name_or_path!r}," if config.base_model_name_or_path else ""
+        )
+        return f"the packed base that model.unload().save_pretrained(...) wrote{made_from}"
     return (
         f"the base model {config.base_model_name_or_path!r}"
         if config.base_model_name_or_path

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from peft_ext.checkpoint import pack_quantized
 from peft_ext.checkpoint.saving import make_saveable
-from peft_ext.quant.conversion import packed_layers, to_float
+from peft_ext.quant.conversion import dequantize_layers
 from peft_ext.quant.formats import CALIBRATED
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.scale_tuning import adapter_file
@@ -142,9 +142,7 @@ class ScaleTuningModel(BaseTuner):
             progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
         if dequantize:
-            for name, layer in packed_layers(model).items():
-                model.set_submodule(name, to_float(layer))
-            make_saveable(model)
+            make_saveable(dequantize_layers(model))
         return model
 
     def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
@@ -322,14 +320,15 @@ def _set_weighted(layer: ScaleTuningLinear, adapters: list[str], weights: list[f
 
 
 def _calibration_missing(config: ScaleTuningConfig, names: list[str]) -> str:
-    belongs = (
-        f" An adapter that is being loaded needs the packed base that it was trained on "
-        f"({config.base_model_name_or_path!r})."
-        if config.inference_mode and config.base_model_name_or_path
-        else ""
-    )
+    missing = f"init_method='calibrated' needs data, and layer {names[0]!r} ({len(names)} in all) is still float. "
+    if config.inference_mode:
+        return missing + (
+            "An adapter that is being loaded needs the packed base that it was trained on, the folder that "
+            "model.unload().save_pretrained(...) wrote: load that, then PeftModel.from_pretrained(base, adapter). The "
+            f"adapter's base_model_name_or_path, {config.base_model_name_or_path!r}, is what that base was made from, or "
+            "the base itself."
+        )
     data_free = config.number_format(config.bits).default_method
-    return (
-        f"init_method='calibrated' needs data, and layer {names[0]!r} ({len(names)} in all) is still float. Call "
-        f"peft_ext.calibrate(model, config, batches) before get_peft_model, or pass init_method={data_free!r}.{belongs}"
+    return missing + (
+        f"Call peft_ext.calibrate(model, config, batches) before get_peft_model, or pass init_method={data_free!r}."
     )

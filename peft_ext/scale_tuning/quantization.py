@@ -72,6 +72,11 @@ def check_target(module: Any, config: ScaleTuningConfig, name: str) -> None:
     """
     if isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
+    if _is_offloaded(module):
+        raise ValueError(
+            f"layer {name!r} is offloaded, so its weight isn't there to be quantised or tuned; load the model without "
+            "offload (device_map=None or a device that holds it). Packed, it takes a fraction of the memory."
+        )
     if isinstance(module, PackedLinear):
         _check_format_of_base(config, name, module.in_features, module.number_format)
     elif pack_quantized.is_compressed(module):
@@ -85,14 +90,14 @@ def check_target(module: Any, config: ScaleTuningConfig, name: str) -> None:
         )
 
 
+def _is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps a layer's weights elsewhere between forwards."""
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(part, "offload", False) for part in getattr(hook, "hooks", [hook]))
+
+
 def _check_float_layer(module: Any, config: ScaleTuningConfig, name: str) -> None:
     weight, conv1d = module.weight, isinstance(module, Conv1D)
-    hook = getattr(module, "_hf_hook", None)
-    if any(getattr(part, "offload", False) for part in getattr(hook, "hooks", [hook])):
-        raise ValueError(
-            f"layer {name!r} is offloaded, so its weight isn't there to be quantised; load the model without offload "
-            "(device_map=None or a device that holds it). Packed, it takes a fraction of the memory."
-        )
     if not weight.is_floating_point():
         raise ValueError(
             f"layer {name!r} has a {weight.dtype} weight in a format that is unknown here; load the float model."
