@@ -337,3 +337,21 @@ def test_generate_without_a_prompt(finished, monkeypatch, capsys):
     assert "pass --prompt" in capsys.readouterr().err
     assert main(["generate", str(finished), "--prompt", "x", "--chat"]) == 2
     assert "no chat template" in capsys.readouterr().err
+
+
+def test_eval_holds_out_what_the_run_held_out(finished, tmp_path, monkeypatch):
+    from peft_ext.commands import eval as eval_command
+
+    run, shares = tmp_path / "run", []
+    shutil.copytree(finished, run)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "held_out": 0.05}))
+    original = eval_command.load_text
+    monkeypatch.setattr(
+        eval_command,
+        "load_text",
+        lambda *args, **kwargs: shares.append(kwargs["held_out"]) or original(*args, **kwargs),
+    )
+    common = ["--block_size", "32", "--blocks", "2"]
+    assert main(["eval", str(run), *common]) == main(["eval", str(run), *common, "--held_out", "0.2"]) == 0
+    assert shares == [0.05, 0.2]

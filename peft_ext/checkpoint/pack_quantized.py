@@ -37,6 +37,8 @@ from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.uniform import UNIFORM_BITS, Quantized
 
 
+# In the model's config: the width of each layer that isn't stored at its own; also tells that weights were packed.
+_OWN_BITS = "packed_bits"
 _TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
 
@@ -130,25 +132,57 @@ def restore(model: nn.Module) -> None:
     bit.
 
     A layer whose weight is no longer the checkpoint's (it was trained, or adapters were merged) stays float.
+
+    Raises:
+        ValueError: If the model says that it was packed, but its checkpoint can't be found: its floats would be rounded
+        again, to other codes.
     """
+    if not isinstance(model, PreTrainedModel) or not _lies_dequantized(model):
+        return
     source = _checkpoint_config(model)
     if source is None:
         return
     scheme = next(iter(source["quantization_config"]["config_groups"].values()))["weights"]
-    own_bits = source.get("packed_bits") or {}
+    own_bits = source.get(_OWN_BITS) or {}
     layers = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and hasattr(m, "weight")}
     with _open_checkpoint(model) as read:
         for name, module in layers.items():
-            tensors = {key: read(f"{name}.{key}") for key in _TENSORS}
-            if tensors["weight_packed"] is None or module.weight.device.type == "meta":
+            stored = _name_in_file(name, getattr(model, "base_model_prefix", ""), read)
+            if stored is None or module.weight.device.type == "meta":
                 continue
+            tensors = {key: read(f"{stored}.{key}") for key in _TENSORS}
             stored_bits = scheme["num_bits"]
             present = {key: tensor for key, tensor in tensors.items() if tensor is not None}
-            packed = expand(present, stored_bits, own_bits.get(name, stored_bits), module.bias)
+            packed = expand(present, stored_bits, own_bits.get(stored, stored_bits), module.bias)
             packed.to(module.weight.device).compute_dtype = module.weight.dtype
             if torch.equal(packed.weight, module.weight):
                 packed.train(module.training)
                 model.set_submodule(name, packed)
+
+
+def _lies_dequantized(model: PreTrainedModel) -> bool:
+    """Whether a model may have come dequantised from a packed checkpoint."""
+    layers = list(model.modules())
+    if any(map(is_compressed, layers)):
+        return False
+    marked = hasattr(model.config, _OWN_BITS) and not any(isinstance(layer, PackedLinear) for layer in layers)
+    if marked and _checkpoint_file(model, "config.json") is None:
+        raise ValueError(_not_found(model, "config.json"))
+    return True
+
+
+def _not_found(model: PreTrainedModel, name: str) -> str:
+    return (
+        f"the model was loaded from a packed checkpoint, but there is no {name} at {model.config._name_or_path!r} to take "
+        "its integers from; load it from its own folder, without subfolder= and variant=. (To round its floats again, "
+        f"del model.config.{_OWN_BITS} first.)"
+    )
+
+
+def _name_in_file(name: str, prefix: str, read: Callable[[str], Optional[torch.Tensor]]) -> Optional[str]:
+    """What a layer is called in a checkpoint, which may be of the model with or without its head; None: it isn't there."""
+    names = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+    return next((possible for possible in names if read(f"{possible}.weight_shape") is not None), None)
 
 
 def is_compressed(module: nn.Module) -> bool:
@@ -232,9 +266,8 @@ def _describe(model: PreTrainedModel, layers: dict[str, PackedLinear]) -> Compre
         dequantize=not sym,
     )
     model.config.quantization_config = config
-    model.config.packed_bits = {name: layer.bits for name, layer in layers.items() if layer.bits != bits}
-    if not model.config.packed_bits:
-        del model.config.packed_bits
+    # stock transformers drops quantization_config from a model that it dequantises, and keeps this
+    setattr(model.config, _OWN_BITS, {name: layer.bits for name, layer in layers.items() if layer.bits != bits})
     return config
 
 
@@ -256,7 +289,7 @@ def group_sizes(layers: dict[str, PackedLinear]) -> set[int]:
     return {layer.in_features // layer.scale.shape[1] for layer in layers.values()}
 
 
-def _checkpoint_config(model: nn.Module) -> Optional[dict[str, Any]]:
+def _checkpoint_config(model: PreTrainedModel) -> Optional[dict[str, Any]]:
     """config.json of the pack-quantized integer checkpoint that a transformers model came from, if it did."""
     path = _checkpoint_file(model, "config.json")
     if path is None:
@@ -273,10 +306,10 @@ def _checkpoint_config(model: nn.Module) -> Optional[dict[str, Any]]:
     return config if packed and fits else None
 
 
-def _checkpoint_file(model: nn.Module, name: str) -> Optional[str]:
+def _checkpoint_file(model: PreTrainedModel, name: str) -> Optional[str]:
     """A file of the folder or cached hub repository that a model was loaded from; never downloads."""
     source = getattr(getattr(model, "config", None), "_name_or_path", None)
-    if not isinstance(model, PreTrainedModel) or not source:
+    if not source:
         return None
     if os.path.isdir(source):
         path = os.path.join(source, name)
@@ -288,7 +321,7 @@ def _checkpoint_file(model: nn.Module, name: str) -> Optional[str]:
 
 
 @contextmanager
-def _open_checkpoint(model: nn.Module) -> Iterator[Callable[[str], Optional[torch.Tensor]]]:
+def _open_checkpoint(model: PreTrainedModel) -> Iterator[Callable[[str], Optional[torch.Tensor]]]:
     """Reads one tensor at a time, so that no more than a layer is in memory twice."""
     index = _checkpoint_file(model, "model.safetensors.index.json")
     if index is not None:
@@ -297,6 +330,8 @@ def _open_checkpoint(model: nn.Module) -> Iterator[Callable[[str], Optional[torc
     else:
         shards = ["model.safetensors"]
     paths = [path for path in (_checkpoint_file(model, shard) for shard in shards) if path is not None]
+    if not paths:
+        raise ValueError(_not_found(model, shards[0]))
     files = [safe_open(path, framework="pt") for path in paths]
     where = {key: file for file in files for key in file.keys()}
     yield lambda key: where[key].get_tensor(key) if key in where else None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
-from peft_ext.commands.run_folder import ModelArguments, check_writable, load_tuned, parse, write_json
+from peft_ext.commands.run_folder import ModelArguments, check_writable, held_out_of, load_tuned, parse, write_json
 from peft_ext.models import load_tokenizer
 from peft_ext.perplexity import perplexity
 from peft_ext.text import load_text, token_blocks
@@ -30,6 +30,10 @@ class EvalArguments(ModelArguments):
     )
     data_config: Optional[str] = field(default=None, metadata={"help": "Configuration of the hub data set."})
     whole: bool = field(default=False, metadata={"help": "Read all of the text, not only what tune would hold out."})
+    held_out: Optional[float] = field(
+        default=None,
+        metadata={"help": "Share of the text that is held out, where it has no validation split; the run's, or 0.1."},
+    )
     block_size: int = field(default=256, metadata={"help": "Tokens per block."})
     blocks: int = field(default=64, metadata={"help": "Blocks to read at most."})
     batch_size: int = field(default=4, metadata={"help": "Blocks per forward pass."})
@@ -41,7 +45,8 @@ def main(argv: Sequence[str]) -> None:
     (args,) = parse(argv, EvalArguments, positional="run")
     if args.output:
         check_writable(Path(args.output), "output")
-    splits = load_text(args.data, text_field=args.text_field, data_config=args.data_config)
+    share = args.held_out or held_out_of(args.run) or 0.1
+    splits = load_text(args.data, held_out=share, text_field=args.text_field, data_config=args.data_config)
     texts = [*splits.train, *splits.held_out] if args.whole else splits.held_out
     if args.run is None:
         tokenizer = load_tokenizer(args.model)

@@ -71,6 +71,16 @@ def load_tuned(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokeniz
     return model.eval(), tokenizer
 
 
+def held_out_of(run: Optional[str]) -> Optional[float]:
+    """The share of the text that a run held out, so that nothing is measured on what it was tuned on."""
+    path = Path(run, "config.yaml") if run is not None else None
+    if path is None or not path.is_file():
+        return None
+    import yaml
+
+    return yaml.safe_load(path.read_text(encoding="utf-8")).get("held_out")
+
+
 def parse(argv: Sequence[str], *kinds: type, positional: Optional[str] = None) -> tuple[Any, ...]:
     """Dataclasses from flags or a YAML file (`--config`), as TRL's scripts parse them.
 

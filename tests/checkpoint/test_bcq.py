@@ -373,3 +373,56 @@ def test_an_adapter_of_another_format_on_it(packed):
     with pytest.raises(ValueError, match="pass bits=3"):
         get_peft_model(loaded, AlphaTuningConfig(bits=4, group_size=16))
     assert not tuner_layers(loaded)
+
+
+@pytest.mark.parametrize("targets", [r".*language_model.*\.(q_proj|up_proj)", "all-linear"])
+def test_a_model_whose_keys_are_renamed(targets, tmp_path):
+    """Files of vision-language models keep their old names; a layer that isn't found would be random."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]},
+    }
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4}
+    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision)).eval()
+    base = get_peft_model(model, AlphaTuningConfig(bits=3, target_modules=targets)).unload()
+    base.save_pretrained(tmp_path)
+    loaded, info = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert fingerprints(loaded) == fingerprints(base)
+
+
+def test_offloaded_layers_run_and_are_refused_as_targets(tmp_path):
+    from accelerate import cpu_offload
+
+    base = get_peft_model(tiny("llama"), AlphaTuningConfig(bits=3)).unload()
+    base.save_pretrained(tmp_path / "base")
+    expected = logits(base)
+    assert_same(logits(cpu_offload(base)), expected)
+    devices = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    devices |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", device_map=devices, offload_folder=tmp_path / "offload"
+    )
+    assert_same(logits(loaded), expected)
+    with pytest.raises(ValueError, match="layers.1.*is offloaded.*without offload"):
+        get_peft_model(loaded, AlphaTuningConfig(bits=3))
+
+
+def test_patterns_are_names_or_expressions(tmp_path):
+    path = save_tiny("llama", tmp_path)
+    config = BcqConfig(bits=4, bits_pattern={"q_proj": 2}, group_size_pattern={r".*\.mlp\..*": 16})
+    layers = packed_layers(load(path, quantization_config=config))
+    assert {layer.bits for name, layer in layers.items() if name.endswith("q_proj")} == {2}
+    assert {layer.group_size for name, layer in layers.items() if ".mlp." in name} == {16}
+    assert {layer.group_size for name, layer in layers.items() if ".mlp." not in name} == {-1}
+    for pattern in ({"bits_pattern": {"queries": 2}}, {"group_size_pattern": {"queries": 16}}):
+        with pytest.raises(ValueError, match=f"{next(iter(pattern))} has 'queries', which matches no layer"):
+            AutoModelForCausalLM.from_pretrained(path, quantization_config=BcqConfig(bits=4, **pattern))

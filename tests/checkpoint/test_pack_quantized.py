@@ -11,9 +11,16 @@ import torch
 from compressed_tensors.config import CompressionFormat
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 
-from peft_ext import PeqaConfig, calibrate
+from peft_ext import AlphaTuningConfig, PeqaConfig, calibrate
 from peft_ext.quant.linear import PackedLinear
 from tests.cases import adapter_parameters, assert_differs, assert_same, move_adapter, train, tuner_layers
 from tests.tiny_models import inputs, logits_of, save_tiny, tiny
@@ -282,3 +289,96 @@ def test_a_calibrated_adapter_on_the_float_model_asks_for_its_base(tmp_path):
     with pytest.raises(ValueError, match="still float.*the-packed-base"):
         PeftModel.from_pretrained(plain, tmp_path / "adapter")
     assert not tuner_layers(plain)
+
+
+def test_tuning_some_layers_of_a_compressed_base_keeps_the_others(tmp_path):
+    get_peft_model(tiny("llama"), PeqaConfig(bits=4, sym=True)).unload().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    expected = _logits(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    some = get_peft_model(base, PeqaConfig(bits=4, sym=True, target_modules=["q_proj"]))
+    assert len(tuner_layers(some)) == 2
+    some.unload().save_pretrained(tmp_path / "again")
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "again", output_loading_info=True)
+    assert not any(info.values()), info
+    assert_same(_logits(again), expected)
+
+
+@pytest.mark.parametrize("where", ["subfolder", "variant"])
+def test_a_base_whose_files_are_not_found_is_not_rounded_again(where, tmp_path):
+    base = get_peft_model(tiny("llama"), PeqaConfig(bits=3)).unload()
+    if where == "subfolder":
+        base.save_pretrained(tmp_path / "base")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, subfolder="base")
+    else:
+        base.save_pretrained(tmp_path, variant="packed")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, variant="packed")
+    with pytest.raises(ValueError, match="loaded from a packed checkpoint, but there is no .*without subfolder="):
+        get_peft_model(loaded, PeqaConfig(bits=3))
+
+
+def test_the_body_of_a_packed_base_takes_its_codes_over(tmp_path):
+    base = get_peft_model(tiny("llama"), PeqaConfig(bits=3, init_method="mse")).unload()
+    base.save_pretrained(tmp_path)
+    body = get_peft_model(AutoModel.from_pretrained(tmp_path), PeqaConfig(bits=3))
+    assert {f"model.{name}": code for name, code in _codes(body).items()} == _codes(base)
+
+
+def test_floats_that_were_packed_once_are_floats(tmp_path):
+    """Dequantised by stock transformers and saved as such: an ordinary float model from then on."""
+    get_peft_model(tiny("llama"), PeqaConfig(bits=3)).unload().save_pretrained(tmp_path / "packed")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    plain.save_pretrained(tmp_path / "plain")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "plain"), PeqaConfig(bits=4))
+    assert {layer.base_layer.bits for layer in tuner_layers(model).values()} == {4}
+
+
+@pytest.mark.parametrize("config_cls", [PeqaConfig, AlphaTuningConfig])
+def test_a_dequantized_merge_is_an_ordinary_model(config_cls, tmp_path):
+    get_peft_model(tiny("llama"), config_cls(bits=3)).unload().save_pretrained(tmp_path)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path), config_cls(bits=3))
+    merged = model.merge_and_unload(dequantize=True)
+    assert merged.half().dtype == torch.float16
+    data = [{"input_ids": row, "labels": row} for row in BATCHES[0]["input_ids"]]
+    arguments = TrainingArguments(str(tmp_path / "run"), max_steps=1, report_to="none", use_cpu=True)
+    Trainer(model=merged.float(), args=arguments, train_dataset=data)
+    # transformers' own way
+    packed = get_peft_model(tiny("llama"), config_cls(bits=3)).merge_and_unload()
+    expected = _logits(packed)
+    assert_same(_logits(packed.dequantize()), expected)
+
+
+@pytest.mark.parametrize("config_cls", [PeqaConfig, AlphaTuningConfig])
+def test_a_packed_output_layer_is_untied(config_cls, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    config = tiny("llama").config
+    config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    base = get_peft_model(model, config_cls(bits=4, target_modules=["q_proj", "lm_head"])).unload()
+    base.save_pretrained(tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert_same(_logits(loaded), _logits(base), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("config_cls", [PeqaConfig, AlphaTuningConfig])
+def test_experts_that_transformers_merges(config_cls, tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        max_position_embeddings=64,
+    )
+    base = get_peft_model(MixtralForCausalLM(config).eval(), config_cls(bits=4)).unload()
+    base.save_pretrained(tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert_same(_logits(loaded), _logits(base), tolerance=1e-4)

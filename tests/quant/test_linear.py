@@ -175,3 +175,28 @@ def test_refuses_tensors_that_do_not_fit(layer):
         PackedLinear(layer.planes, layer.scale[:-1], layer.zero_point, None, **good)
     with pytest.raises(ValueError, match="zero_point"):
         PackedLinear(layer.planes, layer.scale, layer.zero_point.float(), None, **good)
+
+
+def test_casts_reach_the_weight_that_the_layer_stands_for():
+    """Scales are float32 all along, so they don't tell."""
+    quantized = quantize(torch.randn(OUT, IN), 4)
+    layer = PackedLinear.from_quantized(quantized, 4, None, compute_dtype=torch.bfloat16)
+    assert layer.scale.dtype == torch.float32 and layer.weight.dtype == torch.bfloat16
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        assert layer.to(dtype).weight.dtype == dtype
+    assert layer.to("cpu").weight.dtype == torch.float64 and layer.to("meta").compute_dtype == torch.float64
+
+
+def test_a_parameter_that_was_rebuilt_without_its_number(layer):
+    """As accelerate does when it brings an offloaded layer back."""
+    rebuilt = type(layer.planes)(layer.planes.data, requires_grad=False)
+    assert isinstance(rebuilt, PackedParameter) and not rebuilt.requires_grad
+    layer.planes = rebuilt
+    assert layer.to("cpu").planes.numel() == OUT * IN
+
+
+def test_the_fingerprint_of_gathered_codes(layer):
+    expected = layer.fingerprint()
+    planes, zero_point = layer.planes.detach().clone(), layer.zero_point.detach().clone()
+    layer.planes.data.zero_()  # as if this process held another part
+    assert layer.fingerprint() != expected and layer.fingerprint(planes, zero_point) == expected
