@@ -126,6 +126,7 @@ class Study:
         self.results = Results(args.output, args.seed)
         self.tokenizer = _SmokeTokenizer() if args.smoke else load_tokenizer(args.model)
         self.float_model = tiny_llama() if args.smoke else load_model(args.model, dtype=torch.float32)
+        self.base: tuple[Any, Optional[nn.Module]] = (None, None)  # the last calibrated one
         names = ("smoke",) if args.smoke else tuple(args.data)
         self.data = {name: _smoke_data() if args.smoke else self.load(name) for name in names}
 
@@ -176,8 +177,11 @@ class Study:
         if row.method == LORA:
             return baselines.lora(model)
         config = row.config()
-        batches = self.batches(data.train[: self.budget.calibration_examples])
-        return get_peft_model(calibrate(model, config, batches, progressbar=False), config)
+        key = (id(data), type(config), row.bits)
+        if self.base[0] != key:  # rows that differ in what they train alone share it
+            batches = self.batches(data.train[: self.budget.calibration_examples])
+            self.base = (key, calibrate(model, config, batches, progressbar=False))
+        return get_peft_model(copy.deepcopy(self.base[1]), config)
 
     def train(self, model: nn.Module, data: Data, steps: int, rate: float, name: str) -> list[float]:
         """`steps` steps on the first examples."""
