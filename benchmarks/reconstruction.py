@@ -142,7 +142,7 @@ def plot(results: Results, args: argparse.Namespace, path: Path, float_perplexit
         axes.set_ylabel(label)
         axes.set_xticks((1, 2, 3, 4))
         axes.grid(alpha=0.3)
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, handlelength=3.5)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
