@@ -11,7 +11,7 @@ from accelerate import cpu_offload
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from peft_ext import PeqaConfig, calibrate
+from peft_ext import AlphaTuningConfig, PeqaConfig, calibrate
 from tests.cases import assert_same, move_adapter, tuner_layers
 from tests.tiny_models import inputs, logits_of, tiny
 
@@ -19,7 +19,12 @@ from tests.tiny_models import inputs, logits_of, tiny
 IDS = torch.randint(3, 100, (2, 8), generator=torch.Generator().manual_seed(0))
 
 
-def _refused(model, config: PeqaConfig, match: str, error: type[Exception] = ValueError) -> None:
+@pytest.fixture(params=[PeqaConfig, AlphaTuningConfig], ids=["peqa", "alphatuning"])
+def config_cls(request):
+    return request.param
+
+
+def _refused(model, config, match: str, error: type[Exception] = ValueError) -> None:
     """`get_peft_model` refuses, and leaves every weight and module as it was."""
     state = {key: value.clone() for key, value in model.state_dict().items()}
     types = {name: type(module) for name, module in model.named_modules()}
@@ -39,9 +44,9 @@ def test_bits(bits):
 
 
 @pytest.mark.parametrize("group_size", [0, -2, 1.5, "64", None, True])
-def test_group_size(group_size):
+def test_group_size(config_cls, group_size):
     with pytest.raises((ValueError, TypeError), match=rf"group_size={group_size!r}"):
-        PeqaConfig(group_size=group_size)
+        config_cls(group_size=group_size)
 
 
 @pytest.mark.parametrize(
@@ -53,28 +58,28 @@ def test_choices(field, value):
         PeqaConfig(**{field: value})
 
 
-def test_unknown_argument():
+def test_unknown_argument(config_cls):
     with pytest.raises(TypeError, match="bit_width"):
-        PeqaConfig(bit_width=3)
+        config_cls(bit_width=3)
 
 
 @pytest.mark.parametrize("group_size", [24, 33, 64])
-def test_a_group_size_that_does_not_divide(group_size):
-    _refused(tiny("llama"), PeqaConfig(group_size=group_size), rf"q_proj.*group_size={group_size}.*in_features=32")
+def test_a_group_size_that_does_not_divide(config_cls, group_size):
+    _refused(tiny("llama"), config_cls(group_size=group_size), rf"q_proj.*group_size={group_size}.*in_features=32")
 
 
-def test_a_group_size_that_divides_some_layers_only():
-    config = PeqaConfig(group_size=64, target_modules=["down_proj", "q_proj"])
+def test_a_group_size_that_divides_some_layers_only(config_cls):
+    config = config_cls(group_size=64, target_modules=["down_proj", "q_proj"])
     _refused(tiny("llama"), config, "q_proj.*group_size=64.*in_features=32")
 
 
 @pytest.mark.parametrize("targets", [["nothing_like_this"], r".*nothing_like_this", []], ids=str)
-def test_no_matching_module(targets):
-    _refused(tiny("llama"), PeqaConfig(target_modules=targets), "nothing_like_this.*not found|No.*target")
+def test_no_matching_module(config_cls, targets):
+    _refused(tiny("llama"), config_cls(target_modules=targets), "nothing_like_this.*not found|No.*target")
 
 
-def test_nothing_left_in_the_chosen_layers():
-    config = PeqaConfig(target_modules=["q_proj"], layers_to_transform=[7])
+def test_nothing_left_in_the_chosen_layers(config_cls):
+    config = config_cls(target_modules=["q_proj"], layers_to_transform=[7])
     _refused(tiny("llama"), config, r"q_proj.*not found.*layers_to_transform.*7")
 
 
@@ -83,27 +88,30 @@ def test_nothing_left_in_the_chosen_layers():
     [("llama", "embed_tokens", "Embedding"), ("gpt2", "wte", "Embedding"), ("conv", "embed", "Embedding")]
     + [("conv", "conv1", "Conv2d"), ("llama", "mlp", "MLP"), ("llama", "norm", "Norm")],
 )
-def test_targets_that_are_not_linear(model, target, kind):
-    _refused(tiny(model), PeqaConfig(target_modules=[target]), f"{target}.*{kind}.*not supported")
+def test_targets_that_are_not_linear(config_cls, model, target, kind):
+    _refused(tiny(model), config_cls(target_modules=[target]), f"{target}.*{kind}.*not supported")
 
 
-def test_a_bad_target_beside_good_ones_changes_none_of_them():
-    _refused(tiny("llama"), PeqaConfig(target_modules=["q_proj", "embed_tokens"]), "embed_tokens.*Embedding")
+def test_a_bad_target_beside_good_ones_changes_none_of_them(config_cls):
+    _refused(tiny("llama"), config_cls(target_modules=["q_proj", "embed_tokens"]), "embed_tokens.*Embedding")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
-@pytest.mark.parametrize("method", ["minmax", "mse"])
-def test_a_weight_that_is_not_finite(value, method):
+@pytest.mark.parametrize(
+    "config_cls, method",
+    [(PeqaConfig, "minmax"), (PeqaConfig, "mse"), (AlphaTuningConfig, "greedy"), (AlphaTuningConfig, "alternating")],
+)
+def test_a_weight_that_is_not_finite(value, config_cls, method):
     model = tiny("llama")
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = value
-    _refused(model, PeqaConfig(init_method=method), r"model\.layers\.1\.mlp\.up_proj.*(NaN|infinity)")
+    _refused(model, config_cls(init_method=method), r"model\.layers\.1\.mlp\.up_proj.*(NaN|infinity)")
 
 
-def test_a_weight_that_is_not_finite_when_calibrating():
+def test_a_weight_that_is_not_finite_when_calibrating(config_cls):
     model = tiny("llama")
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj.*NaN"):
-        calibrate(model, PeqaConfig(init_method="calibrated"), [IDS], progressbar=False)
+        calibrate(model, config_cls(init_method="calibrated"), [IDS], progressbar=False)
     assert isinstance(model.model.layers[0].mlp.up_proj, torch.nn.Linear)
 
 
@@ -115,21 +123,21 @@ def test_an_offloaded_model(calibrated):
         calibrate(model, config, [IDS], progressbar=False) if calibrated else get_peft_model(model, config)
 
 
-def test_integer_input():
-    layer = next(iter(tuner_layers(get_peft_model(tiny("mlp"), PeqaConfig())).values()))
+def test_integer_input(config_cls):
+    layer = next(iter(tuner_layers(get_peft_model(tiny("mlp"), config_cls())).values()))
     with pytest.raises((TypeError, ValueError, RuntimeError), match="(?i)int|float|dtype"):
         layer(torch.ones(2, 10, dtype=torch.long))
 
 
 @pytest.mark.parametrize("shape", [(2, 9), (2, 3, 11), (10, 2)])
-def test_wrong_hidden_size(shape):
-    layer = next(iter(tuner_layers(get_peft_model(tiny("mlp"), PeqaConfig())).values()))
+def test_wrong_hidden_size(config_cls, shape):
+    layer = next(iter(tuner_layers(get_peft_model(tiny("mlp"), config_cls())).values()))
     with pytest.raises((ValueError, RuntimeError), match=rf"{shape[-1]}.*10|10.*{shape[-1]}"):
         layer(torch.randn(shape))
 
 
-def test_calibrated_without_calibration():
-    _refused(tiny("llama"), PeqaConfig(init_method="calibrated"), r"calibrated.*calibrate\(model, config, batches\)")
+def test_calibrated_without_calibration(config_cls):
+    _refused(tiny("llama"), config_cls(init_method="calibrated"), r"calibrated.*calibrate\(model, config, batches\)")
 
 
 def test_calibrating_for_another_start():
@@ -147,16 +155,16 @@ def test_calibrating_for_another_start():
     ],
     ids=["none", "keys", "text", "no-tokens"],
 )
-def test_calibration_data(batches, match):
+def test_calibration_data(config_cls, batches, match):
     model = tiny("llama")
     with pytest.raises((ValueError, TypeError), match=match):
-        calibrate(model, PeqaConfig(init_method="calibrated"), batches, progressbar=False)
+        calibrate(model, config_cls(init_method="calibrated"), batches, progressbar=False)
     assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
     assert torch.isfinite(logits_of(model, {"input_ids": IDS})).all()
 
 
-def test_calibrating_nothing():
-    config = PeqaConfig(init_method="calibrated", target_modules=["nothing_like_this"])
+def test_calibrating_nothing(config_cls):
+    config = config_cls(init_method="calibrated", target_modules=["nothing_like_this"])
     with pytest.raises(ValueError, match="nothing_like_this.*not found"):
         calibrate(tiny("llama"), config, [IDS], progressbar=False)
 
