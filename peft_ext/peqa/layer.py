@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft_ext.peqa.config import PeqaConfig
-from peft_ext.quant.linear import PackedLinear
 from peft_ext.scale_tuning.layer import ScaleTuningLinear
 
 
@@ -15,15 +13,12 @@ class PeqaLinear(ScaleTuningLinear):
 
     prefix = "peqa_"
     adapter_layer_names = ("peqa_delta",)
-
-    def __init__(self, base_layer: PackedLinear, adapter_name: str, config: PeqaConfig) -> None:
-        super().__init__(base_layer, adapter_name, config)
-        self.keep_product = config.keep_product
+    keep_product = False  # until an adapter asks for it
 
     def update_layer(self, adapter_name: str, config: Any) -> None:
         """Add an adapter."""
         super().update_layer(adapter_name, config)
-        self.keep_product = getattr(self, "keep_product", False) or config.keep_product
+        self.keep_product = self.keep_product or config.keep_product
 
     def product_options(self) -> dict[str, Any]:
         return {"keep_product": self.keep_product}
