@@ -49,8 +49,8 @@ from benchmarks.common import (
 from benchmarks.tuning import tiny_llama, trainable
 from peft_ext import AlphaTuningConfig, PeqaConfig
 from peft_ext.models import DEFAULT_MODEL, load_model
+from peft_ext.quant.kernel import KERNEL_VARIABLE
 from peft_ext.quant.linear import PackedLinear
-from peft_ext.quant.matmul import KERNEL_VARIABLE
 from peft_ext.scale_tuning.config import ScaleTuningConfig
 from peft_ext.scale_tuning.quantization import pack_layer
 

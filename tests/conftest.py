@@ -14,6 +14,8 @@ from pathlib import Path
 for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ.setdefault(variable, "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Products with packed weights to float precision; tests/quant/test_kernel.py looks at the fast mode.
+os.environ.setdefault("PEFT_EXT_KERNEL", "exact")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -16,6 +16,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch.autograd.function import once_differentiable
 
+from peft_ext.quant import kernel
 from peft_ext.quant.matmul import linear
 from peft_ext.quant.packing import TILE_ROWS, unpack, unpack_signs
 
@@ -43,16 +44,21 @@ def packed_linear(
     x: torch.Tensor,
     weight: PackedWeight,
     scale: torch.Tensor,
+    bias: Optional[torch.Tensor] = None,
     *,
     keep_product: bool = False,
     trained_planes: Optional[int] = None,
 ) -> torch.Tensor:
-    """`x (scale * (codes - zero_point))^T`, or `x (sum_p alpha_p B_p)^T`; differentiable in `x` and `scale`.
+    """`x (scale * (codes - zero_point))^T + bias`, or `x (sum_p alpha_p B_p)^T + bias`; differentiable in `x`, `scale` and
+    `bias`.
+
+    Without gradients, few rows on a CPU go to the kernel, whose activations are rounded to 8 bits; see `kernel.py`.
 
     Args:
         x: float `[..., in]`.
         weight: The packed codes and zero points.
         scale: float `[out, groups]`; of a binary coding the alphas `[out, groups, bits]`.
+        bias: float `[out]` or None.
         keep_product: Per channel, keep `x (q - z)^T` for the backward instead of the output. Needs more memory; lets
             the model change the output in place. Without effect on group-wise scales and binary coding.
         trained_planes: Compute the gradient of the first alphas only (the others' is zero); all by default. Without
@@ -66,6 +72,8 @@ def packed_linear(
         ValueError: If the last dimension of `x` isn't the weight's number of inputs.
     """
     _check_input(x, weight.in_features)
+    if kernel.takes(x, weight.planes, scale, scale.shape[1]):
+        return kernel.packed_linear(x, weight.planes, scale, weight.zero_point, bias, weight.out_features)
     rows = x.reshape(-1, weight.in_features)
     if not _scales_output(x, weight, scale):
         y = _Blockwise.apply(rows, scale, trained_planes, *weight)
@@ -73,12 +81,16 @@ def packed_linear(
         y = (_Product.apply(rows, *weight) * scale[:, 0]).to(x.dtype)
     else:
         y = _PerChannel.apply(rows, scale, *weight)
-    return y.view(*x.shape[:-1], weight.out_features)
+    return _add_bias(y.view(*x.shape[:-1], weight.out_features), bias)
 
 
 @torch.no_grad()
 def mixed_packed_linear(
-    x: torch.Tensor, weight: PackedWeight, scales: torch.Tensor, choice: torch.Tensor
+    x: torch.Tensor,
+    weight: PackedWeight,
+    scales: torch.Tensor,
+    choice: torch.Tensor,
+    bias: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     """A batch whose samples use different scales on the same codes; for inference.
 
@@ -89,18 +101,22 @@ def mixed_packed_linear(
         weight: The packed codes and zero points.
         scales: float `[n, out, groups]`, or alphas `[n, out, groups, bits]`.
         choice: int64 `[batch]`, the scale that each sample uses.
+        bias: float `[out]` or None.
 
     Returns:
         `[batch, ..., out]` in the dtype of `x`.
     """
     _check_input(x, weight.in_features)
     rows = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), weight.in_features)
+    if kernel.takes(x, weight.planes, scales, scales.shape[2]):
+        of_row = choice.repeat_interleave(rows.shape[1])
+        return kernel.packed_linear(x, weight.planes, scales, weight.zero_point, bias, weight.out_features, of_row)
     if _scales_output(x, weight, scales[0]):
         product = _product(rows.reshape(-1, weight.in_features), weight)
         y = product.view(*rows.shape[:-1], -1).mul_(scales[choice, :, 0][:, None, :])
     else:
         y = _mixed_group_wise(rows, weight, scales, choice)
-    return y.reshape(*x.shape[:-1], weight.out_features)
+    return _add_bias(y.reshape(*x.shape[:-1], weight.out_features), bias)
 
 
 def code_blocks(weight: PackedWeight, groups: int, dtype: torch.dtype) -> Iterator[tuple[int, int, torch.Tensor]]:
@@ -261,6 +277,10 @@ def _scales_output(x: torch.Tensor, weight: PackedWeight, scale: torch.Tensor) -
     """Whether the scale is applied to the product: one scale per channel, uniform codes. Not in float16, whose range
     the bare product with integers may leave."""
     return weight.zero_point is not None and scale.shape[-1] == 1 and x.dtype != torch.float16
+
+
+def _add_bias(y: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 def _sum_dtype(x: torch.Tensor) -> torch.dtype:

@@ -204,16 +204,14 @@ class PackedLinear(nn.Module):
         trained_planes: Optional[int] = None,
     ) -> torch.Tensor:
         """`[..., in] -> [..., out]`; `scale` (a tuner's) stands in for the layer's own. See `packed_linear`."""
-        scale = self.scale if scale is None else scale
-        y = packed_linear(_autocast(x), self.packed, scale, keep_product=keep_product, trained_planes=trained_planes)
-        return self._add_bias(y)
+        x, scale = _autocast(x), self.scale if scale is None else scale
+        return packed_linear(
+            x, self.packed, scale, self.bias, keep_product=keep_product, trained_planes=trained_planes
+        )
 
     def forward_mixed(self, x: torch.Tensor, scales: torch.Tensor, choice: torch.Tensor) -> torch.Tensor:
         """`[batch, ..., in] -> [batch, ..., out]`, sample `i` with `scales[choice[i]]`; see `mixed_packed_linear`."""
-        return self._add_bias(mixed_packed_linear(_autocast(x), self.packed, scales, choice))
-
-    def _add_bias(self, y: torch.Tensor) -> torch.Tensor:
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return mixed_packed_linear(_autocast(x), self.packed, scales, choice, self.bias)
 
     def extra_repr(self) -> str:
         return (

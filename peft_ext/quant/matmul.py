@@ -3,20 +3,17 @@
 
 In float32 on a CPU torch multiplies with MKL, which holds back on processors that aren't Intel's: on an AMD Zen 5,
 oneDNN (in the same torch build) takes a PEQA step from 3.7 to 2.6 s (`benchmarks/peqa_training.py`).
-`PEFT_EXT_KERNEL=torch` turns the choice off.
+`PEFT_EXT_KERNEL=torch` turns the choice off (see `kernel.py`).
 """
 
 from __future__ import annotations
 
 import functools
-import os
 import platform
 
 import torch
 
-
-KERNEL_VARIABLE = "PEFT_EXT_KERNEL"
-KERNELS = ("auto", "torch")
+from peft_ext.quant.kernel import kernel
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -33,15 +30,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _prefers_onednn(x: torch.Tensor) -> bool:
     if x.dtype != torch.float32 or x.device.type != "cpu" or not x.numel() or torch.compiler.is_compiling():
         return False  # a compiler makes its own choice
-    return kernel() == "auto" and _has_onednn() and bool(torch.backends.mkldnn.enabled)
-
-
-def kernel() -> str:
-    """The value of PEFT_EXT_KERNEL: "auto" (the default) or "torch"."""
-    value = os.environ.get(KERNEL_VARIABLE) or "auto"
-    if value not in KERNELS:
-        raise ValueError(f"{KERNEL_VARIABLE}={value!r} is unknown; choose one of {KERNELS}, or unset it.")
-    return value
+    return kernel() != "torch" and _has_onednn() and bool(torch.backends.mkldnn.enabled)
 
 
 @functools.cache

@@ -4,7 +4,8 @@
 import pytest
 import torch
 
-from peft_ext.quant.matmul import KERNEL_VARIABLE, linear
+from peft_ext.quant.kernel import KERNEL_VARIABLE
+from peft_ext.quant.matmul import linear
 
 
 @pytest.fixture(params=["auto", "torch"])

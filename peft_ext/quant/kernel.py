@@ -1,0 +1,190 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""The CPU kernel for few rows: loads it, says what it takes, and makes it an operator that torch's compiler keeps.
+
+`PEFT_EXT_KERNEL` chooses how packed layers multiply: `auto` (the default: the kernel where it is faster, activations rounded
+to 8 bits), `exact` (the kernel, activations in 24 bits) or `torch` (torch's own operations alone).
+`PEFT_EXT_CPU_CAPABILITY` (`portable`, `avx2`, `avx512`) holds the kernel back, as `ATEN_CPU_CAPABILITY` does torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from types import ModuleType
+from typing import Optional
+
+import torch
+
+
+KERNEL_VARIABLE = "PEFT_EXT_KERNEL"
+KERNELS = ("auto", "exact", "torch")
+CAPABILITY_VARIABLE = "PEFT_EXT_CPU_CAPABILITY"
+CAPABILITIES = ("portable", "avx2", "avx512")
+
+# What the module was built from must be what this file calls: PEFT_EXT_KERNEL_VERSION in csrc/packed_linear.h.
+VERSION = 1
+# Up to so many rows the kernel is faster than unpacking and a dense product, by capability; measured: benchmarks/kernels.py
+MAX_ROWS = (8, 64, 1024)
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_INPUTS_OF_BYTE = 8
+
+
+@torch.compiler.assume_constant_result
+def kernel() -> str:
+    """The value of PEFT_EXT_KERNEL.
+
+    Raises:
+        ValueError: If it isn't one of `KERNELS`.
+    """
+    return _choice(KERNEL_VARIABLE, KERNELS, "auto")
+
+
+@torch.compiler.assume_constant_result
+def capability() -> int:
+    """The index in `CAPABILITIES` of the instructions that the kernel uses.
+
+    Raises:
+        ValueError: If PEFT_EXT_CPU_CAPABILITY isn't one of `CAPABILITIES`.
+    """
+    module = _module()
+    best = module.BEST_LEVEL if module is not None else 0
+    return min(best, CAPABILITIES.index(_choice(CAPABILITY_VARIABLE, CAPABILITIES, CAPABILITIES[-1])))
+
+
+@torch.compiler.assume_constant_result
+def available() -> bool:
+    """Whether the kernel is built and of this version; says once if it isn't."""
+    return _module() is not None
+
+
+def takes(x: torch.Tensor, planes: torch.Tensor, scale: torch.Tensor, groups: int) -> bool:
+    """Whether the kernel multiplies `x` with this weight: on a CPU, without gradients, few rows, groups of whole bytes."""
+    if torch.is_grad_enabled() or x.dtype not in _DTYPES or x.device.type != "cpu" or planes.device.type != "cpu":
+        return False
+    in_features = x.shape[-1]
+    if scale.dtype not in _DTYPES or (groups > 1 and in_features % (groups * _INPUTS_OF_BYTE)):
+        return False
+    if kernel() == "torch" or not available():
+        return False
+    return x.numel() <= in_features * MAX_ROWS[capability()]
+
+
+def packed_linear(
+    x: torch.Tensor,
+    planes: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: Optional[torch.Tensor],
+    bias: Optional[torch.Tensor],
+    out_features: int,
+    choice: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    """`[..., in] -> [..., out]` by the kernel; ask [`takes`] first.
+
+    Args:
+        x: float32, bfloat16 or float16 `[..., in]`.
+        planes: uint8 `[tiles, input bytes, bits, 32]`.
+        scale: `[out, groups]`, of a binary coding `[out, groups, bits]`; with `choice` another dimension in front.
+        zero_point: uint8 `[out, groups]`; None for a binary coding.
+        bias: `[out]` or None.
+        out_features: Rows of the weight.
+        choice: int64, for each row of `x` (its leading dimensions flattened) which scale it takes.
+    """
+    exact = kernel() == "exact"
+    if torch.compiler.is_compiling() or not _is_plain(x) or torch._C._len_torch_dispatch_stack():
+        return torch.ops.peft_ext.packed_linear(x, planes, scale, zero_point, bias, choice, out_features, exact)
+    return _run(x, planes, scale, zero_point, bias, choice, out_features, exact)
+
+
+def _run(
+    x: torch.Tensor,
+    planes: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: Optional[torch.Tensor],
+    bias: Optional[torch.Tensor],
+    choice: Optional[torch.Tensor],
+    out_features: int,
+    exact: bool,
+) -> torch.Tensor:
+    in_features = x.shape[-1]
+    y = x.new_empty((*x.shape[:-1], out_features))
+    rows = x.numel() // in_features if in_features else 0
+    if x.dim() != 2 or x.stride(-1) != 1:
+        x = x.contiguous()
+    scale, planes = scale.contiguous(), planes.contiguous()
+    module = _module()
+    assert module is not None  # takes() said so
+    if bias is not None and bias.dtype not in _DTYPES:
+        bias = bias.float()
+    module.packed_linear(
+        x.data_ptr(),
+        y.data_ptr(),
+        _DTYPES[x.dtype],
+        rows,
+        x.stride(0) if x.dim() == 2 else in_features,
+        planes.data_ptr(),
+        planes.shape[2],
+        zero_point is None,
+        out_features,
+        in_features,
+        scale.data_ptr(),
+        _DTYPES[scale.dtype],
+        scale.shape[-1 if zero_point is not None else -2],
+        0 if choice is None else choice.data_ptr(),
+        0 if zero_point is None else zero_point.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if bias is None else _DTYPES[bias.dtype],
+        exact,
+        torch.get_num_threads(),
+        capability(),
+        VERSION,
+    )
+    return y
+
+
+def _is_plain(x: torch.Tensor) -> bool:
+    return type(x) is torch.Tensor or type(x) is torch.nn.Parameter
+
+
+@functools.cache
+def _module() -> Optional[ModuleType]:
+    try:
+        from peft_ext.quant import _kernel  # type: ignore[attr-defined]
+    except ImportError as error:
+        warnings.warn(
+            f"peft-ext's CPU kernel is not there ({error}), so packed layers run on torch's own operations: correct, but "
+            "generation is several times slower. With a C++ compiler on the machine, reinstall: pip install --force-reinstall "
+            "--no-deps peft-ext.",
+            stacklevel=2,
+        )
+        return None
+    if _kernel.VERSION != VERSION:
+        warnings.warn(
+            f"peft-ext's CPU kernel was built for version {_kernel.VERSION} of its interface and this is version {VERSION}, so "
+            "packed layers run on torch's own operations, several times slower. Reinstall: pip install --force-reinstall "
+            "--no-deps peft-ext.",
+            stacklevel=2,
+        )
+        return None
+    return _kernel
+
+
+def _choice(variable: str, values: tuple[str, ...], default: str) -> str:
+    value = os.environ.get(variable) or default
+    if value not in values:
+        raise ValueError(f"{variable}={value!r} is unknown; choose one of {values}, or unset it.")
+    return value
+
+
+_library = torch.library.Library("peft_ext", "DEF")
+_library.define(
+    "packed_linear(Tensor x, Tensor planes, Tensor scale, Tensor? zero_point, Tensor? bias, Tensor? choice, "
+    "int out_features, bool exact) -> Tensor"
+)
+_library.impl("packed_linear", _run, "CPU")
+
+
+@torch.library.register_fake("peft_ext::packed_linear", lib=_library)
+def _fake(x, planes, scale, zero_point, bias, choice, out_features, exact):
+    return x.new_empty((*x.shape[:-1], out_features))

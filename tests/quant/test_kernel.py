@@ -1,0 +1,281 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""The CPU kernel against the float64 product of the same weight; on every path that this processor runs."""
+
+import sys
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peft_ext.quant import functional, kernel
+from peft_ext.quant.functional import PackedWeight, mixed_packed_linear, packed_linear
+from peft_ext.quant.kernel import CAPABILITIES, CAPABILITY_VARIABLE, KERNEL_VARIABLE
+from peft_ext.quant.packing import pack
+
+
+needs_kernel = pytest.mark.skipif(not kernel.available(), reason="the CPU kernel isn't built: no C++ compiler")
+FAST, EXACT = 1e-2, 1e-5
+
+
+@pytest.fixture(params=CAPABILITIES)
+def path(request, monkeypatch):
+    """One path of the kernel."""
+    monkeypatch.delenv(CAPABILITY_VARIABLE, raising=False)
+    if CAPABILITIES.index(request.param) > kernel.capability():
+        pytest.skip(f"this processor has no {request.param}")
+    monkeypatch.setenv(CAPABILITY_VARIABLE, request.param)
+    return request.param
+
+
+@pytest.fixture(params=["auto", "exact"])
+def tolerance(request, monkeypatch):
+    monkeypatch.setenv(KERNEL_VARIABLE, request.param)
+    return FAST if request.param == "auto" else EXACT
+
+
+@pytest.fixture
+def only_the_kernel(monkeypatch):
+    """Fails where torch's operations would step in."""
+
+    def boom(*args):
+        raise AssertionError("not the kernel")
+
+    monkeypatch.setattr(functional, "code_blocks", boom)
+
+
+def make(out_features, in_features, bits, groups=1, binary=False, adapters=1, seed=0):
+    """A packed weight, its scales `[adapters, ...]`, and the float64 weights `[adapters, out, in]`."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (out_features, in_features), generator=generator, dtype=torch.uint8)
+    shape = (adapters, out_features, groups) + ((bits,) if binary else ())
+    scale = torch.rand(shape, generator=generator) + 0.1
+    per_input = in_features // groups
+    spread = scale.double().repeat_interleave(per_input, 2)
+    if binary:
+        zero_point = None
+        signs = torch.stack([((codes >> p) & 1).double() * 2 - 1 for p in range(bits)], -1)
+        dense = (spread * signs).sum(-1)
+    else:
+        middle = 2 ** (bits - 1)
+        zero_point = torch.randint(
+            max(0, middle - 2),
+            min(2**bits, middle + 2),
+            (out_features, groups),
+            generator=generator,
+            dtype=torch.uint8,
+        )
+        dense = spread * (codes.double() - zero_point.double().repeat_interleave(per_input, 1))
+    return PackedWeight(pack(codes, bits), zero_point, out_features, in_features), scale, dense
+
+
+def error(found, expected):
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+@needs_kernel
+@pytest.mark.parametrize("binary", [False, True], ids=["uniform", "binary"])
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("groups", [1, 5], ids=["channel", "groups"])
+def test_product(path, tolerance, only_the_kernel, bits, binary, groups):
+    weight, scale, dense = make(70, 320, bits, groups, binary)
+    bias = torch.randn(70)
+    for rows in (1, 2, 3, 7):
+        x = torch.randn(rows, 320)
+        with torch.no_grad():
+            found = packed_linear(x, weight, scale[0], bias)
+        assert error(found, x.double() @ dense[0].t() + bias) < tolerance
+
+
+@needs_kernel
+@settings(max_examples=60, deadline=None)
+@given(
+    out_features=st.integers(1, 100),
+    in_bytes=st.integers(1, 20),
+    cut=st.integers(0, 7),
+    groups=st.sampled_from([1, 2, 3]),
+    bits=st.integers(1, 8),
+    binary=st.booleans(),
+    rows=st.integers(1, 40),
+    capability=st.sampled_from(CAPABILITIES),
+)
+def test_any_size(out_features, in_bytes, cut, groups, bits, binary, rows, capability):
+    in_features = 8 * in_bytes * groups - (cut if groups == 1 else 0)
+    weight, scale, dense = make(out_features, in_features, bits, groups, binary, seed=rows)
+    x = torch.randn(rows, in_features, generator=torch.Generator().manual_seed(1))
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setenv(CAPABILITY_VARIABLE, capability)
+        patch.setenv(KERNEL_VARIABLE, "exact")
+        patch.setattr(kernel, "MAX_ROWS", (99, 99, 99))
+        patch.setattr(functional, "code_blocks", None)
+        found = packed_linear(x, weight, scale[0])
+    expected = x.double() @ dense[0].t()
+    # a sum may cancel, so the error is measured against what is added up
+    bound = EXACT * (x.double().abs() @ dense[0].abs().t()).norm()
+    assert (found.double() - expected).norm() <= bound
+
+
+@needs_kernel
+@pytest.mark.parametrize("groups", [1, 4], ids=["channel", "groups"])
+@pytest.mark.parametrize("binary", [False, True], ids=["uniform", "binary"])
+def test_rows_with_scales_of_their_own(path, tolerance, only_the_kernel, binary, groups, monkeypatch):
+    monkeypatch.setattr(kernel, "MAX_ROWS", (14, 14, 14))
+    weight, scales, dense = make(48, 128, 3, groups, binary, adapters=5)
+    x, bias = torch.randn(7, 2, 128), torch.randn(48)
+    choice = torch.tensor([4, 0, 0, 2, 1, 3, 4])
+    found = mixed_packed_linear(x, weight, scales, choice, bias)
+    expected = torch.stack([sample.double() @ dense[i].t() + bias for sample, i in zip(x, choice)])
+    assert error(found, expected) < tolerance
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_in_and_out(path, only_the_kernel, dtype):
+    weight, scale, dense = make(64, 256, 4)
+    x, bias = torch.randn(3, 256).to(dtype), torch.randn(64).to(dtype)
+    with torch.no_grad():
+        found = packed_linear(x, weight, scale[0].to(dtype), bias)
+    exact = x.double() @ (dense[0] / scale[0].double() * scale[0].to(dtype).double()).t() + bias.double()
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), exact, rtol=0.01, atol=0.02 * exact.abs().max().item())
+
+
+@needs_kernel
+def test_every_float16_number_comes_through(path, only_the_kernel):
+    """The conversions are our own: subnormal numbers, infinity and rounding to even included."""
+    weight = PackedWeight(pack(torch.tensor([[1]], dtype=torch.uint8), 1), torch.zeros(1, 1, dtype=torch.uint8), 1, 1)
+    scale = torch.ones(1, 1)
+    for dtype in (torch.float16, torch.bfloat16):
+        x = torch.arange(-(2**15), 2**15, 17, dtype=torch.int16).view(dtype)[:, None]
+        x = x[torch.isfinite(x[:, 0]) & (x[:, 0].abs() > 1e-30)]
+        with torch.no_grad():
+            found = torch.cat([packed_linear(part, weight, scale) for part in x.split(4)])
+        torch.testing.assert_close(found, x, rtol=0, atol=0)
+
+
+@needs_kernel
+def test_any_strides_and_shapes(path, only_the_kernel):
+    weight, scale, dense = make(40, 64, 4)
+    wide = torch.randn(6, 128)
+    for x in (wide[:, :64], wide[:, ::2], wide[:3, 64:].t().contiguous().t(), torch.randn(2, 2, 64), torch.randn(64)):
+        with torch.no_grad():
+            assert error(packed_linear(x, weight, scale[0]), x.double() @ dense[0].t()) < EXACT
+    spread = scale[0].expand(40, 1).t().contiguous().t()
+    with torch.no_grad():
+        assert packed_linear(torch.randn(0, 3, 64), weight, spread).shape == (0, 3, 40)
+
+
+@needs_kernel
+def test_large_inputs_among_small_ones_dont_drown_them(path, monkeypatch):
+    """Language models have inputs a hundred times larger than the rest, which a weight may leave out of the result."""
+    monkeypatch.setenv(KERNEL_VARIABLE, "auto")
+    weight, scale, dense = make(64, 512, 4)
+    x = torch.randn(1, 512)
+    x[:, [5, 130, 300]] *= 100
+    with torch.no_grad():
+        found = packed_linear(x, weight, scale[0])
+        outliers = torch.zeros(1, 512)
+        outliers[:, [5, 130, 300]] = x[:, [5, 130, 300]]
+        rest = found - packed_linear(outliers, weight, scale[0])
+    expected = (x - outliers).double() @ dense[0].t()
+    assert error(rest, expected) < 2 * FAST
+
+
+@needs_kernel
+def test_not_a_number_stays_one(path, tolerance):
+    weight, scale, _ = make(40, 128, 4)
+    x = torch.randn(2, 128)
+    x[1, 100] = float("nan")
+    with torch.no_grad():
+        found = packed_linear(x, weight, scale[0])
+    assert torch.isfinite(found[0]).all() and torch.isnan(found[1]).all()
+
+
+@needs_kernel
+def test_threads_dont_change_the_result(path, tolerance):
+    weight, scale, _ = make(1000, 512, 3)
+    x = torch.randn(2, 512)
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            with torch.no_grad():
+                results.append(packed_linear(x, weight, scale[0]))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@needs_kernel
+def test_operator_is_well_formed():
+    weight, scale, _ = make(40, 64, 4, 2)
+    inputs = (torch.randn(3, 64), weight.planes, scale[0], weight.zero_point, torch.randn(40), None, 40, True)
+    torch.library.opcheck(torch.ops.peft_ext.packed_linear.default, inputs)
+
+
+@needs_kernel
+def test_compile_and_export_keep_the_operator():
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            (self.planes, self.zero_point, *self.size), scale, _ = make(40, 64, 4)
+            self.scale = scale[0]
+
+        def forward(self, x):
+            return packed_linear(x, PackedWeight(self.planes, self.zero_point, *self.size), self.scale)
+
+    layer, x = Layer(), torch.randn(3, 64)
+    with torch.no_grad():
+        expected = layer(x)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), expected)
+        exported = torch.export.export(layer, (x,))
+    assert any(node.target is torch.ops.peft_ext.packed_linear.default for node in exported.graph.nodes)
+    torch.testing.assert_close(exported.module()(x), expected)
+
+
+@needs_kernel
+def test_gradients_and_doubles_stay_with_torch(monkeypatch):
+    weight, scale, dense = make(40, 64, 4)
+    monkeypatch.setattr(kernel, "packed_linear", None)
+    packed_linear(torch.randn(2, 64), weight, scale[0])
+    with torch.no_grad():
+        x = torch.randn(2, 64, dtype=torch.float64)
+        torch.testing.assert_close(packed_linear(x, weight, scale[0].double()), x @ dense[0].t())
+        monkeypatch.setenv(KERNEL_VARIABLE, "torch")
+        packed_linear(torch.randn(2, 64), weight, scale[0])
+
+
+@pytest.mark.parametrize("trouble", ["missing", "version"])
+def test_works_without_the_kernel_and_says_so_once(monkeypatch, trouble):
+    monkeypatch.setitem(
+        sys.modules, "peft_ext.quant._kernel", None if trouble == "missing" else SimpleNamespace(VERSION=0)
+    )
+    monkeypatch.delattr("peft_ext.quant._kernel", raising=False)
+    if trouble == "version":
+        monkeypatch.setattr("peft_ext.quant._kernel", sys.modules["peft_ext.quant._kernel"], raising=False)
+    kernel._module.cache_clear()
+    try:
+        weight, scale, dense = make(40, 64, 4)
+        x = torch.randn(2, 64)
+        with torch.no_grad():
+            with pytest.warns(UserWarning, match="CPU kernel.*[Rr]einstall"):
+                found = packed_linear(x, weight, scale[0])
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                packed_linear(x, weight, scale[0])
+        assert error(found, x.double() @ dense[0].t()) < EXACT
+    finally:
+        kernel._module.cache_clear()
+
+
+def test_unknown_settings_are_named(monkeypatch):
+    weight, scale, _ = make(40, 64, 4)
+    for variable, value in ((KERNEL_VARIABLE, "fastest"), (CAPABILITY_VARIABLE, "sse9")):
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setenv(variable, value)
+            with pytest.raises(ValueError, match=f"{variable}='{value}'.*choose one of"):
+                kernel.kernel() if variable == KERNEL_VARIABLE else kernel.capability()
