@@ -14,7 +14,7 @@ from typing import NamedTuple, Union
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 
@@ -68,8 +68,9 @@ def read_headers(files: Iterable[Union[str, PathLike]]) -> dict[str, TensorHeade
 
 
 def stored_layers(headers: Iterable[str], tensor: str) -> list[str]:
-    """The layers that have a tensor of that name, such as `"planes"`."""
-    return [key.removesuffix(f".{tensor}") for key in headers if key.endswith(f".{tensor}")]
+    """The layers that have a tensor of that name, such as `"planes"`; layer 2 before layer 10."""
+    names = [key.removesuffix(f".{tensor}") for key in headers if key.endswith(f".{tensor}")]
+    return sorted(names, key=dot_natural_key)
 
 
 def names_in_model(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
