@@ -2,10 +2,19 @@
 """peft-ext: published methods to adapt and shrink language models, as parts of PEFT. Importing it registers them."""
 
 from peft_ext.alphatuning import AlphaTuningConfig, AlphaTuningModel
-from peft_ext.checkpoint import BcqConfig
+from peft_ext.checkpoint import BcqConfig, load_gptq
 from peft_ext.peqa import PeqaConfig, PeqaModel
 from peft_ext.scale_tuning.calibration import calibrate
 from peft_ext.version import __version__
 
 
-__all__ = ["AlphaTuningConfig", "AlphaTuningModel", "BcqConfig", "PeqaConfig", "PeqaModel", "__version__", "calibrate"]
+__all__ = [
+    "AlphaTuningConfig",
+    "AlphaTuningModel",
+    "BcqConfig",
+    "PeqaConfig",
+    "PeqaModel",
+    "__version__",
+    "calibrate",
+    "load_gptq",
+]

@@ -16,6 +16,8 @@ COMMANDS = {
     "quantize": "write a packed checkpoint of a language model, calibrated on a text",
     "eval": "perplexity of a tuned model on a text",
     "generate": "generate text with a tuned model",
+    "export": "write a tuned model for other engines: compressed-tensors, GGUF, bcq or plain floats",
+    "inspect": "show what is in a checkpoint, an adapter or a run, without loading it",
 }
 
 
@@ -44,7 +46,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         # a damaged file or YAML; their classes come from libraries that --help should not import
         if type(error).__module__.split(".")[0] not in ("safetensors", "yaml"):
             raise
-        return _failed(argv[0], f"a file is damaged: {error}")
+        # safetensors has one class for everything; what the system refused (a full disk) has its number in the message
+        return _failed(argv[0], str(error) if "os error" in str(error) else f"a file is damaged: {error}")
     return 0
 
 

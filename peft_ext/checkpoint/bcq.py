@@ -15,28 +15,30 @@ is quantised weight by weight as it is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
 from typing import Any, Optional
 
 import torch
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from peft_ext.checkpoint.files import TensorHeader, names_in_model, read_headers, stored_layers
 from peft_ext.quant.conversion import dequantize_layers, packed_layers, quantize_layer
 from peft_ext.quant.formats import BinaryCoding, NumberFormat, Uniform, check_number_format
 from peft_ext.quant.linear import PackedLinear
+from peft_ext.quant.packing import TILE_ROWS
 
 
 QUANT_METHOD = "bcq"
 FORMATS = ("binary", "uniform")
+# Counts up when the layout of the tensors changes.
+FORMAT_VERSION = 1
 
 
 class BcqConfig(QuantizationConfigMixin):
@@ -63,6 +65,8 @@ class BcqConfig(QuantizationConfigMixin):
             Other group sizes for some layers: module names or regular expressions mapped to group sizes.
         modules_to_not_convert (`list[str]`, *optional*):
             Modules that stay float; the output layer and tied weights by default.
+        format_version (`int`, *optional*, defaults to `1`):
+            Version of the layout in the files. Don't set it: a checkpoint states what it was written in.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class BcqConfig(QuantizationConfigMixin):
         bits_pattern: Optional[dict[str, int]] = None,
         group_size_pattern: Optional[dict[str, int]] = None,
         modules_to_not_convert: Optional[list[str]] = None,
+        format_version: int = FORMAT_VERSION,
         quant_method: str = QUANT_METHOD,
     ) -> None:
         self.quant_method = quant_method
@@ -83,6 +88,12 @@ class BcqConfig(QuantizationConfigMixin):
         self.bits_pattern = dict(bits_pattern or {})
         self.group_size_pattern = dict(group_size_pattern or {})
         self.modules_to_not_convert = modules_to_not_convert
+        self.format_version = format_version
+        if format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"format_version={format_version!r} of bcq is unknown; this peft-ext reads {FORMAT_VERSION}. The checkpoint "
+                "was written by another release: pip install -U peft-ext."
+            )
         if quant_method != QUANT_METHOD:
             raise ValueError(f"quant_method={quant_method!r} is another method; BcqConfig's is {QUANT_METHOD!r}.")
         if number_format not in FORMATS:
@@ -140,8 +151,7 @@ class BcqHfQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: Optional[list[str]] = None, **kwargs: Any
     ) -> None:
         if self.pre_quantized:
-            stored = None if checkpoint_files is None else _stored_formats(checkpoint_files)
-            self._make_room(model, stored)
+            self._make_room(model, None if checkpoint_files is None else read_headers(checkpoint_files))
             return
         config = self.quantization_config
         skipped = self.get_modules_to_not_convert(
@@ -162,33 +172,42 @@ class BcqHfQuantizer(HfQuantizer):
             if missed:
                 raise ValueError(f"{pattern} has {missed[0]!r}, which matches no layer that is quantised.")
 
-    def _make_room(self, model: PreTrainedModel, stored: Optional[dict[str, NumberFormat]]) -> None:
+    def _make_room(self, model: PreTrainedModel, headers: Optional[dict[str, TensorHeader]]) -> None:
         """Replace the layers that a checkpoint has packed by empty packed ones.
+
+        Args:
+            headers: Of the checkpoint's files; None where the tensors come from elsewhere and the config has to do.
 
         Raises:
             ValueError: If the checkpoint's tensors and its config disagree; names the layer.
         """
         config = self.quantization_config
-        in_file = None if stored is None else _names_in_files(model, stored)
+        stored = [] if headers is None else stored_layers(headers, "planes")
+        in_file = names_in_model(model, stored)
         for name, module in list(model.named_modules()):
             if not isinstance(module, (nn.Linear, Conv1D)):
                 continue
-            number_format = config.format_of(name)
-            if in_file is None or stored is None:
+            number_format, key = config.format_of(name), in_file.get(name)
+            if headers is None:
                 if not should_convert_module(name, config.modules_to_not_convert or []):
                     continue
-            elif name not in in_file:
+            elif key is None:
                 continue
             else:
-                number_format = _checked(in_file[name], stored[in_file[name]], name, module, config)
+                number_format = _checked(key, stored_format(headers, key), name, module, config)
             conv1d = isinstance(module, Conv1D)
             shape = (module.weight.t() if conv1d else module.weight).shape
             empty = PackedLinear.empty(number_format, shape, module.weight.dtype, module.bias, conv1d)
+            if headers is not None and headers[f"{key}.planes"].shape != empty.planes.shape:
+                raise ValueError(
+                    f"layer {key!r}: planes of shape {list(headers[f'{key}.planes'].shape)} aren't those of a weight of "
+                    f"{list(shape)}, which the model has there; one of config.json and the weights isn't this checkpoint's."
+                )
             empty.train(module.training)
             model.set_submodule(name, empty)
         if stored and not in_file:
             raise ValueError(
-                f"the checkpoint's packed layers ({next(iter(stored))!r} and others) are not in {type(model).__name__}; "
+                f"the checkpoint's packed layers ({stored[0]!r} and others) are not in {type(model).__name__}; "
                 "load it with the class that it was saved from."
             )
 
@@ -274,30 +293,27 @@ def check_layer(name: str, number_format: NumberFormat, in_features: int) -> Non
         raise ValueError(f"layer {name!r}: {error}") from error
 
 
-def _stored_formats(files: list[str]) -> dict[str, NumberFormat]:
-    """The format of every packed layer, read off the shapes in the files' headers.
+def stored_format(headers: dict[str, TensorHeader], name: str) -> NumberFormat:
+    """The format of one packed layer, as far as the padded shapes of its tensors tell.
 
     Raises:
-        ValueError: If a file is damaged; names it.
+        ValueError: If its tensors don't belong together; names the layer.
     """
-    shapes: dict[str, list[int]] = {}
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                shapes.update({key: file.get_slice(key).get_shape() for key in file.keys()})
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{str(path)!r} is truncated or no safetensors file ({error}); download or save it again."
-            ) from error
-    formats: dict[str, NumberFormat] = {}
-    for name in [key.removesuffix(".planes") for key in shapes if key.endswith(".planes")]:
-        planes, scale = shapes[f"{name}.planes"], shapes.get(f"{name}.scale")
-        if scale is None or len(planes) != 4:
-            raise ValueError(f"layer {name!r}: the checkpoint has no scales or damaged planes; save it again.")
-        in_features, zero_point = 8 * planes[1], f"{name}.zero_point" in shapes
-        group_size = -1 if scale[1] == 1 else in_features // scale[1]
-        formats[name] = Uniform(planes[2], group_size) if zero_point else BinaryCoding(planes[2], group_size)
-    return formats
+    planes, scale = headers[f"{name}.planes"].shape, headers.get(f"{name}.scale")
+    zero_point = headers.get(f"{name}.zero_point")
+    if scale is None or len(planes) != 4:
+        raise ValueError(f"layer {name!r}: the checkpoint has no scales or damaged planes; save it again.")
+    if zero_point is None:
+        fits = len(scale.shape) == 3 and scale.shape[2] == planes[2]
+    else:
+        fits = len(scale.shape) == 2 and scale.shape == zero_point.shape
+    if not fits or math.ceil(scale.shape[0] / TILE_ROWS) != planes[0]:
+        raise ValueError(
+            f"layer {name!r}: scales of shape {list(scale.shape)} don't belong to planes of shape {list(planes)}; save "
+            "or download the checkpoint again."
+        )
+    group_size = -1 if scale.shape[1] == 1 else 8 * planes[1] // scale.shape[1]
+    return BinaryCoding(planes[2], group_size) if zero_point is None else Uniform(planes[2], group_size)
 
 
 def _checked(key: str, found: NumberFormat, name: str, module: Any, config: BcqConfig) -> NumberFormat:
@@ -321,19 +337,6 @@ def _checked(key: str, found: NumberFormat, name: str, module: Any, config: BcqC
         f"its config.json says {stated[0].name} of {stated[0].bits} bits in {groups}; one of the two files isn't this "
         "checkpoint's. Save or download both again."
     )
-
-
-def _names_in_files(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
-    """The model's layers that a checkpoint has packed, mapped to their names in its files; as the loader renames keys."""
-    conversions = get_model_conversion_mapping(model)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    keys, found = model.state_dict(), {}
-    for name in stored:
-        key, _ = rename_source_key(f"{name}.weight", renamings, converters, model.base_model_prefix, keys)
-        if key in keys:
-            found[key.removesuffix(".weight")] = name
-    return found
 
 
 def _in_features(module: Any) -> int:

@@ -6,11 +6,14 @@ Writing hangs on transformers' own hook: `save_pretrained` asks `model.hf_quanti
 the library's.
 
 Two things in transformers 5.23 with compressed-tensors 0.20 shape the files. Asymmetric weights can't be loaded
-compressed (the
-loader makes no room for their packed zero points), so such a checkpoint asks for `dequantize` and stock transformers
-loads
-it into float layers; `restore` then reads the codes from the files. And that path knows a single scheme, so all
-layers are stored at the width of the widest; `packed_bits` in the model's config keeps the others' own.
+compressed (the loader makes no room for their packed zero points), so such a checkpoint asks for `dequantize` and
+stock transformers loads it into float layers; `restore` then reads the codes from the files. And that path knows a
+single scheme, so all layers are stored in containers of one width: the widest layer's, or a wider one that is asked
+for; `packed_bits` in the model's config keeps the layers' own. A code is stored as a signed number around the middle
+of its own range, so that symmetric codes stay symmetric in a wider container.
+
+vLLM (`CompressedTensorsWNA16`) reads containers of 4 and 8 bits, per channel or in groups of 32, 64 or 128, with zero
+points at 4 bits only; it rounds the scales to the model's float16 or bfloat16. [`vllm_notice`] tells what doesn't fit.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 import torch
 from peft.utils.integrations import skip_init_on_device
@@ -37,6 +40,8 @@ from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.uniform import UNIFORM_BITS, Quantized
 
 
+# What vLLM's mixed-precision kernels (Marlin and its fallbacks) take.
+_VLLM_BITS, _VLLM_GROUP_SIZES = (4, 8), (32, 64, 128)
 # In the model's config: the width of each layer that isn't stored at its own; also tells that weights were packed.
 _OWN_BITS = "packed_bits"
 _TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
@@ -44,12 +49,21 @@ _TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
 
 class PackQuantizedWriter(HfQuantizer):
     """Hands `save_pretrained` the state dict of a model with [`PackedLinear`] layers as compressed-tensors stores
-    it."""
+    it.
+
+    Args:
+        model: Has packed layers of uniform integers, see [`can_store`].
+        container_bits: Width of what holds a code in the file; by default the widest layer's own.
+
+    Raises:
+        ValueError: If that width doesn't exist, or is too narrow for a layer.
+    """
 
     requires_calibration = True
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(_describe(model, packed_layers(model)), pre_quantized=True)
+    def __init__(self, model: PreTrainedModel, container_bits: Optional[int] = None) -> None:
+        self.container_bits = container_bits
+        super().__init__(_describe(model, packed_layers(model), container_bits), pre_quantized=True)
 
     def is_serializable(self) -> bool:
         return True
@@ -65,7 +79,7 @@ class PackQuantizedWriter(HfQuantizer):
         """State dict with `weight_packed`, `weight_scale`, `weight_zero_point`, `weight_shape` for each packed layer."""
         layers = packed_layers(model)
         # the layers may have changed since the model was handed out; file and config must agree
-        self.quantization_config = _describe(model, layers)
+        self.quantization_config = _describe(model, layers, self.container_bits)
         weights = self.quantization_config.quantization_config.config_groups["group_0"].weights
         state_dict = model.state_dict()
         for name, layer in layers.items():
@@ -87,49 +101,75 @@ class StoredConfig(CompressedTensorsConfig):
         return self.to_dict()
 
 
-def compress(layer: PackedLinear, bits: int, sym: bool) -> dict[str, torch.Tensor]:
-    """A packed layer's tensors under compressed-tensors' names, codes `bits` wide; with zero points unless `sym`."""
+def compress(layer: PackedLinear, container_bits: int, sym: bool) -> dict[str, torch.Tensor]:
+    """A packed layer's tensors under compressed-tensors' names, in containers of `container_bits`; with zero points
+    unless `sym`."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     def signed(values: torch.Tensor) -> torch.Tensor:
-        return (values.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+        return (values.to(torch.int16) - 2 ** (layer.bits - 1)).to(torch.int8)
 
     tensors = {
-        "weight_packed": pack_to_int32(signed(layer.codes()), bits),
+        "weight_packed": pack_to_int32(signed(layer.codes()), container_bits),
         "weight_scale": layer.scale.detach().clone(),
         "weight_shape": torch.tensor([layer.out_features, layer.in_features]),
     }
     if not sym and layer.zero_point is not None:
-        tensors["weight_zero_point"] = pack_to_int32(signed(layer.zero_point), bits, packed_dim=0)
+        tensors["weight_zero_point"] = pack_to_int32(signed(layer.zero_point), container_bits, packed_dim=0)
     return tensors
 
 
 def expand(
-    tensors: dict[str, torch.Tensor], stored_bits: int, bits: int, bias: Optional[torch.Tensor]
+    tensors: dict[str, torch.Tensor], container_bits: int, bits: int, bias: Optional[torch.Tensor], name: str
 ) -> PackedLinear:
-    """The packed layer of `bits` bits whose tensors a checkpoint stores with `stored_bits`; the inverse of
-    [`compress`]."""
-    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+    """The packed layer of `bits` bits that a checkpoint stores in containers of `container_bits`; the inverse of
+    [`compress`].
 
-    def unsigned(values: torch.Tensor) -> torch.Tensor:
-        return (values.to(torch.int16) + 2 ** (stored_bits - 1)).to(torch.uint8)
-
+    Raises:
+        ValueError: If the codes don't fit into `bits`; names the layer.
+    """
     shape = torch.Size(tensors["weight_shape"].tolist())
     scale = tensors["weight_scale"].detach().reshape(shape[0], -1).clone()
-    codes = unsigned(unpack_from_int32(tensors["weight_packed"], stored_bits, shape))
     packed_zero_point = tensors.get("weight_zero_point")
-    if packed_zero_point is None:
-        zero_point = torch.full_like(scale, 2 ** (stored_bits - 1), dtype=torch.uint8)
-    else:
-        zero_point = unsigned(unpack_from_int32(packed_zero_point, stored_bits, scale.shape, packed_dim=0))
+    try:
+        codes = unpack_words(tensors["weight_packed"], container_bits, bits, shape)
+        if packed_zero_point is None:
+            zero_point = torch.full_like(scale, 2 ** (bits - 1), dtype=torch.uint8)
+        else:
+            zero_point = unpack_words(packed_zero_point, container_bits, bits, scale.shape, dim=0)
+    except ValueError as error:
+        raise ValueError(f"layer {name!r}: {error}") from error
     sym = bool((zero_point == 2 ** (bits - 1)).all())
     return PackedLinear.from_quantized(Quantized(codes, scale, zero_point), bits, bias, sym=sym)
+
+
+def unpack_words(
+    words: torch.Tensor, container_bits: int, bits: int, shape: torch.Size, dim: Literal[0, 1] = 1
+) -> torch.Tensor:
+    """uint8 codes of `bits` bits out of int32 words that hold them one after the other, lowest bits first.
+
+    Args:
+        words: int32 matrix, `container_bits` for each code along `dim`.
+        shape: What the matrix of codes measures.
+
+    Raises:
+        ValueError: If a code doesn't fit into `bits`.
+    """
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    codes = unpack_from_int32(words, container_bits, shape, packed_dim=dim).to(torch.int16) + 2 ** (bits - 1)
+    if bits < container_bits and codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < 2**bits:
+        raise ValueError(
+            f"the checkpoint holds codes that {bits} bits ({_OWN_BITS} in its config.json) can't; the two files don't "
+            "belong together. Save or download both again."
+        )
+    return codes.to(torch.uint8)
 
 
 @skip_init_on_device
 def restore(model: nn.Module) -> None:
     """Turn float layers that transformers dequantised from a pack-quantized checkpoint back into packed ones, bit for
-    bit.
+    bit. Layers that it left compressed learn the width of their codes.
 
     A layer whose weight is no longer the checkpoint's (it was trained, or adapters were merged) stays float.
 
@@ -137,7 +177,14 @@ def restore(model: nn.Module) -> None:
         ValueError: If the model says that it was packed, but its checkpoint can't be found: its floats would be rounded
         again, to other codes.
     """
-    if not isinstance(model, PreTrainedModel) or not _lies_dequantized(model):
+    if not isinstance(model, PreTrainedModel):
+        return
+    prefix, own_bits = model.base_model_prefix, getattr(model.config, _OWN_BITS, None) or {}
+    for name, module in model.named_modules():
+        if is_compressed(module):
+            own = (own_bits[key] for key in _possible_names(name, prefix) if key in own_bits)
+            module.own_bits = next(own, module.quantization_scheme.weights.num_bits)
+    if not _lies_dequantized(model):
         return
     source = _checkpoint_config(model)
     if source is None:
@@ -147,13 +194,13 @@ def restore(model: nn.Module) -> None:
     layers = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and hasattr(m, "weight")}
     with _open_checkpoint(model) as read:
         for name, module in layers.items():
-            stored = _name_in_file(name, getattr(model, "base_model_prefix", ""), read)
+            stored = _name_in_file(name, prefix, read)
             if stored is None or module.weight.device.type == "meta":
                 continue
             tensors = {key: read(f"{stored}.{key}") for key in _TENSORS}
             stored_bits = scheme["num_bits"]
             present = {key: tensor for key, tensor in tensors.items() if tensor is not None}
-            packed = expand(present, stored_bits, own_bits.get(stored, stored_bits), module.bias)
+            packed = expand(present, stored_bits, own_bits.get(stored, stored_bits), module.bias, name)
             packed.to(module.weight.device).compute_dtype = module.weight.dtype
             if torch.equal(packed.weight, module.weight):
                 packed.train(module.training)
@@ -181,8 +228,17 @@ def _not_found(model: PreTrainedModel, name: str) -> str:
 
 def _name_in_file(name: str, prefix: str, read: Callable[[str], Optional[torch.Tensor]]) -> Optional[str]:
     """What a layer is called in a checkpoint, which may be of the model with or without its head; None: it isn't there."""
-    names = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+    names = _possible_names(name, prefix)
     return next((possible for possible in names if read(f"{possible}.weight_shape") is not None), None)
+
+
+def _possible_names(name: str, prefix: str) -> tuple[str, ...]:
+    return name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")
+
+
+def _own_bits(module: Any) -> int:
+    """The width of a compressed layer's codes, which may lie in wider containers; see [`restore`]."""
+    return getattr(module, "own_bits", module.quantization_scheme.weights.num_bits)
 
 
 def is_compressed(module: nn.Module) -> bool:
@@ -202,9 +258,9 @@ def take_over(module: Any, name: str) -> PackedLinear:
     check_taken_over(module, name)
     if not hasattr(module, "weight_packed"):
         compress_module(module)  # a forward pass has decompressed it; its values lie on the grid, so this is exact
-    bits = module.quantization_scheme.weights.num_bits
+    container_bits = module.quantization_scheme.weights.num_bits
     tensors = {key: getattr(module, key) for key in _TENSORS if hasattr(module, key)}
-    return expand(tensors, bits, bits, module.bias)
+    return expand(tensors, container_bits, _own_bits(module), module.bias, name)
 
 
 def format_of(module: Any, name: str) -> Uniform:
@@ -215,9 +271,8 @@ def format_of(module: Any, name: str) -> Uniform:
     """
     check_taken_over(module, name)
     weights = module.quantization_scheme.weights
-    return Uniform(
-        weights.num_bits, weights.group_size if weights.strategy == "group" else -1, bool(weights.symmetric)
-    )
+    group_size = weights.group_size if weights.strategy == "group" else -1
+    return Uniform(_own_bits(module), group_size, bool(weights.symmetric))
 
 
 def check_taken_over(module: Any, name: str) -> None:
@@ -245,12 +300,33 @@ def release_hook(model: nn.Module) -> None:
         del model.ct_decompress_hook
 
 
-def _describe(model: PreTrainedModel, layers: dict[str, PackedLinear]) -> CompressedTensorsConfig:
+def vllm_notice(config: CompressedTensorsConfig) -> Optional[str]:
+    """What keeps vLLM's kernels from a checkpoint with this config, and the way out; None if nothing does."""
+    weights = config.quantization_config.config_groups["group_0"].weights
+    obstacles = []
+    if weights.num_bits not in _VLLM_BITS:
+        way_out = (
+            "container_bits=4 stores the same numbers in 4-bit containers" if weights.num_bits < 4 else "use 4 or 8"
+        )
+        obstacles.append(f"it takes codes of 4 and 8 bits, not {weights.num_bits} ({way_out})")
+    if weights.num_bits == 8 and not weights.symmetric:
+        obstacles.append("at 8 bits it takes no zero points (quantise with sym=True)")
+    if weights.strategy == "group" and weights.group_size not in _VLLM_GROUP_SIZES:
+        obstacles.append(f"it takes groups of {_VLLM_GROUP_SIZES} or whole channels, not {weights.group_size}")
+    return f"vLLM won't run this checkpoint: {'; '.join(obstacles)}." if obstacles else None
+
+
+def _describe(
+    model: PreTrainedModel, layers: dict[str, PackedLinear], container_bits: Optional[int]
+) -> CompressedTensorsConfig:
     """Write the format of the packed layers into the model's config, and return it."""
-    bits = max(layer.bits for layer in layers.values())
+    widest = max(layer.bits for layer in layers.values())
+    bits = widest if container_bits is None else container_bits
+    if bits not in UNIFORM_BITS or bits < widest:
+        fitting = tuple(width for width in UNIFORM_BITS if width >= widest)
+        raise ValueError(f"container_bits={bits!r} can't hold codes of {widest} bits; choose one of {fitting}.")
     group_size = max(group_sizes(layers))
-    # symmetric at its own width isn't symmetric in a wider container
-    sym = all(layer.sym and layer.bits == bits for layer in layers.values())
+    sym = all(layer.sym for layer in layers.values())
     weights = {
         "num_bits": bits,
         "type": "int",

@@ -17,16 +17,20 @@ from peft_ext.quant.linear import PackedLinear
 FORMATS = ("pack-quantized", "bcq")
 
 
-def make_saveable(model: nn.Module, checkpoint_format: Optional[str] = None) -> None:
+def make_saveable(
+    model: nn.Module, checkpoint_format: Optional[str] = None, container_bits: Optional[int] = None
+) -> None:
     """Let `model.save_pretrained` write packed layers, or floats again where no packed layer is left.
 
     Other modules than transformers' are left alone; their `state_dict` holds the packed tensors.
 
     Args:
         checkpoint_format: `"pack-quantized"` or `"bcq"`; by default the first where it has room for the layers.
+        container_bits: Of pack-quantized: the width of what holds a code in the file; by default the widest code's own.
+            2- and 3-bit codes in containers of 4 are what vLLM's kernels take.
 
     Raises:
-        ValueError: If the format has no room for the layers, or doesn't exist.
+        ValueError: If the format has no room for the layers, or format or width don't exist.
     """
     if checkpoint_format not in (None, *FORMATS):
         raise ValueError(f"format={checkpoint_format!r} is unknown; choose one of {FORMATS}.")
@@ -35,24 +39,37 @@ def make_saveable(model: nn.Module, checkpoint_format: Optional[str] = None) -> 
     if packed_layers(model):
         _take_over_the_rest(model)
         _untie(model)
-        model.hf_quantizer = _writer(model, checkpoint_format)
+        model.hf_quantizer = _writer(model, checkpoint_format, container_bits)
     elif not any(pack_quantized.is_compressed(module) for module in model.modules()):
         _forget_quantization(model)
 
 
-def _writer(model: PreTrainedModel, checkpoint_format: Optional[str]) -> HfQuantizer:
+def take_over(model: nn.Module) -> None:
+    """Turn what stock transformers made of a pack-quantized checkpoint back into packed layers, codes bit for bit.
+
+    Raises:
+        ValueError: If a layer's format has no packed counterpart here, or the checkpoint isn't found; see
+            `pack_quantized.restore`.
+    """
+    pack_quantized.restore(model)
+    _take_over_the_rest(model)
+
+
+def _writer(model: PreTrainedModel, checkpoint_format: Optional[str], container_bits: Optional[int]) -> HfQuantizer:
     room = pack_quantized.can_store(model)
     if checkpoint_format == "bcq" or (checkpoint_format is None and not room):
+        if container_bits is not None:
+            raise ValueError(f"container_bits={container_bits} is for format='pack-quantized'; bcq packs densely.")
         return bcq.BcqHfQuantizer(bcq.describe(model), pre_quantized=True)
     if not room:
         raise ValueError(
             "format='pack-quantized' holds uniform integers of one group size in nn.Linear layers only (and no merged "
             "experts), which this model's aren't all; pass format='bcq'."
         )
-    return pack_quantized.PackQuantizedWriter(model)
+    return pack_quantized.PackQuantizedWriter(model, container_bits)
 
 
-def _take_over_the_rest(model: PreTrainedModel) -> None:
+def _take_over_the_rest(model: nn.Module) -> None:
     """Layers of a compressed base that nothing was tuned on are packed like the others, so that one writer has all."""
     for name, module in list(model.named_modules()):
         if pack_quantized.is_compressed(module):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Optional
 
 from peft_ext import AlphaTuningConfig, PeqaConfig
@@ -19,7 +18,7 @@ from peft_ext.commands.packed_base import (
     number,
     write_base,
 )
-from peft_ext.commands.run_folder import check_folder_writable, parse
+from peft_ext.commands.run_folder import new_folder, parse
 from peft_ext.scale_tuning.config import ScaleTuningConfig
 
 
@@ -43,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
     """Check everything, then quantise, write and compare."""
     (args,) = parse(argv, QuantizeArguments)
     config = _config(args)
-    folder = _check_output(args.output_dir)
+    folder = new_folder(args.output_dir)
     train_blocks, held_out = load_blocks(args, args.seed)
     model = load_checked(args, config, args.format)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -66,18 +65,3 @@ def _config(args: QuantizeArguments) -> ScaleTuningConfig:
         raise ValueError("sym=True is for integers (format='pack-quantized'); a binary coding is symmetric anyway.")
     common = {name: getattr(args, name) for name in ("bits", "group_size", "init_method")}
     return PeqaConfig(**common, sym=args.sym) if args.format == "pack-quantized" else AlphaTuningConfig(**common)
-
-
-def _check_output(output_dir: Optional[str]) -> Path:
-    """The folder of the checkpoint: new or empty.
-
-    Raises:
-        ValueError, OSError: If it is something else, or can't be written.
-    """
-    if not output_dir:
-        raise ValueError("output_dir is missing: pass --output_dir, the folder to write the checkpoint to.")
-    folder = Path(output_dir).expanduser().resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"output_dir={str(folder)!r} is a file or not empty; pass a new folder.")
-    check_folder_writable(folder, "output_dir")
-    return folder

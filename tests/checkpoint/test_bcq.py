@@ -341,6 +341,40 @@ def test_planes_and_config_that_disagree(change, match, packed):
         AutoModelForCausalLM.from_pretrained(packed)
 
 
+def test_an_unknown_format_version(packed):
+    path = packed / "config.json"
+    config = json.loads(path.read_text())
+    assert config["quantization_config"]["format_version"] == 1
+    config["quantization_config"]["format_version"] = 2
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="format_version=2 of bcq is unknown.*reads 1.*pip install -U peft-ext"):
+        AutoModelForCausalLM.from_pretrained(packed)
+
+
+@pytest.mark.parametrize(
+    "part, shape, match",
+    [
+        (
+            "planes",
+            (1, 5, 3, 32),
+            "scales of shape|planes of shape .1, 5, 3, 32. aren't those of a weight of .16, 32.",
+        ),
+        ("planes", (2, 4, 3, 32), r"scales of shape \[16, 2, 3\] don't belong to planes of shape \[2, 4, 3, 32\]"),
+        ("scale", (16, 2, 4), "scales of shape .16, 2, 4. don't belong"),
+        ("scale", (16, 2), "scales of shape .16, 2. don't belong"),
+        ("planes", (4, 3, 32), "damaged planes"),
+    ],
+)
+def test_tensors_of_wrong_shapes(part, shape, match, packed):
+    path = packed / "model.safetensors"
+    tensors = load_file(path)
+    key = f"{LAYER}.{part}"
+    tensors[key] = torch.zeros(shape, dtype=tensors[key].dtype)
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"layer '{LAYER}': .*({match})"):
+        AutoModelForCausalLM.from_pretrained(packed)
+
+
 @pytest.mark.parametrize("left", [0.99, 0.5, 0.0])
 def test_a_truncated_shard(left, packed):
     path = packed / "model.safetensors"

@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from compressed_tensors.config import CompressionFormat
+from compressed_tensors.quantization import QuantizationConfig
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
@@ -21,18 +22,24 @@ from transformers import (
 )
 
 from peft_ext import AlphaTuningConfig, PeqaConfig, calibrate
+from peft_ext.checkpoint.pack_quantized import PackQuantizedWriter, vllm_notice
+from peft_ext.checkpoint.saving import make_saveable
 from peft_ext.quant.linear import PackedLinear
 from tests.cases import adapter_parameters, assert_differs, assert_same, move_adapter, train, tuner_layers
 from tests.tiny_models import inputs, logits_of, save_tiny, tiny
 
 
 FORMATS = {
-    "2bit-groups": {"bits": 2, "group_size": 8},
-    "3bit": {"bits": 3},
-    "4bit-sym": {"bits": 4, "sym": True},
-    "4bit-groups": {"bits": 4, "group_size": 32},
-    "8bit": {"bits": 8},
+    f"{bits}bit-{'groups' if group_size > 0 else 'channel'}{'-sym' if sym else ''}": {
+        "bits": bits,
+        "group_size": group_size,
+        "sym": sym,
+    }
+    for bits in (2, 3, 4, 8)
+    for group_size in (-1, 8)
+    for sym in (False, True)
 }
+CONTAINERS = [(2, 4), (3, 4), (2, 8), (4, 8)]
 BATCHES = [{"input_ids": torch.randint(3, 100, (4, 16), generator=torch.Generator().manual_seed(0))}]
 STOCK = """
 import json, sys
@@ -76,6 +83,8 @@ def test_stock_transformers_loads_it(kwargs, merged, tmp_path, fresh_process):
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "compressed-tensors"
     assert config["format"] == CompressionFormat.pack_quantized.value
+    weights = config["config_groups"]["group_0"]["weights"]
+    assert (weights["num_bits"], weights["symmetric"]) == (kwargs["bits"], kwargs["sym"])
     with torch.no_grad():
         expected = base(input_ids=torch.tensor([[5, 6, 7, 8]])).logits.flatten()
     assert_same(torch.tensor(json.loads(fresh_process(STOCK, tmp_path))), expected, tolerance=1e-4)
@@ -115,6 +124,108 @@ def test_a_config_on_it_takes_the_codes_over(kwargs, tmp_path):
     assert_same(_logits(model), expected)
     losses = train(model, inputs("llama"))
     assert losses[-1] < losses[0] and _codes(model) == codes
+
+
+@pytest.mark.parametrize("sym", [False, True], ids=["asym", "sym"])
+@pytest.mark.parametrize("bits, container_bits", CONTAINERS)
+def test_wider_containers(bits, container_bits, sym, tmp_path, fresh_process):
+    """The same numbers in wider fields: stock transformers computes the same, and our codes come back at their width."""
+    config = PeqaConfig(bits=bits, group_size=8, sym=sym)
+    base = get_peft_model(tiny("llama"), config).unload()
+    codes = _codes(base)
+    make_saveable(base, container_bits=container_bits)
+    base.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    weights = stored["quantization_config"]["config_groups"]["group_0"]["weights"]
+    assert (weights["num_bits"], weights["symmetric"]) == (container_bits, sym)
+    packed = load_file(tmp_path / "model.safetensors")["model.layers.0.mlp.gate_proj.weight_packed"]
+    assert packed.shape == (64, 32 * container_bits // 32)
+    with torch.no_grad():
+        expected = base(input_ids=torch.tensor([[5, 6, 7, 8]])).logits.flatten()
+    assert_same(torch.tensor(json.loads(fresh_process(STOCK, tmp_path))), expected, tolerance=1e-4)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert _codes(get_peft_model(loaded, config)) == codes
+    with pytest.raises(ValueError, match=f"bits={bits}"):
+        get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path), PeqaConfig(bits=8, group_size=8, sym=sym))
+
+
+def test_layers_of_several_widths_stay_symmetric(tmp_path):
+    config = {"bits": 4, "sym": True, "bits_pattern": {"down_proj": 3, "q_proj": 2}}
+    base = get_peft_model(tiny("llama"), PeqaConfig(**config)).unload()
+    base.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert "dequantize" not in json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert_same(_logits(loaded), _logits(base), tolerance=1e-4)
+    assert _codes(get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path), PeqaConfig(**config))) == _codes(base)
+
+
+@pytest.mark.parametrize("kwargs, container_bits", [({"bits": 4}, 3), ({"bits": 3}, 5), ({"bits": 3}, 16)])
+def test_containers_that_do_not_fit(kwargs, container_bits):
+    base = get_peft_model(tiny("llama"), PeqaConfig(**kwargs)).unload()
+    with pytest.raises(ValueError, match=f"container_bits={container_bits} can't hold.*choose one of .*4, 8"):
+        make_saveable(base, container_bits=container_bits)
+
+
+def test_containers_are_for_pack_quantized():
+    base = get_peft_model(tiny("llama"), AlphaTuningConfig(bits=3)).unload()
+    with pytest.raises(ValueError, match="container_bits=4 is for format='pack-quantized'"):
+        make_saveable(base, container_bits=4)
+
+
+def test_codes_wider_than_the_config_says(tmp_path):
+    base = get_peft_model(tiny("llama"), PeqaConfig(bits=4)).unload()
+    base.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["packed_bits"] = {"model.layers.0.self_attn.q_proj": 2}
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="layer 'model.layers.0.self_attn.q_proj': .* codes that 2 bits .*can't"):
+        get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path), PeqaConfig(bits=4))
+
+
+@pytest.mark.parametrize(
+    "kwargs, container_bits, expected",
+    [
+        ({"bits": 4}, None, None),
+        ({"bits": 4, "group_size": 32, "sym": True}, None, None),
+        ({"bits": 8, "sym": True}, None, None),
+        ({"bits": 3}, 4, None),
+        ({"bits": 3}, None, "takes codes of 4 and 8 bits, not 3 .container_bits=4 stores the same numbers"),
+        ({"bits": 8}, None, "at 8 bits it takes no zero points"),
+        ({"bits": 2, "group_size": 8}, None, "not 2 .*groups of .32, 64, 128. or whole channels, not 8"),
+    ],
+)
+def test_what_vllm_takes(kwargs, container_bits, expected):
+    base = get_peft_model(tiny("llama"), PeqaConfig(**kwargs)).unload()
+    notice = vllm_notice(PackQuantizedWriter(base, container_bits).quantization_config)
+    assert notice is None if expected is None else re.search(expected, notice)
+
+
+@pytest.mark.parametrize("kwargs", FORMATS.values(), ids=FORMATS)
+def test_the_config_is_what_vllm_reads(kwargs, tmp_path):
+    """vLLM validates the weights' arguments with compressed-tensors' schema, which forbids extra fields, and makes
+    room for tensors of these names, shapes and types."""
+    get_peft_model(tiny("llama"), PeqaConfig(**kwargs)).unload().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    config.pop("dequantize", None)  # transformers' own; vLLM asks for the keys that it knows
+    scheme = QuantizationConfig.model_validate(config).config_groups["group_0"]
+    assert scheme.targets == ["Linear"] and scheme.input_activations is None and not scheme.weights.dynamic
+    assert scheme.weights.strategy == ("channel" if kwargs["group_size"] == -1 else "group")
+    assert config["ignore"] == ["lm_head"] and config["format"] == "pack-quantized"
+    layer = {
+        key.rsplit(".", 1)[1]: tensor
+        for key, tensor in load_file(tmp_path / "model.safetensors").items()
+        if key.startswith("model.layers.1.mlp.down_proj.")
+    }
+    groups, bits = 1 if kwargs["group_size"] == -1 else 64 // 8, kwargs["bits"]
+    expected = {
+        "weight_packed": ((32, 64 * bits // 32), torch.int32),
+        "weight_scale": ((32, groups), torch.float32),  # copied into a parameter of the model's dtype
+        "weight_shape": ((2,), torch.int64),
+    }
+    if not kwargs["sym"]:
+        expected["weight_zero_point"] = ((32 * bits // 32, groups), torch.int32)
+    assert {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in layer.items()} == expected
 
 
 def test_after_a_forward_too(tmp_path):

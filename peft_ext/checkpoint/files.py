@@ -1,0 +1,86 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""What a checkpoint's files hold, read from their headers alone, and what a model calls it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple, Union
+
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+
+class TensorHeader(NamedTuple):
+    """A stored tensor: its shape, its dtype as safetensors writes it (`"F32"`, `"U8"`), and the file that has it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: str
+
+    @property
+    def nbytes(self) -> int:
+        width = re.match(r"[A-Z]+(\d+)", self.dtype)  # F32, BF16, U8, F8_E4M3; BOOL has a byte
+        return math.prod(self.shape) * (int(width[1]) // 8 if width else 1)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: those that its index names, or all.
+
+    Raises:
+        FileNotFoundError: If the index names a file that isn't there.
+    """
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{str(folder)!r} lacks {name}, which its index names; download or save it again.")
+    return [folder / name for name in names]
+
+
+def read_headers(files: Iterable[Union[str, PathLike]]) -> dict[str, TensorHeader]:
+    """All tensors of some safetensors files, by name.
+
+    Raises:
+        ValueError: If a file is damaged; names it.
+    """
+    headers: dict[str, TensorHeader] = {}
+    for path in map(str, files):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():
+                    part = file.get_slice(key)
+                    headers[key] = TensorHeader(tuple(part.get_shape()), part.get_dtype(), path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path!r} is truncated or no safetensors file ({error}); download or save it again."
+            ) from error
+    return headers
+
+
+def stored_layers(headers: Iterable[str], tensor: str) -> list[str]:
+    """The layers that have a tensor of that name, such as `"planes"`; layer 2 before layer 10."""
+    names = [key.removesuffix(f".{tensor}") for key in headers if key.endswith(f".{tensor}")]
+    return sorted(names, key=dot_natural_key)
+
+
+def names_in_model(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+    """The model's layers that a checkpoint has packed, mapped to their names in its files; as the loader renames keys."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    keys, found = model.state_dict(), {}
+    for name in stored:
+        key, _ = rename_source_key(f"{name}.weight", renamings, converters, model.base_model_prefix, keys)
+        if key in keys:
+            found[key.removesuffix(".weight")] = name
+    return found

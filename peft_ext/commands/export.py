@@ -1,0 +1,116 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""`peft-ext export`: a tuned model, its adapter merged, in the format that another engine reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Optional
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from peft_ext.checkpoint.pack_quantized import vllm_notice
+from peft_ext.checkpoint.saving import make_saveable, take_over
+from peft_ext.commands.packed_base import mebibytes
+from peft_ext.commands.run_folder import load_with_adapter, locate, new_folder, parse, written_whole
+from peft_ext.quant.conversion import dequantize_layers, packed_layers
+
+
+# What `--to` names, and the checkpoint format of ours that it means.
+TARGETS = {"compressed-tensors": "pack-quantized", "bcq": "bcq", "dequantized": None, "gguf": None}
+GGUF_FILE = "model.gguf"
+
+
+@dataclass
+class ExportArguments:
+    """What to export, in which format."""
+
+    model: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "Run folder of `peft-ext tune`, packed checkpoint, or folder of an adapter (or the first argument)."
+        },
+    )
+    adapter: Optional[str] = field(
+        default=None, metadata={"help": "Adapter folder to merge into a packed checkpoint."}
+    )
+    to: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "compressed-tensors (integers, for stock transformers and vLLM), gguf (for llama.cpp), bcq (for "
+            "transformers with peft_ext) or dequantized (plain floats)."
+        },
+    )
+    output_dir: Optional[str] = field(default=None, metadata={"help": "The new folder to write to."})
+    container_bits: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "Of compressed-tensors: store narrower codes in fields of this width; 4 for 2 and 3 bits in vLLM."
+        },
+    )
+    other_tensors: str = field(
+        default="f16", metadata={"help": "Of gguf: what isn't packed, such as embeddings, as f16 or q8_0."}
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Check everything, then merge, write and say what was written."""
+    (args,) = parse(argv, ExportArguments, positional="model")
+    _check(args)
+    folder = new_folder(args.output_dir)
+    base, adapter = locate(args.model, args.adapter)
+    model, tokenizer = load_with_adapter(base, adapter)
+    model = merged(model, args.model)
+    if args.to in ("compressed-tensors", "bcq"):
+        make_saveable(model, TARGETS[args.to], args.container_bits)
+    elif args.to == "dequantized":
+        make_saveable(dequantize_layers(model))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(folder) as partial:
+        _write(model, tokenizer, partial, args)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    print(f"{args.to}: {mebibytes(size)} in {folder}")
+    notice = vllm_notice(model.config.quantization_config) if args.to == "compressed-tensors" else None
+    if notice is not None:
+        print(f"Note: stock transformers loads it; {notice}")
+
+
+def merged(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """The model with packed layers, the adapter merged into them.
+
+    Raises:
+        ValueError: If it has no packed layers.
+    """
+    if isinstance(model, PeftModel):
+        model = model.merge_and_unload()
+    else:
+        take_over(model)
+    if not packed_layers(model):
+        raise ValueError(
+            f"model={name!r} has no packed layers to export; quantise it first: peft-ext quantize --model {name}, or tune it."
+        )
+    return model
+
+
+def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, args: ExportArguments) -> None:
+    if args.to == "gguf":
+        from peft_ext.checkpoint.gguf import export_gguf
+
+        folder.mkdir()
+        export_gguf(model, tokenizer, folder / GGUF_FILE, other_tensors=args.other_tensors)  # tokenizer inside
+        return
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _check(args: ExportArguments) -> None:
+    if not args.model:
+        raise ValueError("model is missing: pass a run folder, a packed checkpoint or an adapter's folder.")
+    if args.to not in TARGETS:
+        raise ValueError(f"to={args.to!r} is unknown; choose one of {tuple(TARGETS)}.")
+    if args.container_bits is not None and args.to != "compressed-tensors":
+        raise ValueError(f"container_bits={args.container_bits} is for --to compressed-tensors; leave it out.")
+    if args.other_tensors != "f16" and args.to != "gguf":
+        raise ValueError(f"other_tensors={args.other_tensors!r} is for --to gguf; leave it out.")

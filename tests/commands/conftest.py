@@ -1,0 +1,56 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""A finished run and packed checkpoints of a tiny model, as `tune` and `quantize` leave them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from peft_ext import AlphaTuningConfig, PeqaConfig
+from tests.cases import move_adapter
+from tests.tiny_tokenizer import save_tiny_model
+
+
+TOKENS = torch.tensor([[5, 6, 7, 8]])
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=TOKENS).logits.float()
+
+
+@pytest.fixture(scope="session")
+def float_folder(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("commands") / "float")
+
+
+def make_run(folder: Path, float_folder: Path, config) -> torch.Tensor:
+    """Write a run folder; returns the tuned model's logits."""
+    base = get_peft_model(AutoModelForCausalLM.from_pretrained(float_folder), config).unload()
+    base.save_pretrained(folder / "base")
+    AutoTokenizer.from_pretrained(float_folder).save_pretrained(folder / "base")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "base"), config)
+    move_adapter(model)
+    model.save_pretrained(folder / "adapter")
+    (folder / "config.yaml").write_text(yaml.safe_dump({"bits": config.bits}))
+    (folder / "metrics.json").write_text("{}")
+    return logits(model)
+
+
+@pytest.fixture(scope="session")
+def run(float_folder, tmp_path_factory):
+    """A run of PEQA at 3 bits in groups of 32, and what it computes."""
+    folder = tmp_path_factory.mktemp("commands") / "run"
+    return folder, make_run(folder, float_folder, PeqaConfig(bits=3, group_size=32, task_type="CAUSAL_LM"))
+
+
+@pytest.fixture(scope="session")
+def binary_run(float_folder, tmp_path_factory):
+    """A run of AlphaTuning at 2 bits."""
+    folder = tmp_path_factory.mktemp("commands") / "binary"
+    return folder, make_run(folder, float_folder, AlphaTuningConfig(bits=2, task_type="CAUSAL_LM"))
