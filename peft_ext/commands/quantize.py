@@ -19,7 +19,8 @@ from peft_ext.commands.packed_base import (
     number,
     write_base,
 )
-from peft_ext.commands.run_folder import check_folder_writable, parse
+from peft_ext.commands.run_folder import parse
+from peft_ext.files import check_folder_writable
 from peft_ext.scale_tuning.config import ScaleTuningConfig
 
 
