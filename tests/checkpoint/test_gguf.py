@@ -22,8 +22,9 @@ from peft_ext import AlphaTuningConfig, PeqaConfig
 from peft_ext.checkpoint.gguf import export_gguf
 from peft_ext.checkpoint.gguf_blocks import block_type, to_blocks
 from peft_ext.checkpoint.gguf_tokenizer import recognize
+from peft_ext.checkpoint.saving import make_saveable
 from peft_ext.models import load_model
-from peft_ext.quant.conversion import packed_layers
+from peft_ext.quant.conversion import dequantize_layers, packed_layers
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.uniform import Quantized
 from tests.cases import assert_same, move_adapter
@@ -32,6 +33,14 @@ from tests.tiny_tokenizer import byte_tokenizer
 
 
 F16 = 2.0**-11  # relative error of rounding to float16
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
@@ -120,6 +129,7 @@ def float_model(name: str, tokenizer) -> transformers.PreTrainedModel:
     else:
         kinds = {
             "llama-tied": (transformers.LlamaConfig, {"tie_word_embeddings": True}),
+            "llama3-positions": (transformers.LlamaConfig, {"attention_bias": True, "rope_parameters": LLAMA3_ROPE}),
             "mistral": (transformers.MistralConfig, {"sliding_window": 32}),
             "qwen2": (transformers.Qwen2Config, {}),
             "qwen3": (transformers.Qwen3Config, {"head_dim": 128}),
@@ -301,14 +311,7 @@ def test_a_packed_base_from_disk_keeps_its_codes(sym, tmp_path):
 def test_llama3_positions(tmp_path):
     tokenizer = byte_tokenizer()
     config = tiny("llama").config
-    config.rope_parameters = {
-        "rope_type": "llama3",
-        "rope_theta": 500.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    }
+    config.rope_parameters = LLAMA3_ROPE
     model = transformers.LlamaForCausalLM(config)
     model.resize_token_embeddings(len(tokenizer))
     reader = gguf.GGUFReader(export_gguf(model, tokenizer, tmp_path / "model.gguf"))
@@ -320,6 +323,22 @@ def test_llama3_positions(tmp_path):
         expected.append(1 if wave < 64 / 4 else 8 if wave > 64 else 1 / ((1 - smooth) / 8 + smooth))
     assert 1 in expected and len(set(expected)) > 2
     np.testing.assert_allclose(factors, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "llama3-positions", "mistral", "qwen2", "qwen3", "gpt2"])
+def test_llama_cpp_computes_the_same(name, tmp_path):
+    """With float files, since it rounds what goes into a quantised matrix."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama.cpp: pip install llama-cpp-python")
+    tokenizer = byte_tokenizer()
+    model = packed_model(name, tokenizer)
+    tokens = inputs("llama")["input_ids"][1]
+    with torch.no_grad():
+        expected = model(input_ids=tokens[None]).logits[0]
+    make_saveable(dequantize_layers(model))
+    path = export_gguf(model, tokenizer, tmp_path / "model.gguf", other_tensors="f32")
+    engine = llama_cpp.Llama(str(path), n_ctx=32, n_threads=1, logits_all=True, verbose=False)
+    engine.eval(tokens.tolist())
+    assert_same(torch.from_numpy(engine.scores[: len(tokens)].copy()), expected, tolerance=2e-3)
 
 
 def test_linear_positions(tmp_path):
@@ -378,6 +397,20 @@ def test_transformers_reads_the_same_tokenizer(make, tmp_path):
     assert types[tokenizer.bos_token_id] == gguf.TokenType.CONTROL
     assert types[tokenizer.convert_tokens_to_ids("<tool>")] == gguf.TokenType.USER_DEFINED
     assert fields["tokenizer.ggml.add_bos_token"].contents() is True
+
+
+@pytest.mark.parametrize("make", [byte_tokenizer, sentencepiece_tokenizer])
+def test_llama_cpp_cuts_text_the_same_way(make, tmp_path):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama.cpp: pip install llama-cpp-python")
+    tokenizer = with_bos(make())
+    path = export_gguf(float_model("llama", tokenizer), tokenizer, tmp_path / "model.gguf")
+    engine = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+    # it puts SentencePiece's space before text that follows a token such as <tool>, too
+    texts = [text for text in (*TEXTS, " the  best") if make is byte_tokenizer or "<tool>" not in text]
+    for text in texts:
+        ids = engine.tokenize(text.encode(), special=True)
+        assert ids == tokenizer(text).input_ids, text
+    assert engine.metadata["tokenizer.chat_template"] == TEMPLATE
 
 
 def test_a_tokenizer_without_bos_says_so(tmp_path):
