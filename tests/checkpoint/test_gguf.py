@@ -397,6 +397,12 @@ def test_transformers_reads_the_same_tokenizer(make, tmp_path):
     assert types[tokenizer.bos_token_id] == gguf.TokenType.CONTROL
     assert types[tokenizer.convert_tokens_to_ids("<tool>")] == gguf.TokenType.USER_DEFINED
     assert fields["tokenizer.ggml.add_bos_token"].contents() is True
+    if make is sentencepiece_tokenizer:
+        assert fields["tokenizer.ggml.add_space_prefix"].contents() is True
+        # the trainer numbers tokens in the order of their merges; the highest score is merged first
+        scores = dict(zip(fields["tokenizer.ggml.tokens"].contents(), fields["tokenizer.ggml.scores"].contents()))
+        merged = [scores[token] for token in tokenizer.convert_ids_to_tokens(range(280, 300))]
+        assert merged == sorted(merged, reverse=True) and len(set(merged)) == 20
 
 
 @pytest.mark.parametrize("make", [byte_tokenizer, sentencepiece_tokenizer])
