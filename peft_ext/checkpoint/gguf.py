@@ -24,8 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_ext.checkpoint.gguf_blocks import block_type, to_blocks, why_no_blocks
 from peft_ext.checkpoint.gguf_tokenizer import add_tokenizer
-from peft_ext.checkpoint.pack_quantized import restore
-from peft_ext.checkpoint.saving import take_over_the_rest
+from peft_ext.checkpoint.saving import take_over
 from peft_ext.files import check_writable, written_whole
 from peft_ext.quant.conversion import packed_layers
 from peft_ext.quant.linear import PackedLinear
@@ -92,6 +91,7 @@ def export_gguf(
 
     Raises:
         ValueError: If llama.cpp has no counterpart of the model or tokenizer; nothing is written then.
+        OSError: If the path can't be written; what was there stays.
         ImportError: If the `gguf` package is missing.
     """
     try:
@@ -103,8 +103,7 @@ def export_gguf(
         raise ValueError(f"other_tensors={other_tensors!r} is unknown; choose one of {FLOAT_TYPES}.")
     architecture = _check_model(model)
     check_writable(path, "path")
-    restore(model)
-    take_over_the_rest(model)
+    take_over(model)
     _warn_of_floats(model, other_tensors)
 
     writer = gguf.GGUFWriter(None, architecture)

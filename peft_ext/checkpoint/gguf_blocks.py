@@ -42,7 +42,7 @@ def block_type(layer: PackedLinear) -> Optional[str]:
     A type without a minimum takes every zero point that leaves the differences `code - zero_point` in its range: all of
     2 and 3 bits fit Q4_0, so that asymmetric ones lose nothing but the precision of their scales.
     """
-    if layer.zero_point is None or layer.scale.shape[1] * BLOCK_SIZE > layer.in_features or _group(layer) % BLOCK_SIZE:
+    if layer.zero_point is None or _group(layer) % BLOCK_SIZE:
         return None
     low, high = -int(layer.zero_point.max()), 2**layer.bits - 1 - int(layer.zero_point.min())
     for name, (bits, offset) in BLOCK_TYPES.items():

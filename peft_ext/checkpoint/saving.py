@@ -33,21 +33,22 @@ def make_saveable(model: nn.Module, checkpoint_format: Optional[str] = None) -> 
     if not isinstance(model, PreTrainedModel):
         return
     if packed_layers(model):
-        take_over_the_rest(model)
+        _take_over_the_rest(model)
         _untie(model)
         model.hf_quantizer = _writer(model, checkpoint_format)
     elif not any(pack_quantized.is_compressed(module) for module in model.modules()):
         _forget_quantization(model)
 
 
-def take_over_the_rest(model: PreTrainedModel) -> None:
-    """Layers of a compressed base that nothing was tuned on are packed like the others, so that one writer has all."""
-    for name, module in list(model.named_modules()):
-        if pack_quantized.is_compressed(module):
-            packed = pack_quantized.take_over(module, name)
-            packed.train(module.training)
-            model.set_submodule(name, packed)
-    pack_quantized.release_hook(model)
+def take_over(model: nn.Module) -> None:
+    """Turn what stock transformers made of a pack-quantized checkpoint back into packed layers, codes bit for bit.
+
+    Raises:
+        ValueError: If a layer's format has no packed counterpart here, or the checkpoint isn't found; see
+            `pack_quantized.restore`.
+    """
+    pack_quantized.restore(model)
+    _take_over_the_rest(model)
 
 
 def _writer(model: PreTrainedModel, checkpoint_format: Optional[str]) -> HfQuantizer:
@@ -60,6 +61,16 @@ def _writer(model: PreTrainedModel, checkpoint_format: Optional[str]) -> HfQuant
             "experts), which this model's aren't all; pass format='bcq'."
         )
     return pack_quantized.PackQuantizedWriter(model)
+
+
+def _take_over_the_rest(model: nn.Module) -> None:
+    """Layers of a compressed base that nothing was tuned on are packed like the others, so that one writer has all."""
+    for name, module in list(model.named_modules()):
+        if pack_quantized.is_compressed(module):
+            packed = pack_quantized.take_over(module, name)
+            packed.train(module.training)
+            model.set_submodule(name, packed)
+    pack_quantized.release_hook(model)
 
 
 def _untie(model: PreTrainedModel) -> None:
