@@ -12,11 +12,12 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from peft_ext import PeqaConfig
+from peft_ext import PeqaConfig, calibrate
 from peft_ext.checkpoint.gguf import export_gguf
 from peft_ext.checkpoint.saving import make_saveable
 from peft_ext.models import load_model, load_tokenizer
 from peft_ext.quant.conversion import dequantize_layers, packed_layers
+from peft_ext.text import PYTHON_DOCS, load_text, token_blocks
 
 
 pytestmark = pytest.mark.real
@@ -26,7 +27,7 @@ NEAR = 0.5  # logits, whose standard deviation over the vocabulary is 3 to 4
 FORMATS = {
     "4bit-sym-groups": {"bits": 4, "group_size": 32, "sym": True},  # Q4_0, the codes as they are
     "4bit-channel": {"bits": 4},  # Q4_1
-    "3bit-channel": {"bits": 3},  # Q4_0
+    "3bit-channel": {"bits": 3, "init_method": "calibrated"},  # Q4_0
 }
 
 
@@ -56,7 +57,11 @@ def prompts(tokenizer) -> list[str]:
 @pytest.mark.parametrize("kwargs", FORMATS.values(), ids=FORMATS)
 def test_llama_cpp_writes_the_same_text(kwargs, llama_cpp, tokenizer, prompts, tmp_path):
     config = PeqaConfig(target_modules="all-linear", **kwargs)
-    model = get_peft_model(load_model(dtype=torch.float32), config).merge_and_unload().eval()
+    model = load_model(dtype=torch.float32)
+    if config.init_method == "calibrated":
+        train = token_blocks(tokenizer, load_text(PYTHON_DOCS).train, 128)
+        calibrate(model, config, [{"input_ids": train[:16]}], progressbar=False)
+    model = get_peft_model(model, config).merge_and_unload().eval()
     packed = export_gguf(model, tokenizer, tmp_path / "packed.gguf")
     # what the file holds: scales in float16
     for layer in packed_layers(model).values():
