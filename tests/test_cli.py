@@ -287,7 +287,7 @@ def test_quantising_gpt2_says_which_format_has_room(gpt2_flags, tmp_path, capsys
 
 
 def test_what_a_killed_run_left_is_swept_away(finished, tmp_path):
-    from peft_ext.commands.run_folder import sweep, written_whole
+    from peft_ext.files import sweep, written_whole
 
     with pytest.raises(KeyboardInterrupt), written_whole(tmp_path / "base") as partial:
         partial.mkdir()

@@ -10,15 +10,20 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
-def save_tiny_model(folder: Path) -> Path:
-    """Write model and tokenizer; returns the folder."""
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Single bytes, a few merges and an end token; 258 ids."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=260, initial_alphabet=alphabet, special_tokens=["<eos>"])
     tokenizer.train_from_iterator(["a b"], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+
+
+def save_tiny_model(folder: Path) -> Path:
+    """Write model and tokenizer; returns the folder."""
+    fast = byte_tokenizer()
     fast.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(

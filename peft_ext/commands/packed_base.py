@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peft_ext.checkpoint.saving import make_saveable
-from peft_ext.commands.run_folder import written_whole
+from peft_ext.files import written_whole
 from peft_ext.models import DEFAULT_MODEL, load_model, load_tokenizer
 from peft_ext.perplexity import perplexity
 from peft_ext.quant.conversion import packed_layers

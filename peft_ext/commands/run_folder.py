@@ -11,22 +11,17 @@ loss.png      the loss curve
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from peft_ext.files import check_folder_writable
 from peft_ext.models import load_model, load_tokenizer
 
 
-# In the name of what is being written.
-_PARTIAL = "-partial-"
 _ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -132,52 +127,6 @@ def parse(argv: Sequence[str], *kinds: type, positional: Optional[str] = None) -
     return parser.parse_args_and_config(argv)
 
 
-@contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
-    """A temporary path beside `target` that takes its place if the block succeeds; for a file or a folder."""
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}{_PARTIAL}", dir=target.parent))
-    try:
-        yield partial / target.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        os.replace(partial / target.name, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def sweep(folder: Path) -> None:
-    """Remove what a killed process left half-written in a folder."""
-    for path in folder.glob(f".*{_PARTIAL}*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def check_writable(target: Path, argument: str) -> None:
-    """Refuse, before any long work, a file that can't be written.
-
-    Raises:
-        OSError: Names the argument and the file.
-    """
-    if target.is_dir():
-        raise IsADirectoryError(f"{argument}={str(target)!r} is a folder; pass a file.")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"{argument}={str(target)!r}: the folder {str(target.parent)!r} does not exist.")
-    if not os.access(target.parent, os.W_OK):
-        raise PermissionError(f"{argument}={str(target)!r} can't be written: no permission.")
-
-
-def check_folder_writable(folder: Path, argument: str) -> None:
-    """Refuse, before any long work, a folder that can't be made.
-
-    Raises:
-        PermissionError: Names the argument and the folder.
-    """
-    parent = next(path for path in (folder, *folder.parents) if path.exists())
-    try:
-        tempfile.TemporaryDirectory(dir=parent).cleanup()
-    except OSError as error:
-        raise PermissionError(f"{argument}={str(folder)!r} can't be written: {error}") from error
-
-
 def new_folder(output_dir: Optional[str]) -> Path:
     """The folder that `--output_dir` names: new or empty, and checked before any long work.
 
@@ -191,9 +140,3 @@ def new_folder(output_dir: Optional[str]) -> Path:
         raise FileExistsError(f"output_dir={str(folder)!r} is a file or not empty; pass a new folder.")
     check_folder_writable(folder, "output_dir")
     return folder
-
-
-def write_json(target: Path, value: Any) -> None:
-    """Write JSON, whole or not at all."""
-    with written_whole(target) as path:
-        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -32,7 +32,8 @@ from peft_ext.commands.packed_base import (
     number,
     write_base,
 )
-from peft_ext.commands.run_folder import check_folder_writable, parse, sweep, write_json, written_whole
+from peft_ext.commands.run_folder import parse
+from peft_ext.files import check_folder_writable, sweep, write_json, written_whole
 from peft_ext.models import load_model
 from peft_ext.perplexity import perplexity
 from peft_ext.scale_tuning.config import ScaleTuningConfig

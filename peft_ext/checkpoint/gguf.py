@@ -1,0 +1,322 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Export to GGUF, llama.cpp's file: packed layers with their codes unchanged, the rest as floats, the tokenizer.
+
+Source: llama.cpp's `convert_hf_to_gguf.py` (tensor names from the `gguf` package, hyperparameters, the order of the
+rows of q and k).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Optional, Union
+
+import numpy as np
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
+
+from peft_ext.checkpoint.gguf_blocks import block_type, to_blocks, why_no_blocks
+from peft_ext.checkpoint.gguf_tokenizer import add_tokenizer
+from peft_ext.checkpoint.saving import take_over
+from peft_ext.files import check_writable, written_whole
+from peft_ext.quant.conversion import packed_layers
+from peft_ext.quant.linear import PackedLinear
+
+
+# A model's class to the architecture's name in gguf.MODEL_ARCH_NAMES.
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "GPT2LMHeadModel": "gpt2",
+}
+FLOAT_TYPES = ("f32", "f16", "bf16", "q8_0")
+# What llama.cpp's graphs have built in, by architecture: attributes of a config and their possible values.
+_BUILT_IN: dict[str, dict[str, tuple]] = {
+    "gpt2": {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+    },
+    "llama": {"hidden_act": ("silu", "swish")},
+}
+_ROPE_TYPES = ("default", "linear", "llama3")
+
+
+class _Tensor(NamedTuple):
+    """A tensor of the file: its shape as torch counts, GGUF's type of it, and what makes the bytes of its rows."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: Any
+    data: Callable[[], np.ndarray]
+
+
+def export_gguf(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Union[str, Path],
+    *,
+    other_tensors: str = "f16",
+    pre_tokenizer: Optional[str] = None,
+) -> Path:
+    """Write a model with packed layers as one GGUF file, which llama.cpp runs; whole or not at all.
+
+    Uniform integers keep their codes: up to 3 bits, and symmetric ones of 4, become Q4_0, asymmetric ones of 4 bits Q4_1,
+    wider ones Q5_0, Q5_1 or Q8_0, whichever is the smallest that holds them. Scales per channel, and per group of a
+    multiple of 32 inputs, are repeated for every block of 32. Scales are rounded to float16. What has no place in blocks
+    (binary codings, other groups, asymmetric 8 bits) is stored like the embeddings, with a warning.
+
+    Args:
+        model: A Llama, Mistral, Qwen2, Qwen3 or GPT-2 with a language-modelling head, adapters merged
+            (`merge_and_unload()`). Layers of a compressed-tensors checkpoint are turned into packed ones.
+        tokenizer: Its fast tokenizer; special tokens and chat template go along.
+        path: The file to write; one that is there is replaced.
+        other_tensors: `"f16"`, `"q8_0"` (half the size, rounded to 8 bits in blocks of 32), `"bf16"` or `"f32"`:
+            embeddings and every matrix that isn't stored in blocks. Norms and biases are float32 always, and so are
+            GPT-2's positions.
+        pre_tokenizer: llama.cpp's name of what cuts text before BPE, where it can't be recognised.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If llama.cpp has no counterpart of the model or tokenizer; nothing is written then.
+        OSError: If the path can't be written; what was there stays.
+        ImportError: If the `gguf` package is missing.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError("the export to GGUF needs: pip install 'peft-ext[cli]' (or gguf)") from error
+    path = Path(path).expanduser()
+    if other_tensors not in FLOAT_TYPES:
+        raise ValueError(f"other_tensors={other_tensors!r} is unknown; choose one of {FLOAT_TYPES}.")
+    architecture = _check_model(model)
+    check_writable(path, "path")
+    take_over(model)
+    _warn_of_floats(model, other_tensors)
+
+    writer = gguf.GGUFWriter(None, architecture)
+    tensors = list(_tensors(model, architecture, gguf.GGMLQuantizationType[other_tensors.upper()]))
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(Path(model.config.name_or_path).name or architecture)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_file_type(_file_type(tensors))
+    _add_hyperparameters(writer, model.config, architecture)
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    writer.add_vocab_size(vocab_size)
+    add_tokenizer(writer, tokenizer, model.config, vocab_size, pre_tokenizer)
+    with written_whole(path) as partial:
+        _write(writer, tensors, partial)
+    return path
+
+
+def _check_model(model: nn.Module) -> str:
+    """The architecture's name.
+
+    Raises:
+        ValueError: If it isn't supported, adapters aren't merged, or llama.cpp computes something else.
+    """
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            "the model has adapters, which GGUF has no room for; export model.merge_and_unload() instead."
+        )
+    name = type(model).__name__
+    if name not in ARCHITECTURES:
+        raise ValueError(f"the architecture {name} can't be exported to GGUF; supported are {tuple(ARCHITECTURES)}.")
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        raise ValueError("the model has weights on the meta device; load them first.")
+    architecture, config = ARCHITECTURES[name], model.config
+    for attribute, values in _BUILT_IN["gpt2" if architecture == "gpt2" else "llama"].items():
+        value = getattr(config, attribute)
+        if value not in values:
+            raise ValueError(f"llama.cpp's {architecture} has {attribute} of {values} only; the model's is {value!r}.")
+    rope_type = _rope(config).get("rope_type", "default")
+    if rope_type not in _ROPE_TYPES:
+        raise ValueError(f"positions of rope_type={rope_type!r} can't be exported to GGUF, only {_ROPE_TYPES}.")
+    return architecture
+
+
+def _warn_of_floats(model: nn.Module, other_tensors: str) -> None:
+    """Say which packed layers lose their size in the file."""
+    reasons = {name: why_no_blocks(layer) for name, layer in packed_layers(model).items() if block_type(layer) is None}
+    for reason, count in Counter(reasons.values()).items():
+        first = next(name for name in reasons if reasons[name] == reason)
+        warnings.warn(
+            f"{count} packed layers are stored as {other_tensors.upper()} in the GGUF, larger than they are: {reason} "
+            f"(first: {first!r}).",
+            stacklevel=3,
+        )
+
+
+def _tensors(model: PreTrainedModel, architecture: str, other: Any) -> Iterator[_Tensor]:
+    """The tensors of the file, with their data still to be made. other: type of matrices that aren't in blocks."""
+    import gguf
+
+    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
+
+    def named(key: str) -> str:
+        name = names.get_name(key, try_suffixes=(".weight", ".bias"))
+        if name is None:
+            raise ValueError(f"{key!r} has no counterpart in llama.cpp's {architecture}; it can't be exported.")
+        return name
+
+    factors = _rope_factors(model.config)
+    if factors is not None:
+        name = gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS] + ".weight"
+        yield _float_tensor(name, tuple(factors.shape), gguf.GGMLQuantizationType.F32, lambda: factors)
+    layers = packed_layers(model)
+    for module_name, layer in layers.items():
+        name = named(f"{module_name}.weight")
+        rows = _rows(name, layer.out_features, model.config, architecture)
+        block = block_type(layer)
+        if block is None:
+            yield _float_tensor(name, (layer.out_features, layer.in_features), other, layer.dequantize, rows)
+        else:
+            yield _block_tensor(name, module_name, layer, gguf.GGMLQuantizationType[block], rows)
+    # a tied output layer is listed once, as the embedding, which llama.cpp takes for it
+    for key, parameter in model.named_parameters():
+        module_name, _, attribute = key.rpartition(".")
+        if module_name in layers and attribute != "bias":
+            continue
+        name = named(key)
+        value = parameter.data
+        if attribute == "weight" and isinstance(model.get_submodule(module_name), Conv1D):
+            value = value.t()
+        float32 = value.dim() < 2 or names.get_type(key, (".weight",)) == gguf.MODEL_TENSOR.POS_EMBD
+        type_ = gguf.GGMLQuantizationType.F32 if float32 else other
+        rows = _rows(name, len(value), model.config, architecture)
+        yield _float_tensor(name, tuple(value.shape), type_, value.detach, rows)
+
+
+def _block_tensor(
+    name: str, module_name: str, layer: PackedLinear, type_: Any, rows: Optional[torch.Tensor]
+) -> _Tensor:
+    def data() -> np.ndarray:
+        try:
+            return to_blocks(layer, type_.name, rows)
+        except ValueError as error:
+            raise ValueError(f"layer {module_name!r}: {error}") from error
+
+    return _Tensor(name, (layer.out_features, layer.in_features), type_, data)
+
+
+def _float_tensor(
+    name: str,
+    shape: tuple[int, ...],
+    type_: Any,
+    weight: Callable[[], torch.Tensor],
+    rows: Optional[torch.Tensor] = None,
+) -> _Tensor:
+    """A tensor rounded to a float type or Q8_0."""
+    import gguf
+
+    if shape[-1] % gguf.GGML_QUANT_SIZES[type_][0]:
+        type_ = gguf.GGMLQuantizationType.F16  # as llama.cpp's converter
+
+    def data() -> np.ndarray:
+        value = weight().float().cpu()
+        value = value if rows is None else value[rows]
+        with np.errstate(over="ignore"):
+            stored = gguf.quantize(np.ascontiguousarray(value.numpy()), type_)
+        if stored.dtype == np.float16 and not np.isfinite(stored).all():
+            raise ValueError(f"tensor {name!r} has values beyond float16; pass other_tensors='bf16' or 'f32'.")
+        return stored
+
+    return _Tensor(name, shape, type_, data)
+
+
+def _rows(name: str, count: int, config: PretrainedConfig, architecture: str) -> Optional[torch.Tensor]:
+    """The order in which llama.cpp wants a tensor's rows; None: as they are.
+
+    Its Llama rotates neighbouring dimensions of a head, transformers' the first half with the second (`permute` in its
+    converter).
+    """
+    heads = {"attn_q": config.num_attention_heads, "attn_k": getattr(config, "num_key_value_heads", None)}
+    kind = name.split(".")[-2]
+    if architecture != "llama" or kind not in heads:
+        return None
+    return torch.arange(count).view(heads[kind], 2, -1).transpose(1, 2).reshape(-1)
+
+
+def _rope(config: PretrainedConfig) -> dict[str, Any]:
+    return getattr(config, "rope_parameters", None) or {}
+
+
+def _rope_factors(config: PretrainedConfig) -> Optional[torch.Tensor]:
+    """Llama 3's scaling of positions: what each frequency is divided by, float `[head_dim / 2]`."""
+    rope = _rope(config)
+    if rope.get("rope_type") != "llama3":
+        return None
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = rope["rope_theta"] ** -(torch.arange(len(scaled), dtype=torch.float64) / len(scaled))
+    return plain / scaled
+
+
+def _add_hyperparameters(writer: Any, config: PretrainedConfig, architecture: str) -> None:
+    import gguf
+
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_head_count(config.num_attention_heads)
+    if architecture == "gpt2":
+        writer.add_context_length(config.max_position_embeddings)
+        writer.add_feed_forward_length(config.n_inner or 4 * config.hidden_size)
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+        return
+    # full attention, which llama.cpp computes here, is the same up to the window
+    window = getattr(config, "sliding_window", None) or math.inf
+    writer.add_context_length(int(min(config.max_position_embeddings, window)))
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    rope = _rope(config)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope.get("rope_type") == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+
+
+def _file_type(tensors: list[_Tensor]) -> int:
+    """What llama.cpp calls the file: the type that most weights have."""
+    import gguf
+
+    weights: Counter[str] = Counter()
+    for tensor in tensors:
+        weights[tensor.type.name] += math.prod(tensor.shape)
+    most = weights.most_common(1)[0][0]
+    return gguf.LlamaFileType["ALL_F32" if most == "F32" else f"MOSTLY_{most}"]
+
+
+def _write(writer: Any, tensors: list[_Tensor], path: Path) -> None:
+    """Write metadata and tensors; one tensor at a time is in memory."""
+    import gguf
+
+    for tensor in tensors:
+        row_bytes = gguf.quant_shape_to_byte_shape(tensor.shape, tensor.type)
+        size = math.prod(row_bytes)
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=tensor.type)
+    try:
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in tensors:
+            writer.write_tensor_data(tensor.data())
+        writer.flush()
+    finally:
+        writer.close()
