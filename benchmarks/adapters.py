@@ -59,9 +59,9 @@ def measure_loading(args: argparse.Namespace) -> dict[str, Any]:
         reset_peak()
         before, seconds = resident_bytes(), []
         for path in tqdm(folders, desc="Loading", leave=False, disable=None):
-            started = time.perf_counter()
+            started = time.process_time()  # of the processor: the files are in the system's cache
             model.load_adapter(str(path), path.name)
-            seconds.append(time.perf_counter() - started)
+            seconds.append(time.process_time() - started)
         reset_peak()
         grown = resident_bytes() - before
         names = [path.name for path in folders]
@@ -176,9 +176,9 @@ def loading_table(found: dict[str, Any], adapters: int) -> str:
     rows = [
         [f"{adapters:,} adapter files, MB", f"{found['files'] / MB:,.1f}"],
         ["Resident memory grown, MB", f"{found['grown'] / MB:,.1f}"],
-        ["Loading one, the first, ms", f"{1e3 * found['first_seconds']:.0f}"],
-        ["Loading one, the last, ms", f"{1e3 * found['last_seconds']:.0f}"],
-        ["Loading all, s", f"{found['seconds']:.0f}"],
+        ["Loading one, the first, ms of processor time", f"{1e3 * found['first_seconds']:.0f}"],
+        ["Loading one, the last, ms of processor time", f"{1e3 * found['last_seconds']:.0f}"],
+        ["Loading all, s of processor time", f"{found['seconds']:.0f}"],
         ["A switch with one adapter loaded, microseconds", f"{1e6 * found['switch_with_one']:.0f}"],
         ["A switch with all loaded, microseconds", f"{1e6 * found['switch']:.0f}"],
         ["A switch with all loaded, inference_mode, microseconds", f"{1e6 * found['switch_frozen']:.0f}"],
