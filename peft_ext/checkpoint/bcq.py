@@ -29,7 +29,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from peft_ext.checkpoint.files import TensorHeader, names_in_model, read_headers, stored_layers
-from peft_ext.quant.conversion import dequantize_layers, packed_layers, quantize_layer
+from peft_ext.quant.conversion import dequantize_layers, float_layers, packed_layers, quantize_layer
 from peft_ext.quant.formats import BinaryCoding, NumberFormat, Uniform, check_number_format
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.packing import TILE_ROWS
@@ -275,7 +275,7 @@ def describe(model: PreTrainedModel) -> BcqConfig:
         sym=all(getattr(number_format, "sym", False) for number_format in formats),
         bits_pattern={name: layer.bits for name, layer in layers.items() if layer.bits != most},
         group_size_pattern={name: layer.group_size for name, layer in layers.items() if layer.group_size != groups},
-        modules_to_not_convert=[n for n, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))],
+        modules_to_not_convert=list(float_layers(model)),
     )
     model.config.quantization_config = config
     return config

@@ -34,7 +34,7 @@ from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file
 
-from peft_ext.quant.conversion import dequantize_layers, packed_layers
+from peft_ext.quant.conversion import dequantize_layers, float_layers, packed_layers
 from peft_ext.quant.formats import Uniform
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.uniform import UNIFORM_BITS, Quantized
@@ -338,7 +338,7 @@ def _describe(
         config_groups={"group_0": {"targets": ["Linear"], "weights": weights}},
         format="pack-quantized",
         quantization_status="compressed",
-        ignore=[name for name, module in model.named_modules() if isinstance(module, nn.Linear)],
+        ignore=list(float_layers(model)),
         dequantize=not sym,
     )
     model.config.quantization_config = config

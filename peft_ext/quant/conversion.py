@@ -49,7 +49,7 @@ def quantize_layer(
 
 def to_float(layer: PackedLinear) -> nn.Module:
     """The plain `nn.Linear` or `Conv1D` with a packed layer's weight, in the dtype that it had before."""
-    weight = layer.weight
+    weight = layer.dequantize().to(layer.compute_dtype)
     if layer.conv1d:
         module: Any = Conv1D(0, 0)
         module.nf, module.nx = layer.out_features, layer.in_features
@@ -72,3 +72,12 @@ def dequantize_layers(model: nn.Module, dtype: Optional[torch.dtype] = None) -> 
 def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
     """The packed layers of a model, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
+def float_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of a model that could be packed and aren't, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, PackedLinear)
+    }

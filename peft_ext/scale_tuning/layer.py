@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, Optional
 
 import torch
@@ -12,6 +13,30 @@ from torch import nn
 
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.scale_tuning.config import ScaleTuningConfig
+
+
+class Mixture:
+    """Which adapter each sample of a batch uses; made once for a forward or a whole `generate`, for all layers.
+
+    Args:
+        adapter_names: One for each sample; `"__base__"` for none.
+    """
+
+    def __init__(self, adapter_names: list[str]) -> None:
+        self.names = list(dict.fromkeys(adapter_names)) or ["__base__"]
+        index = {name: position for position, name in enumerate(self.names)}
+        self.choice = torch.tensor([index[name] for name in adapter_names], dtype=torch.int64)
+        self._scales: dict[ScaleTuningLinear, torch.Tensor] = {}
+
+    def scales_of(self, layer: ScaleTuningLinear) -> torch.Tensor:
+        """The scales of the adapters in one layer `[n, out, groups(, bits)]`."""
+        if layer in self._scales:
+            return self._scales[layer]
+        scales = layer.stacked_scales(self.names)
+        if scales[0].numel() == layer.out_features:
+            # per channel they are little, and stacking them would take as long as a token's product
+            self._scales[layer] = scales
+        return scales
 
 
 class ScaleTuningLinear(nn.Module, BaseTunerLayer):
@@ -40,7 +65,8 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.register_buffer("unmerged_scale", None, persistent=False)
-        self._active_adapter = adapter_name
+        self._active_adapter: str | list[str] = adapter_name
+        self.unfrozen: set[str] = set()  # adapters that may require gradients
         self.update_layer(adapter_name, config)
 
     @property
@@ -64,8 +90,30 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
             delta.normal_(std=0.1)
         self.deltas[adapter_name] = nn.Parameter(delta)
         self.parametrization[adapter_name] = config.parametrization
+        self.unfrozen.add(adapter_name)
         BaseTunerLayer._move_adapter_to_device_of_base_layer(self, adapter_name)
-        BaseTunerLayer.set_adapter(self, self.active_adapters, inference_mode=config.inference_mode)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapters; trained from now on, unless `inference_mode` is True.
+
+        PEFT's own looks at every adapter of a layer, which takes half a second with a thousand of them; the others are
+        frozen already.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        deltas = self.deltas
+        for name in self.unfrozen.union(names):
+            if name in deltas and (delta := deltas[name]).is_leaf:  # under FSDP1 it may not be one
+                delta.requires_grad_(name in names and not inference_mode)
+        self.unfrozen.clear()
+        if not inference_mode:
+            self.unfrozen.update(names)
+        self._active_adapter = names
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)
+        if requires_grad:
+            self.unfrozen.update([adapter_names] if isinstance(adapter_names, str) else adapter_names)
 
     def base_scale(self) -> torch.Tensor:
         """The scale of the base layer, whatever is merged into it at the moment."""
@@ -73,11 +121,27 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
 
     def scale_of(self, adapter_name: str) -> torch.Tensor:
         """The scale of one adapter, shaped like the base layer's."""
-        delta, base = self.deltas[adapter_name], self.base_scale()
-        trained = self.scale_for(delta, base, adapter_name)
-        if trained.shape == base.shape:
+        trained = self.scale_for(self.deltas[adapter_name], self.base_scale(), adapter_name)
+        return self._with_frozen_part(trained)
+
+    @torch.no_grad()
+    def stacked_scales(self, adapter_names: list[str]) -> torch.Tensor:
+        """The scales of several adapters `[n, out, groups(, bits)]`, for inference; the base's for those that the layer
+        lacks."""
+        deltas = self.deltas
+        held = {name: deltas[name] for name in adapter_names if name in deltas}
+        if len({(self.parametrization[name], delta.shape) for name, delta in held.items()}) != 1:
+            return torch.stack([self.scale_of(name) if name in held else self.base_scale() for name in adapter_names])
+        first, delta = next(iter(held.items()))
+        stacked = torch.stack([held[name] if name in held else torch.zeros_like(delta) for name in adapter_names])
+        return self._with_frozen_part(self.scale_for(stacked, self.base_scale(), first))
+
+    def _with_frozen_part(self, trained: torch.Tensor) -> torch.Tensor:
+        """All scales; `trained` are the first of them, `[..., out, groups(, trained)]`."""
+        frozen = self.base_scale()[..., trained.shape[-1] :]
+        if not frozen.shape[-1]:
             return trained
-        return torch.cat([trained, base[..., trained.shape[-1] :].to(trained.dtype)], -1)
+        return torch.cat([trained, frozen.to(trained.dtype).expand(*trained.shape[:-1], -1)], -1)
 
     def scale_for(self, delta: torch.Tensor, base: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """What `delta` makes of the trained part of `base` under an adapter's parametrisation; shaped like `delta`."""
@@ -156,34 +220,37 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
 
     def forward(
-        self, x: torch.Tensor, *args: Any, adapter_names: Optional[list[str]] = None, **kwargs: Any
+        self,
+        x: torch.Tensor,
+        *args: Any,
+        adapter_names: Optional[list[str]] = None,
+        mixture: Optional[Mixture] = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
-        """`[..., in] -> [..., out]`; `adapter_names` gives each sample of the batch its own adapter (inference)."""
+        """`[..., in] -> [..., out]`; `adapter_names` gives each sample of the batch its own adapter (inference), and
+        so does `mixture`, which all layers share."""
         if adapter_names is not None:
-            return self._mixed_batch_forward(x, adapter_names)
+            mixture = Mixture(adapter_names)
+        if mixture is not None:
+            return self._mixed_batch_forward(x, mixture)
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged:
             return self.base_layer(x)
         return self.base_layer(x, scale=self.combined_scale(self.active_adapters), **self.product_options())
 
-    def _mixed_batch_forward(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
-        if len(x) != len(adapter_names):
+    def _mixed_batch_forward(self, x: torch.Tensor, mixture: Mixture) -> torch.Tensor:
+        if len(x) != len(mixture.choice):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively. (A model that reshapes its batch before this layer "
+                f"{len(mixture.choice)} and {len(x)} respectively. (A model that reshapes its batch before this layer "
                 "can't mix adapters in it.)"
             )
         if self.merged:
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        names = list(dict.fromkeys(adapter_names)) or ["__base__"]
-        scales = torch.stack(
-            [self.scale_of(name) if name in self.deltas else self.base_scale() for name in names]
-        ).detach()
-        choice = torch.tensor([names.index(name) for name in adapter_names], device=x.device)
-        return self.base_layer.forward_mixed(x, scales, choice)
+        return self.base_layer.forward_mixed(x, mixture.scales_of(self), mixture.choice.to(x.device))
 
     def __repr__(self) -> str:
         return self.prefix.replace("_", ".") + super().__repr__()

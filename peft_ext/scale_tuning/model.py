@@ -24,7 +24,7 @@ from peft_ext.quant.formats import CALIBRATED
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.scale_tuning import adapter_file
 from peft_ext.scale_tuning.config import ScaleTuningConfig
-from peft_ext.scale_tuning.layer import ScaleTuningLinear, trained_part
+from peft_ext.scale_tuning.layer import Mixture, ScaleTuningLinear, trained_part
 from peft_ext.scale_tuning.quantization import check_target, free_weight, is_packed, pack_layer
 
 
@@ -230,11 +230,16 @@ class ScaleTuningModel(BaseTuner):
         encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
         # an encoder sees the batch before it is repeated for each beam
         in_encoder = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
+        mixtures = {False: Mixture(expanded), True: Mixture(adapter_names)}
         handles = []
         for module in self.modules():
-            if isinstance(module, (ScaleTuningLinear, AuxiliaryTrainingWrapper)):
-                names = adapter_names if module in in_encoder else expanded
-                handles.append(module.register_forward_pre_hook(partial(_pass_names, names=names), with_kwargs=True))
+            if isinstance(module, ScaleTuningLinear):
+                more: dict[str, Any] = {"mixture": mixtures[module in in_encoder]}
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                more = {"adapter_names": adapter_names if module in in_encoder else expanded}
+            else:
+                continue
+            handles.append(module.register_forward_pre_hook(partial(_pass, more=more), with_kwargs=True))
         try:
             yield
         finally:
@@ -305,8 +310,8 @@ def target_layers(config: ScaleTuningConfig, model: nn.Module) -> dict[str, nn.M
     }
 
 
-def _pass_names(module: nn.Module, args: tuple, kwargs: dict, names: list[str]) -> tuple[tuple, dict]:
-    return args, {**kwargs, "adapter_names": names}
+def _pass(module: nn.Module, args: tuple, kwargs: dict, more: dict[str, Any]) -> tuple[tuple, dict]:
+    return args, {**kwargs, **more}
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from benchmarks import (  # noqa: E402
+    adapters,
     alphatuning_nlg,
     alphatuning_sizes,
     common,
@@ -205,3 +206,17 @@ def test_sizes(tmp_path, capsys):
         and "| packed |" in shown
         and "**not met**" not in shown.split("peak")[0]
     )
+
+
+@linux_only
+def test_adapters(tmp_path, capsys):
+    output = tmp_path / "adapters.json"
+    adapters.main(["--smoke", "--output", str(output)])
+    shown = capsys.readouterr().out
+    assert "memory grown, over the adapter files" in shown and "4 adapters in a batch, over one" in shown
+    loading, mixing = (row["result"] for row in _rows(output))
+    assert loading["files"] > 0 and loading["switch"] > 0
+    assert {len(seconds) for tasks in mixing.values() for task in tasks.values() for seconds in task.values()} == {2}
+    before = output.read_text()
+    adapters.main(["--smoke", "--output", str(output)])
+    assert output.read_text() == before and capsys.readouterr().out == shown

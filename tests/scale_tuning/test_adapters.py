@@ -55,6 +55,23 @@ def test_adapters_share_one_base(case):
     assert {name: id(layer.get_base_layer()) for name, layer in tuner_layers(model).items()} == before
 
 
+@plain_cases
+def test_switching_freezes_what_was_unfrozen_by_hand(case):
+    """As PEFT's own layers do, though ours look only at the adapters that can be unfrozen."""
+    model = case.with_two_adapters()
+    model.add_adapter("third", case.config())
+    for unfrozen, chosen in ((["default", "other"], "third"), (["other"], ["default", "third"])):
+        model.set_requires_grad(unfrozen)
+        model.base_model.set_adapter(chosen)
+        for name in ("default", "other", "third"):
+            expected = name == chosen or name in chosen
+            assert all(parameter.requires_grad == expected for parameter in adapter_parameters(model, name).values())
+    model.base_model.set_adapter("third")
+    model.delete_adapter("third")
+    model.add_adapter("third", case.config())
+    assert not any(parameter.requires_grad for parameter in adapter_parameters(model, "third").values())
+
+
 def test_only_the_active_adapter_requires_grad(case):
     model = case.with_two_adapters()
     for active, inactive in (("default", "other"), ("other", "default")):

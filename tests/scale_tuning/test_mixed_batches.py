@@ -8,6 +8,7 @@ import torch
 from peft import get_peft_model
 
 from peft_ext import PeqaConfig
+from peft_ext.scale_tuning.layer import ScaleTuningLinear
 from tests.cases import CASES, Case, assert_differs, assert_same, case_ids, move_adapter, tuner_layers
 from tests.tiny_models import tiny
 
@@ -168,3 +169,38 @@ def test_more_dimensions_and_one_row():
         assert_same(mixed[1], layer(x)[1])
         assert layer(x[:0], adapter_names=[]).shape == (0, 3, 4, 32)
         assert_same(layer(x[1:], adapter_names=["other"]), layer(x)[1:])
+
+
+def test_adapters_of_different_parametrisations():
+    model = get_peft_model(tiny("llama"), PeqaConfig(bits=4))
+    names = ["default", "log", "__base__"]
+    model.add_adapter("log", PeqaConfig(bits=4, parametrization="log"))
+    for seed, name in enumerate(names[:2]):
+        move_adapter(model, name, seed=seed)
+    model.eval()
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10], [11, 12, 13]])
+    with torch.no_grad():
+        mixed = model(ids, adapter_names=names).logits
+        rows = [model(ids).logits[0]]
+        model.set_adapter("log")
+        rows.append(model(ids).logits[1])
+        with model.disable_adapter():
+            rows.append(model(ids).logits[2])
+    assert_same(mixed, torch.stack(rows))
+
+
+def test_scales_are_stacked_once_in_a_generation(monkeypatch):
+    case = next(case for case in CASES if case.name == "peqa-llama-4bit")
+    model = case.with_two_adapters()
+    stacked = []
+    stack = ScaleTuningLinear.stacked_scales
+
+    def counted(layer, names):
+        stacked.append(layer)
+        return stack(layer, names)
+
+    monkeypatch.setattr(ScaleTuningLinear, "stacked_scales", counted)
+    for _ in range(2):  # and not kept for the next call, before which an adapter may be trained
+        stacked.clear()
+        model.generate(**case.inputs(), max_new_tokens=4, min_new_tokens=4, adapter_names=NAMES)
+        assert len(stacked) == len(set(stacked)) == len(tuner_layers(model))
