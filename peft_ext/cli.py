@@ -16,6 +16,7 @@ COMMANDS = {
     "quantize": "write a packed checkpoint of a language model, calibrated on a text",
     "eval": "perplexity of a tuned model on a text",
     "generate": "generate text with a tuned model",
+    "plan": "memory that tuning and serving a model take, from its config alone",
 }
 
 
