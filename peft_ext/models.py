@@ -94,10 +94,14 @@ def load_config(model: Optional[str] = None) -> PretrainedConfig:
     if path is not None and path.suffix.lower() == ".json":
         if not path.is_file():
             raise FileNotFoundError(f"model={model!r}: there is no such config file.")
-        return AutoConfig.from_pretrained(str(path))
-    source = resolve_model(model)
+        source = ModelSource(str(path))
+    else:
+        source = resolve_model(model)
     kwargs = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
-    return AutoConfig.from_pretrained(source.name_or_path, **kwargs)
+    try:
+        return AutoConfig.from_pretrained(source.name_or_path, **kwargs)
+    except OSError as error:  # without a network, it doesn't say what it was looking for
+        raise OSError(f"model={model!r} has no config that can be loaded: {error}") from error
 
 
 def load_tokenizer(model: Optional[str] = None) -> PreTrainedTokenizerBase:

@@ -141,7 +141,10 @@ def _text(
         f"{', gradient checkpointing' if args.gradient_checkpointing else ''}. total: at its worst moment, less "
         "than the sum, since gradients come as activations go."
     )
-    generating = f"Serving {args.batch_size} x {args.context_length} tokens with transformers on one device, prompts read at once."
+    generating = (
+        f"Serving {args.batch_size} x {args.context_length} tokens at once, by transformers on one device, each prompt in "
+        "one piece."
+    )
     notes = (
         "Not counted: the framework itself, quantising, and what an allocator keeps unused. On a CPU that can be a third: "
         "set MALLOC_MMAP_THRESHOLD_=131072."

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from peft import PeftConfig
@@ -159,7 +159,7 @@ def vllm_memory(
 
 def merged_model(config: PretrainedConfig, peft_config: Optional[PeftConfig], dtype: torch.dtype) -> nn.Module:
     """The model on the meta device after tuning: packed where the method packs, otherwise as it was before."""
-    model = empty_model(config, dtype, peft_config)
+    model: Any = empty_model(config, dtype, peft_config)
     return model if peft_config is None else model.unload()
 
 

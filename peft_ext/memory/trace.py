@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -19,7 +19,10 @@ from peft_ext.memory.tracker import ACTIVATIONS, GRADIENTS, STATES, WEIGHTS, All
 
 
 # By transformers' names; sgd is without momentum, as there.
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw_torch": torch.optim.AdamW, "sgd": torch.optim.SGD}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw_torch": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+}
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype, peft_config: Optio
     return model if peft_config is None else get_peft_model(model, peft_config)
 
 
-def trace_training(model: nn.Module, step: TrainingStep) -> TrainingTrace:
+def trace_training(model: Any, step: TrainingStep) -> TrainingTrace:
     """Train a model on the meta device for two steps; the peaks are the second's, when the optimiser has its states.
 
     The loss is the model's own, on rows without padding, as transformers' Trainer computes it.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import Counter
 from collections.abc import Iterable
@@ -36,6 +37,7 @@ class AllocationTracker(TorchDispatchMode):
         self.peaks: dict[int, int] = {}
         self._groups: dict[int, str] = {}
         self._storages: dict[int, weakref.ref] = {}
+        self._any: set[int] = set()  # answers to "is there any"
 
     def assign(self, tensors: Iterable[torch.Tensor], group: str) -> None:
         """Count the storages of `tensors`, which may be known already, to a group."""
@@ -45,7 +47,7 @@ class AllocationTracker(TorchDispatchMode):
             if key in self._groups:
                 self.live[self._groups[key]] -= size
             else:
-                self._storages[key] = weakref.ref(storage, lambda _, key=key, size=size: self._forget(key, size))
+                self._storages[key] = weakref.ref(storage, functools.partial(self._forget, key, size))
             self._groups[key] = group
             self.live[group] += size
         gradients, activations = self.live[GRADIENTS], self.live[ACTIVATIONS]
@@ -56,17 +58,20 @@ class AllocationTracker(TorchDispatchMode):
         peaks, self.peaks = self.peaks, {}
         return peaks
 
-    def _forget(self, key: int, size: int) -> None:
+    def _forget(self, key: int, size: int, _: weakref.ref) -> None:
         del self._storages[key]
+        self._any.discard(key)
         self.live[self._groups.pop(key)] -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta and args[0].dtype == torch.bool:
-            # a model asks about its data: whether no token is padding, no two texts share a row
-            return True
+            # a model asks about its data: whether all tokens belong to one text, whether any is padding
+            return id(args[0].untyped_storage()) not in self._any
         result = func(*args, **(kwargs or {}))
         made = (tensor for tensor in tree_iter(result) if isinstance(tensor, torch.Tensor) and tensor.is_meta)
         self.assign([tensor for tensor in made if id(tensor.untyped_storage()) not in self._groups], ACTIVATIONS)
+        if func.overloadpacket is torch.ops.aten.any:
+            self._any.add(id(result.untyped_storage()))
         return result
 
 
