@@ -17,7 +17,14 @@ from transformers import PretrainedConfig
 
 from peft_ext import AlphaTuningConfig, PeqaConfig
 from peft_ext.commands.run_folder import parse
-from peft_ext.memory.estimate import ServingMemory, TuningMemory, serving_memory, tuning_memory, vllm_memory
+from peft_ext.memory.estimate import (
+    ServingMemory,
+    TuningMemory,
+    check_length,
+    serving_memory,
+    tuning_memory,
+    vllm_memory,
+)
 from peft_ext.memory.trace import OPTIMIZERS, Generation, TrainingStep
 from peft_ext.models import DEFAULT_MODEL, load_config
 
@@ -69,6 +76,8 @@ def main(argv: Sequence[str]) -> None:
     methods = {name: _peft_config(args, name) for name in dict.fromkeys(args.method)}
     config = load_config(args.model)
     dtype = _dtype(args.dtype, config)
+    for name in ("max_length", "context_length"):
+        check_length(config, name, getattr(args, name))
     tuning = {name: tuning_memory(config, method, dtype, step, args.gpus) for name, method in methods.items()}
     serving = _serving(args, config, dtype, methods, generation)
     if args.json:

@@ -13,6 +13,7 @@ from peft import PeftConfig
 from torch import nn
 from transformers import PretrainedConfig
 
+from peft_ext.checkpoint.pack_quantized import can_store
 from peft_ext.memory.trace import (
     Generation,
     TrainingStep,
@@ -21,7 +22,6 @@ from peft_ext.memory.trace import (
     trace_training,
 )
 from peft_ext.quant.conversion import packed_layers
-from peft_ext.quant.formats import Uniform
 from peft_ext.quant.linear import PackedLinear
 
 
@@ -87,7 +87,7 @@ def tuning_memory(
         ValueError: If `gpus` is below 1, or the model can't be planned.
     """
     _check_gpus(gpus)
-    _check_length(config, "max_length", step.max_length)
+    check_length(config, "max_length", step.max_length)
     model = empty_model(config, dtype, peft_config)
     weights = _weights(model, gpus)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -120,7 +120,7 @@ def serving_memory(
     Raises:
         ValueError: If the model can't be planned.
     """
-    _check_length(config, "context_length", generation.context_length)
+    check_length(config, "context_length", generation.context_length)
     model = merged_model(config, peft_config, dtype)
     trace = trace_generation(model, generation)
     return ServingMemory(_weights(model, 1), trace.cache, trace.activations)
@@ -144,11 +144,10 @@ def vllm_memory(
         ValueError: If `gpus` is below 1, or the model can't be planned.
     """
     _check_gpus(gpus)
-    model = merged_model(config, peft_config, dtype)
+    model: Any = merged_model(config, peft_config, dtype)
     layers = packed_layers(model)
     text = config.get_text_config()
-    stored = all(isinstance(layer.number_format, Uniform) and not layer.conv1d for layer in layers.values())
-    if not layers or not stored or text.num_attention_heads % gpus:
+    if not layers or not can_store(model) or text.num_attention_heads % gpus:
         return None
     inside = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
     rest = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in inside)
@@ -161,6 +160,17 @@ def merged_model(config: PretrainedConfig, peft_config: Optional[PeftConfig], dt
     """The model on the meta device after tuning: packed where the method packs, otherwise as it was before."""
     model: Any = empty_model(config, dtype, peft_config)
     return model if peft_config is None else model.unload()
+
+
+def check_length(config: PretrainedConfig, name: str, length: int) -> None:
+    """Refuse more tokens than a model has positions for.
+
+    Raises:
+        ValueError: Names the argument.
+    """
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and length > longest:
+        raise ValueError(f"{name}={length} is more than the model's max_position_embeddings={longest}; pass less.")
 
 
 def sharded_bytes(tensor: torch.Tensor, devices: int) -> int:
@@ -208,9 +218,3 @@ def _vllm_bytes(layer: PackedLinear, dtype: torch.dtype) -> int:
 def _check_gpus(gpus: int) -> None:
     if gpus < 1:
         raise ValueError(f"gpus={gpus} must be at least 1.")
-
-
-def _check_length(config: PretrainedConfig, name: str, length: int) -> None:
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and length > longest:
-        raise ValueError(f"{name}={length} is more than the model's max_position_embeddings={longest}; pass less.")

@@ -11,7 +11,7 @@ from typing import Any, Optional
 
 import torch
 from accelerate import init_empty_weights
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -163,9 +163,11 @@ def trace_generation(model: nn.Module, generation: Generation) -> GenerationTrac
     # as generate does
     options: dict[str, Any] = {"logits_to_keep": 1} if _takes_logits_to_keep(model) else {}
     with _tracked(model) as tracker:
-        cache = model(input_ids=prompt, use_cache=True, **options).past_key_values
+        cache = getattr(model(input_ids=prompt, use_cache=True, **options), "past_key_values", None)
         if cache is None:
-            raise ValueError(f"a {type(model).__name__} keeps no cache, so it isn't made to generate.")
+            raise ValueError(
+                f"{type(model).__name__} keeps no cache of keys and values, which a plan of serving needs."
+            )
         tokens = prompt[:, :1]
         cache = model(input_ids=tokens, past_key_values=cache, use_cache=True).past_key_values
         held, peak = tracker.live[ACTIVATIONS], max(tracker.take_peaks().values())
@@ -189,7 +191,8 @@ def _tracked(model: nn.Module) -> Iterator[AllocationTracker]:
             tracker.assign([*model.parameters(), *model.buffers()], WEIGHTS)
             yield tracker
     except (RuntimeError, NotImplementedError) as error:  # PyTorch's, of meta tensors
+        name = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
         raise ValueError(
-            f"{type(model).__name__} can't be planned: its operations depend on its data, which a plan from the config "
-            f"doesn't have ({error})."
+            f"{name} can't be planned: it doesn't run on PyTorch's meta device, where there are neither weights nor data "
+            f"({error})."
         ) from error

@@ -19,6 +19,7 @@ from benchmarks import (  # noqa: E402
     peqa_learning_rate,
     peqa_quality,
     peqa_training,
+    plan_memory,
     reconstruction,
     tuning,
 )
@@ -205,3 +206,17 @@ def test_sizes(tmp_path, capsys):
         and "| packed |" in shown
         and "**not met**" not in shown.split("peak")[0]
     )
+
+
+@linux_only
+def test_plan_memory(tmp_path, capsys):
+    output = tmp_path / "plan.json"
+    plan_memory.main(["--smoke", "--output", str(output)])
+    shown = capsys.readouterr().out
+    assert "| tuning, PEQA, 4 bits |" in shown and "| serving, float |" in shown and "largest difference" in shown
+    results = [row["result"] for row in _rows(output)]
+    assert len(results) == 2
+    assert all(one["ratio"] == one["predicted"] / one["measured"] for one in results)
+    before = output.read_text()
+    plan_memory.main(["--smoke", "--output", str(output)])
+    assert output.read_text() == before and capsys.readouterr().out == shown
