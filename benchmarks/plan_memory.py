@@ -212,6 +212,7 @@ def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=[DEFAULT_MODEL, GPT2], help="for their configs alone")
+    parser.add_argument("--rows", nargs="*", default=[], help="only rows whose title contains one of these")
     parser.add_argument("--batch-size", type=int, default=4, help="rows that are trained, or served")
     parser.add_argument("--block-size", type=int, default=256, help="tokens of a row in training")
     parser.add_argument("--context", type=int, default=1024, help="tokens of a row that is served")
@@ -234,8 +235,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         print(json.dumps(measure(args, model, Row(*fields))))
         return
     results = Results(args.output, args.seed)
-    rows = (ROWS[0], ROWS[-1]) if args.smoke else ROWS
+    rows = [ROWS[0], ROWS[-1]] if args.smoke else list(ROWS)
     mallocs = list(MALLOC)[:1] if args.smoke else list(MALLOC)
+    rows = [row for row in rows if not args.rows or any(part in row.title for part in args.rows)]
     turns = [(malloc, model, row) for malloc in mallocs for model in args.model for row in rows]
     for malloc, model, row in tqdm([] if args.table else turns, desc="Measuring"):
         key = settings(args, model, row, malloc)

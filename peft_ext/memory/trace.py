@@ -13,7 +13,7 @@ import torch
 from accelerate import init_empty_weights
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from peft_ext.memory.tracker import ACTIVATIONS, GRADIENTS, STATES, WEIGHTS, AllocationTracker, FusedAttention
 
@@ -102,7 +102,7 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype, peft_config: Optio
     Raises:
         ValueError: If the config is no causal language model's, or PEFT refuses the layers.
     """
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
             f"model_type={config.model_type!r} is no causal language model's; only those that AutoModelForCausalLM "
             "knows can be planned."
