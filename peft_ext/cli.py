@@ -18,6 +18,7 @@ COMMANDS = {
     "generate": "generate text with a tuned model",
     "export": "write a tuned model for other engines: compressed-tensors, GGUF, bcq or plain floats",
     "inspect": "show what is in a checkpoint, an adapter or a run, without loading it",
+    "plan": "memory that tuning and serving a model take, from its config alone",
 }
 
 

@@ -1,6 +1,6 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""Loads a causal language model and its tokenizer from whatever names it: the offline default, a hub id, a folder or
-a GGUF."""
+"""Loads a causal language model, its config and its tokenizer from whatever names it: the offline default, a hub id, a
+folder or a GGUF."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -81,6 +83,30 @@ def load_model(
         kwargs.setdefault("quantization_config", GgufConfig(dequantize=True))
         kwargs["gguf_file"] = source.gguf_file
     return AutoModelForCausalLM.from_pretrained(source.name_or_path, dtype=dtype, **kwargs)
+
+
+def load_config(model: Optional[str] = None) -> PretrainedConfig:
+    """Load the config of a causal language model, and no weights.
+
+    Args:
+        model: What to load, see [`resolve_model`]; or a config's own `.json` file.
+
+    Raises:
+        FileNotFoundError, ImportError: As [`resolve_model`].
+        OSError, ValueError: If there is no config, or none that transformers knows.
+    """
+    path = Path(model).expanduser() if model is not None else None
+    if path is not None and path.suffix.lower() == ".json":
+        if not path.is_file():
+            raise FileNotFoundError(f"model={model!r}: there is no such config file.")
+        source = ModelSource(str(path))
+    else:
+        source = resolve_model(model)
+    kwargs = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
+    try:
+        return AutoConfig.from_pretrained(source.name_or_path, **kwargs)
+    except OSError as error:  # without a network, it doesn't say what it was looking for
+        raise OSError(f"model={model!r} has no config that can be loaded: {error}") from error
 
 
 def load_tokenizer(model: Optional[str] = None) -> PreTrainedTokenizerBase:

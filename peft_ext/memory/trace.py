@@ -1,0 +1,198 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""A training step and a generation on the meta device, and what was alive at their peaks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from accelerate import init_empty_weights
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from peft_ext.memory.tracker import ACTIVATIONS, GRADIENTS, STATES, WEIGHTS, AllocationTracker, FusedAttention
+
+
+# By transformers' names; sgd is without momentum, as there.
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw_torch": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+}
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """What a training step does, in the words of transformers' TrainingArguments; `max_length` in TRL's.
+
+    Raises:
+        ValueError: If a number is below 1, or the optimiser is unknown.
+    """
+
+    per_device_train_batch_size: int = 4
+    max_length: int = 1024
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    optim: str = "adamw_torch"
+
+    def __post_init__(self) -> None:
+        check_positive(self, "per_device_train_batch_size", "max_length", "gradient_accumulation_steps")
+        if self.optim not in OPTIMIZERS:
+            raise ValueError(f"optim={self.optim!r} is unknown; choose one of {tuple(OPTIMIZERS)}.")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What is generated at once.
+
+    Raises:
+        ValueError: If a number is below 1, or `context_length` below 2.
+    """
+
+    batch_size: int = 1
+    context_length: int = 1024
+
+    def __post_init__(self) -> None:
+        check_positive(self, "batch_size")
+        if self.context_length < 2:
+            raise ValueError(f"context_length={self.context_length} must be at least 2: a prompt and a token.")
+
+
+def check_positive(arguments: Any, *names: str) -> None:
+    """Refuse numbers below 1.
+
+    Raises:
+        ValueError: Names the argument.
+    """
+    for name in names:
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"{name}={getattr(arguments, name)} must be at least 1.")
+
+
+@dataclass(frozen=True)
+class TrainingTrace:
+    """What a training step had alive beside the weights, in bytes.
+
+    `backward` and `update` are the peaks of forward and backward, and of the optimiser's step; see
+    [`AllocationTracker`].
+    """
+
+    backward: dict[int, int]
+    update: dict[int, int]
+    states: list[torch.Tensor]  # of the optimiser, on the meta device
+
+
+@dataclass(frozen=True)
+class GenerationTrace:
+    """What a generation had alive beside the weights, in bytes: its cache at the end, and what else at the peak."""
+
+    cache: int
+    activations: int
+
+
+def empty_model(config: PretrainedConfig, dtype: torch.dtype, peft_config: Optional[PeftConfig] = None) -> nn.Module:
+    """A causal language model on the meta device, ready to be tuned: by a PEFT method, or in full without one.
+
+    A packed checkpoint's config stands for the float model; the method says what is packed.
+
+    Raises:
+        ValueError: If the config is no causal language model's, or PEFT refuses the layers.
+    """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"model_type={config.model_type!r} is no causal language model's; only those that AutoModelForCausalLM "
+            "knows can be planned."
+        )
+    config = copy.deepcopy(config)
+    config._name_or_path = ""  # there is no checkpoint to take codes from
+    for name in ("quantization_config", "packed_bits"):
+        vars(config).pop(name, None)
+    with init_empty_weights(include_buffers=True):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model if peft_config is None else get_peft_model(model, peft_config)
+
+
+def trace_training(model: Any, step: TrainingStep) -> TrainingTrace:
+    """Train a model on the meta device for two steps; the peaks are the second's, when the optimiser has its states.
+
+    The loss is the model's own, on rows without padding, as transformers' Trainer computes it.
+
+    Raises:
+        ValueError: If the model can't run without data.
+    """
+    if step.gradient_checkpointing:
+        # the backward runs the blocks again outside of the modes that are on around it
+        options = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), FusedAttention())}
+        # its name from transformers 5.23 on, before it
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable(options)
+    trained = [parameter for parameter in model.train().parameters() if parameter.requires_grad]
+    optimizer = OPTIMIZERS[step.optim](trained, lr=1e-3)
+    tokens = _tokens(step.per_device_train_batch_size, step.max_length)
+    states: list[torch.Tensor] = []
+    with _tracked(model) as tracker:
+        for parameter in trained:
+            parameter.register_post_accumulate_grad_hook(lambda p: tracker.assign([p.grad], GRADIENTS))
+        for _ in range(2):
+            tracker.take_peaks()
+            for _ in range(min(step.gradient_accumulation_steps, 2)):  # a third one would need what the second does
+                model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+            backward = tracker.take_peaks()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            update = tracker.take_peaks()
+            values = (value for state in optimizer.state.values() for value in state.values())
+            states = [value for value in values if isinstance(value, torch.Tensor) and value.is_meta]
+            tracker.assign(states, STATES)
+    return TrainingTrace(backward, update, states)
+
+
+@torch.no_grad()
+def trace_generation(model: nn.Module, generation: Generation) -> GenerationTrace:
+    """Read a prompt of all but the last token at once, the worst case, then generate one token.
+
+    Raises:
+        ValueError: If the model can't run without data, or keeps no cache.
+    """
+    model.eval()
+    prompt = _tokens(generation.batch_size, generation.context_length - 1)
+    # as generate does
+    options: dict[str, Any] = {"logits_to_keep": 1} if _takes_logits_to_keep(model) else {}
+    with _tracked(model) as tracker:
+        cache = getattr(model(input_ids=prompt, use_cache=True, **options), "past_key_values", None)
+        if cache is None:
+            raise ValueError(
+                f"{type(model).__name__} keeps no cache of keys and values, which a plan of serving needs."
+            )
+        tokens = prompt[:, :1]
+        cache = model(input_ids=tokens, past_key_values=cache, use_cache=True).past_key_values
+        held, peak = tracker.live[ACTIVATIONS], max(tracker.take_peaks().values())
+        del cache
+    size = held - tracker.live[ACTIVATIONS]
+    return GenerationTrace(cache=size, activations=peak - size)
+
+
+def _takes_logits_to_keep(model: nn.Module) -> bool:
+    return isinstance(model, PreTrainedModel) and model._supports_logits_to_keep()
+
+
+def _tokens(rows: int, length: int) -> torch.Tensor:
+    return torch.zeros(rows, length, dtype=torch.long, device="meta")
+
+
+@contextmanager
+def _tracked(model: nn.Module) -> Iterator[AllocationTracker]:
+    try:
+        with AllocationTracker() as tracker, FusedAttention():
+            tracker.assign([*model.parameters(), *model.buffers()], WEIGHTS)
+            yield tracker
+    except (RuntimeError, NotImplementedError) as error:  # PyTorch's, of meta tensors
+        name = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+        raise ValueError(
+            f"{name} can't be planned: it doesn't run on PyTorch's meta device, where there are neither weights nor data "
+            f"({error})."
+        ) from error
