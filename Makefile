@@ -62,6 +62,9 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.alphatuning_sizes
 	$(BIN)/python -m benchmarks.reconstruction
 	$(BIN)/python -m benchmarks.alphatuning_nlg
+	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.adapters
+	$(BIN)/python -m benchmarks.plan_memory
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

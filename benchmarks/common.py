@@ -132,11 +132,13 @@ def markdown_table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str
     return "\n".join(lines)
 
 
-def verdict(claim: str, value: Optional[float], limit: float, unit: str = "") -> str:
+def verdict(claim: str, value: Optional[float], limit: float, unit: str = "", at_least: bool = False) -> str:
     """`claim: value (at most limit): met / not met`; without a value, that it was not measured."""
+    bound = f"at {'least' if at_least else 'most'} {limit:.4g}{unit}"
     if value is None:
-        return f"- {claim}: not measured (at most {limit:.4g}{unit})"
-    return f"- {claim}: {value:.4g}{unit} (at most {limit:.4g}{unit}): {'met' if value <= limit else '**not met**'}"
+        return f"- {claim}: not measured ({bound})"
+    met = value >= limit if at_least else value <= limit
+    return f"- {claim}: {value:.4g}{unit} ({bound}): {'met' if met else '**not met**'}"
 
 
 def log(message: str) -> None:
