@@ -112,7 +112,9 @@ def _run(
     rows = x.numel() // in_features if in_features else 0
     if x.dim() != 2 or x.stride(-1) != 1:
         x = x.contiguous()
-    scale, planes = scale.contiguous(), planes.contiguous()
+    # each a check where it is one already; zero points read from checkpoints often aren't
+    planes, scale = planes.contiguous(), scale.contiguous()
+    zero_point, bias, choice = (t if t is None else t.contiguous() for t in (zero_point, bias, choice))
     module = _module()
     assert module is not None  # takes() said so
     if bias is not None and bias.dtype not in _DTYPES:

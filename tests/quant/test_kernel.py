@@ -162,9 +162,20 @@ def test_any_strides_and_shapes(path, only_the_kernel):
     for x in (wide[:, :64], wide[:, ::2], wide[:3, 64:].t().contiguous().t(), torch.randn(2, 2, 64), torch.randn(64)):
         with torch.no_grad():
             assert error(packed_linear(x, weight, scale[0]), x.double() @ dense[0].t()) < EXACT
-    spread = scale[0].expand(40, 1).t().contiguous().t()
     with torch.no_grad():
-        assert packed_linear(torch.randn(0, 3, 64), weight, spread).shape == (0, 3, 40)
+        assert packed_linear(torch.randn(0, 3, 64), weight, scale[0]).shape == (0, 3, 40)
+
+
+@needs_kernel
+def test_any_strides_of_the_weight(path, only_the_kernel):
+    (planes, zero_point, *size), scale, dense = make(40, 64, 4, groups=4)
+    weight = PackedWeight(
+        planes.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0), zero_point.t().contiguous().t(), *size
+    )
+    bias, x = torch.randn(40, 2)[:, 1], torch.randn(3, 64)
+    with torch.no_grad():
+        found = packed_linear(x, weight, scale[0].t().contiguous().t(), bias)
+    assert error(found, x.double() @ dense[0].t() + bias) < EXACT
 
 
 @needs_kernel
