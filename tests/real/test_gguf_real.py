@@ -60,7 +60,7 @@ def test_llama_cpp_writes_the_same_text(kwargs, llama_cpp, tokenizer, prompts, t
     model = load_model(dtype=torch.float32)
     if config.init_method == "calibrated":
         train = token_blocks(tokenizer, load_text(PYTHON_DOCS).train, 128)
-        calibrate(model, config, [{"input_ids": train[:16]}], progressbar=False)
+        calibrate(model, config, [{"input_ids": train[:8]}], progressbar=False)
     model = get_peft_model(model, config).merge_and_unload().eval()
     packed = export_gguf(model, tokenizer, tmp_path / "packed.gguf")
     # what the file holds: scales in float16
