@@ -174,7 +174,8 @@ class _PerChannel(torch.autograd.Function):
         scale = scale[:, 0]
         scale = torch.where(scale == 0, torch.full_like(scale, _TINY), scale)
         y = _product(x, weight).mul_(scale)
-        ctx.save_for_backward(y, scale, planes, zero_point)
+        # a frozen scale has no use for the output: PEFT's other tuners train beside it, and some add to it in place
+        ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, scale, planes, zero_point)
         ctx.size = (out_features, in_features)
         return y
 

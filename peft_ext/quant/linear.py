@@ -14,6 +14,7 @@ from peft_ext.quant.formats import BinaryCoding, NumberFormat, Uniform, empty_qu
 from peft_ext.quant.functional import PackedWeight, mixed_packed_linear, packed_linear
 from peft_ext.quant.packing import TILE_ROWS, pack, planes_shape, unpack
 from peft_ext.quant.uniform import Quantized, dequantize
+from peft_ext.quant.weight_view import WeightView, refuse_writing
 
 
 class PackedParameter(nn.Parameter):
@@ -47,10 +48,11 @@ class PackedParameter(nn.Parameter):
         return PackedParameter, (self.data, self.logical_numel)
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(nn.Linear):
     """`y = x W^T + bias` with `W = scale * (codes - zero_point)`, or `W = sum_p scale_p * B_p` for a binary coding.
 
-    The codes are packed into bit-planes; nothing of the layer is trained.
+    The codes are packed into bit-planes; nothing of the layer is trained. It is an `nn.Linear` (as bitsandbytes'
+    layers are), so that PEFT's other tuners, which know formats by a closed list, wrap it like one.
 
     Args:
         planes: uint8 `[ceil(out / 32), ceil(in / 8), bits, 32]`, see `packing.py`.
@@ -77,7 +79,7 @@ class PackedLinear(nn.Module):
         conv1d: bool = False,
         compute_dtype: Optional[torch.dtype] = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # nn.Linear's own would make a float weight
         self.in_features = in_features
         self.out_features = out_features
         self.sym = sym
@@ -87,7 +89,7 @@ class PackedLinear(nn.Module):
         self.planes = PackedParameter(planes, in_features * out_features)
         self.scale = nn.Parameter(scale, requires_grad=False)
         self.zero_point = None if zero_point is None else nn.Parameter(zero_point, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)  # type: ignore[assignment]
 
     @classmethod
     def from_quantized(
@@ -154,9 +156,16 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight `[out, in]`, dequantised at every access. Some models read its dtype (T5); don't use it in a
-        loop."""
-        return self.dequantize().to(self.compute_dtype)
+        """The weight `[out, in]`, dequantised by every operation on it; some models read its dtype (T5)."""
+        if torch.compiler.is_compiling():
+            return self.dequantize().to(self.compute_dtype)
+        return WeightView(self)
+
+    @weight.setter
+    def weight(self, value: torch.Tensor) -> None:
+        # PEFT hands an unwrapped layer its own weight
+        if not (isinstance(value, WeightView) and value.layer is self):
+            refuse_writing()
 
     @property
     def packed(self) -> PackedWeight:
