@@ -16,6 +16,8 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from peft_ext.memory.tracker import ACTIVATIONS, GRADIENTS, STATES, WEIGHTS, AllocationTracker, FusedAttention
+from peft_ext.quant.conversion import packed_layers
+from peft_ext.quant.functional import code_blocks
 
 
 # By transformers' names; sgd is without momentum, as there.
@@ -186,6 +188,9 @@ def _tokens(rows: int, length: int) -> torch.Tensor:
 
 @contextmanager
 def _tracked(model: nn.Module) -> Iterator[AllocationTracker]:
+    for layer in packed_layers(model).values():
+        # makes the tables of unpacking (1 MiB), which the process keeps: only the first plan would count them
+        next(code_blocks(layer.packed, 1, layer.compute_dtype))
     try:
         with AllocationTracker() as tracker, FusedAttention():
             tracker.assign([*model.parameters(), *model.buffers()], WEIGHTS)

@@ -8,9 +8,10 @@ import torch
 import transformers
 from peft import LoraConfig
 
-from peft_ext import PeqaConfig
+from peft_ext import AlphaTuningConfig, PeqaConfig
 from peft_ext.memory.trace import Generation, TrainingStep, empty_model, trace_generation, trace_training
 from peft_ext.memory.tracker import AllocationTracker
+from peft_ext.quant import packing
 from tests.tiny_models import HEADS, HIDDEN, LAYERS, tiny
 
 
@@ -49,6 +50,14 @@ def test_options_of_a_step():
     assert _worst(_trace(gradient_accumulation_steps=5)) == _worst(_trace(gradient_accumulation_steps=2))
     # all but what doesn't grow with the rows: masks, rotations
     assert _worst(_trace(per_device_train_batch_size=4)) > 1.9 * _worst(_trace(peft_config=LoraConfig(r=1)))
+
+
+@pytest.mark.parametrize("method", [PeqaConfig, AlphaTuningConfig])
+def test_the_second_plan_is_the_first(method):
+    """Whatever unpacking has cached by then."""
+    packing._cached_spread_table.cache_clear()
+    packing._cached_sign_table.cache_clear()
+    assert _trace(peft_config=method()).backward == _trace(peft_config=method()).backward
 
 
 def test_checkpointing_keeps_fused_attention():
