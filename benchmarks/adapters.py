@@ -203,7 +203,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--adapters", type=int, default=1000, help="how many are loaded")
     parser.add_argument("--tokens", type=int, default=16, help="tokens of each of the 64 prompts")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--parts", nargs="+", choices=("loading", "mixing"), default=["loading", "mixing"])
     parser.add_argument("--smoke", action="store_true", help="a tiny random model and few adapters")
     parser.add_argument("--seed", type=int, default=0)
