@@ -72,8 +72,9 @@ def packed_linear(
         ValueError: If the last dimension of `x` isn't the weight's number of inputs.
     """
     _check_input(x, weight.in_features)
-    if kernel.takes(x, weight.planes, scale, scale.shape[1]):
-        return kernel.packed_linear(x, weight.planes, scale, weight.zero_point, bias, weight.out_features)
+    found = kernel.packed_linear(x, weight.planes, scale, weight.zero_point, bias, weight.out_features)
+    if found is not None:
+        return found
     rows = x.reshape(-1, weight.in_features)
     if not _scales_output(x, weight, scale):
         y = _Blockwise.apply(rows, scale, trained_planes, *weight)
@@ -108,9 +109,10 @@ def mixed_packed_linear(
     """
     _check_input(x, weight.in_features)
     rows = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), weight.in_features)
-    if kernel.takes(x, weight.planes, scales, scales.shape[2]):
-        of_row = choice.repeat_interleave(rows.shape[1])
-        return kernel.packed_linear(x, weight.planes, scales, weight.zero_point, bias, weight.out_features, of_row)
+    of_row = choice.repeat_interleave(rows.shape[1])
+    found = kernel.packed_linear(x, weight.planes, scales, weight.zero_point, bias, weight.out_features, of_row)
+    if found is not None:
+        return found
     if _scales_output(x, weight, scales[0]):
         product = _product(rows.reshape(-1, weight.in_features), weight)
         y = product.view(*rows.shape[:-1], -1).mul_(scales[choice, :, 0][:, None, :])

@@ -251,13 +251,16 @@ def test_compile_and_export_keep_the_operator():
 @needs_kernel
 def test_gradients_and_doubles_stay_with_torch(monkeypatch):
     weight, scale, dense = make(40, 64, 4)
-    monkeypatch.setattr(kernel, "packed_linear", None)
+    monkeypatch.setattr(kernel, "_run", None)
     packed_linear(torch.randn(2, 64), weight, scale[0])
     with torch.no_grad():
         x = torch.randn(2, 64, dtype=torch.float64)
         torch.testing.assert_close(packed_linear(x, weight, scale[0].double()), x @ dense[0].t())
         monkeypatch.setenv(KERNEL_VARIABLE, "torch")
         packed_linear(torch.randn(2, 64), weight, scale[0])
+        monkeypatch.setenv(KERNEL_VARIABLE, "auto")
+        with pytest.raises(TypeError):  # it would have been the kernel's
+            packed_linear(torch.randn(2, 64), weight, scale[0])
 
 
 @pytest.mark.parametrize("trouble", ["missing", "version"])
@@ -278,6 +281,8 @@ def test_works_without_the_kernel_and_says_so_once(monkeypatch, trouble):
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 packed_linear(x, weight, scale[0])
+            with pytest.raises(RuntimeError, match="exported.*reinstall"):
+                torch.ops.peft_ext.packed_linear(x, weight.planes, scale[0], weight.zero_point, None, None, 40, True)
         assert error(found, x.double() @ dense[0].t()) < EXACT
     finally:
         kernel._module.cache_clear()
