@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := runs/demo
 
-.PHONY: help demo test quality style notebooks bench clean
+.PHONY: help demo test quality style notebooks sanitize bench clean
 
 help:
 	@echo "make demo       tune a 3-bit language model on Python's documentation, then generate with it (FORCE=1: again)"
@@ -14,6 +14,7 @@ help:
 	@echo "make quality    ruff and mypy"
 	@echo "make style      let ruff mend what it can"
 	@echo "make notebooks  execute the notebooks"
+	@echo "make sanitize   run the kernel's tests on a build with address and undefined-behaviour sanitisers (g++)"
 	@echo "make bench      run the benchmarks behind README's tables (hours)"
 	@echo "make clean      remove .venv, runs and caches"
 
@@ -53,6 +54,17 @@ notebooks: $(READY)
 		echo "==> $$notebook"; \
 		$(BIN)/python -m notebooks.execute $$notebook || exit 1; \
 	done
+
+# A copy of the sources, since the sanitised kernel must not stay behind as the installed one.
+sanitize: $(READY)
+	@rm -rf build/sanitize && mkdir -p build/sanitize && cp -r peft_ext tests pyproject.toml build/sanitize/
+	@rm -f build/sanitize/peft_ext/quant/_kernel*
+	cd build/sanitize && g++ -std=c++17 -O1 -g -fPIC -shared -Wno-maybe-uninitialized -fno-omit-frame-pointer \
+		-fsanitize=address,undefined -fno-sanitize-recover=all \
+		$$($(abspath $(BIN))/python -c 'import sysconfig; print("-I" + sysconfig.get_path("include"))') \
+		peft_ext/quant/csrc/*.cpp -o peft_ext/quant/_kernel.abi3.so -ldl
+	cd build/sanitize && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		PYTHONPATH=. $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider tests/quant/test_kernel.py
 
 bench: $(READY)
 	$(BIN)/python -m pip install --disable-pip-version-check -e ".[bench]"

@@ -16,6 +16,8 @@ from typing import Optional
 
 import torch
 
+from peft_ext.quant.packing import SUPPORTED_BITS, planes_shape
+
 
 KERNEL_VARIABLE = "PEFT_EXT_KERNEL"
 KERNELS = ("auto", "exact", "torch")
@@ -105,9 +107,8 @@ def _run(
     choice: Optional[torch.Tensor],
     out_features: int,
     exact: bool,
-    level: Optional[int] = None,
+    level: int,
 ) -> torch.Tensor:
-    """The operator; `level` is `capability()`, for those who know it."""
     in_features = x.shape[-1]
     y = x.new_empty((*x.shape[:-1], out_features))
     rows = x.numel() // in_features if in_features else 0
@@ -143,7 +144,7 @@ def _run(
         0 if bias is None else _DTYPES[bias.dtype],
         exact,
         torch.get_num_threads(),
-        capability() if level is None else level,
+        level,
         VERSION,
     )
     return y
@@ -188,7 +189,66 @@ _library.define(
     "packed_linear(Tensor x, Tensor planes, Tensor scale, Tensor? zero_point, Tensor? bias, Tensor? choice, "
     "int out_features, bool exact) -> Tensor"
 )
-_library.impl("packed_linear", _run, "CPU")
+
+
+def _operator(
+    x: torch.Tensor,
+    planes: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: Optional[torch.Tensor],
+    bias: Optional[torch.Tensor],
+    choice: Optional[torch.Tensor],
+    out_features: int,
+    exact: bool,
+) -> torch.Tensor:
+    """What `torch.ops.peft_ext.packed_linear` runs. It can be called with anything, and the kernel trusts sizes.
+
+    Raises:
+        ValueError: If the tensors don't fit each other.
+    """
+    in_features = x.shape[-1]
+    ahead = [] if choice is None else [scale.shape[0]]
+    groups = scale.shape[len(ahead) + 1] if scale.dim() > len(ahead) + 1 else 0
+    bits = planes.shape[2] if planes.dim() == 4 else 0
+    layout = [*ahead, out_features, groups] + ([bits] if zero_point is None else [])
+    rows = x.numel() // in_features if in_features else 0
+    fits = (
+        planes.dtype == torch.uint8
+        and planes.shape == planes_shape(out_features, in_features, bits)
+        and bits in SUPPORTED_BITS
+        and list(scale.shape) == layout
+        and (groups == 1 or (groups > 1 and in_features % (groups * _INPUTS_OF_BYTE) == 0))
+        and (
+            zero_point is None
+            or (zero_point.dtype == torch.uint8 and list(zero_point.shape) == [out_features, groups])
+        )
+        and (bias is None or list(bias.shape) == [out_features])
+        and (
+            choice is None
+            or (choice.dtype == torch.int64 and list(choice.shape) == [rows] and _in_range(choice, ahead[0]))
+        )
+        and x.dtype in _DTYPES
+        and scale.dtype in _DTYPES
+    )
+    if not fits:
+        shapes = {
+            name: None if tensor is None else (tuple(tensor.shape), tensor.dtype)
+            for name, tensor in (
+                ("x", x), ("planes", planes), ("scale", scale), ("zero_point", zero_point), ("bias", bias), ("choice", choice)
+            )
+        }  # fmt: skip
+        raise ValueError(
+            f"peft_ext::packed_linear can't multiply {shapes} to out_features={out_features}; see peft_ext/quant/kernel.py for "
+            "the layouts, or call peft_ext.quant.functional.packed_linear, which takes any group size and dtype."
+        )
+    return _run(x, planes, scale, zero_point, bias, choice, out_features, exact, capability())
+
+
+def _in_range(choice: torch.Tensor, count: int) -> bool:
+    return not choice.numel() or (int(choice.min()) >= 0 and int(choice.max()) < count)
+
+
+_library.impl("packed_linear", _operator, "CPU")
 
 
 @torch.library.register_fake("peft_ext::packed_linear", lib=_library)

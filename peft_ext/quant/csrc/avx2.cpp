@@ -19,7 +19,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
-#include "common.h"
+#include "tile.h"
 
 namespace {
 
@@ -28,10 +28,14 @@ constexpr int kVectors = 4;  // of 8 output rows
 
 constexpr int kPlanesOfPart = 4;  // whose 16-bit sums, times 1, 2, 4 and 8, stay within 16 bits
 
+constexpr int parts_of(int bits, bool binary) {
+  return binary ? bits : (bits + kPlanesOfPart - 1) / kPlanesOfPart;
+}
+
 // Uniform codes are signed planes, 2^p / 2 times the scale each, and an offset; four planes make a part.
 inline Scheme table_scheme(int bits, bool binary) {
   Scheme scheme = {};
-  scheme.parts = binary ? bits : (bits + kPlanesOfPart - 1) / kPlanesOfPart;
+  scheme.parts = parts_of(bits, binary);
   for (int v = 0; v < scheme.parts; ++v) scheme.factor[v] = binary ? 1.0f : 0.5f * static_cast<float>(1 << (kPlanesOfPart * v));
   scheme.centre = 0.5f * static_cast<float>((1 << bits) - 1);
   scheme.alphas = 0.0f;
@@ -96,28 +100,33 @@ void prepare_tables(Plan& plan) {
 }
 
 template <int bits, bool binary, bool per_channel>
-struct Tile {
-  static constexpr int parts = binary ? bits : (bits + kPlanesOfPart - 1) / kPlanesOfPart;
-  static constexpr int sums_of_row = per_channel ? parts : 1;  // with groups, parts are added up at once
+struct Tile : TileWork<Tile<bits, binary, per_channel>, parts_of(bits, binary), per_channel, kTileRows> {
+  static constexpr int parts = parts_of(bits, binary);
+  typedef TileWork<Tile, parts, per_channel, kTileRows> Base;
+  using Base::blocks;
+  using Base::chunk_first;
+  using Base::coefficients;
+  using Base::limbs;
+  using Base::offsets;
+  using Base::plan;
+  using Base::product;
+  using Base::sums;
+  using Base::sums_of_row;
 
-  const Plan& plan;
-  const int64_t tile, blocks, table_bytes;
+  const int64_t table_bytes;
   const uint8_t* planes;
-  const Scheme scheme;
-  int64_t chunk_first = 0;
-  int64_t limbs[kRowsAtOnce * kLimbs];
-  alignas(32) float product[kRowsAtOnce][sums_of_row][kTileRows];
-  alignas(32) float coefficients[kGroupsAtOnce * parts * kTileRows];
-  alignas(32) float offsets[kGroupsAtOnce * kTileRows];
-  alignas(32) float sums[kRowsAtOnce][kTileRows];
 
   Tile(const Plan& plan_, int64_t tile_)
-      : plan(plan_),
-        tile(tile_),
-        blocks(static_cast<int64_t>(plan_.blocks.size())),
+      : Base(plan_, tile_, table_scheme(bits, binary)),
         table_bytes(2 * plan_.input_bytes * kTable),
-        planes(plan_.problem->planes + tile_ * plan_.input_bytes * bits * kTileRows),
-        scheme(table_scheme(bits, binary)) {}
+        planes(plan_.problem->planes + tile_ * plan_.input_bytes * bits * kTileRows) {}
+
+  inline void add_block(int64_t active, int64_t b, int64_t group) {
+    for (int64_t n = 0; n < active; ++n) {
+      look_up<0, (bits < kPlanesOfPart ? bits : kPlanesOfPart)>(limbs[n], b, group);
+      if constexpr (bits > kPlanesOfPart) look_up<kPlanesOfPart, bits - kPlanesOfPart>(limbs[n], b, group);
+    }
+  }
 
   // Looks up planes [first, first + count) of a block and adds a limb's sums: a part of up to four planes of uniform
   // codes, or as many parts of a binary coding.
@@ -174,38 +183,9 @@ struct Tile {
     }
   }
 
-  void run(const Chunk& chunk) {
-    const int64_t groups = plan.problem->groups;
-    chunk_first = chunk.first;
-    memset(product, 0, chunk.count * sizeof(product[0]));
-    memset(sums, 0, chunk.count * sizeof(sums[0]));
-    for (int64_t first = 0; first < groups; first += kGroupsAtOnce) {
-      const int64_t count = std::min(kGroupsAtOnce, groups - first);
-      if (!per_channel)
-        scales_of_tile(plan, scheme, tile, choice_of(plan, chunk.first), first, count, coefficients, offsets);
-      for (int64_t g = 0; g < count; ++g) {
-        for (int64_t b = plan.first_block[first + g]; b < plan.first_block[first + g + 1]; ++b) {
-          const int64_t active = limbs_of_block(plan, chunk, b, limbs);
-          for (int64_t n = 0; n < active; ++n) {
-            look_up<0, (bits < kPlanesOfPart ? bits : kPlanesOfPart)>(limbs[n], b, g);
-            if constexpr (bits > kPlanesOfPart) look_up<kPlanesOfPart, bits - kPlanesOfPart>(limbs[n], b, g);
-          }
-        }
-        for (int64_t i = 0; i < chunk.count && !per_channel; ++i) add_offset(i, first + g, &offsets[g * kTileRows]);
-      }
-    }
-    int64_t known = -1;
-    for (int64_t i = 0; i < chunk.count; ++i) {
-      const int64_t which = choice_of(plan, chunk.first + i);
-      if (per_channel && which != known) scales_of_tile(plan, scheme, tile, which, 0, 1, coefficients, offsets);
-      known = which;
-      if (per_channel) add_offset(i, 0, offsets);
-      add_product(i);
-    }
-    write_tile(plan, chunk, tile, &sums[0][0]);
-  }
-
-  inline void add_offset(int64_t i, int64_t group, const float* offset) {
+  // `group` of the weight, which lies at `g` in offsets.
+  inline void add_offset(int64_t i, int64_t group, int64_t g) {
+    const float* offset = &offsets[g * kTileRows];
     const __m256 total = _mm256_set1_ps(plan.group_sum[(chunk_first + i) * plan.problem->groups + group]);
     for (float *target = sums[i], *end = target + kTileRows; target < end; target += 8, offset += 8)
       _mm256_store_ps(target, _mm256_fmadd_ps(_mm256_load_ps(offset), total, _mm256_load_ps(target)));
@@ -221,29 +201,10 @@ struct Tile {
   }
 };
 
-template <int bits, bool binary>
-void run_tile(const Plan& plan, int64_t tile) {
-  if (plan.problem->groups == 1) {
-    Tile<bits, binary, true> work(plan, tile);
-    for (const Chunk& chunk : plan.chunks) work.run(chunk);
-  } else {
-    Tile<bits, binary, false> work(plan, tile);
-    for (const Chunk& chunk : plan.chunks) work.run(chunk);
-  }
-}
-
-template <bool binary>
-peft_ext::RunTile choose(int bits) {
-  constexpr peft_ext::RunTile of[] = {
-      run_tile<1, binary>, run_tile<2, binary>, run_tile<3, binary>, run_tile<4, binary>,
-      run_tile<5, binary>, run_tile<6, binary>, run_tile<7, binary>, run_tile<8, binary>};
-  return of[bits - 1];
-}
-
 }  // namespace
 
 peft_ext::Path peft_ext::avx2_path(int bits, bool binary) {
-  return {prepare_tables, binary ? choose<true>(bits) : choose<false>(bits)};
+  return {prepare_tables, binary ? tile_of<Tile, true>(bits) : tile_of<Tile, false>(bits)};
 }
 
 #if defined(__clang__)

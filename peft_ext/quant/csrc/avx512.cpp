@@ -22,6 +22,7 @@
 #endif
 
 #include "int8_dot.h"
+#include "tile.h"
 
 namespace {
 
@@ -142,40 +143,46 @@ inline __m256 fold(__m512 sums) {
 }
 
 template <int bits, bool binary, bool per_channel>
-struct Tile {
+struct Tile : TileWork<Tile<bits, binary, per_channel>, binary ? bits : 1, per_channel, 2 * kTileRows> {
   static constexpr int parts = binary ? bits : 1;
-  static constexpr int sums_of_row = per_channel ? parts : 1;  // with groups, parts are added up at once
+  typedef TileWork<Tile, parts, per_channel, 2 * kTileRows> Base;
+  using Base::blocks;
+  using Base::chunk_first;
+  using Base::coefficients;
+  using Base::limbs;
+  using Base::offsets;
+  using Base::plan;
+  using Base::product;
+  using Base::sums;
+  using Base::sums_of_row;
 
-  const Plan& plan;
-  const int64_t tile, blocks, inputs;
+  const int64_t inputs;
   const uint8_t* planes;
-  const Scheme scheme;
-  int64_t chunk_first = 0;
-  int64_t limbs[kRowsAtOnce * kLimbs];
   alignas(64) uint8_t bytes[kBlockBytes][parts][kVectors][64];
-  alignas(64) float product[kRowsAtOnce][sums_of_row][kVectors][16];
-  alignas(64) float coefficients[kGroupsAtOnce * parts * kTileRows];
-  alignas(64) float offsets[kGroupsAtOnce * kTileRows];
-  alignas(64) float sums[kRowsAtOnce][kTileRows];
 
   Tile(const Plan& plan_, int64_t tile_)
-      : plan(plan_),
-        tile(tile_),
-        blocks(static_cast<int64_t>(plan_.blocks.size())),
+      : Base(plan_, tile_, int8_scheme(bits, binary)),
         inputs(8 * plan_.input_bytes),
-        planes(plan_.problem->planes + tile_ * plan_.input_bytes * bits * kTileRows),
-        scheme(int8_scheme(bits, binary)) {}
+        planes(plan_.problem->planes + tile_ * plan_.input_bytes * bits * kTileRows) {}
+
+  inline void add_block(int64_t active, int64_t b, int64_t group) {
+    if (active == 1) {
+      one_limb(limbs[0], b, group);
+    } else {
+      many_limbs(active, b, group);
+    }
+  }
 
   // What a block adds to a row's products, given the integer dot products of one limb.
   inline void add(int64_t limb, int64_t block, int part, int64_t group, const __m512i* dots) {
     const __m512 block_scale = _mm512_set1_ps(plan.block_scale[limb * blocks + block]);
-    float(*target)[16] = product[limb / plan.limbs - chunk_first][per_channel ? part : 0];
+    float* target = product[limb / plan.limbs - chunk_first][per_channel ? part : 0];
     for (int i = 0; i < kVectors; ++i) {
       const __m512 value = _mm512_cvtepi32_ps(dots[i]);
       const __m512 factor =
           per_channel ? block_scale
                       : _mm512_mul_ps(block_scale, twice(&coefficients[(group * parts + part) * kTileRows + 8 * i]));
-      _mm512_store_ps(target[i], _mm512_fmadd_ps(value, factor, _mm512_load_ps(target[i])));
+      _mm512_store_ps(target + 16 * i, _mm512_fmadd_ps(value, factor, _mm512_load_ps(target + 16 * i)));
     }
   }
 
@@ -244,38 +251,6 @@ struct Tile {
     }
   }
 
-  void run(const Chunk& chunk) {
-    const int64_t groups = plan.problem->groups;
-    chunk_first = chunk.first;
-    memset(product, 0, chunk.count * sizeof(product[0]));
-    memset(sums, 0, chunk.count * sizeof(sums[0]));
-    for (int64_t first = 0; first < groups; first += kGroupsAtOnce) {
-      const int64_t count = std::min(kGroupsAtOnce, groups - first);
-      if (!per_channel)
-        scales_of_tile(plan, scheme, tile, choice_of(plan, chunk.first), first, count, coefficients, offsets);
-      for (int64_t g = 0; g < count; ++g) {
-        for (int64_t b = plan.first_block[first + g]; b < plan.first_block[first + g + 1]; ++b) {
-          const int64_t active = limbs_of_block(plan, chunk, b, limbs);
-          if (active == 1) {
-            one_limb(limbs[0], b, g);
-          } else {
-            many_limbs(active, b, g);
-          }
-        }
-        for (int64_t i = 0; i < chunk.count && !per_channel; ++i) add_offset(i, first + g, g);
-      }
-    }
-    int64_t known = -1;
-    for (int64_t i = 0; i < chunk.count; ++i) {
-      const int64_t which = choice_of(plan, chunk.first + i);
-      if (per_channel && which != known) scales_of_tile(plan, scheme, tile, which, 0, 1, coefficients, offsets);
-      known = which;
-      if (per_channel) add_offset(i, 0, 0);
-      add_product(i);
-    }
-    write_tile(plan, chunk, tile, &sums[0][0]);
-  }
-
   // `group` of the weight, which lies at `g` in coefficients and offsets.
   inline void add_offset(int64_t i, int64_t group, int64_t g) {
     const int64_t at = (chunk_first + i) * plan.problem->groups + group;
@@ -291,7 +266,7 @@ struct Tile {
   inline void add_product(int64_t i) {
     for (int v = 0; v < sums_of_row; ++v)
       for (int k = 0; k < kVectors; ++k) {
-        const __m256 value = fold(_mm512_load_ps(product[i][v][k]));
+        const __m256 value = fold(_mm512_load_ps(&product[i][v][16 * k]));
         const __m256 factor = per_channel ? _mm256_load_ps(&coefficients[v * kTileRows + 8 * k]) : _mm256_set1_ps(1.0f);
         float* target = &sums[i][8 * k];
         _mm256_store_ps(target, _mm256_fmadd_ps(value, factor, _mm256_load_ps(target)));
@@ -299,29 +274,10 @@ struct Tile {
   }
 };
 
-template <int bits, bool binary>
-void run_tile(const Plan& plan, int64_t tile) {
-  if (plan.problem->groups == 1) {
-    Tile<bits, binary, true> work(plan, tile);
-    for (const Chunk& chunk : plan.chunks) work.run(chunk);
-  } else {
-    Tile<bits, binary, false> work(plan, tile);
-    for (const Chunk& chunk : plan.chunks) work.run(chunk);
-  }
-}
-
-template <bool binary>
-peft_ext::RunTile choose(int bits) {
-  constexpr peft_ext::RunTile of[] = {
-      run_tile<1, binary>, run_tile<2, binary>, run_tile<3, binary>, run_tile<4, binary>,
-      run_tile<5, binary>, run_tile<6, binary>, run_tile<7, binary>, run_tile<8, binary>};
-  return of[bits - 1];
-}
-
 }  // namespace
 
 peft_ext::Path peft_ext::avx512_path(int bits, bool binary) {
-  return {prepare_int8, binary ? choose<true>(bits) : choose<false>(bits)};
+  return {prepare_int8, binary ? tile_of<Tile, true>(bits) : tile_of<Tile, false>(bits)};
 }
 
 #if defined(__clang__)
