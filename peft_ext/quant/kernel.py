@@ -184,13 +184,6 @@ def _choice(variable: str, values: tuple[str, ...], default: str) -> str:
     return value
 
 
-_library = torch.library.Library("peft_ext", "DEF")
-_library.define(
-    "packed_linear(Tensor x, Tensor planes, Tensor scale, Tensor? zero_point, Tensor? bias, Tensor? choice, "
-    "int out_features, bool exact) -> Tensor"
-)
-
-
 def _operator(
     x: torch.Tensor,
     planes: torch.Tensor,
@@ -248,9 +241,16 @@ def _in_range(choice: torch.Tensor, count: int) -> bool:
     return not choice.numel() or (int(choice.min()) >= 0 and int(choice.max()) < count)
 
 
-_library.impl("packed_linear", _operator, "CPU")
-
-
-@torch.library.register_fake("peft_ext::packed_linear", lib=_library)
 def _fake(x, planes, scale, zero_point, bias, choice, out_features, exact):
     return x.new_empty((*x.shape[:-1], out_features))
+
+
+# torch keeps an operator for good, so a module that is imported again finds it there
+if not hasattr(torch.ops.peft_ext, "packed_linear"):
+    torch.library.define(
+        "peft_ext::packed_linear",
+        "(Tensor x, Tensor planes, Tensor scale, Tensor? zero_point, Tensor? bias, Tensor? choice, "
+        "int out_features, bool exact) -> Tensor",
+    )
+    torch.library.impl("peft_ext::packed_linear", "CPU", _operator)
+    torch.library.register_fake("peft_ext::packed_linear", _fake)
