@@ -58,10 +58,13 @@ def contenders(
             return PackedWeight(planes, zero_point, out_features, in_features)
 
         def run(weight: PackedWeight) -> torch.Tensor:
-            os.environ[KERNEL_VARIABLE] = "exact" if exact else "auto"
             return packed_linear(x, weight, scale)
 
-        return run, rotated(make, size), size
+        def run_exact(weight: PackedWeight) -> torch.Tensor:
+            with kernel.using(**{KERNEL_VARIABLE: "exact"}):
+                return run(weight)
+
+        return run_exact if exact else run, rotated(make, size), size
 
     def int4() -> tuple[Callable[[Any], Any], list[Any], int]:
         size = out_features * in_features // 2

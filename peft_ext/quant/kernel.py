@@ -8,9 +8,11 @@ to 8 bits), `exact` (the kernel, activations in 24 bits) or `torch` (torch's own
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import warnings
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Optional
 
@@ -41,7 +43,7 @@ def kernel() -> str:
     Raises:
         ValueError: If it isn't one of `KERNELS`.
     """
-    return _choice(KERNEL_VARIABLE, KERNELS, "auto")
+    return _mode()
 
 
 @torch.compiler.assume_constant_result
@@ -51,9 +53,24 @@ def capability() -> int:
     Raises:
         ValueError: If PEFT_EXT_CPU_CAPABILITY isn't one of `CAPABILITIES`.
     """
-    module = _module()
-    best = module.BEST_LEVEL if module is not None else 0
-    return min(best, CAPABILITIES.index(_choice(CAPABILITY_VARIABLE, CAPABILITIES, CAPABILITIES[-1])))
+    return _level()
+
+
+@contextlib.contextmanager
+def using(**variables: str) -> Iterator[None]:
+    """Other values of PEFT_EXT_KERNEL and PEFT_EXT_CPU_CAPABILITY inside the block, for all threads.
+
+    They are otherwise read once, at first use: looking them up takes as long as a small product.
+    """
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    _forget()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        _forget()
 
 
 @torch.compiler.assume_constant_result
@@ -84,10 +101,14 @@ def packed_linear(
         out_features: Rows of the weight.
         choice: int64, for each row of `x` (its leading dimensions flattened) which scale it takes.
     """
-    if torch.is_grad_enabled() or x.dtype not in _DTYPES or x.device.type != "cpu" or planes.device.type != "cpu":
+    # called for every layer and token: tensors' cheapest properties only, see benchmarks/kernels.py
+    if torch.is_grad_enabled() or not (x.is_cpu and planes.is_cpu):
         return None
-    in_features, groups = x.shape[-1], scale.shape[-1 if zero_point is not None else -2]
-    if scale.dtype not in _DTYPES or (groups > 1 and in_features % (groups * _INPUTS_OF_BYTE)):
+    shape = x.shape
+    in_features, groups = shape[-1], scale.shape[-1 if zero_point is not None else -2]
+    if x.dtype not in _DTYPES or scale.dtype not in _DTYPES:
+        return None
+    if groups > 1 and in_features % (groups * _INPUTS_OF_BYTE):
         return None
     mode, level = kernel(), capability()
     if mode == "torch" or not available() or x.numel() > in_features * MAX_ROWS[level]:
@@ -109,27 +130,29 @@ def _run(
     exact: bool,
     level: int,
 ) -> torch.Tensor:
-    in_features = x.shape[-1]
-    y = x.new_empty((*x.shape[:-1], out_features))
-    rows = x.numel() // in_features if in_features else 0
-    if x.dim() != 2 or x.stride(-1) != 1:
-        x = x.contiguous()
-    # each a check where it is one already; zero points read from checkpoints often aren't
-    planes, scale = planes.contiguous(), scale.contiguous()
-    zero_point, bias, choice = (t if t is None else t.contiguous() for t in (zero_point, bias, choice))
     module = _module()
     if module is None:  # an exported program on a machine without it
         raise RuntimeError(
             "this program was exported with peft-ext's CPU kernel, which is not built here; reinstall peft-ext."
         )
-    if bias is not None and bias.dtype not in _DTYPES:
-        bias = bias.float()
+    *ahead, in_features = x.shape
+    y = x.new_empty((*ahead, out_features))
+    if not (x.is_contiguous() or (len(ahead) == 1 and x.stride(1) == 1)):
+        x = x.contiguous()
+    # each a check where it is one already; zero points read from checkpoints often aren't
+    planes, scale = planes.contiguous(), scale.contiguous()
+    if zero_point is not None:
+        zero_point = zero_point.contiguous()
+    if bias is not None:
+        bias = (bias if bias.dtype in _DTYPES else bias.float()).contiguous()
+    if choice is not None:
+        choice = choice.contiguous()
     module.packed_linear(
         x.data_ptr(),
         y.data_ptr(),
         _DTYPES[x.dtype],
-        rows,
-        x.stride(0) if x.dim() == 2 else in_features,
+        x.numel() // in_features if in_features else 0,
+        x.stride(0) if len(ahead) == 1 else in_features,
         planes.data_ptr(),
         planes.shape[2],
         zero_point is None,
@@ -175,6 +198,23 @@ def _module() -> Optional[ModuleType]:
         )
         return None
     return _kernel
+
+
+@functools.cache
+def _mode() -> str:
+    return _choice(KERNEL_VARIABLE, KERNELS, "auto")
+
+
+@functools.cache
+def _level() -> int:
+    module, best = _module(), CAPABILITIES[-1]
+    most = CAPABILITIES.index(_choice(CAPABILITY_VARIABLE, CAPABILITIES, best))
+    return min(most, module.BEST_LEVEL if module is not None else 0)
+
+
+def _forget() -> None:
+    _mode.cache_clear()
+    _level.cache_clear()
 
 
 def _choice(variable: str, values: tuple[str, ...], default: str) -> str:

@@ -88,8 +88,9 @@ class PackedLinear(nn.Linear):
         self._check_shapes(planes, scale, zero_point)
         self.planes = PackedParameter(planes, in_features * out_features)
         self.scale = nn.Parameter(scale, requires_grad=False)
-        self.zero_point = None if zero_point is None else nn.Parameter(zero_point, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)  # type: ignore[assignment]
+        frozen = {"zero_point": zero_point, "bias": None if bias is None else bias.detach()}
+        for name, tensor in frozen.items():
+            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
 
     @classmethod
     def from_quantized(
@@ -213,14 +214,24 @@ class PackedLinear(nn.Linear):
         trained_planes: Optional[int] = None,
     ) -> torch.Tensor:
         """`[..., in] -> [..., out]`; `scale` (a tuner's) stands in for the layer's own. See `packed_linear`."""
-        x, scale = _autocast(x), self.scale if scale is None else scale
+        planes, own_scale, zero_point, bias = self._tensors()
+        weight = PackedWeight(planes, zero_point, self.out_features, self.in_features)
+        scale = own_scale if scale is None else scale
         return packed_linear(
-            x, self.packed, scale, self.bias, keep_product=keep_product, trained_planes=trained_planes
+            _autocast(x), weight, scale, bias, keep_product=keep_product, trained_planes=trained_planes
         )
 
     def forward_mixed(self, x: torch.Tensor, scales: torch.Tensor, choice: torch.Tensor) -> torch.Tensor:
         """`[batch, ..., in] -> [batch, ..., out]`, sample `i` with `scales[choice[i]]`; see `mixed_packed_linear`."""
         return mixed_packed_linear(_autocast(x), self.packed, scales, choice, self.bias)
+
+    def _tensors(self) -> tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
+        # attributes of a module are looked up slowly, four of them in the time of a small product
+        own = self._parameters
+        try:
+            return own["planes"], own["scale"], own["zero_point"], own["bias"]  # type: ignore[return-value]
+        except KeyError:  # FSDP1 and parametrisations put tensors in their place, which are attributes
+            return self.planes, self.scale, self.zero_point, self.bias
 
     def extra_repr(self) -> str:
         return (
@@ -275,8 +286,9 @@ class PackedLinear(nn.Linear):
 
 def _autocast(x: torch.Tensor) -> torch.Tensor:
     """The input in the dtype in which autocast wants linear layers, where it is on."""
-    device_type = x.device.type
-    available = torch.amp.is_autocast_available(device_type)  # not on the meta device
-    if available and x.is_floating_point() and torch.is_autocast_enabled(device_type):
+    device_type = "cpu" if x.is_cpu else x.device.type  # a device's type takes longer to read than whether it's a CPU
+    if device_type != "cpu" and not torch.amp.is_autocast_available(device_type):  # the meta device has none
+        return x
+    if torch.is_autocast_enabled(device_type) and x.is_floating_point():
         return x.to(torch.get_autocast_dtype(device_type))
     return x

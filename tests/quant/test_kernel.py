@@ -21,19 +21,18 @@ FAST, EXACT = 1e-2, 1e-5
 
 
 @pytest.fixture(params=CAPABILITIES)
-def path(request, monkeypatch):
+def path(request):
     """One path of the kernel."""
-    monkeypatch.delenv(CAPABILITY_VARIABLE, raising=False)
-    if CAPABILITIES.index(request.param) > kernel.capability():
-        pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setenv(CAPABILITY_VARIABLE, request.param)
-    return request.param
+    with kernel.using(**{CAPABILITY_VARIABLE: request.param}):
+        if CAPABILITIES.index(request.param) > kernel.capability():
+            pytest.skip(f"this processor has no {request.param}")
+        yield request.param
 
 
 @pytest.fixture(params=["auto", "exact"])
-def tolerance(request, monkeypatch):
-    monkeypatch.setenv(KERNEL_VARIABLE, request.param)
-    return FAST if request.param == "auto" else EXACT
+def tolerance(request):
+    with kernel.using(**{KERNEL_VARIABLE: request.param}):
+        yield FAST if request.param == "auto" else EXACT
 
 
 @pytest.fixture
@@ -105,9 +104,8 @@ def test_any_size(out_features, in_bytes, cut, groups, bits, binary, rows, capab
     in_features = 8 * in_bytes * groups - (cut if groups == 1 else 0)
     weight, scale, dense = make(out_features, in_features, bits, groups, binary, seed=rows)
     x = torch.randn(rows, in_features, generator=torch.Generator().manual_seed(1))
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setenv(CAPABILITY_VARIABLE, capability)
-        patch.setenv(KERNEL_VARIABLE, "exact")
+    chosen = kernel.using(**{CAPABILITY_VARIABLE: capability, KERNEL_VARIABLE: "exact"})
+    with chosen, pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(kernel, "MAX_ROWS", (99, 99, 99))
         patch.setattr(functional, "code_blocks", None)
         found = packed_linear(x, weight, scale[0])
@@ -179,13 +177,12 @@ def test_any_strides_of_the_weight(path, only_the_kernel):
 
 
 @needs_kernel
-def test_large_inputs_among_small_ones_dont_drown_them(path, monkeypatch):
+def test_large_inputs_among_small_ones_dont_drown_them(path):
     """Language models have inputs a hundred times larger than the rest, which a weight may leave out of the result."""
-    monkeypatch.setenv(KERNEL_VARIABLE, "auto")
     weight, scale, dense = make(64, 512, 4)
     x = torch.randn(1, 512)
     x[:, [5, 130, 300]] *= 100
-    with torch.no_grad():
+    with torch.no_grad(), kernel.using(**{KERNEL_VARIABLE: "auto"}):
         found = packed_linear(x, weight, scale[0])
         outliers = torch.zeros(1, 512)
         outliers[:, [5, 130, 300]] = x[:, [5, 130, 300]]
@@ -206,8 +203,8 @@ def test_not_a_number_stays_one(path, tolerance):
 
 @needs_kernel
 def test_threads_dont_change_the_result(path, tolerance):
-    weight, scale, _ = make(1000, 512, 3)
-    x = torch.randn(2, 512)
+    weight, scale, _ = make(2000, 1024, 3)  # smaller ones aren't shared among threads
+    x = torch.randn(2, 1024)
     results = []
     threads = torch.get_num_threads()
     try:
@@ -278,10 +275,9 @@ def test_gradients_and_doubles_stay_with_torch(monkeypatch):
     with torch.no_grad():
         x = torch.randn(2, 64, dtype=torch.float64)
         torch.testing.assert_close(packed_linear(x, weight, scale[0].double()), x @ dense[0].t())
-        monkeypatch.setenv(KERNEL_VARIABLE, "torch")
-        packed_linear(torch.randn(2, 64), weight, scale[0])
-        monkeypatch.setenv(KERNEL_VARIABLE, "auto")
-        with pytest.raises(TypeError):  # it would have been the kernel's
+        with kernel.using(**{KERNEL_VARIABLE: "torch"}):
+            packed_linear(torch.randn(2, 64), weight, scale[0])
+        with kernel.using(**{KERNEL_VARIABLE: "auto"}), pytest.raises(TypeError):  # it would have been the kernel's
             packed_linear(torch.randn(2, 64), weight, scale[0])
 
 
@@ -294,6 +290,7 @@ def test_works_without_the_kernel_and_says_so_once(monkeypatch, trouble):
     if trouble == "version":
         monkeypatch.setattr("peft_ext.quant._kernel", sys.modules["peft_ext.quant._kernel"], raising=False)
     kernel._module.cache_clear()
+    kernel._level.cache_clear()
     try:
         weight, scale, dense = make(40, 64, 4)
         x = torch.randn(2, 64)
@@ -308,12 +305,12 @@ def test_works_without_the_kernel_and_says_so_once(monkeypatch, trouble):
         assert error(found, x.double() @ dense[0].t()) < EXACT
     finally:
         kernel._module.cache_clear()
+        kernel._level.cache_clear()
 
 
-def test_unknown_settings_are_named(monkeypatch):
+def test_unknown_settings_are_named():
     weight, scale, _ = make(40, 64, 4)
     for variable, value in ((KERNEL_VARIABLE, "fastest"), (CAPABILITY_VARIABLE, "sse9")):
-        with monkeypatch.context() as patch, torch.no_grad():
-            patch.setenv(variable, value)
+        with kernel.using(**{variable: value}), torch.no_grad():
             with pytest.raises(ValueError, match=f"{variable}='{value}'.*choose one of"):
                 kernel.kernel() if variable == KERNEL_VARIABLE else kernel.capability()

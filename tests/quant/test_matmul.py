@@ -4,14 +4,14 @@
 import pytest
 import torch
 
-from peft_ext.quant.kernel import KERNEL_VARIABLE
+from peft_ext.quant.kernel import KERNEL_VARIABLE, using
 from peft_ext.quant.matmul import linear
 
 
 @pytest.fixture(params=["auto", "torch"])
-def kernel(request, monkeypatch):
-    monkeypatch.setenv(KERNEL_VARIABLE, request.param)
-    return request.param
+def kernel(request):
+    with using(**{KERNEL_VARIABLE: request.param}):
+        yield
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -47,11 +47,10 @@ def test_the_switch_keeps_onednn_out(monkeypatch):
         raise AssertionError("oneDNN was called")
 
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", boom, raising=False)
-    monkeypatch.setenv(KERNEL_VARIABLE, "torch")
-    linear(torch.randn(4, 8), torch.randn(6, 8))
+    with using(**{KERNEL_VARIABLE: "torch"}):
+        linear(torch.randn(4, 8), torch.randn(6, 8))
 
 
-def test_unknown_kernel_is_named(monkeypatch):
-    monkeypatch.setenv(KERNEL_VARIABLE, "fastest")
-    with pytest.raises(ValueError, match="PEFT_EXT_KERNEL='fastest'.*auto.*torch"):
+def test_unknown_kernel_is_named():
+    with using(**{KERNEL_VARIABLE: "fastest"}), pytest.raises(ValueError, match="PEFT_EXT_KERNEL='fastest'.*auto.*torch"):
         linear(torch.randn(4, 8), torch.randn(6, 8))

@@ -17,8 +17,9 @@ namespace {
 using peft_ext::Path;
 using peft_ext::RunTile;
 
-// Below this many weight bytes times rows, waking a thread takes longer than the work.
-constexpr int64_t kWorthSharing = 1 << 15;
+// Below this many weight bytes times rows, waking a thread takes longer than the work: on two cores of an EPYC, weights out of
+// the caches, 1 thread against 2 took 13 against 17 us for 0.4 MB, 29 against 29 for 1 MB, 56 against 45 for 2 MB.
+constexpr int64_t kWorthSharing = 1 << 20;
 
 Path path_of(int level, int bits, bool binary) {
   if (level >= PEFT_EXT_AVX512) return peft_ext::avx512_path(bits, binary);
