@@ -75,6 +75,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.reconstruction
 	$(BIN)/python -m benchmarks.alphatuning_nlg
 	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.adapters
 	$(BIN)/python -m benchmarks.plan_memory
 

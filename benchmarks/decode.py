@@ -250,8 +250,11 @@ def measure(args: argparse.Namespace, model: str, folder: Path) -> dict[str, dic
     sizes = {name: _weight_bytes(folder / name) for name in ("float", "4 bits", "3 bits", "2 bits")}
     return {
         contender.title: {
-            **{key: statistics.median(row[key] for row in rounds[contender.title]) for key in rounds[contender.title][0]},
-            "weight_bytes": sizes[contender.checkpoint],
+            **{
+                key: statistics.median(row[key] for row in rounds[contender.title])
+                for key in rounds[contender.title][0]
+            },
+            "weight_bytes": _gguf_bytes(folder) if contender.llama_cpp else sizes[contender.checkpoint],
             "rounds": rounds[contender.title],
         }
         for contender in chosen(args)
@@ -259,7 +262,15 @@ def measure(args: argparse.Namespace, model: str, folder: Path) -> dict[str, dic
 
 
 def _start(args: argparse.Namespace, contender: Contender, folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "benchmarks.decode", "--serve", json.dumps([*contender]), "--work_dir", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.decode",
+        "--serve",
+        json.dumps([*contender]),
+        "--work_dir",
+        str(folder),
+    ]
     command += ["--prompt_tokens", str(args.prompt_tokens), "--new_tokens", str(args.new_tokens)]
     # freed memory is handed back at once, so that peaks are of tensors; the CPU kernel in its default mode
     variables = {
@@ -281,6 +292,10 @@ def _answer(process: subprocess.Popen[str], contender: Contender) -> str:
 
 def _weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _gguf_bytes(folder: Path) -> int:
+    return (folder / LLAMA_CPP.checkpoint / "model.gguf").stat().st_size
 
 
 def chosen(args: argparse.Namespace) -> list[Contender]:
@@ -339,12 +354,16 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Measure the models that the results file lacks, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS / "decode.json")
-    parser.add_argument("--models", nargs="+", default=list(MODELS), help=f"of {MODELS}, or any that transformers loads")
+    parser.add_argument(
+        "--models", nargs="+", default=list(MODELS), help=f"of {MODELS}, or any that transformers loads"
+    )
     parser.add_argument("--rows", nargs="+", help="titles of contenders; all by default")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt_tokens", type=int, default=64)
     parser.add_argument("--new_tokens", type=int, default=64)
-    parser.add_argument("--work_dir", type=Path, help="where checkpoints are kept (6 GB); a temporary folder by default")
+    parser.add_argument(
+        "--work_dir", type=Path, help="where checkpoints are kept (6 GB); a temporary folder by default"
+    )
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--table", action="store_true", help="print what is stored")
     parser.add_argument("--smoke", action="store_true", help="a tiny model: checks that the script runs")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.common import RESULTS, ROOT, Results, log, markdown_table, verdict
 from peft_ext.quant import kernel
@@ -80,6 +81,16 @@ def contenders(
             size,
         )
 
+    def module(
+        dtype: torch.dtype, quantize: Callable[[nn.Module], None]
+    ) -> tuple[Callable[[Any], Any], list[Any], int]:
+        def make() -> nn.Module:
+            layer = nn.Sequential(nn.Linear(in_features, out_features, bias=False, dtype=dtype))
+            quantize(layer)
+            return layer[0]
+
+        return lambda layer: layer(x.to(dtype)), rotated(make, count // 2), count // 2
+
     count = out_features * in_features
     found = {
         "float32": (
@@ -95,12 +106,38 @@ def contenders(
     }
     if in_features % ATEN_GROUP == 0:
         found["aten int4"] = int4()
+        for name, quantize in _peers().items():
+            found[name] = module(torch.bfloat16, quantize)
     for bits in (4, 3, 2):
         found[f"ours, {bits} bits"] = packed(bits, 1)
     if in_features % 128 == 0:
         found["ours, 4 bits, groups of 128"] = packed(4, in_features // 128)
     found["ours, 4 bits, exact"] = packed(4, 1, exact=True)
     return found
+
+
+def _peers() -> dict[str, Callable[[nn.Module], None]]:
+    """How other libraries make 4-bit layers in groups of 128 for a CPU; those that are installed."""
+    peers: dict[str, Callable[[nn.Module], None]] = {}
+    try:
+        from optimum import quanto
+
+        def by_quanto(module: nn.Module) -> None:
+            quanto.quantize(module, weights=quanto.qint4)
+            quanto.freeze(module)
+
+        peers["optimum-quanto, qint4"] = by_quanto
+    except ImportError:
+        log("left out: pip install optimum-quanto")
+    try:
+        from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
+
+        # its Int4WeightOnlyConfig has no CPU path any more (0.18)
+        config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(ATEN_GROUP))
+        peers["torchao, IntxWeightOnly int4"] = lambda module: quantize_(module, config)
+    except ImportError:
+        log("left out: pip install torchao")
+    return peers
 
 
 @torch.no_grad()

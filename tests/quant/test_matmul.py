@@ -52,5 +52,8 @@ def test_the_switch_keeps_onednn_out(monkeypatch):
 
 
 def test_unknown_kernel_is_named():
-    with using(**{KERNEL_VARIABLE: "fastest"}), pytest.raises(ValueError, match="PEFT_EXT_KERNEL='fastest'.*auto.*torch"):
+    with (
+        using(**{KERNEL_VARIABLE: "fastest"}),
+        pytest.raises(ValueError, match="PEFT_EXT_KERNEL='fastest'.*auto.*torch"),
+    ):
         linear(torch.randn(4, 8), torch.randn(6, 8))
