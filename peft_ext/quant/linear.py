@@ -66,6 +66,10 @@ class PackedLinear(nn.Linear):
         compute_dtype: dtype of the float weight that the layer stands for; the scale's by default. PEFT reads it, too.
     """
 
+    planes: PackedParameter
+    scale: nn.Parameter
+    zero_point: Optional[nn.Parameter]
+
     def __init__(
         self,
         planes: torch.Tensor,
