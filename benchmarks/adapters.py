@@ -1,9 +1,9 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
 """Many adapters on one packed base: memory of loading a thousand, time of a switch, cost of mixing 64 in one batch.
 
-Everything goes through PEFT's own `load_adapter`, `set_adapter` and `adapter_names=`. Adapters have random scales: neither
-time nor memory depends on them. Mixed batches take turns with batches of one adapter, for PEQA and for LoRA, so that a
-slow minute of the machine hits them all. Linux only.
+Once through PEFT's own `load_adapter`, `set_adapter` and `adapter_names=`, once through an `AdapterPool`. Adapters have
+random scales: neither time nor memory depends on them. Mixed batches take turns with batches of one adapter, for PEQA and
+for LoRA, so that a slow minute of the machine hits them all. Linux only.
 
     python -m benchmarks.adapters
 
@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -39,12 +41,14 @@ from benchmarks.common import (
     verdict,
 )
 from benchmarks.tuning import tiny_llama
-from peft_ext import PeqaConfig
+from peft_ext import AdapterPool, PeqaConfig
 from peft_ext.models import DEFAULT_MODEL, load_model
 
 
 PEQA, LORA = "PEQA, 4 bits, per channel", "LoRA, r = 8, all linear layers"
+POOL = f"{PEQA}, AdapterPool"
 FORWARD, GENERATE = "one forward", "generate"
+PARTS = ("loading", "pool", "mixing")
 BATCH, MIXED = 64, (8, 64)
 MB = 1e6
 _FILE = "adapter_model.safetensors"
@@ -55,7 +59,7 @@ def measure_loading(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         model = get_peft_model(_base(args), PeqaConfig(bits=4, task_type="CAUSAL_LM")).eval()
         folders = _write_adapters(model, Path(folder), args.adapters)
-        few = _time_of_switches(model, ["default"] * 2)
+        few = _time_of_switches(model.set_adapter, ["default"] * 2)
         reset_peak()
         before, seconds = resident_bytes(), []
         for path in tqdm(folders, desc="Loading", leave=False, disable=None):
@@ -72,8 +76,31 @@ def measure_loading(args: argparse.Namespace) -> dict[str, Any]:
             "first_seconds": statistics.median(seconds[:20]),
             "last_seconds": statistics.median(seconds[-20:]),
             "switch_with_one": few,
-            "switch": _time_of_switches(model, names),
-            "switch_frozen": _time_of_switches(model, names, inference_mode=True),
+            "switch": _time_of_switches(model.set_adapter, names),
+            "switch_frozen": _time_of_switches(model.set_adapter, names, inference_mode=True),
+        }
+
+
+def measure_pool(args: argparse.Namespace) -> dict[str, Any]:
+    """The same files into an `AdapterPool`."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = get_peft_model(_base(args), PeqaConfig(bits=4, task_type="CAUSAL_LM")).eval()
+        folders = _write_adapters(model, Path(folder), args.adapters)
+        pool = AdapterPool(model.unload())
+        reset_peak()
+        before, seconds = resident_bytes(), []
+        for path in tqdm(folders, desc="Loading", leave=False, disable=None):
+            started = time.process_time()
+            pool.load(path)
+            seconds.append(time.process_time() - started)
+        reset_peak()
+        return {
+            "files": sum((path / _FILE).stat().st_size for path in folders),
+            "grown": resident_bytes() - before,
+            "seconds": sum(seconds),
+            "first_seconds": statistics.median(seconds[:20]),
+            "last_seconds": statistics.median(seconds[-20:]),
+            "switch": _time_of_switches(pool.activate, pool.names),
         }
 
 
@@ -93,13 +120,13 @@ def _write_adapters(model: PeftModel, folder: Path, count: int) -> list[Path]:
     return folders
 
 
-def _time_of_switches(model: PeftModel, names: Sequence[str], **kwargs: Any) -> float:
-    """Median seconds of `set_adapter`."""
+def _time_of_switches(switch: Callable[..., None], names: Sequence[str], **kwargs: Any) -> float:
+    """Median seconds of a switch to another adapter."""
     seconds = []
     for step in range(100):
         name = names[(7 * step) % len(names)]  # neighbours in memory would flatter
         started = time.perf_counter()
-        model.set_adapter(name, **kwargs)
+        switch(name, **kwargs)
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)
 
@@ -112,8 +139,11 @@ def measure_mixing(args: argparse.Namespace) -> dict[str, dict[str, dict[str, li
         LORA: LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
     }
     counts = [count for count in MIXED if count <= rows] or [rows]
-    models = {method: _with_adapters(_base(args), config, max(counts)) for method, config in configs.items()}
+    models: dict[str, Any] = {
+        method: _with_adapters(_base(args), config, max(counts)) for method, config in configs.items()
+    }
     ids = torch.randint(3, models[PEQA].config.vocab_size, (rows, args.tokens))
+    models[POOL] = _pool(args, max(counts))
     runs = {
         (method, task, count): _run(model, task, ids, count)
         for method, model in models.items()
@@ -142,21 +172,37 @@ def _with_adapters(base: nn.Module, config: Any, count: int) -> PeftModel:
     return model.eval()
 
 
-def _run(model: PeftModel, task: str, ids: torch.Tensor, count: int) -> Callable[[], float]:
+def _pool(args: argparse.Namespace, count: int) -> AdapterPool:
+    with tempfile.TemporaryDirectory() as folder:
+        model = get_peft_model(_base(args), PeqaConfig(bits=4, task_type="CAUSAL_LM")).eval()
+        folders = _write_adapters(model, Path(folder), count)
+        pool = AdapterPool(model.unload())
+        for path in folders:
+            pool.load(path)
+    pool.activate("task0")
+    return pool
+
+
+def _run(model: Union[PeftModel, AdapterPool], task: str, ids: torch.Tensor, count: int) -> Callable[[], float]:
     """A run of a batch that mixes `count` adapters; of one adapter, which is active, without naming it."""
     kwargs: dict[str, Any] = {}
-    if count > 1:
-        kwargs["adapter_names"] = [f"task{row % count}" for row in range(len(ids))]
+    names = [f"task{row % count}" for row in range(len(ids))]
+    pool = model if isinstance(model, AdapterPool) else None
+    if pool is None and count > 1:
+        kwargs["adapter_names"] = names
     new_tokens = 16
     options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+
+    inner = model.model if isinstance(model, AdapterPool) else model
 
     @torch.no_grad()
     def run() -> float:
         started = time.perf_counter()
-        if task == FORWARD:
-            model(input_ids=ids, **kwargs)
-        else:
-            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options, **kwargs)
+        with pool.mixed(names) if pool is not None and count > 1 else nullcontext():
+            if task == FORWARD:
+                inner(input_ids=ids, **kwargs)
+            else:
+                inner.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options, **kwargs)
         return time.perf_counter() - started
 
     return run
@@ -171,19 +217,23 @@ def _base(args: argparse.Namespace) -> nn.Module:
     return tiny_llama() if args.smoke else load_model(args.model, dtype=torch.float32)
 
 
-def loading_table(found: dict[str, Any], adapters: int) -> str:
-    """Memory and time of loading, time of a switch."""
+def loading_table(found: dict[str, dict[str, Any]], adapters: int) -> str:
+    """Memory and time of loading, time of a switch: through PEFT and in a pool, where measured."""
+    lines = {
+        f"{adapters:,} adapter files, MB": ("files", 1 / MB, ",.1f"),
+        "Resident memory grown, MB": ("grown", 1 / MB, ",.1f"),
+        "Loading one, the first, ms of processor time": ("first_seconds", 1e3, ".1f"),
+        "Loading one, the last, ms of processor time": ("last_seconds", 1e3, ".1f"),
+        "Loading all, s of processor time": ("seconds", 1, ".1f"),
+        "A switch with one adapter loaded, microseconds": ("switch_with_one", 1e6, ".0f"),
+        "A switch with all loaded, microseconds": ("switch", 1e6, ".0f"),
+        "A switch with all loaded, inference_mode, microseconds": ("switch_frozen", 1e6, ".0f"),
+    }
     rows = [
-        [f"{adapters:,} adapter files, MB", f"{found['files'] / MB:,.1f}"],
-        ["Resident memory grown, MB", f"{found['grown'] / MB:,.1f}"],
-        ["Loading one, the first, ms of processor time", f"{1e3 * found['first_seconds']:.0f}"],
-        ["Loading one, the last, ms of processor time", f"{1e3 * found['last_seconds']:.0f}"],
-        ["Loading all, s of processor time", f"{found['seconds']:.0f}"],
-        ["A switch with one adapter loaded, microseconds", f"{1e6 * found['switch_with_one']:.0f}"],
-        ["A switch with all loaded, microseconds", f"{1e6 * found['switch']:.0f}"],
-        ["A switch with all loaded, inference_mode, microseconds", f"{1e6 * found['switch_frozen']:.0f}"],
+        [title, *(format(one[key] * factor, shown) if key in one else "" for one in found.values())]
+        for title, (key, factor, shown) in lines.items()
     ]
-    return markdown_table(["Adapters on one base", ""], rows)
+    return markdown_table(["Adapters on one base", *found], rows)
 
 
 def mixing_table(found: dict[str, Any]) -> str:
@@ -204,7 +254,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--adapters", type=int, default=1000, help="how many are loaded")
     parser.add_argument("--tokens", type=int, default=16, help="tokens of each of the 64 prompts")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--parts", nargs="+", choices=("loading", "mixing"), default=["loading", "mixing"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--smoke", action="store_true", help="a tiny random model and few adapters")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=RESULTS / "adapters.json")
@@ -214,9 +264,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     torch.manual_seed(args.seed)
     results = Results(args.output, args.seed)
     name = "tiny random Llama" if args.smoke else args.model
-    measures = {"loading": measure_loading, "mixing": measure_mixing}
+    measures = {"loading": measure_loading, "pool": measure_pool, "mixing": measure_mixing}
     settings = {
         "loading": {"part": "loading", "model": name, "adapters": args.adapters},
+        "pool": {"part": "pool", "model": name, "adapters": args.adapters},
         "mixing": {"part": "mixing", "model": name, "tokens": args.tokens, "repeats": args.repeats},
     }
     for part in args.parts:
@@ -224,17 +275,22 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             log(f"Measuring {part}")
             results.add(settings[part], measures[part](args))
             gc.collect()
-    loading, mixing = (results.find(settings[part]) for part in ("loading", "mixing"))
+    loading, pool, mixing = (results.find(settings[part]) for part in PARTS)
     lines = []
-    if loading:
-        print(loading_table(loading, args.adapters) + "\n")
-        lines.append(verdict("memory grown, over the adapter files", loading["grown"] / loading["files"], 1.5))
-        lines.append(verdict("a switch, microseconds", 1e6 * loading["switch"], 1000))
+    loaded = {title: found for title, found in (("PEFT", loading), ("AdapterPool", pool)) if found}
+    if loaded:
+        print(loading_table(loaded, args.adapters) + "\n")
+    for title, found in loaded.items():
+        lines.append(verdict(f"{title}: memory grown, over the adapter files", found["grown"] / found["files"], 1.5))
+        lines.append(verdict(f"{title}: a switch, microseconds", 1e6 * found["switch"], 1000))
     if mixing:
         print(mixing_table(mixing) + "\n")
-        for task, seconds in mixing[PEQA].items():
+        for method, task in itertools.product((PEQA, POOL), (FORWARD, GENERATE)):
+            seconds = mixing[method][task]
             most = max(seconds, key=int)
-            lines.append(verdict(f"{task}, {most} adapters in a batch, over one", over_one(seconds, most), 1.1))
+            lines.append(
+                verdict(f"{method}: {task}, {most} adapters in a batch, over one", over_one(seconds, most), 1.1)
+            )
     print("\n".join(lines))
     print("\n" + describe(results.rows[-1]["environment"]))
 

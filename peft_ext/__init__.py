@@ -5,10 +5,12 @@ from peft_ext.alphatuning import AlphaTuningConfig, AlphaTuningModel
 from peft_ext.checkpoint import BcqConfig, load_gptq
 from peft_ext.peqa import PeqaConfig, PeqaModel
 from peft_ext.scale_tuning.calibration import calibrate
+from peft_ext.scale_tuning.pool import AdapterPool
 from peft_ext.version import __version__
 
 
 __all__ = [
+    "AdapterPool",
     "AlphaTuningConfig",
     "AlphaTuningModel",
     "BcqConfig",

@@ -36,10 +36,9 @@ def load_text(
 
     Args:
         data: `"python-docs"` (the topics of Python's own help, split by topic), a `.txt` file (one document), a
-        `.jsonl`
-            file (one document a line), a folder of such files, or the id of a data set on the hub. A folder or data
-            set
-            with splits of its own is used as it is: train, and validation as held-out; a test split is never touched.
+            `.jsonl` file (one document a line), a folder of such files, or the id of a data set on the hub. A folder
+            or data set with splits of its own is used as it is: train, and validation as held-out; a test split is
+            never touched.
         held_out: Share that is held out where the data have no validation split, between 0 and 1.
         text_field: The field that holds the text, in JSON lines and hub data sets.
         seed: Seed of the choice of held-out documents.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from peft.utils import PeftType
@@ -84,3 +85,7 @@ class AlphaTuningConfig(ScaleTuningConfig):
     def number_format(self, bits: int) -> BinaryCoding:
         """That many sign planes."""
         return BinaryCoding(bits, self.group_size)
+
+    def trained_shape(self, scale_shape: Sequence[int]) -> tuple[int, ...]:
+        """All alphas `[out, groups, bits]`, or the first ones `[out, groups, 1]`."""
+        return (*scale_shape[:2], 1) if self.trained_alphas == "first" else tuple(scale_shape)

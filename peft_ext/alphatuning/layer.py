@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft_ext.alphatuning.config import AlphaTuningConfig
 from peft_ext.scale_tuning.layer import ScaleTuningLinear
 
 
@@ -14,10 +13,6 @@ class AlphaTuningLinear(ScaleTuningLinear):
 
     prefix = "alphatuning_"
     adapter_layer_names = ("alphatuning_delta",)
-
-    def trained_shape(self, config: AlphaTuningConfig) -> tuple[int, ...]:
-        out_features, groups, bits = self.base_layer.scale.shape
-        return out_features, groups, 1 if config.trained_alphas == "first" else bits
 
     def product_options(self) -> dict[str, Any]:
         # of frozen alphas no gradient is computed

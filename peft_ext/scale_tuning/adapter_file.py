@@ -11,7 +11,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
 import torch
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import nn
 
 from peft_ext.quant.formats import CALIBRATED
@@ -65,33 +69,97 @@ def from_file(
     result = dict(state_dict)
     layers = _layers(model, adapter_name)
     for name, layer in layers.items():
-        scale, codes, frozen = (_pop(result, f"{name}.{layer.prefix}{key}") for key in (_SCALE, _CODES, _FROZEN))
+        where = f"adapter {adapter_name!r}, layer {name.removeprefix(_PEFT_PREFIX)!r}"
+        own, base = layer.deltas[adapter_name], layer.base_scale()
+        fingerprint = layer.base_layer.fingerprint
+        scale = _take_scale(result, f"{name}.{layer.prefix}", fingerprint, base, own.shape, config, where)
         if scale is None:
             continue  # PEFT reports the missing delta
-        where = f"adapter {adapter_name!r}, layer {name.removeprefix(_PEFT_PREFIX)!r}"
-        _check_codes(codes, layer, config, where)
-        own = layer.deltas[adapter_name]
-        _check_scale(scale, own, where)
-        _check_frozen(frozen, layer, own, where)
-        delta = layer.delta_of(scale.to(layer.base_scale().device), adapter_name)
+        delta = layer.delta_of(scale.to(base.device), adapter_name)
         result[f"{name}.{layer.prefix}{_DELTA}"] = delta.to(own.dtype)
-    prefixes = {layer.prefix for layer in layers.values()}
-    endings = tuple(f".{prefix}{key}" for prefix in prefixes for key in (_SCALE, _CODES, _FROZEN))
-    left = [key for key in result if key.endswith(endings)]
-    if left:
-        raise ValueError(
-            f"the adapter file has {left[0]!r} ({len(left)} such entries), but the adapter {adapter_name!r} does not "
-            f"tune that layer here. It belongs to {_base(config)}; load it onto that, with its own adapter_config.json."
-        )
+    _refuse_other_layers(result, {layer.prefix for layer in layers.values()}, config, adapter_name)
     return result
 
 
-def _check_codes(codes: torch.Tensor | None, layer: ScaleTuningLinear, config: ScaleTuningConfig, where: str) -> None:
+def plain_scales(
+    tensors: Mapping[str, torch.Tensor],
+    base_scales: Mapping[str, torch.Tensor],
+    fingerprint: Callable[[str], int],
+    config: ScaleTuningConfig,
+    adapter_name: str,
+) -> dict[str, torch.Tensor]:
+    """A file's scales by layer, checked against a packed base that has no tuner layers.
+
+    Args:
+        tensors: What the file holds.
+        base_scales: The scales of the base's packed layers without any adapter, by the layer's name.
+        fingerprint: Gives a layer's fingerprint, by its name.
+        config, adapter_name: Of the adapter.
+
+    Returns:
+        float `[out, groups]` for each layer that the adapter tunes; of a binary coding the trained alphas `[out,
+        groups, trained]`.
+
+    Raises:
+        ValueError: As [`from_file`], and if the file has no scales.
+    """
+    left, found = dict(tensors), {}
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
+    for name, base in base_scales.items():
+        where = f"adapter {adapter_name!r}, layer {name!r}"
+        own = partial(fingerprint, name)
+        scale = _take_scale(left, f"{name}.{prefix}", own, base, config.trained_shape(base.shape), config, where)
+        if scale is not None:
+            found[name] = scale
+    _refuse_other_layers(left, {prefix}, config, adapter_name)
+    if not found:
+        raise ValueError(f"adapter {adapter_name!r}: its file has no scales ({len(tensors)} other tensors).")
+    return found
+
+
+def _take_scale(
+    tensors: dict[str, torch.Tensor],
+    key: str,
+    fingerprint: Callable[[], int],
+    base: torch.Tensor,
+    trained: Sequence[int],
+    config: ScaleTuningConfig,
+    where: str,
+) -> torch.Tensor | None:
+    """Take a layer's entries out of `tensors` and check them; None if it has no scale there."""
+    scale, codes, frozen = (_pop(tensors, key + part) for part in (_SCALE, _CODES, _FROZEN))
+    if scale is None:
+        return None
+    _check_codes(codes, fingerprint, config, where)
+    if scale.shape != torch.Size(trained):
+        raise ValueError(f"{where}: scales of shape {tuple(scale.shape)}, expected {tuple(trained)}.")
+    if not scale.is_floating_point() or not torch.isfinite(scale).all():
+        raise ValueError(f"{where}: the scales have NaN or infinity (or aren't float); the file is damaged.")
+    _check_frozen(frozen, base, scale, where)
+    return scale
+
+
+def _refuse_other_layers(
+    left: dict[str, torch.Tensor], prefixes: set[str], config: ScaleTuningConfig, adapter_name: str
+) -> None:
+    endings = tuple(f".{prefix}{key}" for prefix in prefixes for key in (_SCALE, _CODES, _FROZEN))
+    others = [key for key in left if key.endswith(endings)]
+    if others:
+        raise ValueError(
+            f"the adapter file has {others[0]!r} ({len(others)} such entries), but the adapter {adapter_name!r} does "
+            f"not tune that layer here. It belongs to {_base(config)}; load it onto that, with its own "
+            "adapter_config.json."
+        )
+
+
+def _check_codes(
+    codes: torch.Tensor | None, fingerprint: Callable[[], int], config: ScaleTuningConfig, where: str
+) -> None:
     if codes is None or codes.dtype != torch.int64 or codes.numel() != 1:
         raise ValueError(
             f"{where}: the file has no fingerprint of the codes; it is damaged or not a peft-ext adapter."
         )
-    if int(codes) != layer.base_layer.fingerprint():
+    if int(codes) != fingerprint():
         raise ValueError(
             f"{where}: the adapter was trained on other integer codes than this model has, so its scales mean nothing "
             f"here. It belongs to {_base(config)} at {config.bits} bits, group_size={config.group_size}, "
@@ -100,21 +168,13 @@ def _check_codes(codes: torch.Tensor | None, layer: ScaleTuningLinear, config: S
         )
 
 
-def _check_scale(scale: torch.Tensor, delta: torch.Tensor, where: str) -> None:
-    if scale.shape != delta.shape:
-        raise ValueError(f"{where}: scales of shape {tuple(scale.shape)}, expected {tuple(delta.shape)}.")
-    if not scale.is_floating_point() or not torch.isfinite(scale).all():
-        raise ValueError(f"{where}: the scales have NaN or infinity (or aren't float); the file is damaged.")
-
-
-def _check_frozen(frozen: torch.Tensor | None, layer: ScaleTuningLinear, delta: torch.Tensor, where: str) -> None:
-    base = layer.base_scale()
-    if delta.shape == base.shape:
+def _check_frozen(frozen: torch.Tensor | None, base: torch.Tensor, trained: torch.Tensor, where: str) -> None:
+    if trained.shape == base.shape:
         return
-    expected = _projections_of_frozen(base, delta)
+    expected = _projections_of_frozen(base, trained)
     if frozen is None or frozen.shape != expected.shape or not frozen.is_floating_point():
         raise ValueError(f"{where}: the file has nothing that identifies the frozen alphas; it is damaged.")
-    tolerance = _FROZEN_TOLERANCE * torch.linalg.vector_norm(_frozen_part(base, delta)).item()
+    tolerance = _FROZEN_TOLERANCE * torch.linalg.vector_norm(_frozen_part(base, trained)).item()
     if not torch.allclose(frozen.to(expected), expected, rtol=0.0, atol=tolerance):
         raise ValueError(
             f"{where}: this base has the adapter's codes but other alphas beside the first ones, such as those of an "
@@ -122,18 +182,18 @@ def _check_frozen(frozen: torch.Tensor | None, layer: ScaleTuningLinear, delta: 
         )
 
 
-def _projections_of_frozen(base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+def _projections_of_frozen(base: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
     """Four projections `[4]` of the alphas that an adapter leaves as they are. They move as far as the alphas do, so
     that they tell tuned ones from rounded ones, which a hash can't."""
-    frozen = _frozen_part(base, delta)
+    frozen = _frozen_part(base, trained)
     golden_angle = 2.399963  # waves of many frequencies, as good as random directions
     steps = torch.arange(1, 5, dtype=torch.float64, device=frozen.device) * golden_angle
     at = torch.arange(frozen.numel(), dtype=torch.float64, device=frozen.device)
     return torch.stack([(torch.cos(at * step) * frozen).sum() for step in steps]).float()
 
 
-def _frozen_part(base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    return base[..., delta.shape[-1] :].detach().double().flatten()
+def _frozen_part(base: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
+    return base[..., trained.shape[-1] :].detach().double().flatten()
 
 
 def _base(config: ScaleTuningConfig) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Optional, Union
 
@@ -97,3 +98,7 @@ class ScaleTuningConfig(PeftConfig):
         """The format of the layer called `name`: `bits`, or its entry in `bits_pattern`."""
         pattern = self.bits_pattern or {}
         return self.number_format(pattern.get(get_pattern_key(list(pattern), name), self.bits))
+
+    def trained_shape(self, scale_shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of what is trained of a layer's scale: all of it here, `[out, groups(, bits)]`."""
+        return tuple(scale_shape)

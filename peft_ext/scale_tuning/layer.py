@@ -74,10 +74,6 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
         """The trained tensors by adapter."""
         return getattr(self, f"{self.prefix}delta")
 
-    def trained_shape(self, config: Any) -> tuple[int, ...]:
-        """Shape of an adapter's delta: all scales, or the first alphas."""
-        return tuple(self.base_layer.scale.shape)
-
     def product_options(self) -> dict[str, Any]:
         """What the tuner asks of the layer's product; arguments of [`PackedLinear`]'s forward."""
         return {}
@@ -85,7 +81,9 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: Any) -> None:
         """Add an adapter."""
         scale = self.base_layer.scale
-        delta = torch.zeros(self.trained_shape(config), dtype=self.base_layer.compute_dtype, device=scale.device)
+        delta = torch.zeros(
+            config.trained_shape(scale.shape), dtype=self.base_layer.compute_dtype, device=scale.device
+        )
         if not config.init_weights:
             delta.normal_(std=0.1)
         self.deltas[adapter_name] = nn.Parameter(delta)

@@ -16,6 +16,8 @@ from benchmarks import (  # noqa: E402
     alphatuning_nlg,
     alphatuning_sizes,
     common,
+    decode,
+    kernels,
     nlg_metrics,
     peqa_learning_rate,
     peqa_quality,
@@ -215,8 +217,8 @@ def test_adapters(tmp_path, capsys):
     adapters.main(["--smoke", "--output", str(output)])
     shown = capsys.readouterr().out
     assert "memory grown, over the adapter files" in shown and "4 adapters in a batch, over one" in shown
-    loading, mixing = (row["result"] for row in _rows(output))
-    assert loading["files"] > 0 and loading["switch"] > 0
+    loading, pool, mixing = (row["result"] for row in _rows(output))
+    assert loading["files"] == pool["files"] > 0 and loading["switch"] > 0 and pool["switch"] > 0
     assert {len(seconds) for tasks in mixing.values() for task in tasks.values() for seconds in task.values()} == {2}
     before = output.read_text()
     adapters.main(["--smoke", "--output", str(output)])
@@ -234,4 +236,28 @@ def test_plan_memory(tmp_path, capsys):
     assert all(one["ratio"] == one["predicted"] / one["measured"] for one in results)
     before = output.read_text()
     plan_memory.main(["--smoke", "--output", str(output)])
+    assert output.read_text() == before and capsys.readouterr().out == shown
+
+
+def test_kernels(tmp_path, capsys):
+    output = tmp_path / "kernels.json"
+    kernels.main(["--smoke", "--output", str(output), "--rounds", "1"])
+    shown = capsys.readouterr().out
+    rows = _rows(output)
+    assert rows and "| ours, 3 bits |" in shown
+    assert all(time > 0 for row in rows for time in row["result"]["milliseconds"].values())
+
+
+@linux_only
+def test_decode(tmp_path, capsys):
+    output = tmp_path / "decode.json"
+    decode.main(["--smoke", "--output", str(output)])
+    shown = capsys.readouterr().out
+    (row,) = _rows(output)
+    found = row["result"]
+    assert set(found) == set(row["settings"]["rows"]) and "tokens per second, 2 bits over 4 bits" in shown
+    assert all(one["tokens_per_second"] > 0 and one["first_token_seconds"] > 0 for one in found.values())
+    assert found[decode.TWO.title]["weight_bytes"] < found[decode.FOUR.title]["weight_bytes"]
+    before = output.read_text()
+    decode.main(["--smoke", "--table", "--output", str(output)])
     assert output.read_text() == before and capsys.readouterr().out == shown

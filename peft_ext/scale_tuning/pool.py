@@ -1,0 +1,258 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Thousands of adapters on one packed base, for serving: each a flat tensor of scales beside the model, switched by a
+copy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
+from typing import NamedTuple, Optional
+
+import torch
+from peft import PeftConfig
+from peft.utils import load_peft_weights
+from torch import nn
+
+from peft_ext.checkpoint.saving import make_saveable, take_over
+from peft_ext.quant.conversion import packed_layers
+from peft_ext.quant.linear import PackedLinear
+from peft_ext.scale_tuning.adapter_file import plain_scales
+from peft_ext.scale_tuning.config import ScaleTuningConfig
+from peft_ext.scale_tuning.layer import ScaleTuningLinear
+
+
+class AdapterPool:
+    """Adapters of one packed base outside the model, where `PeftModel` keeps them inside.
+
+    PEFT walks all modules for every adapter that is loaded or activated, which a thousand adapters make slow. The pool
+    gives all layers' scales one buffer, keeps an adapter as one tensor, and switches by copying it there. It trains
+    nothing; an adapter is tuned, saved and shared as ever.
+
+    Args:
+        model: A model with packed layers and without tuner layers: as loaded from a packed checkpoint, or what
+            `PeftModel.unload()` returns. Changed in place: its scales become views of one buffer. Move it to its device
+            first.
+
+    Raises:
+        ValueError: If the model has no packed layers, has tuner layers, or its scales don't share a device and dtype.
+
+    Example:
+
+    ```py
+    >>> pool = AdapterPool(AutoModelForCausalLM.from_pretrained("base"))
+    >>> for folder in folders:
+    ...     pool.load(folder, name=folder.name)
+    >>> pool.activate("task7")
+    >>> pool.model.generate(**inputs)
+    >>> with pool.mixed(["task1", "task2", None]):  # a batch of three, the last without an adapter
+    ...     pool.model.generate(**batch)
+    ```
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if any(isinstance(module, ScaleTuningLinear) for module in model.modules()):
+            raise ValueError("model has adapters inside; pass model.unload(), or merge_and_unload() to keep one.")
+        take_over(model)
+        self.model = model
+        self._layers = packed_layers(model)
+        if not self._layers:
+            raise ValueError("model has no packed layers; load a packed checkpoint, or quantise it (see PeqaConfig).")
+        make_saveable(model)
+        places = {(layer.scale.device, layer.scale.dtype) for layer in self._layers.values()}
+        if len(places) > 1:
+            raise ValueError(
+                f"the scales of model must share a device and dtype, but lie in {sorted(map(str, places))}."
+            )
+        self._base = torch.cat([layer.scale.detach().flatten() for layer in self._layers.values()])
+        self._scales = self._base.clone()
+        self._spans = dict(zip(self._layers, _spans(layer.scale.numel() for layer in self._layers.values())))
+        for name, layer in self._layers.items():
+            layer.scale.data = self._scales[self._spans[name]].view(layer.scale.shape)
+        self._adapters: dict[str, _Adapter] = {}
+        self._coverages: dict[tuple, _Coverage] = {}
+        self._fingerprints: dict[str, int] = {}
+        self._active: Optional[str] = None
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters in the pool."""
+        return list(self._adapters)
+
+    @property
+    def active(self) -> Optional[str]:
+        """The adapter that the model computes with; None for the base."""
+        return self._active
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all adapters."""
+        return sum(adapter.values.nbytes for adapter in self._adapters.values())
+
+    def load(self, path: str | os.PathLike, name: Optional[str] = None) -> str:
+        """Read an adapter as `save_pretrained` wrote it; again under the same name replaces it.
+
+        Args:
+            path: Its folder, or its id on the hub.
+            name: What to call it; the folder's name by default.
+
+        Returns:
+            The name.
+
+        Raises:
+            ValueError: If it isn't an adapter of scales, belongs to other codes, or has trained modules beside them.
+        """
+        path = os.fspath(path)
+        name = os.path.basename(os.path.normpath(path)) if name is None else name
+        config = PeftConfig.from_pretrained(path)
+        if not isinstance(config, ScaleTuningConfig):
+            raise ValueError(
+                f"adapter {name!r} is of type {config.peft_type}; the pool holds adapters of scales only."
+            )
+        if config.modules_to_save:
+            raise ValueError(
+                f"adapter {name!r} has modules_to_save={config.modules_to_save}, which the pool has no room for; load "
+                "it through PeftModel.from_pretrained."
+            )
+        tensors = load_peft_weights(path, device="cpu")
+        scales = plain_scales(tensors, self._base_scales, self._fingerprint, config, name)
+        values = torch.cat([scale.flatten() for scale in scales.values()]).to(self._base)
+        shapes = tuple((layer, tuple(scale.shape)) for layer, scale in scales.items())
+        if shapes not in self._coverages:
+            self._coverages[shapes] = self._coverage(scales)
+        self._adapters[name] = _Adapter(values, self._coverages[shapes])
+        if name == self._active:
+            self.activate(name)
+        return name
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter; the model goes back to the base if it was active."""
+        self._find(name)
+        if name == self._active:
+            self.activate(None)
+        del self._adapters[name]
+
+    def activate(self, name: Optional[str]) -> None:
+        """Let the model compute with an adapter, or with the base for None."""
+        adapter = None if name is None else self._find(name)
+        if adapter is None or adapter.coverage.positions is not None:
+            self._scales.copy_(self._base)
+        if adapter is not None:
+            if adapter.coverage.positions is None:
+                self._scales.copy_(adapter.values)
+            else:
+                self._scales[adapter.coverage.positions] = adapter.values
+        self._active = name
+
+    @contextmanager
+    def mixed(self, names: Sequence[Optional[str]]) -> Iterator[None]:
+        """Inside the block every sample of a batch uses its own adapter, in one product for all.
+
+        Args:
+            names: One for each sample, None for the base. Beams and `num_return_sequences` are the model's to add.
+
+        Raises:
+            ValueError: If there is no such adapter; inside the block, if a batch isn't a multiple of `names`.
+        """
+        if isinstance(names, str) or not names:
+            raise ValueError(f"names={names!r} must be a list with an adapter's name, or None, for each sample.")
+        distinct = list(dict.fromkeys(names))
+        adapters = [None if name is None else self._find(name) for name in distinct]
+        choice = torch.tensor([distinct.index(name) for name in names], device=self._base.device)
+        for name, layer in self._layers.items():
+            layer.forward = partial(self._forward_mixed, layer, _Stack(self, name, adapters), choice)  # type: ignore
+        try:
+            yield
+        finally:
+            for layer in self._layers.values():
+                del layer.forward
+
+    def __repr__(self) -> str:
+        return f"AdapterPool({len(self._adapters)} adapters, {self.nbytes / 1e6:.1f} MB, active={self._active!r})"
+
+    def _find(self, name: str) -> _Adapter:
+        if name not in self._adapters:
+            some = ", ".join(map(repr, self.names[:5])) or "none"
+            raise ValueError(f"there is no adapter {name!r} in the pool; it has {len(self.names)} ({some}...).")
+        return self._adapters[name]
+
+    def _fingerprint(self, layer: str) -> int:
+        if layer not in self._fingerprints:  # a digest of all codes, the slowest part of the first load
+            self._fingerprints[layer] = self._layers[layer].fingerprint()
+        return self._fingerprints[layer]
+
+    @cached_property
+    def _base_scales(self) -> dict[str, torch.Tensor]:
+        return {
+            name: self._base[span].view(self._layers[name].scale.shape).cpu() for name, span in self._spans.items()
+        }
+
+    def _coverage(self, scales: dict[str, torch.Tensor]) -> _Coverage:
+        spans = dict(zip(scales, _spans(scale.numel() for scale in scales.values())))
+        positions = [
+            torch.arange(span.start, span.stop).view(self._layers[name].scale.shape)[..., : scales[name].shape[-1]]
+            for name, span in self._spans.items()
+            if name in scales
+        ]
+        flat = torch.cat([position.flatten() for position in positions])
+        whole = flat.numel() == self._base.numel()
+        return _Coverage(spans, None if whole else flat.to(self._base.device))
+
+    @staticmethod
+    def _forward_mixed(layer: PackedLinear, stack: _Stack, choice: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        repeats, rest = divmod(len(x), len(choice))
+        if rest or (repeats != 1 and x.dim() < 3):  # rows of two dimensions may be tokens of anything
+            raise ValueError(
+                f"mixed: {len(choice)} names for a batch of {len(x)}; pass one name for each sample. (A model that "
+                "reshapes its batch before a layer can't mix adapters in it.)"
+            )
+        return layer.forward_mixed(x, stack.scales, choice if repeats == 1 else choice.repeat_interleave(repeats))
+
+
+class _Coverage(NamedTuple):
+    """Which scales an adapter replaces; adapters that were tuned alike share it."""
+
+    spans: dict[str, slice]  # of each layer, in the adapter's values
+    positions: Optional[torch.Tensor]  # of the values in the buffer; None where they are all of it, in order
+
+
+class _Adapter(NamedTuple):
+    values: torch.Tensor
+    coverage: _Coverage
+
+
+class _Stack:
+    """The scales of several adapters in one layer."""
+
+    def __init__(self, pool: AdapterPool, layer: str, adapters: list[Optional[_Adapter]]) -> None:
+        self._pool, self._layer, self._adapters = pool, layer, adapters
+        self._kept: Optional[torch.Tensor] = None
+
+    @property
+    def scales(self) -> torch.Tensor:
+        """`[n, out, groups(, bits)]`."""
+        if self._kept is not None:
+            return self._kept
+        stacked = torch.stack([self._scale_of(adapter) for adapter in self._adapters])
+        if stacked.shape[2:].numel() == 1:  # as Mixture keeps them: of groups they would be as large as the weights
+            self._kept = stacked
+        return stacked
+
+    def _scale_of(self, adapter: Optional[_Adapter]) -> torch.Tensor:
+        base = self._pool._base[self._pool._spans[self._layer]].view(self._pool._layers[self._layer].scale.shape)
+        if adapter is None or self._layer not in adapter.coverage.spans:
+            return base
+        values = adapter.values[adapter.coverage.spans[self._layer]]
+        if values.numel() == base.numel():
+            return values.view(base.shape)
+        trained = values.view(*base.shape[:-1], -1)
+        return torch.cat([trained, base[..., trained.shape[-1] :]], -1)
+
+
+def _spans(sizes: Iterator[int]) -> list[slice]:
+    spans, start = [], 0
+    for size in sizes:
+        spans.append(slice(start, start + size))
+        start += size
+    return spans
