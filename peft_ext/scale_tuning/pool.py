@@ -5,7 +5,7 @@ copy."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import NamedTuple, Optional
@@ -21,6 +21,10 @@ from peft_ext.quant.linear import PackedLinear
 from peft_ext.scale_tuning.adapter_file import plain_scales
 from peft_ext.scale_tuning.config import ScaleTuningConfig
 from peft_ext.scale_tuning.layer import ScaleTuningLinear
+
+
+# Scales of a mixed batch that are copied together.
+_STACKED_BYTES = 2**28
 
 
 class AdapterPool:
@@ -71,7 +75,7 @@ class AdapterPool:
         for name, layer in self._layers.items():
             layer.scale.data = self._scales[self._spans[name]].view(layer.scale.shape)
         self._adapters: dict[str, _Adapter] = {}
-        self._coverages: dict[tuple, _Coverage] = {}
+        self._positions_by_shapes: dict[tuple, Optional[torch.Tensor]] = {}
         self._fingerprints: dict[str, int] = {}
         self._active: Optional[str] = None
 
@@ -119,9 +123,9 @@ class AdapterPool:
         scales = plain_scales(tensors, self._base_scales, self._fingerprint, config, name)
         values = torch.cat([scale.flatten() for scale in scales.values()]).to(self._base)
         shapes = tuple((layer, tuple(scale.shape)) for layer, scale in scales.items())
-        if shapes not in self._coverages:
-            self._coverages[shapes] = self._coverage(scales)
-        self._adapters[name] = _Adapter(values, self._coverages[shapes])
+        if shapes not in self._positions_by_shapes:
+            self._positions_by_shapes[shapes] = self._positions(scales)
+        self._adapters[name] = _Adapter(values, self._positions_by_shapes[shapes])
         if name == self._active:
             self.activate(name)
         return name
@@ -135,14 +139,7 @@ class AdapterPool:
 
     def activate(self, name: Optional[str]) -> None:
         """Let the model compute with an adapter, or with the base for None."""
-        adapter = None if name is None else self._find(name)
-        if adapter is None or adapter.coverage.positions is not None:
-            self._scales.copy_(self._base)
-        if adapter is not None:
-            if adapter.coverage.positions is None:
-                self._scales.copy_(adapter.values)
-            else:
-                self._scales[adapter.coverage.positions] = adapter.values
+        self._scales.copy_(self._whole(None if name is None else self._find(name)))
         self._active = name
 
     @contextmanager
@@ -158,10 +155,15 @@ class AdapterPool:
         if isinstance(names, str) or not names:
             raise ValueError(f"names={names!r} must be a list with an adapter's name, or None, for each sample.")
         distinct = list(dict.fromkeys(names))
-        adapters = [None if name is None else self._find(name) for name in distinct]
+        wholes = [self._whole(None if name is None else self._find(name)) for name in distinct]
+        # one large copy here is cheaper than one in each layer, unless groups make scales as many as weights
+        stacked = torch.stack(wholes) if len(wholes) * self._base.nbytes <= _STACKED_BYTES else None
         choice = torch.tensor([distinct.index(name) for name in names], device=self._base.device)
         for name, layer in self._layers.items():
-            layer.forward = partial(self._forward_mixed, layer, _Stack(self, name, adapters), choice)  # type: ignore
+            scales = partial(_scales_of, wholes, stacked, self._spans[name], layer.scale.shape)
+            if stacked is not None:
+                scales = partial(_same, scales())
+            layer.forward = partial(_forward_mixed, layer, scales, choice)  # type: ignore[method-assign]
         try:
             yield
         finally:
@@ -188,66 +190,51 @@ class AdapterPool:
             name: self._base[span].view(self._layers[name].scale.shape).cpu() for name, span in self._spans.items()
         }
 
-    def _coverage(self, scales: dict[str, torch.Tensor]) -> _Coverage:
-        spans = dict(zip(scales, _spans(scale.numel() for scale in scales.values())))
-        positions = [
-            torch.arange(span.start, span.stop).view(self._layers[name].scale.shape)[..., : scales[name].shape[-1]]
-            for name, span in self._spans.items()
-            if name in scales
-        ]
-        flat = torch.cat([position.flatten() for position in positions])
-        whole = flat.numel() == self._base.numel()
-        return _Coverage(spans, None if whole else flat.to(self._base.device))
+    def _whole(self, adapter: Optional[_Adapter]) -> torch.Tensor:
+        """All scales under an adapter, flat like the buffer."""
+        if adapter is None:
+            return self._base
+        if adapter.positions is None:
+            return adapter.values
+        return self._base.index_put((adapter.positions,), adapter.values)
 
-    @staticmethod
-    def _forward_mixed(layer: PackedLinear, stack: _Stack, choice: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        repeats, rest = divmod(len(x), len(choice))
-        if rest or (repeats != 1 and x.dim() < 3):  # rows of two dimensions may be tokens of anything
-            raise ValueError(
-                f"mixed: {len(choice)} names for a batch of {len(x)}; pass one name for each sample. (A model that "
-                "reshapes its batch before a layer can't mix adapters in it.)"
-            )
-        return layer.forward_mixed(x, stack.scales, choice if repeats == 1 else choice.repeat_interleave(repeats))
-
-
-class _Coverage(NamedTuple):
-    """Which scales an adapter replaces; adapters that were tuned alike share it."""
-
-    spans: dict[str, slice]  # of each layer, in the adapter's values
-    positions: Optional[torch.Tensor]  # of the values in the buffer; None where they are all of it, in order
+    def _positions(self, scales: dict[str, torch.Tensor]) -> Optional[torch.Tensor]:
+        positions = []
+        for name, scale in scales.items():
+            span, shape = self._spans[name], self._layers[name].scale.shape
+            positions.append(torch.arange(span.start, span.stop).view(shape)[..., : scale.shape[-1]].flatten())
+        flat = torch.cat(positions)
+        return None if flat.numel() == self._base.numel() else flat.to(self._base.device)
 
 
 class _Adapter(NamedTuple):
     values: torch.Tensor
-    coverage: _Coverage
+    # of the values in the buffer; None where they are all of it, in order. Adapters that were tuned alike share them.
+    positions: Optional[torch.Tensor]
 
 
-class _Stack:
-    """The scales of several adapters in one layer."""
+def _scales_of(
+    wholes: list[torch.Tensor], stacked: Optional[torch.Tensor], span: slice, shape: torch.Size
+) -> torch.Tensor:
+    """One layer's scales under several adapters `[n, out, groups(, bits)]`."""
+    scales = torch.stack([whole[span] for whole in wholes]) if stacked is None else stacked[:, span].contiguous()
+    return scales.view(len(wholes), *shape)
 
-    def __init__(self, pool: AdapterPool, layer: str, adapters: list[Optional[_Adapter]]) -> None:
-        self._pool, self._layer, self._adapters = pool, layer, adapters
-        self._kept: Optional[torch.Tensor] = None
 
-    @property
-    def scales(self) -> torch.Tensor:
-        """`[n, out, groups(, bits)]`."""
-        if self._kept is not None:
-            return self._kept
-        stacked = torch.stack([self._scale_of(adapter) for adapter in self._adapters])
-        if stacked.shape[2:].numel() == 1:  # as Mixture keeps them: of groups they would be as large as the weights
-            self._kept = stacked
-        return stacked
+def _same(scales: torch.Tensor) -> torch.Tensor:
+    return scales
 
-    def _scale_of(self, adapter: Optional[_Adapter]) -> torch.Tensor:
-        base = self._pool._base[self._pool._spans[self._layer]].view(self._pool._layers[self._layer].scale.shape)
-        if adapter is None or self._layer not in adapter.coverage.spans:
-            return base
-        values = adapter.values[adapter.coverage.spans[self._layer]]
-        if values.numel() == base.numel():
-            return values.view(base.shape)
-        trained = values.view(*base.shape[:-1], -1)
-        return torch.cat([trained, base[..., trained.shape[-1] :]], -1)
+
+def _forward_mixed(
+    layer: PackedLinear, scales: Callable[[], torch.Tensor], choice: torch.Tensor, x: torch.Tensor
+) -> torch.Tensor:
+    repeats, rest = divmod(len(x), len(choice))
+    if rest or (repeats != 1 and x.dim() < 3):  # rows of two dimensions may be tokens of anything
+        raise ValueError(
+            f"mixed: {len(choice)} names for a batch of {len(x)}; pass one name for each sample. (A model that reshapes "
+            "its batch before a layer can't mix adapters in it.)"
+        )
+    return layer.forward_mixed(x, scales(), choice if repeats == 1 else choice.repeat_interleave(repeats))
 
 
 def _spans(sizes: Iterator[int]) -> list[slice]:

@@ -59,8 +59,11 @@ def test_activate(case, tmp_path):
     assert torch.equal(case.logits(pool.model), expected["base"])
 
 
+@pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("case", MIXED_CASES, ids=case_ids(MIXED_CASES))
-def test_mixed(case, tmp_path):
+def test_mixed(case, together, tmp_path, monkeypatch):
+    if not together:
+        monkeypatch.setattr("peft_ext.scale_tuning.pool._STACKED_BYTES", 0)
     pool, expected = _pool_of(case, tmp_path)
     pool.activate("other")  # rows without a name take the base nevertheless
     with pool.mixed(["default", None, "other"]):
