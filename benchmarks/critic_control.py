@@ -1,0 +1,422 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""CriticControl on real tasks (sentiment, topic, detoxification): success by independent judges against perplexity,
+diversity and repetition, beside the frozen model, prompts, best-of-N, weighted decoding and RLOO.
+
+Every method continues the same prompts, by the same sampling. Strengths are a curve, not tuned; the judges and the test
+prompts have no part in training.
+
+    python -m benchmarks.critic_control --data-dir shared/data
+
+Rows are stored as they finish and not measured again; critics are kept in `--work_dir`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import LogitsProcessorList
+
+from benchmarks.common import RESULTS, ROOT, Results, describe, log, markdown_table, verdict
+from benchmarks.critic_tasks import OTHER_TOPICS, TASKS, Task, TaskData
+from benchmarks.text_quality import continuation_perplexity, distinct, repetition
+from generation_ext.critic import Critic, CriticConfig, CriticLogitsProcessor, CriticTrainer
+from peft_ext.models import DEFAULT_MODEL, load_model, load_tokenizer
+
+
+FROZEN, PROMPT, BEST, CRITIC, ACTION, WEIGHTED, RLOO = (
+    "Frozen model",
+    "Prompt only",
+    "Best of N",
+    "CriticControl",
+    "CriticControl, action-value",
+    "Weighted decoding",
+    "RLOO, LoRA",
+)
+UNSEEN = "CriticControl, unseen topics"
+TOP_K = 10
+
+
+class Budget(NamedTuple):
+    """How much is trained and tested."""
+
+    rollouts: int = 2048
+    iterations: int = 2
+    epochs: int = 20
+    samples: Optional[int] = None  # a prompt's; the task's own number
+    test_prompts: Optional[int] = None
+    rloo_steps: int = 60
+    batch_size: int = 64
+
+
+FULL = Budget()
+SMOKE = Budget(16, 1, 2, 1, 2, 1, 8)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method at one strength, or N."""
+
+    method: str
+    level: float = 0.0
+
+    @property
+    def title(self) -> str:
+        """A row's first column."""
+        if self.method == BEST:
+            return f"Best of {self.level:g}"
+        return self.method + (f", strength {self.level:g}" if self.level else "")
+
+
+STRENGTHS = (1.0, 2.0, 4.0, 8.0)
+ROWS = (
+    Row(FROZEN),
+    Row(PROMPT),
+    *(Row(BEST, count) for count in (2, 4, 10)),
+    *(Row(CRITIC, strength) for strength in STRENGTHS),
+    *(Row(ACTION, strength) for strength in STRENGTHS),
+    *(Row(WEIGHTED, strength) for strength in STRENGTHS),
+    Row(RLOO),
+)
+UNSEEN_ROWS = tuple(Row(UNSEEN, strength) for strength in STRENGTHS)
+
+
+class Texts(NamedTuple):
+    """What a method wrote; one entry each."""
+
+    prompts: list[str]
+    codes: list[Optional[str]]
+    continuations: list[list[int]]
+    seconds: float
+
+
+class Study:
+    """One task's models, critics and texts."""
+
+    def __init__(self, args: argparse.Namespace, task: Task) -> None:
+        self.args, self.task, self.budget = args, task, SMOKE if args.smoke else FULL
+        self.tokenizer = load_tokenizer(args.model)
+        self.tokenizer.padding_side = "left"
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.model = load_model(args.model, dtype=torch.float32)
+        self.judge_model = self.model if args.judge_model is None else load_model(args.judge_model)
+        self.work = Path(args.work_dir) / task.name
+
+    # ---- critics
+
+    def critic(self, kind: str) -> Critic:
+        """CRITIC (with an action-value head), UNSEEN or WEIGHTED; trained once."""
+        folder = self.work / kind.lower().replace(" ", "-").replace(",", "")
+        if not (folder / "config.json").is_file():
+            torch.manual_seed(self.args.seed)
+            critic = self._train_on_whole_texts() if kind == WEIGHTED else self._train(folder, kind == UNSEEN)
+            critic.save_pretrained(folder)
+        return Critic.from_pretrained(folder).attach(self.model)
+
+    def _train(self, folder: Path, universal: bool) -> Critic:
+        codes: Sequence[Optional[str]] = OTHER_TOPICS if universal else self.task.codes
+        reward = self.task.universal_reward if universal else self.task.reward
+        assert reward is not None
+        critic = Critic.for_model(
+            self.model,
+            head=self.args.head,
+            action_values=True,
+            control_codes=[code for code in codes if code is not None],
+        )
+        rng = np.random.default_rng(self.args.seed)
+        count = self.budget.rollouts
+        rows = [
+            {"prompt": str(rng.choice(self.task.train_prompts)), **({"control_code": code} if code else {})}
+            for code in (codes[index % len(codes)] for index in range(count))
+        ]
+
+        def reward_func(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+            texts = [prompt + completion for prompt, completion in zip(prompts, completions)]
+            found = reward(texts, columns.get("control_code") or [None] * len(texts))
+            return [float(value) for value in found]
+
+        config = CriticConfig(
+            output_dir=str(folder) + "-training",
+            num_iterations=self.budget.iterations,
+            rollouts_per_iteration=count // self.budget.iterations,
+            epochs_per_iteration=self.budget.epochs,
+            rollout_batch_size=self.budget.batch_size,
+            max_new_tokens=self.task.new_tokens,
+            seed=self.args.seed,
+            disable_tqdm=True,
+        )
+        trainer = CriticTrainer(critic, config, self.model, reward_func, rows, processing_class=self.tokenizer)
+        trainer.train()
+        self.training_log = trainer.state.log_history
+        return critic.eval()
+
+    @torch.no_grad()
+    def _states_of_whole_texts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Last hidden states of labelled texts, and whether each has its code's attribute."""
+        rows = self.task.whole_texts[: 64 if self.args.smoke else 4000]
+        states, labels = [], []
+        template = "{code}: {prompt}"
+        rows = sorted(rows, key=lambda row: len(row[0]))
+        for start in range(0, len(rows), 64):
+            part = rows[start : start + 64]
+            texts = [text if code is None else template.format(code=code, prompt=text) for text, code, _ in part]
+            batch = self.tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=128)
+            hidden = self.model.model(**batch).last_hidden_state
+            states.append(hidden[:, -1])  # padded on the left
+            labels.extend(float(label) for _, _, label in part)
+        return torch.cat(states), torch.tensor(labels)
+
+    def _train_on_whole_texts(self) -> Critic:
+        """The same head, fitted on finished, labelled texts instead of on roll-outs."""
+        states, labels = self._states_of_whole_texts()
+        critic = Critic.for_model(
+            self.model, head=self.args.head, control_codes=[code for code in self.task.codes if code is not None]
+        )
+        critic.fit_standardisation(states)
+        optimizer = torch.optim.AdamW(critic.parameters(), lr=1e-3, weight_decay=0.1)
+        critic.train()
+        for _ in range(4 * self.budget.epochs):
+            for rows in torch.randperm(len(states)).split(128):
+                loss = nn.functional.binary_cross_entropy_with_logits(critic(states[rows]), labels[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        return critic.eval()
+
+    # ---- texts
+
+    def write(self, row: Row) -> Texts:
+        """What a method writes for all test prompts and codes."""
+        torch.manual_seed(self.args.seed)
+        codes: Sequence[Optional[str]] = self.task.unseen_codes if row.method == UNSEEN else self.task.codes
+        samples = self.budget.samples or self.task.samples
+        prompts = self.task.test_prompts[: self.budget.test_prompts]
+        pairs = [(prompt, code) for prompt in prompts for code in codes for _ in range(samples)]
+        if row.method == BEST:
+            return self._best_of(pairs, int(row.level))
+        model, processor, before = self.model, None, self._plain
+        if row.method == PROMPT:
+            before = self._instruction
+        elif row.method == RLOO:
+            model, before = self._tuned(), self._with_code
+        elif row.method != FROZEN:
+            kind = CRITIC if row.method == ACTION else row.method
+            processor = CriticLogitsProcessor(
+                self.model,
+                self.critic(kind),
+                top_k=TOP_K,
+                strength=row.level,
+                mode="action-value" if row.method == ACTION else "exact",
+            )
+            before = self._with_code
+        started = time.perf_counter()
+        continuations = self._generate(model, [before(*pair) for pair in pairs], processor)
+        seconds = time.perf_counter() - started
+        return Texts(*map(list, zip(*pairs)), continuations, seconds)  # type: ignore[arg-type]
+
+    @staticmethod
+    def _plain(prompt: str, code: Optional[str]) -> str:
+        return prompt
+
+    def _with_code(self, prompt: str, code: Optional[str]) -> str:
+        return prompt if code is None else f"{code}: {prompt}"
+
+    def _instruction(self, prompt: str, code: Optional[str]) -> str:
+        return self.task.instruction.format(code=code, prompt=prompt)
+
+    def _best_of(self, pairs: list[tuple[str, Optional[str]]], count: int) -> Texts:
+        started = time.perf_counter()
+        texts = [self._with_code(prompt, code) for prompt, code in pairs for _ in range(count)]
+        tokens = self._generate(self.model, texts, None)
+        prompts, codes = zip(*[pair for pair in pairs for _ in range(count)])
+        rewards = self.task.reward([p + self._decode(t) for p, t in zip(prompts, tokens)], codes)
+        best = np.asarray(rewards).reshape(-1, count).argmax(1)
+        chosen = [tokens[index * count + offset] for index, offset in enumerate(best)]
+        return Texts(*map(list, zip(*pairs)), chosen, time.perf_counter() - started)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def _generate(self, model: nn.Module, texts: list[str], processor: Optional[Any]) -> list[list[int]]:
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+        found: list[list[int]] = [[] for _ in texts]
+        generate: Callable[..., torch.Tensor] = model.generate  # type: ignore[assignment]
+        for start in range(0, len(order), self.budget.batch_size):
+            rows = order[start : start + self.budget.batch_size]
+            batch = self.tokenizer([texts[row] for row in rows], return_tensors="pt", padding=True)
+            output = generate(
+                **batch,
+                do_sample=True,
+                max_new_tokens=self.task.new_tokens,
+                pad_token_id=self.tokenizer.pad_token_id,
+                logits_processor=LogitsProcessorList([processor] if processor is not None else []),
+                **self.task.generation,
+            )
+            for row, tokens in zip(rows, output[:, batch["input_ids"].shape[1] :].tolist()):
+                found[row] = self._until_end(tokens)
+        return found
+
+    def _until_end(self, tokens: list[int]) -> list[int]:
+        end = self.tokenizer.eos_token_id
+        return tokens[: tokens.index(end)] if end in tokens else tokens
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def _tuned(self) -> nn.Module:
+        from benchmarks.critic_rloo import tuned_by_rloo
+
+        return tuned_by_rloo(self.args, self.task, self.tokenizer, self.budget, self.work / "rloo")
+
+    # ---- figures
+
+    def measure(self, texts: Texts) -> dict[str, Any]:
+        """Success by every judge, perplexity, diversity, repetition, and some texts."""
+        whole = [prompt + self._decode(tokens) for prompt, tokens in zip(texts.prompts, texts.continuations)]
+        tokens = self.tokenizer(texts.prompts).input_ids
+        count = sum(map(len, texts.continuations))
+        return {
+            "success": {name: float(judge(whole, texts.codes).mean()) for name, judge in self.task.judges.items()},
+            "reward": self._reward(whole, texts.codes),
+            "perplexity": continuation_perplexity(self.judge_model, tokens, texts.continuations),
+            **{f"dist-{n}": distinct(texts.continuations, n) for n in (1, 2, 3)},
+            "repetition": repetition(texts.continuations),
+            "seconds_per_token": texts.seconds / max(count, 1),
+            "texts": len(whole),
+            "length": count / len(whole),
+            "examples": [f"[{code}] {text}" if code else text for code, text in list(zip(texts.codes, whole))[:6]],
+        }
+
+    def _reward(self, texts: list[str], codes: list[Optional[str]]) -> float:
+        return float(np.mean(self.task.reward(texts, codes)))
+
+
+def rows_of(task: str) -> tuple[Row, ...]:
+    """What is measured of a task."""
+    return (*ROWS, *(UNSEEN_ROWS if task == "topic" else ()))
+
+
+def settings_of(args: argparse.Namespace, task: str, row: Row) -> dict[str, Any]:
+    """What identifies a row of the results."""
+    budget = SMOKE if args.smoke else FULL
+    return {
+        "task": task,
+        "model": args.model,
+        "judge_model": args.judge_model,
+        "head": args.head,
+        "method": row.method,
+        "level": row.level,
+        "top_k": TOP_K,
+        "budget": budget._asdict(),
+        "seed": args.seed,
+    }
+
+
+def print_tables(args: argparse.Namespace, results: Results) -> None:
+    """A table for each task, and what was to be reached."""
+    for task in args.tasks:
+        found = {row: results.find(settings_of(args, task, row)) for row in rows_of(task)}
+        rows = []
+        for row, result in found.items():
+            if result is None:
+                rows.append([row.title, "not measured"])
+                continue
+            judged = [f"{100 * value:.0f}" for value in result["success"].values()]
+            rows.append(
+                [
+                    row.title,
+                    *judged,
+                    f"{100 * result['reward']:.0f}",
+                    f"{result['perplexity']:.1f}",
+                    "/".join(f"{result[f'dist-{n}']:.2f}" for n in (1, 2, 3)),
+                    f"{100 * result['repetition']:.1f}",
+                    f"{1e3 * result['seconds_per_token']:.1f}",
+                ]
+            )
+        some = next((result for result in found.values() if result), None)
+        if some is None:
+            continue
+        header = [task, *some["success"], "reward", "perplexity", "Dist-1/2/3", "repeated 3-grams, %", "ms a token"]
+        print("\n" + markdown_table(header, rows) + "\n")
+        for line in verdicts(task, found):
+            print(line)
+    if results.rows:
+        print("\n" + describe(results.rows[-1]["environment"]))
+
+
+def verdicts(task: str, found: dict[Row, Optional[dict[str, Any]]]) -> list[str]:
+    """What the project wanted, against what came out: the strongest steering within 1.35 x the frozen perplexity."""
+    frozen = found[Row(FROZEN)]
+    if frozen is None:
+        return []
+
+    def best(method: str) -> Optional[dict[str, Any]]:
+        allowed = [
+            result
+            for row, result in found.items()
+            if row.method == method and result and result["perplexity"] <= 1.35 * frozen["perplexity"]
+        ]
+        return max(allowed, key=_first) if allowed else None
+
+    steered, lines = best(CRITIC), []
+    if steered is None:
+        return ["- CriticControl: no strength within 1.35 x the frozen model's perplexity"]
+    gain = 100 * (_first(steered) - _first(frozen))
+    ratio = steered["perplexity"] / frozen["perplexity"]
+    if task in ("sentiment", "topic"):
+        lines.append(
+            verdict("success, points above the frozen model", gain, {"sentiment": 30, "topic": 40}[task], True)
+        )
+        lines.append(verdict("perplexity over the frozen model's", ratio, 1.35))
+    else:
+        lines.append(verdict("toxic texts over the frozen model's", (1 - _first(steered)) / (1 - _first(frozen)), 0.5))
+    unseen = best(UNSEEN)
+    if unseen is not None:
+        share = (_first(unseen) - _first(frozen)) / (_first(steered) - _first(frozen))
+        lines.append(verdict("gain on unseen topics over that on seen ones", share, 0.5, True))
+    return lines
+
+
+def _first(result: dict[str, Any]) -> float:
+    return next(iter(result["success"].values()))
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Measure what isn't stored yet, and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="the frozen language model")
+    parser.add_argument("--judge_model", help="whose perplexity is measured; the frozen model's own by default")
+    parser.add_argument("--head", choices=("linear", "mlp"), default="mlp", help="the critic's")
+    parser.add_argument("--data-dir", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--methods", nargs="+", help="only these; all by default")
+    parser.add_argument("--work_dir", type=Path, default=ROOT / "runs" / "critic_control")
+    parser.add_argument("--output", type=Path, default=RESULTS / "critic_control.json")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--table", action="store_true", help="print what is stored")
+    parser.add_argument("--smoke", action="store_true", help="a few texts: checks that the script runs")
+    args = parser.parse_args(argv)
+    results = Results(args.output, args.seed)
+    for name in () if args.table else args.tasks:
+        wanted = [row for row in rows_of(name) if not args.methods or row.method in args.methods]
+        wanted = [row for row in wanted if results.find(settings_of(args, name, row)) is None]
+        if not wanted:
+            continue
+        data = TaskData(args.data_dir, args.seed)
+        study = Study(args, data.task(name))
+        log(f"{name}: accuracy of its classifiers on other texts: {data.accuracies}")
+        for row in wanted:
+            log(f"{name}: {row.title}")
+            result = study.measure(study.write(row))
+            results.add(settings_of(args, name, row), {**result, "classifiers": data.accuracies})
+    print_tables(args, results)
+
+
+if __name__ == "__main__":
+    main()
