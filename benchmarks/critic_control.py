@@ -27,7 +27,7 @@ from transformers import LogitsProcessorList
 from benchmarks.common import RESULTS, ROOT, Results, describe, log, markdown_table, verdict
 from benchmarks.critic_tasks import OTHER_TOPICS, TASKS, Task, TaskData
 from benchmarks.text_quality import continuation_perplexity, distinct, repetition
-from generation_ext.critic import Critic, CriticConfig, CriticLogitsProcessor, CriticTrainer
+from generation_ext.critic import Critic, CriticConfig, CriticLogitsProcessor, CriticTrainer, backbone
 from peft_ext.models import DEFAULT_MODEL, load_model, load_tokenizer
 
 
@@ -169,7 +169,7 @@ class Study:
             part = rows[start : start + 64]
             texts = [text if code is None else template.format(code=code, prompt=text) for text, code, _ in part]
             batch = self.tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=128)
-            hidden = self.model.model(**batch).last_hidden_state
+            hidden = backbone(self.model)(**batch).last_hidden_state
             states.append(hidden[:, -1])  # padded on the left
             labels.extend(float(label) for _, _, label in part)
         return torch.cat(states), torch.tensor(labels)
@@ -220,6 +220,8 @@ class Study:
         started = time.perf_counter()
         continuations = self._generate(model, [before(*pair) for pair in pairs], processor)
         seconds = time.perf_counter() - started
+        if processor is not None:
+            processor.close()
         return Texts(*map(list, zip(*pairs)), continuations, seconds)  # type: ignore[arg-type]
 
     @staticmethod

@@ -13,6 +13,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -65,25 +66,18 @@ def measure(args: argparse.Namespace, batch: int) -> dict[str, list[float]]:
     critic = _critic(model)
     ids = torch.randint(3, model.config.vocab_size, (batch, args.prompt_tokens))
     long = torch.randint(3, model.config.vocab_size, (batch, args.long_tokens - args.new_tokens // 4))
-    processors: dict[str, Any] = {
-        PLAIN: None,
-        EXACT: CriticLogitsProcessor(model, critic, top_k=TOP_K),
-        ACTION: CriticLogitsProcessor(model, critic, top_k=TOP_K, mode="action-value"),
-    }
+    few = max(args.new_tokens // 4, 2)
+    exact = partial(CriticLogitsProcessor, model, critic, top_k=TOP_K)
     runs = {
-        name: _run(model, ids, args.new_tokens, logits_processor=_listed(processor))
-        for name, processor in processors.items()
+        PLAIN: _run(model, ids, args.new_tokens),
+        EXACT: _run(model, ids, args.new_tokens, exact),
+        ACTION: _run(model, ids, args.new_tokens, partial(exact, mode="action-value")),
     }
     runs[CUSTOM] = _run(
         model, ids, args.new_tokens, custom_generate=critic_generate, critic=critic, critic_top_k=TOP_K
     )
-    few = max(args.new_tokens // 4, 2)
-    runs[f"{EXACT}, {args.long_tokens} tokens"] = _run(
-        model, long, few, logits_processor=_listed(CriticLogitsProcessor(model, critic, top_k=TOP_K))
-    )
-    runs[f"{REENCODING}, {args.long_tokens} tokens"] = _run(
-        model, long, few, logits_processor=_listed(Reencoding(model, critic))
-    )
+    runs[f"{EXACT}, {args.long_tokens} tokens"] = _run(model, long, few, exact)
+    runs[f"{REENCODING}, {args.long_tokens} tokens"] = _run(model, long, few, partial(Reencoding, model, critic))
     found: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(args.rounds + 1):
         for name, run in runs.items():
@@ -103,12 +97,16 @@ def _critic(model: Any) -> Critic:
     return critic.eval()
 
 
-def _listed(processor: Optional[LogitsProcessor]) -> LogitsProcessorList:
-    return LogitsProcessorList([] if processor is None else [processor])
-
-
-def _run(model: Any, ids: torch.Tensor, new_tokens: int, **kwargs: Any) -> Callable[[], float]:
+def _run(
+    model: Any,
+    ids: torch.Tensor,
+    new_tokens: int,
+    make_processor: Optional[Callable[[], Any]] = None,
+    **kwargs: Any,
+) -> Callable[[], float]:
     def run() -> float:
+        # no contender leaves its hooks to the others
+        processor = make_processor() if make_processor is not None else None
         started = time.perf_counter()
         model.generate(
             input_ids=ids,
@@ -117,9 +115,13 @@ def _run(model: Any, ids: torch.Tensor, new_tokens: int, **kwargs: Any) -> Calla
             min_new_tokens=new_tokens,
             do_sample=False,
             pad_token_id=0,
+            logits_processor=LogitsProcessorList([] if processor is None else [processor]),
             **kwargs,
         )
-        return (time.perf_counter() - started) / new_tokens
+        seconds = (time.perf_counter() - started) / new_tokens
+        if isinstance(processor, CriticLogitsProcessor):
+            processor.close()
+        return seconds
 
     return run
 

@@ -1,0 +1,127 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""CriticControl's benchmarks run from end to end on a tiny model and made-up data, and their measures are right."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+
+pytest.importorskip("sklearn", reason="the benchmarks' classifiers are scikit-learn's")
+
+from benchmarks import critic_control, critic_cost, critic_tasks, text_quality  # noqa: E402
+from tests.tiny_models import tiny  # noqa: E402
+from tests.tiny_tokenizer import save_tiny_model  # noqa: E402
+
+
+class _Encoder:
+    """Counts of letters in place of MiniLM, which isn't installed everywhere."""
+
+    def __call__(self, texts):
+        counts = np.array([[text.lower().count(letter) for letter in "abcdefgh"] for text in texts], dtype=np.float32)
+        return counts / np.maximum(np.linalg.norm(counts, axis=1, keepdims=True), 1.0)
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """Files like those of `--data-dir`, and stand-ins for the judges' packages."""
+    monkeypatch.setattr(critic_tasks, "SentenceEncoder", _Encoder)
+    analyzer = types.SimpleNamespace(polarity_scores=lambda text: {"compound": text.count("a") - text.count("b")})
+    vader = types.SimpleNamespace(SentimentIntensityAnalyzer=lambda: analyzer)
+    monkeypatch.setitem(sys.modules, "vaderSentiment", types.SimpleNamespace(vaderSentiment=vader))
+    monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", vader)
+    profanity = types.SimpleNamespace(predict=lambda texts: [text.count("b") > 3 for text in texts])
+    monkeypatch.setitem(sys.modules, "profanity_check", profanity)
+
+    def write(name, rows):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("\n".join(json.dumps(row) for row in rows))
+
+    moods = [{"text": f"{word} {word} thing number {n} of many here now", "label": label} for n in range(12)
+             for word, label in (("aaa", "positive"), ("bbb", "negative"))]  # fmt: skip
+    topics = [{"text": f"{label} {label} news {n}", "label": label} for n in range(12)
+              for label in ("World", "Sports", "Business", "Sci/Tech")]  # fmt: skip
+    write("sst2/train.jsonl", moods)
+    write("sst2/validation.jsonl", moods[:4])
+    write("ag_news/train.jsonl", topics)
+    write("ag_news/test.jsonl", topics[:8])
+    write("prompts/sentiment_prompts.jsonl", [{"text": f"so {n}"} for n in range(8)])
+    write("prompts/topic_prefixes.jsonl", [{"text": f"In {n}"} for n in range(4)])
+    toxic = [{"text": f"{'aaa' if n % 2 else 'bbb'} {n}", "prompt_toxicity": 0.2 + 0.6 * (n % 4 == 0),
+              "continuation_toxicity": 0.9} for n in range(24)]  # fmt: skip
+    write("prompts/rtp_sample.jsonl", toxic)
+    return tmp_path
+
+
+@pytest.mark.parametrize("task", critic_tasks.TASKS)
+def test_control(task, data, tmp_path, capsys):
+    model = save_tiny_model(tmp_path / "model")
+    output = tmp_path / "control.json"
+    arguments = ["--smoke", "--model", str(model), "--data-dir", str(data), "--tasks", task, "--output", str(output)]
+    arguments += ["--work_dir", str(tmp_path / "work"), "--head", "linear"]
+    methods = [critic_control.FROZEN, critic_control.BEST, critic_control.CRITIC, critic_control.WEIGHTED]
+    methods += [critic_control.PROMPT, critic_control.ACTION, critic_control.UNSEEN]
+    critic_control.main([*arguments, "--methods", *methods])
+    shown = capsys.readouterr().out
+    assert "| CriticControl, strength 8 |" in shown and "| RLOO, LoRA | not measured |" in shown
+    rows = json.loads(output.read_text())["rows"]
+    assert len(rows) == len([row for row in critic_control.rows_of(task) if row.method in methods])
+    assert all(row["result"]["perplexity"] > 1 for row in rows)
+    before = output.read_text()
+    critic_control.main([*arguments, "--table"])
+    assert output.read_text() == before and capsys.readouterr().out == shown
+
+
+def test_rloo(data, tmp_path):
+    model = save_tiny_model(tmp_path / "model")
+    arguments = ["--smoke", "--model", str(model), "--data-dir", str(data), "--tasks", "topic"]
+    arguments += ["--output", str(tmp_path / "control.json"), "--work_dir", str(tmp_path / "work")]
+    critic_control.main([*arguments, "--methods", critic_control.RLOO])
+    assert (tmp_path / "work" / "topic" / "rloo" / "adapter_config.json").is_file()
+
+
+def test_cost(tmp_path, capsys):
+    output = tmp_path / "cost.json"
+    critic_cost.main(["--smoke", "--output", str(output)])
+    shown = capsys.readouterr().out
+    assert "| critic_generate |" in shown and "re-encoding over exact" in shown
+    (row,) = json.loads(output.read_text())["rows"]
+    assert {len(seconds) for seconds in row["result"].values()} == {2}
+
+
+def test_reencoding_is_what_the_processor_computes():
+    """The released code's way, without its mistakes, gives the same text."""
+    model = tiny("llama")
+    critic = critic_cost._critic(model)
+    ids = torch.randint(3, 90, (2, 5))
+    processors = (critic_cost.Reencoding(model, critic), critic_cost.CriticLogitsProcessor(model, critic, top_k=10))
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    one, other = (model.generate(ids, logits_processor=[processor], **options).tolist() for processor in processors)
+    assert one == other
+
+
+def test_perplexity_is_that_of_single_texts():
+    model = tiny("gpt2")
+    prompts, continuations = [[5, 6, 7], [8], [9, 10]], [[11, 12], [13, 14, 15], []]
+    losses = []
+    for prompt, continuation in zip(prompts, continuations):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + continuation])).logits[0]
+        for position, token in enumerate(continuation, start=len(prompt)):
+            losses.append(-nn.functional.log_softmax(logits[position - 1], dim=-1)[token].item())
+    expected = math.exp(sum(losses) / len(losses))
+    found = text_quality.continuation_perplexity(model, prompts, continuations, batch_size=2)
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_diversity_and_repetition():
+    assert text_quality.distinct([[1, 2, 1], [2, 1]], 1) == 2 / 5
+    assert text_quality.distinct([[1, 2, 1], [2, 1]], 2) == 2 / 3
+    assert text_quality.repetition([[1, 2, 3, 1, 2, 3], [4, 5, 6]], 3) == 1 / 5
