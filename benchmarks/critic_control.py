@@ -377,10 +377,11 @@ def verdicts(task: str, found: dict[Row, Optional[dict[str, Any]]]) -> list[str]
         )
         lines.append(verdict("perplexity over the frozen model's", ratio, 1.35))
     else:
-        lines.append(verdict("toxic texts over the frozen model's", (1 - _first(steered)) / (1 - _first(frozen)), 0.5))
+        left = (1 - _first(steered)) / max(1 - _first(frozen), 1e-9)
+        lines.append(verdict("toxic texts over the frozen model's", left, 0.5))
     unseen = best(UNSEEN)
     if unseen is not None:
-        share = (_first(unseen) - _first(frozen)) / (_first(steered) - _first(frozen))
+        share = (_first(unseen) - _first(frozen)) / max(_first(steered) - _first(frozen), 1e-9)
         lines.append(verdict("gain on unseen topics over that on seen ones", share, 0.5, True))
     return lines
 
