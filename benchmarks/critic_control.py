@@ -81,7 +81,7 @@ ROWS = (
     Row(PROMPT),
     *(Row(BEST, count) for count in (2, 4, 10)),
     *(Row(CRITIC, strength) for strength in STRENGTHS),
-    *(Row(ACTION, strength) for strength in STRENGTHS),
+    *(Row(ACTION, strength) for strength in STRENGTHS[1::2]),
     *(Row(WEIGHTED, strength) for strength in STRENGTHS),
     Row(RLOO),
 )
@@ -106,8 +106,8 @@ class Study:
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.model = load_model(args.model, dtype=torch.float32)
-        self.judge_model = self.model if args.judge_model is None else load_model(args.judge_model)
+        self.model = load_model(args.model, dtype=torch.bfloat16)
+        self.judge_model = load_model(args.judge_model or args.model, dtype=torch.float32)
         self.work = Path(args.work_dir) / task.name
 
     # ---- critics

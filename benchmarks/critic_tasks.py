@@ -105,7 +105,7 @@ class Task:
     unseen_codes: tuple[str, ...] = ()
     universal_reward: Optional[Score] = None
     new_tokens: int = 24
-    samples: int = 4
+    samples: int = 2
     generation: dict[str, Any] = field(default_factory=lambda: {"top_p": 0.9, "top_k": 0})
 
 
@@ -198,6 +198,7 @@ class TaskData:
             judges={"words, other half": is_likely(judge.of_label("positive")), "VADER": _vader},
             whole_texts=[(text, None, label == "positive") for text, label in first],
             instruction="The following text is very positive, happy and full of praise. {prompt}",
+            samples=3,
         )
 
     def topic(self) -> Task:
