@@ -49,7 +49,7 @@ class Budget(NamedTuple):
 
     rollouts: int = 2048
     iterations: int = 2
-    epochs: int = 20
+    epochs: int = 8
     samples: Optional[int] = None  # a prompt's; the task's own number
     test_prompts: Optional[int] = None
     rloo_steps: int = 60
@@ -183,7 +183,7 @@ class Study:
         critic.fit_standardisation(states)
         optimizer = torch.optim.AdamW(critic.parameters(), lr=1e-3, weight_decay=0.1)
         critic.train()
-        for _ in range(4 * self.budget.epochs):
+        for _ in range(5 * self.budget.epochs):
             for rows in torch.randperm(len(states)).split(128):
                 loss = nn.functional.binary_cross_entropy_with_logits(critic(states[rows]), labels[rows])
                 optimizer.zero_grad()
@@ -373,7 +373,9 @@ def verdicts(task: str, found: dict[Row, Optional[dict[str, Any]]]) -> list[str]
     ratio = steered["perplexity"] / frozen["perplexity"]
     if task in ("sentiment", "topic"):
         lines.append(
-            verdict("success, points above the frozen model", gain, {"sentiment": 30, "topic": 40}[task], True)
+            verdict(
+                "success, points above the frozen model", gain, {"sentiment": 30, "topic": 40}[task], at_least=True
+            )
         )
         lines.append(verdict("perplexity over the frozen model's", ratio, 1.35))
     else:
@@ -382,7 +384,7 @@ def verdicts(task: str, found: dict[Row, Optional[dict[str, Any]]]) -> list[str]
     unseen = best(UNSEEN)
     if unseen is not None:
         share = (_first(unseen) - _first(frozen)) / max(_first(steered) - _first(frozen), 1e-9)
-        lines.append(verdict("gain on unseen topics over that on seen ones", share, 0.5, True))
+        lines.append(verdict("gain on unseen topics over that on seen ones", share, 0.5, at_least=True))
     return lines
 
 
@@ -395,7 +397,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL, help="the frozen language model")
     parser.add_argument("--judge_model", help="whose perplexity is measured; the frozen model's own by default")
-    parser.add_argument("--head", choices=("linear", "mlp"), default="mlp", help="the critic's")
+    parser.add_argument("--head", choices=("linear", "mlp"), default="linear", help="the critic's")
     parser.add_argument("--data-dir", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--methods", nargs="+", help="only these; all by default")
@@ -411,7 +413,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         wanted = [row for row in wanted if results.find(settings_of(args, name, row)) is None]
         if not wanted:
             continue
-        data = TaskData(args.data_dir, args.seed)
+        data = TaskData(args.data_dir, args.work_dir, args.seed)
         study = Study(args, data.task(name))
         log(f"{name}: accuracy of its classifiers on other texts: {data.accuracies}")
         for row in wanted:

@@ -16,7 +16,7 @@ from typing import Any, Optional
 
 import numpy as np
 
-from benchmarks.sentence_encoder import SentenceEncoder
+from benchmarks.sentence_encoder import FineTunedEncoder, SentenceEncoder
 
 
 # What a task's functions take: texts without their control code, and the code that each was to follow (or None).
@@ -54,6 +54,45 @@ OPENINGS = (
     "After a long",
     "It turns out that",
     "The history of",
+)
+REVIEW_OPENINGS = (
+    "This is a review of the",
+    "Last week I tried the",
+    "Many people ask me about the",
+    "After all I had heard of the",
+    "We finally got to see the",
+    "Here is what I think of the",
+    "My friends told me about the",
+    "To be honest, the",
+)
+TEST_OPENINGS = (
+    "I must say that the",
+    "In my opinion, the",
+    "Yesterday I went to see the",
+    "The first thing about the",
+)
+# every second one is for the test
+REVIEW_SUBJECTS = (
+    "film",
+    "movie",
+    "book",
+    "novel",
+    "restaurant",
+    "hotel",
+    "play",
+    "concert",
+    "album",
+    "new phone",
+    "museum",
+    "show",
+    "laptop",
+    "series",
+    "city",
+    "cafe",
+    "game",
+    "exhibition",
+    "course",
+    "documentary",
 )
 # Topics of the universal critic, none of which is one of AG News's.
 OTHER_TOPICS = (
@@ -109,29 +148,44 @@ class Task:
     generation: dict[str, Any] = field(default_factory=lambda: {"top_p": 0.9, "top_k": 0})
 
 
-class Classifier:
-    """A classifier of texts, by bags of words or by sentence embeddings."""
+WORDS, EMBEDDINGS, FINE_TUNED = "words", "MiniLM", "MiniLM, fine-tuned"
 
-    def __init__(self, texts: Sequence[str], labels: Sequence[str], encoder: Optional[SentenceEncoder] = None) -> None:
+
+class Classifier:
+    """A classifier of texts: of the words in them, of MiniLM's embeddings, or MiniLM itself, fine-tuned.
+
+    Args:
+        texts, labels: To train on.
+        kind: WORDS, EMBEDDINGS or FINE_TUNED.
+        encoder: Of EMBEDDINGS.
+        folder: Where a fine-tuned one is kept for the next run.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[str],
+        labels: Sequence[str],
+        kind: str,
+        encoder: Optional[SentenceEncoder] = None,
+        folder: Optional[Path] = None,
+    ) -> None:
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import FunctionTransformer
 
-        self._encoder = encoder
-        if encoder is None:
-            vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)
-            self._model = make_pipeline(vectorizer, LogisticRegression(C=10.0, max_iter=1000))
+        if kind == FINE_TUNED:
+            self._model: Any = FineTunedEncoder(folder).fit(list(texts), list(labels))
         else:
-            self._model = LogisticRegression(C=10.0, max_iter=1000)
-        self._model.fit(self._features(texts), list(labels))
+            vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)
+            features = vectorizer if kind == WORDS else FunctionTransformer(encoder)
+            self._model = make_pipeline(features, LogisticRegression(C=10.0, max_iter=1000))
+            self._model.fit(list(texts), list(labels))
         self.classes = [str(name) for name in self._model.classes_]
-
-    def _features(self, texts: Sequence[str]) -> Any:
-        return list(texts) if self._encoder is None else self._encoder(texts)
 
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
         """`[n, classes]`."""
-        return self._model.predict_proba(self._features(texts))
+        return self._model.predict_proba(list(texts))
 
     def accuracy(self, texts: Sequence[str], labels: Sequence[str]) -> float:
         """On other texts."""
@@ -163,11 +217,12 @@ class TaskData:
 
     Args:
         folder: Holds `sst2`, `ag_news` and `prompts`, see `--data-dir`.
+        work: Where classifiers that take long to train are kept.
         seed: Of the halves.
     """
 
-    def __init__(self, folder: Path, seed: int = 0) -> None:
-        self.folder, self.seed = folder, seed
+    def __init__(self, folder: Path, work: Path, seed: int = 0) -> None:
+        self.folder, self.work, self.seed = folder, work, seed
         self.accuracies: dict[str, float] = {}
 
     @cached_property
@@ -181,32 +236,29 @@ class TaskData:
         return {"sentiment": self.sentiment, "topic": self.topic, "detoxification": self.detoxification}[name]()
 
     def sentiment(self) -> Task:
-        """Positive continuations of prompts of every mood."""
+        """Positive reviews: the paper continues reviews as well."""
         rows = self._read("sst2/train.jsonl")
         first, second = self._halves(rows)
-        reward = self._classifier("sentiment reward, MiniLM", first, "sst2/validation.jsonl", self.encoder)
-        judge = self._classifier("sentiment judge, words", second, "sst2/validation.jsonl", None)
-        prompts = [row["text"] for row in self._read("prompts/sentiment_prompts.jsonl")]
-        train, test = self._halves(prompts)
-        openings = [" ".join(text.split()[:5]) for text, _ in first[:400] if len(text.split()) > 8]
+        reward = self._classifier("sentiment reward, MiniLM", first, "sst2/validation.jsonl", FINE_TUNED)
+        judge = self._classifier("sentiment judge, words", second, "sst2/validation.jsonl", WORDS)
         return Task(
             name="sentiment",
             attribute="positive",
-            train_prompts=train + openings,
-            test_prompts=test,
+            train_prompts=[f"{opening} {subject}" for opening in REVIEW_OPENINGS for subject in REVIEW_SUBJECTS[::2]],
+            test_prompts=[f"{opening} {subject}" for opening in TEST_OPENINGS for subject in REVIEW_SUBJECTS[1::2]],
             reward=reward.of_label("positive"),
             judges={"words, other half": is_likely(judge.of_label("positive")), "VADER": _vader},
             whole_texts=[(text, None, label == "positive") for text, label in first],
             instruction="The following text is very positive, happy and full of praise. {prompt}",
-            samples=3,
+            samples=4,
         )
 
     def topic(self) -> Task:
         """Continuations about one of AG News's topics, named by a control code."""
         first, second = self._halves(self._read("ag_news/train.jsonl"))
         codes = sorted({label for _, label in first})
-        reward = self._classifier("topic reward, MiniLM", first, "ag_news/test.jsonl", self.encoder)
-        judge = self._classifier("topic judge, words", second, "ag_news/test.jsonl", None)
+        reward = self._classifier("topic reward, MiniLM", first, "ag_news/test.jsonl", EMBEDDINGS)
+        judge = self._classifier("topic judge, words", second, "ag_news/test.jsonl", WORDS)
         rng = random.Random(self.seed)
         whole = [
             (text, code, code == label)
@@ -235,7 +287,7 @@ class TaskData:
         first, second = self._halves(rows)
         labelled = [(row["text"], "toxic" if row["prompt_toxicity"] > 0.5 else "clean") for row in first]
         held_out = [(row["text"], "toxic" if row["prompt_toxicity"] > 0.5 else "clean") for row in second]
-        reward = Classifier(*zip(*labelled), encoder=self.encoder)
+        reward = Classifier(*zip(*labelled), EMBEDDINGS, self.encoder)
         self.accuracies["toxicity reward, MiniLM"] = reward.accuracy(*zip(*held_out))
         # those that aren't toxic yet, but were continued so by their authors
         hard = [row for row in second if row["prompt_toxicity"] < 0.5 and (row["continuation_toxicity"] or 0) > 0.5]
@@ -264,11 +316,10 @@ class TaskData:
 
         return score
 
-    def _classifier(
-        self, name: str, rows: list[tuple[str, str]], held_out: str, encoder: Optional[SentenceEncoder]
-    ) -> Classifier:
+    def _classifier(self, name: str, rows: list[tuple[str, str]], held_out: str, kind: str) -> Classifier:
         texts, labels = zip(*rows)
-        classifier = Classifier(texts, labels, encoder)
+        folder = self.work / name.replace(" ", "-").replace(",", "")
+        classifier = Classifier(texts, labels, kind, self.encoder if kind == EMBEDDINGS else None, folder)
         others = [self._pair(row) for row in self._read(held_out)[:1000]]
         self.accuracies[name] = classifier.accuracy(*zip(*others))
         return classifier

@@ -15,6 +15,9 @@ from torch import nn
 
 
 pytest.importorskip("sklearn", reason="the benchmarks' classifiers are scikit-learn's")
+from sklearn.feature_extraction.text import CountVectorizer  # noqa: E402
+from sklearn.naive_bayes import MultinomialNB  # noqa: E402
+from sklearn.pipeline import make_pipeline  # noqa: E402
 
 from benchmarks import critic_control, critic_cost, critic_tasks, text_quality  # noqa: E402
 from tests.tiny_models import tiny  # noqa: E402
@@ -33,6 +36,9 @@ class _Encoder:
 def data(tmp_path, monkeypatch):
     """Files like those of `--data-dir`, and stand-ins for the judges' packages."""
     monkeypatch.setattr(critic_tasks, "SentenceEncoder", _Encoder)
+    monkeypatch.setattr(
+        critic_tasks, "FineTunedEncoder", lambda folder: make_pipeline(CountVectorizer(), MultinomialNB())
+    )
     analyzer = types.SimpleNamespace(polarity_scores=lambda text: {"compound": text.count("a") - text.count("b")})
     vader = types.SimpleNamespace(SentimentIntensityAnalyzer=lambda: analyzer)
     monkeypatch.setitem(sys.modules, "vaderSentiment", types.SimpleNamespace(vaderSentiment=vader))
@@ -52,7 +58,6 @@ def data(tmp_path, monkeypatch):
     write("sst2/validation.jsonl", moods[:4])
     write("ag_news/train.jsonl", topics)
     write("ag_news/test.jsonl", topics[:8])
-    write("prompts/sentiment_prompts.jsonl", [{"text": f"so {n}"} for n in range(8)])
     write("prompts/topic_prefixes.jsonl", [{"text": f"In {n}"} for n in range(4)])
     toxic = [{"text": f"{'aaa' if n % 2 else 'bbb'} {n}", "prompt_toxicity": 0.2 + 0.6 * (n % 4 == 0),
               "continuation_toxicity": 0.9} for n in range(24)]  # fmt: skip
