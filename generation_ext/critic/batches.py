@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset, Sampler
 
 from generation_ext.critic.rollouts import Rollout, encode, fill_hidden
 from generation_ext.critic.value import Critic
@@ -49,8 +51,18 @@ def values_of(critic: Critic, model: nn.Module, rollouts: Sequence[Rollout], bat
         batch = rollouts[start : start + batch_size]
         hidden = encode(model, batch, critic) if has_lora(critic) else padded_hidden(batch).to(device)
         values[start : start + len(batch), : hidden.shape[1]] = critic.value(hidden).cpu()
-    outcomes = torch.tensor([float(rollout.reward or 0.0) for rollout in rollouts])
-    return Values(values * mask, mask, outcomes)
+    return Values(values * mask, mask, outcomes_of(rollouts))
+
+
+def outcomes_of(rollouts: Sequence[Rollout]) -> torch.Tensor:
+    """`[roll-outs]` rewards.
+
+    Raises:
+        ValueError: If a roll-out has none.
+    """
+    if any(rollout.reward is None for rollout in rollouts):
+        raise ValueError("a roll-out has no reward; leave it out.")
+    return torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float32)
 
 
 def has_lora(critic: Critic) -> bool:
@@ -84,3 +96,48 @@ def padded_actions(rollouts: Sequence[Rollout], width: int) -> torch.Tensor:
     for row, rollout in zip(actions, rollouts):
         row[: len(rollout.completion_ids)] = torch.tensor(rollout.completion_ids, dtype=torch.long)
     return actions
+
+
+class RolloutData(Dataset):
+    """An iteration's roll-outs, as a data set whose length is known beforehand; where some roll-outs have no reward, others
+    come twice.
+
+    Args:
+        length: The number of roll-outs.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.items: list[dict[str, Any]] = []
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.items[index % len(self.items)]
+
+
+class EpochOrder(Sampler):
+    """A shuffled order that depends on the epoch's number alone, so that a resumed run has the same.
+
+    Args:
+        data: What is put in order.
+        seed: Another seed, another order.
+    """
+
+    def __init__(self, data: RolloutData, seed: int) -> None:
+        self.data = data
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
+        return iter(torch.randperm(len(self.data), generator=generator).tolist())
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed that depends on all the numbers."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big")

@@ -209,5 +209,5 @@ def _check_label(label: str, known: Any) -> None:
 
 def _named(reward: RewardFunction, source: Any) -> RewardFunction:
     name: Union[str, None] = getattr(source, "__name__", None)
-    reward.__name__ = name or type(source).__name__  # type: ignore[attr-defined]
+    reward.__name__ = name or type(source).__name__
     return reward

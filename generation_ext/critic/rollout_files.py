@@ -107,10 +107,8 @@ def _cut(path: Path, keep: Optional[int]) -> None:
     if not path.is_file():
         return
     content = path.read_bytes()
-    ends = [index + 1 for index, byte in enumerate(content) if byte == ord("\n")]
-    if keep is not None:
-        ends = ends[:keep]
-    size = ends[-1] if ends else 0
+    lines = content.split(b"\n")[:-1][:keep]
+    size = sum(len(line) + 1 for line in lines)
     if size != len(content):
         with path.open("r+b") as file:
             file.truncate(size)

@@ -193,15 +193,23 @@ class RolloutSampler:
         """A padded batch on the model's device, and each prompt's tokens. Decoders pad to the left, encoders to the
         right."""
         side = "right" if self.model.config.is_encoder_decoder else "left"
-        ids = [self.tokenizer(prompt)["input_ids"][-self.max_prompt_length :] for prompt in prompts]
-        for prompt, tokens in zip(prompts, ids):
-            if not tokens:
-                raise ValueError(
-                    f"the prompt {prompt!r} has no tokens; start it with a word, or with the tokenizer's bos_token."
-                )
+        ids = [self._prompt_ids(prompt) for prompt in prompts]
         batch, mask = _padded(ids, _pad_id(self.tokenizer), side)
         device = _device(self.model)
         return {"input_ids": batch.to(device), "attention_mask": mask.to(device)}, ids
+
+    def _prompt_ids(self, prompt: str) -> list[int]:
+        tokens = self.tokenizer(prompt)["input_ids"]
+        if not tokens:
+            raise ValueError(
+                f"the prompt {prompt!r} has no tokens; start it with a word, or with the tokenizer's bos_token."
+            )
+        if len(tokens) > self.max_prompt_length and self.critic is not None and self.critic.config.control_codes:
+            raise ValueError(
+                f"the prompt {prompt!r} has {len(tokens)} tokens, more than max_prompt_length="
+                f"{self.max_prompt_length}, and cutting it would cut off its control code; shorten it."
+            )
+        return tokens[-self.max_prompt_length :]
 
     def _rollout(self, row: dict[str, Any], prompt_ids: list[int], completion_ids: list[int]) -> Rollout:
         columns = {name: value for name, value in row.items() if name not in ("prompt", "control_code")}
@@ -262,14 +270,15 @@ def encode(model: nn.Module, rollouts: Sequence[Rollout], critic: Optional[Criti
     one.
     """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder = backbone(model)
+    decoder: Any = backbone(model)
     device = _device(model)
     prompts = [rollout.prompt_ids for rollout in rollouts]
     completions = [rollout.completion_ids for rollout in rollouts]
     # padding comes last, where no token of the text sees it; any token will do
     if base.config.is_encoder_decoder:
         tokens, mask = (part.to(device) for part in _padded(prompts, 0, "right"))
-        encoded = base.get_encoder()(input_ids=tokens, attention_mask=mask)[0]
+        encoder: Any = base.get_encoder()
+        encoded = encoder(input_ids=tokens, attention_mask=mask)[0]
         start = _decoder_start(base)
         inputs, _ = _padded([[start, *completion] for completion in completions], 0, "right")
         with _adapted(critic, model):

@@ -4,37 +4,39 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
 from accelerate.utils import broadcast
-from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from generation_ext.critic.advantages import discounted_outcomes, generalized_advantages, terminal_rewards
 from generation_ext.critic.batches import (
+    EpochOrder,
+    RolloutData,
     Values,
     has_lora,
+    outcomes_of,
     padded_actions,
     padded_hidden,
+    seed_of,
     states_mask,
     values_of,
 )
 from generation_ext.critic.diagnostics import by_position, summary
 from generation_ext.critic.losses import value_loss
 from generation_ext.critic.rewards import RewardFunction, check_callable
-from generation_ext.critic.rollout_files import RolloutWriter, read_rollouts
 from generation_ext.critic.rollouts import Rollout, RolloutSampler, encode, fill_hidden, prompt_rows, schedule
+from generation_ext.critic.run_files import RunFiles
 from generation_ext.critic.training_config import CriticConfig
 from generation_ext.critic.value import Critic
 
@@ -42,7 +44,6 @@ from generation_ext.critic.value import Critic
 __all__ = ["CriticConfig", "CriticTrainer"]
 
 _EVALUATION = -1  # in the place of an iteration's number, for seeds
-_SETTINGS = "settings.json"
 
 
 class CriticTrainer(Trainer):
@@ -96,21 +97,22 @@ class CriticTrainer(Trainer):
             check_callable(reward_func)
         self.language_model = language_model
         self._sampler = _sampler(args, language_model, processing_class, reward_func, model)
-        self._data = _RolloutData(1)
+        self._data = RolloutData(1)
         super().__init__(
             model=model,
             args=args,
             data_collator=self._collate,
             train_dataset=self._data,
-            eval_dataset=self._eval_source,  # type: ignore[arg-type]
+            eval_dataset=self._eval_source,
             callbacks=callbacks,
             optimizers=optimizers,
         )
         self._data.length = math.ceil(args.rollouts_per_iteration / args.world_size)
         if args.place_model_on_device is not False and getattr(language_model, "hf_device_map", None) is None:
-            language_model.to(args.device)  # type: ignore[arg-type]
+            language_model.to(args.device)
         model.attach(language_model)
-        self._order = _EpochOrder(self._data, args.data_seed if args.data_seed is not None else args.seed)
+        self._order = EpochOrder(self._data, args.data_seed if args.data_seed is not None else args.seed)
+        self._files = RunFiles(Path(str(args.output_dir)), args.process_index, args.save_rollouts)
         self._iteration: Optional[int] = None
         self._resuming = False
         self._evaluated: Optional[list[Rollout]] = None
@@ -135,11 +137,13 @@ class CriticTrainer(Trainer):
         self._resuming = resume_from_checkpoint not in (None, False)
         self._iteration = None
         if self._resuming:
-            self._check_settings()
-            if resume_from_checkpoint is True and self._settings_file().is_file():
+            self._files.check(self._settings())
+            if resume_from_checkpoint is True and self._files.started:
                 resume_from_checkpoint = get_last_checkpoint(str(self.args.output_dir))
         else:
-            self._start_anew()
+            with self.args.main_process_first(desc="clearing old roll-outs"):
+                if self.is_world_process_zero():
+                    self._files.start(self._settings())
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
@@ -206,7 +210,8 @@ class CriticTrainer(Trainer):
         figures = {"loss": float(loss), **summary(known.values, outcomes, known.mask)}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        control: Any = self.control
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, control, metrics)
         return metrics
 
     # ---- further
@@ -241,7 +246,7 @@ class CriticTrainer(Trainer):
         if begins:
             self._standardise(rollouts)
             known = self._values(rollouts)
-            self._keep_values(iteration, known)
+            self._files.keep_values(iteration, known.values)
         else:
             if not has_lora(self._critic):
                 self._fill_hidden(rollouts)
@@ -281,17 +286,13 @@ class CriticTrainer(Trainer):
         that goes on gives the texts that it would have given anyway."""
         args: CriticConfig = self.args
         codes = self._critic.config.control_codes
-        seed = _seed(args.seed, iteration, args.process_index)
+        seed = seed_of(args.seed, iteration, args.process_index)
         rows = schedule(self._train_source, codes, len(self._data), seed)
-        path = self._folder() / f"iteration-{iteration:04d}-{args.process_index:03d}.jsonl"
-        rollouts: list[Rollout] = []
-        if self._resuming and path.is_file():
-            rollouts = read_rollouts(path)
-            if len(rollouts) < len(rows):
-                del rollouts[len(rollouts) // args.rollout_batch_size * args.rollout_batch_size :]
+        size = args.rollout_batch_size
+        rollouts = self._files.rollouts(iteration, len(rows), size) if self._resuming else []
         if len(rollouts) == len(rows):
             return rollouts
-        with _writer(path, len(rollouts), args.save_rollouts) as write:
+        with self._files.writer(iteration, keep=len(rollouts)) as write:
             for batch in self._sampled(rows, seed, len(rollouts), f"roll-outs {iteration + 1}"):
                 write(batch)
                 rollouts += batch
@@ -307,7 +308,7 @@ class CriticTrainer(Trainer):
         )
         for start in range(done, len(rows), size):
             batch = rows[start : start + size]
-            yield self._sampler.sample(batch, _seed(seed, start), with_hidden=not has_lora(self._critic))
+            yield self._sampler.sample(batch, seed_of(seed, start), with_hidden=not has_lora(self._critic))
             bar.update(len(batch))
         bar.close()
 
@@ -324,7 +325,7 @@ class CriticTrainer(Trainer):
                     "prompts can only be evaluated on with a tokenizer and a reward function; pass processing_class and "
                     "reward_func to the trainer, or roll-outs instead of prompts."
                 )
-            seed = _seed(self.args.seed, _EVALUATION)
+            seed = seed_of(self.args.seed, _EVALUATION)
             rows = schedule(source, self._critic.config.control_codes, self.args.eval_rollouts, seed)
             rollouts = [rollout for batch in self._sampled(rows, seed, 0, "evaluation") for rollout in batch]
         rollouts = [rollout for rollout in rollouts if rollout.reward is not None]
@@ -394,20 +395,11 @@ class CriticTrainer(Trainer):
         size = known.mask.shape
         values[: size[0], : size[1]], mask[: size[0], : size[1]] = known.values, known.mask
         outcomes[: size[0]] = known.outcomes
-        gathered = [
-            self.accelerator.gather(part.to(self.args.device)).cpu()  # type: ignore[union-attr]
-            for part in (values, mask, outcomes)
-        ]
+        gathered = [self.accelerator.gather(part.to(self.args.device)).cpu() for part in (values, mask, outcomes)]
         there = gathered[1].any(dim=1)
         return Values(*(part[there] for part in gathered))
 
     # ---- what a resumed run needs
-
-    def _folder(self) -> Path:
-        return Path(str(self.args.output_dir)) / "rollouts"
-
-    def _settings_file(self) -> Path:
-        return self._folder() / _SETTINGS
 
     def _settings(self) -> dict[str, Any]:
         """What roll-outs and their targets depend on."""
@@ -428,88 +420,17 @@ class CriticTrainer(Trainer):
             "train_dataset": hashlib.sha256(source.encode()).hexdigest()[:16],
         }
 
-    def _start_anew(self) -> None:
-        with self.args.main_process_first(desc="clearing old roll-outs"):
-            if not self.args.save_rollouts or not self.is_world_process_zero():
-                return
-            folder = self._folder()
-            folder.mkdir(parents=True, exist_ok=True)
-            for pattern in ("iteration-*.jsonl", "iteration-*.safetensors"):
-                for old in folder.glob(pattern):
-                    old.unlink()
-            partial = folder / f".{_SETTINGS}"
-            partial.write_text(json.dumps(self._settings(), indent=2) + "\n", encoding="utf-8")
-            partial.replace(self._settings_file())
-
-    def _check_settings(self) -> None:
-        file = self._settings_file()
-        if not file.is_file():
-            return
-        theirs, ours = json.loads(file.read_text(encoding="utf-8")), self._settings()
-        for name, value in ours.items():
-            if theirs.get(name) != value:
-                raise ValueError(
-                    f"{name}={value!r}, but the run in {str(self.args.output_dir)!r} had {theirs.get(name)!r}; resume "
-                    "it with its own settings, or start a new one in another output_dir."
-                )
-
-    def _values_file(self, iteration: int) -> Path:
-        return self._folder() / f"iteration-{iteration:04d}-{self.args.process_index:03d}.safetensors"
-
-    def _keep_values(self, iteration: int, known: Values) -> None:
-        """The critic's values as the iteration begins, which its targets depend on."""
-        if self.args.save_rollouts:
-            file = self._values_file(iteration)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_name(f".{file.name}")
-            save_file({"values": known.values.contiguous()}, partial)
-            partial.replace(file)
-
     def _kept_values(self, iteration: int, rollouts: list[Rollout]) -> Values:
+        args: CriticConfig = self.args
         mask = states_mask(rollouts)
-        file = self._values_file(iteration)
-        if file.is_file():
-            values = load_file(file)["values"]
-            if values.shape != mask.shape:
-                raise ValueError(f"{str(file)!r} doesn't belong to the roll-outs beside it; start a new run.")
-        elif self.args.lam == 1.0 and self.args.cliprange_value is None:
-            values = torch.zeros(mask.shape)  # then the targets don't depend on them
-        else:
+        values = self._files.kept_values(iteration, mask.shape)
+        if values is None and (args.lam != 1.0 or args.cliprange_value is not None):
             raise ValueError(
-                f"{str(file)!r} is missing: with lam={self.args.lam} and cliprange_value={self.args.cliprange_value} a "
-                "run can only be resumed within an iteration if it ran with save_rollouts=True."
+                f"the values of iteration {iteration} are missing: with lam={args.lam} and cliprange_value="
+                f"{args.cliprange_value} a run can only be resumed within an iteration if it had save_rollouts=True."
             )
-        return Values(values, mask, torch.tensor([float(rollout.reward or 0.0) for rollout in rollouts]))
-
-
-class _RolloutData(Dataset):
-    """An iteration's roll-outs. Its length is fixed beforehand; where some have no reward, others come twice."""
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-        self.items: list[dict[str, Any]] = []
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.items[index % len(self.items)]
-
-
-class _EpochOrder(Sampler):
-    """A shuffled order that depends on the epoch's number alone, so that a resumed run has the same."""
-
-    def __init__(self, data: _RolloutData, seed: int) -> None:
-        self.data = data
-        self.seed = seed
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(_seed(self.seed, self.epoch))
-        return iter(torch.randperm(len(self.data), generator=generator).tolist())
+        # without them, the targets don't depend on the values
+        return Values(torch.zeros(mask.shape) if values is None else values, mask, outcomes_of(rollouts))
 
 
 class _BeginsEpoch(TrainerCallback):
@@ -559,15 +480,6 @@ def _sampler(
 
 
 @contextmanager
-def _writer(path: Path, keep: int, wanted: bool) -> Iterator[Any]:
-    if not wanted:
-        yield lambda rollouts: None
-        return
-    with RolloutWriter(path, keep=keep) as writer:
-        yield writer.write
-
-
-@contextmanager
 def _left_alone(critic: Critic) -> Iterator[None]:
     """Within it, a graph is built that only reaches the action-value head."""
     others = [
@@ -588,7 +500,3 @@ def _identity(entry: Any) -> Any:
     if isinstance(entry, Rollout):
         return (entry.prompt_ids, entry.completion_ids, entry.reward)
     return sorted((name, str(value)) for name, value in entry.items())
-
-
-def _seed(*numbers: int) -> int:
-    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big")
