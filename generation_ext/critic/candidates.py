@@ -105,7 +105,7 @@ class Backbone:
     def __call__(self, input_ids: torch.Tensor, cache: Cache, **kwargs: Any) -> torch.Tensor:
         """Last hidden states `[batch, tokens, hidden]`; watchers don't notice (see [`is_running`])."""
         kwargs[self.cache_name or CACHE_NAMES[0]] = cache
-        with _unwatched():
+        with unwatched():
             output = self.module(input_ids=input_ids, use_cache=True, **kwargs)
         return output[0]
 
@@ -166,6 +166,16 @@ def can_branch(cache: Cache) -> bool:
 def is_running() -> bool:
     """Whether the forward pass that now runs in this thread is one of this file's."""
     return getattr(_running, "depth", 0) > 0
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Within it, [`is_running`] is true, and watchers note nothing."""
+    _running.depth = getattr(_running, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _running.depth -= 1
 
 
 def _tree(backbone: Backbone, prefix: Prefix, candidates: torch.Tensor, keep: bool) -> Branches:
@@ -336,12 +346,3 @@ def _take_over(cache: Cache, other: Cache) -> None:
             layer.update(new.keys[:, :, -1:], new.values[:, :, -1:])
         else:
             vars(layer).update(vars(new))
-
-
-@contextlib.contextmanager
-def _unwatched() -> Iterator[None]:
-    _running.depth = getattr(_running, "depth", 0) + 1
-    try:
-        yield
-    finally:
-        _running.depth -= 1

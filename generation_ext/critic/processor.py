@@ -88,6 +88,11 @@ class CriticLogitsProcessor(LogitsProcessor):
             if critic.config.lora_layers
         }
 
+    @property
+    def reads_model(self) -> bool:
+        """Whether some critic reads the language model's own hidden states."""
+        return len(self._adapted) < len(self.critics)
+
     def __enter__(self) -> CriticLogitsProcessor:
         return self
 
@@ -136,9 +141,9 @@ class CriticLogitsProcessor(LogitsProcessor):
         result = torch.full_like(scores, -math.inf).scatter(-1, candidates, new)
         return torch.where(usable.any(dim=-1, keepdim=True), result, scores)
 
-    def gain_on(self, prefix: Prefix, candidates: torch.Tensor, branches: Branches) -> torch.Tensor:
+    def gain_on(self, prefix: Prefix, branches: Branches) -> torch.Tensor:
         """`strength * (log V(s + a) - log V(s))` of the critics without a LoRA, from candidates' states, `[batch, k]`."""
-        gain = torch.zeros(candidates.shape, device=prefix.hidden.device)
+        gain = torch.zeros(branches.hidden.shape[:2], device=prefix.hidden.device)
         for number, (critic, strength) in enumerate(zip(self.critics, self.strengths)):
             if number not in self._adapted and strength:
                 gain += strength * _log_ratio(critic, prefix.hidden, branches.hidden).to(gain.device)
@@ -173,10 +178,10 @@ class CriticLogitsProcessor(LogitsProcessor):
         if input_ids.shape[1] == 0 and self.watcher.prefix(input_ids) is None:
             raise ValueError("input_ids has no token; a critic reads the state after at least one (such as BOS).")
         gain = self.gain_of_adapted(input_ids, candidates)
-        if len(self._adapted) < len(self.critics):
+        if self.reads_model:
             if self.mode == "exact":
                 prefix = self.prefix(input_ids)
-                gain += self.gain_on(prefix, candidates, branch(self.backbone, prefix, candidates)).to(gain.device)
+                gain += self.gain_on(prefix, branch(self.backbone, prefix, candidates)).to(gain.device)
             else:
                 gain += self._action_gain(input_ids, candidates)
         return gain
