@@ -269,7 +269,7 @@ def encode(model: nn.Module, rollouts: Sequence[Rollout], critic: Optional[Criti
     A row's first `rollout.states` states count, what follows is padding. Gradients go into the critic's LoRA, if it has
     one.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _base(model)
     decoder: Any = backbone(model)
     device = _device(model)
     prompts = [rollout.prompt_ids for rollout in rollouts]
@@ -295,6 +295,19 @@ def encode(model: nn.Module, rollouts: Sequence[Rollout], critic: Optional[Criti
     first = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
     index = (first[:, None] + torch.arange(states, device=device)).clamp(max=hidden.shape[1] - 1)
     return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+@contextmanager
+def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """A graph that is built within it doesn't reach these parameters."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _distribute(model: nn.Module, rollouts: list[Rollout], hidden: torch.Tensor) -> None:
@@ -348,7 +361,7 @@ def _adapted(critic: Optional[Critic], model: nn.Module) -> Iterator[None]:
     if critic is None:
         yield
         return
-    with critic.adapted(model):
+    with critic.adapted(model), frozen(model.parameters()):
         yield
 
 
@@ -362,6 +375,11 @@ def _padded(rows: Sequence[Sequence[int]], pad: int, side: str) -> tuple[torch.T
         tokens[number, place] = torch.tensor(list(row), dtype=torch.long)
         mask[number, place] = 1
     return tokens, mask
+
+
+def _base(model: Any) -> Any:
+    """Below PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -7,7 +7,6 @@ import hashlib
 import math
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -35,7 +34,7 @@ from generation_ext.critic.batches import (
 from generation_ext.critic.diagnostics import by_position, summary
 from generation_ext.critic.losses import value_loss
 from generation_ext.critic.rewards import RewardFunction, check_callable
-from generation_ext.critic.rollouts import Rollout, RolloutSampler, encode, fill_hidden, prompt_rows, schedule
+from generation_ext.critic.rollouts import Rollout, RolloutSampler, encode, fill_hidden, frozen, prompt_rows, schedule
 from generation_ext.critic.run_files import RunFiles
 from generation_ext.critic.training_config import CriticConfig
 from generation_ext.critic.value import Critic
@@ -119,6 +118,8 @@ class CriticTrainer(Trainer):
         self._sums: dict[str, list[float]] = {}
         self.add_callback(_BeginsEpoch(self))
 
+    control: Any  # mypy doesn't read Trainer
+
     # ---- what Trainer calls
 
     def train(self, resume_from_checkpoint: Optional[Union[str, bool]] = None, **kwargs: Any) -> Any:
@@ -169,7 +170,7 @@ class CriticTrainer(Trainer):
     ) -> Any:
         """The value's loss, and the action-value head's if there is one."""
         args: CriticConfig = self.args
-        hidden = inputs["hidden"]
+        hidden = inputs.get("hidden")
         if hidden is None:
             with torch.set_grad_enabled(model.training):
                 hidden = encode(self.language_model, inputs["rollouts"], self._critic)
@@ -210,8 +211,7 @@ class CriticTrainer(Trainer):
         figures = {"loss": float(loss), **summary(known.values, outcomes, known.mask)}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.log(dict(metrics))
-        control: Any = self.control
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, control, metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     # ---- further
@@ -363,7 +363,8 @@ class CriticTrainer(Trainer):
         it."""
         if hidden.shape[1] < 2:
             return logits.sum() * 0.0
-        with _left_alone(self._critic):
+        critic = self._critic
+        with frozen(value for name, value in critic.named_parameters() if not name.startswith("action_")):
             guesses = self._critic.action_logits(hidden[:, :-1], actions[:, :-1, None]).squeeze(-1)
         return value_loss(guesses, torch.sigmoid(logits[:, 1:]), mask[:, 1:], self.args.value_loss)
 
@@ -371,8 +372,7 @@ class CriticTrainer(Trainer):
         rollouts = [item["rollout"] for item in items]
         mask = states_mask(rollouts)
         return {
-            "hidden": None if has_lora(self._critic) else padded_hidden(rollouts),
-            "rollouts": rollouts,
+            **({"rollouts": rollouts} if has_lora(self._critic) else {"hidden": padded_hidden(rollouts)}),
             "mask": mask,
             "targets": nn.utils.rnn.pad_sequence([item["targets"] for item in items], batch_first=True),
             "old_values": nn.utils.rnn.pad_sequence([item["values"] for item in items], batch_first=True),
@@ -477,23 +477,6 @@ def _sampler(
         top_p=args.top_p,
         max_prompt_length=args.max_prompt_length,
     )
-
-
-@contextmanager
-def _left_alone(critic: Critic) -> Iterator[None]:
-    """Within it, a graph is built that only reaches the action-value head."""
-    others = [
-        parameter
-        for name, parameter in critic.named_parameters()
-        if not name.startswith("action_") and parameter.requires_grad
-    ]
-    for parameter in others:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in others:
-            parameter.requires_grad_(True)
 
 
 def _identity(entry: Any) -> Any:

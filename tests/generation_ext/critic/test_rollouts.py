@@ -81,7 +81,7 @@ def test_rollouts_are_what_generate_samples():
     ].tolist()
     assert rollouts[0].prompt_ids == [5, 17, 40, 8]
     assert rollouts[0].completion_ids == tokens[4:]
-    assert rollouts[0].prompt + rollouts[0].completion == tiny_tokenizer().decode(tokens)
+    assert rollouts[0].prompt + rollouts[0].completion == tiny_tokenizer().decode(tokens, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -180,7 +180,7 @@ def test_lora_states_have_gradients_and_fill_hidden_uses_them():
     assert not torch.allclose(states[0, :3], rollouts[0].hidden[:3], atol=1e-3)
     states.sum().backward()
     assert all(parameter.grad is not None for parameter in critic.lora_b)
-    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     fill_hidden(model, rollouts, critic=critic)
     torch.testing.assert_close(rollouts[0].hidden, states[0, : rollouts[0].states].detach(), atol=2e-5, rtol=1e-4)
 
