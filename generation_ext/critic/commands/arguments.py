@@ -99,23 +99,32 @@ def load_model(args: ModelArguments, run: Optional[str] = None) -> tuple[Any, Pr
     return model.eval(), models.load_tokenizer(name)
 
 
-def load_critics(folders: Sequence[str], model: Any) -> list[Critic]:
-    """Critics from their folders or their runs', checked against the language model.
+def critic_folders(names: Sequence[str]) -> list[Path]:
+    """Where the critics lie that folders of critics or of runs name; checked before any model is loaded.
 
     Raises:
-        ValueError: If none is named, or one belongs to another language model.
+        ValueError: If none is named.
         FileNotFoundError: If a folder holds no critic.
     """
-    if not folders:
+    if not names:
         raise ValueError("critic is missing: pass --critic, the folder of a critic or of a run.")
-    critics = []
-    for name in folders:
+    folders = []
+    for name in names:
         folder = Path(name, "critic") if Path(name, "critic", "config.json").is_file() else Path(name)
         if not (folder / "config.json").is_file():
             hint = " The run isn't finished: call train again." if Path(name, "config.yaml").is_file() else ""
             raise FileNotFoundError(f"critic={name!r}: there is no critic in that folder.{hint}")
-        critics.append(Critic.from_pretrained(folder).eval().attach(model).to(model.device))
-    return critics
+        folders.append(folder)
+    return folders
+
+
+def load_critics(folders: Sequence[Path], model: Any) -> list[Critic]:
+    """Critics in eval mode, checked against the language model.
+
+    Raises:
+        ValueError: If one belongs to another language model.
+    """
+    return [Critic.from_pretrained(folder).eval().attach(model).to(model.device) for folder in folders]
 
 
 def read_run(folder: str) -> dict[str, Any]:

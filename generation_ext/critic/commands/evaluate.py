@@ -14,6 +14,7 @@ from generation_ext.critic.commands.arguments import (
     PromptArguments,
     aligned,
     as_json,
+    critic_folders,
     figure,
     load_critics,
     load_model,
@@ -60,11 +61,12 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("strengths need prompts and a reward to sample anew; leave out --rollouts.")
     if len(args.critic) > 1:
         raise ValueError(f"critic={args.critic}: evaluate takes one critic.")
+    folders = critic_folders(args.critic)
     saved = read_rollouts(args.rollouts) if args.rollouts else None
     rows = load_prompts(args) if saved is None else []
     reward = load_reward(args) if saved is None else None
-    model, tokenizer = load_model(args, args.critic[0] if args.critic else None)
-    critic = load_critics(args.critic, model)[0]
+    model, tokenizer = load_model(args, args.critic[0])
+    critic = load_critics(folders, model)[0]
     sampler = RolloutSampler(
         model,
         tokenizer,

@@ -34,7 +34,7 @@ def place(tmp_path_factory):
     lines = [{"text": text, "topic": "x"} for text in ("a b", "the cat", "once upon")]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     (folder / "judge.py").write_text(REWARD, encoding="utf-8")
-    labelled = [{"text": text, "label": label} for text, label in (("a e", "good"), ("b c", "bad")) for _ in range(4)]
+    labelled = [{"text": text, "label": label} for text, label in (("apple eagle", "good"), ("bark cart", "bad")) for _ in range(4)]
     (folder / "labelled.jsonl").write_text("".join(json.dumps(line) + "\n" for line in labelled), encoding="utf-8")
     (folder / "config.yaml").write_text(yaml.safe_dump(settings(folder)), encoding="utf-8")
     return folder
@@ -247,6 +247,7 @@ def test_bad_files(place, tmp_path, capsys):
 
 def test_bad_arguments_of_generate_and_evaluate(place, run, tmp_path, capsys):
     assert main(["generate", "--prompt", "a b"]) == 2
+    assert "critic is missing" in last_error(capsys)
     assert main(["generate", str(run), "--prompt", ""]) == 2
     assert "empty one" in last_error(capsys)
     assert main(["generate", str(run), "--prompt", "a", "--max_new_tokens", "0"]) == 2
