@@ -177,7 +177,7 @@ class CriticTrainer(Trainer):
         logits = model(hidden)
         mask = inputs["mask"]
         loss = value_loss(logits, inputs["targets"], mask, args.value_loss, inputs["old_values"], args.cliprange_value)
-        if self._critic.config.action_values and args.action_value_coef > 0:
+        if self._critic.config.action_values:
             action_loss = self._action_value_loss(hidden.detach(), logits.detach(), inputs["actions"], mask)
             self._sums.setdefault("action_value_loss", []).append(float(action_loss.detach()))
             loss = loss + args.action_value_coef * action_loss
@@ -361,8 +361,6 @@ class CriticTrainer(Trainer):
     ) -> torch.Tensor:
         """`Q(s, a)` of the tokens that were sampled against V of the state that followed; the value head stays out of
         it."""
-        if hidden.shape[1] < 2:
-            return logits.sum() * 0.0
         critic = self._critic
         with frozen(value for name, value in critic.named_parameters() if not name.startswith("action_")):
             guesses = self._critic.action_logits(hidden[:, :-1], actions[:, :-1, None]).squeeze(-1)

@@ -39,6 +39,10 @@ class CriticConfig(TrainingArguments):
         default=False, metadata={"help": "Must be False; further columns of the prompts go to the reward function."}
     )
 
+    ddp_find_unused_parameters: Optional[bool] = field(
+        default=False, metadata={"help": "False: all parameters have gradients, also those used outside of forward."}
+    )
+
     num_iterations: int = field(default=4, metadata={"help": "Times to collect roll-outs and fit the critic on them."})
     rollouts_per_iteration: int = field(
         default=256, metadata={"help": "Roll-outs to collect in an iteration, over all processes."}

@@ -34,7 +34,11 @@ def place(tmp_path_factory):
     lines = [{"text": text, "topic": "x"} for text in ("a b", "the cat", "once upon")]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     (folder / "judge.py").write_text(REWARD, encoding="utf-8")
-    labelled = [{"text": text, "label": label} for text, label in (("apple eagle", "good"), ("bark cart", "bad")) for _ in range(4)]
+    labelled = [
+        {"text": text, "label": label}
+        for text, label in (("apple eagle", "good"), ("bark cart", "bad"))
+        for _ in range(4)
+    ]
     (folder / "labelled.jsonl").write_text("".join(json.dumps(line) + "\n" for line in labelled), encoding="utf-8")
     (folder / "config.yaml").write_text(yaml.safe_dump(settings(folder)), encoding="utf-8")
     return folder

@@ -381,6 +381,21 @@ def test_there_is_nothing_to_resume(tmp_path):
         trainer(tmp_path / "empty").train(resume_from_checkpoint=True)
 
 
+# ---- several processes
+
+
+def test_two_processes_share_the_work_and_have_one_critic(tmp_path, run_module):
+    script = "tests.generation_ext.critic.two_processes"
+    run_module("torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", script, tmp_path)
+    one, other = (json.loads((tmp_path / f"{process}.json").read_text()) for process in (0, 1))
+    assert one == other and one["processes"] == 2
+    assert any(value != 0 for value in one["weights"]["lora_b.0"][0])
+    first = [read_rollouts(tmp_path / "run" / "rollouts" / f"iteration-0000-00{number}.jsonl") for number in (0, 1)]
+    assert [len(rollouts) for rollouts in first] == [12, 12] and first[0] != first[1]
+    rewards = [rollout.reward for rollouts in first for rollout in rollouts]
+    assert one["reward_mean"][0] == pytest.approx(sum(rewards) / 24)
+
+
 # ---- bad input
 
 
