@@ -94,20 +94,20 @@ class Watcher:
         return seen.hidden if seen.input_ids is not None and _equal(seen.input_ids, input_ids) else None
 
     def _is_of(self, seen: Seen, cache: Cache, input_ids: torch.Tensor) -> bool:
-        """Whether rows and last tokens are the same, and the cache has as many more tokens than `input_ids` (embedded
-        prompts, virtual tokens) as it had when it was first seen."""
+        """Whether rows and last tokens are the same, and the cache has as many more tokens than `input_ids` (an
+        embedded prompt, virtual tokens, an earlier text) as it had when generation began."""
         more = seen.length - input_ids.shape[1]
         if len(seen.hidden) != len(input_ids) or more < 0:
             return False
+        fed = input_ids.shape[1] if seen.input_ids is None else seen.tokens
         if seen.input_ids is not None:
-            fed = seen.tokens
             if fed > input_ids.shape[1] or not _equal(seen.input_ids, input_ids[:, input_ids.shape[1] - fed :]):
                 return False
-        before = getattr(self._local, "more", None)
-        if before is None or before[0]() is not cache or seen.length == seen.tokens:
+        if fed == input_ids.shape[1]:
             self._local.more = (weakref.ref(cache), more)
             return True
-        return before[1] == more
+        begun, known = getattr(self._local, "more", (None, 0))
+        return more == (known if begun is not None and begun() is cache else 0)
 
     def _note(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         given = {**dict(zip(self.backbone.parameters, args)), **kwargs}
@@ -164,10 +164,11 @@ class Encoder:
         self.pad_token_id = pad_token_id
         self._last: Optional[Prefix] = None
         self._ids: Optional[torch.Tensor] = None
+        self._prompts: Optional[torch.Tensor] = None
 
     def reset(self) -> None:
         """Forget the last text, and free its cache."""
-        self._last = self._ids = None
+        self._last = self._ids = self._prompts = None
 
     def __call__(self, input_ids: torch.Tensor, cross: Optional[dict[str, Any]] = None) -> Prefix:
         """Encode texts `[batch, tokens]` (for an encoder-decoder: the decoder's), with an encoder's states in `cross`.
@@ -178,7 +179,7 @@ class Encoder:
         if input_ids.shape[1] == 0:
             raise ValueError("input_ids has no token; a critic reads the state after at least one (such as BOS).")
         cross = cross or {}
-        rows = self._rows(input_ids)
+        rows = self._rows(input_ids, cross)
         if rows is None or self._last is None:
             prefix = self._encode(input_ids, cross)
         else:
@@ -186,13 +187,24 @@ class Encoder:
         self._last, self._ids = prefix, input_ids
         return prefix
 
-    def _rows(self, input_ids: torch.Tensor) -> Optional[torch.Tensor]:
+    def _rows(self, input_ids: torch.Tensor, cross: dict[str, Any]) -> Optional[torch.Tensor]:
         """Which row of the last texts each text goes on; None if some goes on none."""
-        if self._ids is None or self._ids.shape[1] != input_ids.shape[1] - 1:
+        last, ids = self._last, self._ids
+        if last is None or ids is None or ids.shape[1] != input_ids.shape[1] - 1:
             return None
-        same = (self._ids[None] == input_ids[:, None, :-1]).all(dim=-1)
-        if len(self._ids) == len(input_ids) and same.diagonal().all():
+        if any(last.cross.get(name) is not value for name, value in cross.items()):
+            return None
+        same = (ids[None] == input_ids[:, None, :-1]).all(dim=-1)
+        if len(ids) == len(input_ids) and same.diagonal().all():
             return torch.arange(len(input_ids), device=input_ids.device)
+        # beams: the same text may stand behind several prompts
+        mask = self._prompt_mask(ids)
+        for tensor in (mask, self._prompts):
+            if tensor is not None:
+                if len(ids) != len(input_ids):
+                    return None
+                tensor = tensor.to(same.device)
+                same &= (tensor[None] == tensor[:, None]).flatten(2).all(dim=-1)
         return same.int().argmax(dim=1) if same.any(dim=1).all() else None
 
     def _encode(self, input_ids: torch.Tensor, cross: dict[str, Any]) -> Prefix:
@@ -201,6 +213,9 @@ class Encoder:
         cache: Cache = DynamicCache(config=config)
         if cross:
             cache = EncoderDecoderCache(cache, DynamicCache(config=config))
+        if cross:
+            states = cross[_CROSS[0]]
+            self._prompts = torch.unique(states.flatten(1), dim=0, return_inverse=True)[1].unsqueeze(-1)
         kwargs: dict[str, Any] = dict(cross)
         positions = None
         if self.backbone.takes_positions:
