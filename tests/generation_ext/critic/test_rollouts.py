@@ -59,6 +59,17 @@ def test_hidden_states_are_those_of_a_fresh_forward(name, ends):
         torch.testing.assert_close(rollout.hidden, fresh_states(model, rollout), atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_states_cost_no_forward_pass_but_one_more_step(name):
+    model = tiny(name)
+    model.generation_config.eos_token_id = None
+    calls = []
+    backbone(model).register_forward_hook(lambda module, args, output: calls.append(output[0].shape[1]))
+    sampler(model).sample(ROWS, seed=1)
+    longest = 1 if name == "t5" else 6
+    assert calls == [longest, *[1] * NEW]
+
+
 def test_texts_of_one_batch_end_at_different_places():
     lengths = [len(r.completion_ids) for r in sampler(ending("llama", range(2, 15))).sample(ROWS, seed=1)]
     assert min(lengths) < max(lengths) == NEW

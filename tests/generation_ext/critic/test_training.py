@@ -265,6 +265,17 @@ def test_max_steps_and_accumulation(tmp_path):
     assert len(list((tmp_path / "rollouts").glob("*.jsonl"))) == 3
 
 
+def test_every_epoch_has_all_rollouts_in_another_order(tmp_path):
+    trained = trainer(tmp_path, num_iterations=1, epochs_per_iteration=3)
+    seen = []
+    collate = trained._collate
+    trained._collate = lambda items: seen.extend(id(item["rollout"]) for item in items) or collate(items)
+    trained.train()
+    epochs = [seen[:24], seen[24:48], seen[48:]]
+    assert set(epochs[0]) == set(epochs[1]) == set(epochs[2]) and len(set(epochs[0])) == 24
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
 def test_texts_without_reward_are_left_out(tmp_path):
     def reward(completion_ids, **columns):
         shares = small_share(completion_ids)
