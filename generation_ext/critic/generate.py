@@ -1,0 +1,308 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""CriticControl as a decoding loop: the forward pass that tells the candidates' values is also the next step's."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any, Optional, Union
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput, logits_process
+
+from generation_ext.critic.candidates import CACHE_NAMES, Branches, Prefix, branch, unwatched
+from generation_ext.critic.processor import CriticLogitsProcessor
+from generation_ext.critic.value import Critic, backbone
+
+
+# What generate appends after a user's own processors.
+_APPENDED = (
+    "TemperatureLogitsWarper",
+    "TopHLogitsWarper",
+    "TopKLogitsWarper",
+    "TopPLogitsWarper",
+    "MinPLogitsWarper",
+    "TypicalLogitsWarper",
+    "EpsilonLogitsWarper",
+    "EtaLogitsWarper",
+    "WatermarkLogitsProcessor",
+    "SynthIDTextWatermarkLogitsProcessor",
+    "LogitNormalization",
+)
+_head_lock = threading.Lock()
+
+
+def critic_generate(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    logits_processor: Optional[LogitsProcessorList] = None,
+    stopping_criteria: Optional[StoppingCriteriaList] = None,
+    generation_config: Optional[GenerationConfig] = None,
+    streamer: Any = None,
+    critic: Optional[Union[Critic, Sequence[Critic]]] = None,
+    strength: Union[float, Sequence[float]] = 1.0,
+    critic_top_k: int = 10,
+    mask_others: bool = False,
+    **model_kwargs: Any,
+) -> Any:
+    """Greedy search or sampling with a critic, at about one forward pass of `critic_top_k` tokens per step.
+
+    It gives what `generate` gives with a [`CriticLogitsProcessor`], up to rounding, and takes about half of its time:
+    the chosen candidate's hidden state and its keys and values are the next step's. A step in which sampling chose
+    another token for some row costs a forward pass more, so `mask_others=True` or a `top_k` of `generate` of at most
+    `critic_top_k` is fastest.
+
+    ```python
+    model.generate(**inputs, custom_generate=critic_generate, critic=critic, strength=4.0)
+    model.generate(**inputs, custom_generate=critic_generate, logits_processor=[processor])
+    ```
+
+    `generate` (transformers 5.23) doesn't hand a streamer on: pass `functools.partial(critic_generate,
+    streamer=streamer)`, and nothing as `streamer`.
+
+    Args:
+        model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs: `generate` passes them.
+            A `CriticLogitsProcessor` among the processors is taken as it is, at its place.
+        streamer: Gets the tokens of each step.
+        critic: The critic, or several; where no `CriticLogitsProcessor` is passed. It comes before temperature,
+            `top_k` and the like, as a processor does.
+        strength, mask_others: As in [`CriticLogitsProcessor`].
+        critic_top_k: Its `top_k` (under another name, since `top_k` is `generate`'s own).
+
+    Returns:
+        What `generate` returns.
+
+    Raises:
+        ValueError: For beams and other ways of decoding that this isn't, without a cache, or without a critic.
+    """
+    if generation_config is None:
+        raise ValueError(
+            "critic_generate is no function to call: pass it to generate as custom_generate=critic_generate."
+        )
+    _check(generation_config)
+    processors = list(logits_processor or [])
+    with contextlib.ExitStack() as stack:
+        place = _place_of_processor(processors, critic)
+        if critic is not None:
+            own = CriticLogitsProcessor(model, critic, critic_top_k, strength, mask_others=mask_others)
+            processors.insert(place, stack.enter_context(own))
+        steps = _Steps(model, processors, place, generation_config, model_kwargs)
+        return _decode(steps, input_ids, stopping_criteria or StoppingCriteriaList(), streamer)
+
+
+def _decode(steps: _Steps, input_ids: torch.Tensor, stopping_criteria: StoppingCriteriaList, streamer: Any) -> Any:
+    """The loop of transformers' `_sample`."""
+    config: Any = steps.generation_config
+    pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
+    all_scores: tuple[torch.Tensor, ...] = ()
+    all_logits: tuple[torch.Tensor, ...] = ()
+    steps.prefill(input_ids)
+    while True:
+        logits = steps.logits.to(copy=True, dtype=torch.float32, device=input_ids.device)
+        scores = steps.scores(input_ids, logits)
+        if config.return_dict_in_generate and config.output_scores:
+            all_scores += (scores,)
+        if config.return_dict_in_generate and config.output_logits:
+            all_logits += (logits,)
+        if config.do_sample:
+            tokens = torch.multinomial(nn.functional.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+        else:
+            tokens = torch.argmax(scores, dim=-1)
+        if pads:
+            tokens = tokens * unfinished + config._pad_token_tensor.to(tokens.device) * (1 - unfinished)
+        input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
+        if streamer is not None:
+            streamer.put(tokens.cpu())
+        unfinished = unfinished & ~stopping_criteria(input_ids, all_scores or None)
+        if unfinished.max() == 0:
+            break
+        steps.go_on(input_ids, unfinished)
+    if streamer is not None:
+        streamer.end()
+    if not config.return_dict_in_generate:
+        return input_ids
+    return steps.output(
+        input_ids, all_scores if config.output_scores else None, all_logits if config.output_logits else None
+    )
+
+
+class _Steps:
+    """The state between two tokens: logits, the prefix, and the candidates that were tried on it."""
+
+    logits: torch.Tensor
+
+    def __init__(
+        self,
+        model: Any,
+        processors: list[Any],
+        place: int,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+    ) -> None:
+        self.model = model
+        self.before = LogitsProcessorList(processors[:place])
+        self.processor: CriticLogitsProcessor = processors[place]
+        self.after = LogitsProcessorList(processors[place + 1 :])
+        _check_processor(self.processor, model)
+        self.generation_config = generation_config
+        self.model_kwargs = model_kwargs
+        self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
+        self.prefix: Optional[Prefix] = None
+        self.branches: Optional[Branches] = None
+        self.candidates = torch.empty(0)
+
+    def prefill(self, input_ids: torch.Tensor) -> None:
+        """Encode the prompts."""
+        self._take(self.model._prefill(input_ids, self.generation_config, self.model_kwargs))
+
+    def scores(self, input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """The processed scores of the next token; tries the candidates on the way."""
+        processor = self.processor
+        scores = self.before(input_ids, logits)
+        self.candidates, usable = processor.candidates(scores)
+        gain = processor.gain_of_adapted(input_ids, self.candidates)
+        self.branches = None
+        if processor.reads_model:
+            prefix = self.prefix if self.prefix is not None else processor.prefix(input_ids)
+            self.branches = branch(processor.backbone, prefix, self.candidates, keep=True)
+            gain += processor.gain_on(prefix, self.branches).to(gain.device)
+        processor.watcher.drop()
+        return self.after(input_ids, processor.reweighted(scores, self.candidates, usable, gain))
+
+    def go_on(self, input_ids: torch.Tensor, unfinished: torch.Tensor) -> None:
+        """Get the logits after the tokens that were chosen: from the candidates' forward pass where all of them were
+        among the candidates (of a finished row, any is as good), from an ordinary one otherwise."""
+        branches = self.branches
+        if branches is not None and branches.prefix.cache is self._cache():
+            chosen: torch.Tensor = self.candidates == input_ids[:, -1:]
+            if bool((chosen.any(dim=-1) | (unfinished == 0)).all()):
+                self.prefix = branches.chosen(chosen.int().argmax(dim=-1))
+                self.logits = self._head(input_ids[:, -1:], self.prefix.hidden)
+                self._count({})
+                return
+        self.prefix = self.branches = None
+        inputs = self.model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **self.model_kwargs)
+        self._take(self.model(**inputs, return_dict=True))
+
+    def output(self, input_ids: torch.Tensor, scores: Any, logits: Any) -> Any:
+        """What generate returns with return_dict_in_generate."""
+        kind: Any = GenerateEncoderDecoderOutput if self.is_encoder_decoder else GenerateDecoderOnlyOutput
+        name = next(name for name in CACHE_NAMES if name in {field.name for field in fields(kind)})
+        return kind(sequences=input_ids, scores=scores, logits=logits, **{name: self._cache()})
+
+    def _take(self, outputs: Any) -> None:
+        self.logits = outputs.logits[:, -1]
+        self._count(outputs)
+
+    def _count(self, outputs: Any) -> None:
+        self.model_kwargs = self.model._update_model_kwargs_for_generation(
+            outputs, self.model_kwargs, is_encoder_decoder=self.is_encoder_decoder
+        )
+
+    def _cache(self) -> Any:
+        return next((self.model_kwargs[name] for name in CACHE_NAMES if self.model_kwargs.get(name) is not None), None)
+
+    def _head(self, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The model's logits `[batch, vocabulary]` for last hidden states `[batch, hidden]`, with whatever it does to
+        them beside its output head."""
+        inputs: dict[str, Any] = {"input_ids": tokens.to(hidden.device)}
+        if self.is_encoder_decoder:
+            inputs = {
+                "decoder_input_ids": inputs["input_ids"],
+                "encoder_outputs": self.model_kwargs["encoder_outputs"],
+            }
+            if self.model_kwargs.get("attention_mask") is not None:
+                inputs["attention_mask"] = self.model_kwargs["attention_mask"]
+        with _answering(self.processor.backbone.module, hidden.unsqueeze(1)):
+            return self.model(**inputs, use_cache=False, return_dict=True).logits[:, -1]
+
+
+class _Answer:
+    """An output of a backbone that has last hidden states, and nothing else."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, place: int) -> torch.Tensor:
+        return (self.last_hidden_state,)[place]
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+@contextlib.contextmanager
+def _answering(module: nn.Module, hidden: torch.Tensor) -> Any:
+    """Within it, a module's forward pass in this thread gives these states at once. There is no other way to call what
+    a model does after its backbone (scaling, soft caps, biases) without running that."""
+    owner, usual = threading.get_ident(), module.forward
+    has_own = "forward" in vars(module)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return _Answer(hidden) if threading.get_ident() == owner else usual(*args, **kwargs)
+
+    with _head_lock, unwatched():
+        module.forward = forward
+        try:
+            yield
+        finally:
+            if has_own:
+                module.forward = usual
+            else:
+                del module.forward
+
+
+def _place_of_processor(processors: list[Callable[..., Any]], critic: Any) -> int:
+    places = [place for place, one in enumerate(processors) if isinstance(one, CriticLogitsProcessor)]
+    if critic is None:
+        if len(places) != 1:
+            raise ValueError(
+                f"logits_processor has {len(places)} CriticLogitsProcessors and critic is None: pass critic=..., or one "
+                "processor (it takes several critics)."
+            )
+        return places[0]
+    if places:
+        raise ValueError("critic and a CriticLogitsProcessor in logits_processor are both passed; pass one of them.")
+    appended = tuple(getattr(logits_process, name) for name in _APPENDED if hasattr(logits_process, name))
+    place = len(processors)
+    while place and isinstance(processors[place - 1], appended):
+        place -= 1
+    return place
+
+
+def _check(config: GenerationConfig) -> None:
+    if (config.num_beams or 1) > 1:
+        raise ValueError(
+            f"num_beams={config.num_beams}: critic_generate does greedy search and sampling; for beams, pass a "
+            "CriticLogitsProcessor as logits_processor, without custom_generate."
+        )
+    if config.use_cache is False:
+        raise ValueError(
+            "use_cache=False: critic_generate goes on from the cache; leave it out, or pass a CriticLogitsProcessor as "
+            "logits_processor."
+        )
+    for name in ("output_attentions", "output_hidden_states"):
+        if getattr(config, name, None):
+            raise ValueError(
+                f"{name}=True: critic_generate has none of the usual forward passes' extra outputs; pass a "
+                "CriticLogitsProcessor as logits_processor instead."
+            )
+
+
+def _check_processor(processor: CriticLogitsProcessor, model: nn.Module) -> None:
+    if processor.backbone.module is not backbone(model):
+        raise ValueError("the CriticLogitsProcessor was made for another model than the one that generates.")
+    if processor.mode != "exact":
+        raise ValueError(
+            f"mode={processor.mode!r} needs no forward pass of candidates, so there is none to go on from: pass the "
+            "processor as logits_processor, without custom_generate."
+        )

@@ -1,0 +1,282 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Where the text so far comes from, encoded: from the forward pass that `generate` has just run, or from one of our
+own."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache, EncoderDecoderCache
+
+from generation_ext.critic.candidates import CACHE_NAMES, Backbone, Prefix, can_branch, is_running
+
+
+_CROSS = ("encoder_hidden_states", "encoder_attention_mask")
+
+
+@dataclass
+class Seen:
+    """What a forward pass of the backbone took and gave; the cache isn't kept alive."""
+
+    input_ids: Optional[torch.Tensor]
+    mask: Any
+    positions: Optional[torch.Tensor]
+    cache: Optional[weakref.ref[Cache]]
+    length: int
+    hidden: torch.Tensor
+    tokens: int
+    cross: dict[str, Any]
+
+
+class Watcher:
+    """Notes each forward pass of a backbone, in the thread that runs it, until `close`.
+
+    The hook holds the watcher weakly, and goes with it.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self._local = threading.local()
+        this = weakref.ref(self)
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            watcher = this()
+            if watcher is not None and not is_running() and not torch.compiler.is_compiling():
+                watcher._note(args, kwargs, output)
+
+        handle = backbone.module.register_forward_hook(hook, with_kwargs=True)
+        self._finalizer = weakref.finalize(self, handle.remove)
+
+    def close(self) -> None:
+        """Take the hook off. Harmless when repeated."""
+        self._finalizer()
+
+    @property
+    def seen(self) -> Optional[Seen]:
+        """The last forward pass, unless it was dropped."""
+        return getattr(self._local, "seen", None)
+
+    def drop(self) -> None:
+        """Forget the last forward pass."""
+        self._local.seen = None
+
+    def prefix(self, input_ids: torch.Tensor) -> Optional[Prefix]:
+        """The last forward pass as the encoding of `input_ids`, or None if it wasn't that.
+
+        Args:
+            input_ids: The text so far, `[batch, tokens]`.
+        """
+        seen = self.seen
+        cache = seen.cache() if seen is not None and seen.cache is not None else None
+        if seen is None or cache is None or not can_branch(cache):
+            return None
+        if not self._is_of(seen, cache, input_ids):
+            return None
+        mask = self._mask(seen, cache)
+        if mask is not None and mask.shape != (len(seen.hidden), seen.length):
+            return None
+        positions = None if seen.positions is None else seen.positions[..., -1:] + 1
+        return Prefix(cache, seen.length, seen.hidden, mask, positions, seen.cross)
+
+    def hidden(self, input_ids: torch.Tensor) -> Optional[torch.Tensor]:
+        """The last hidden states `[batch, hidden]` after `input_ids`, if the last forward pass gave them."""
+        seen = self.seen
+        if seen is None or len(seen.hidden) != len(input_ids):
+            return None
+        cache = seen.cache() if seen.cache is not None else None
+        if cache is not None:
+            return seen.hidden if self._is_of(seen, cache, input_ids) else None
+        return seen.hidden if seen.input_ids is not None and _equal(seen.input_ids, input_ids) else None
+
+    def _is_of(self, seen: Seen, cache: Cache, input_ids: torch.Tensor) -> bool:
+        """Whether rows and last tokens are the same, and the cache has as many more tokens than `input_ids` (an
+        embedded prompt, virtual tokens, an earlier text) as it had when generation began."""
+        more = seen.length - input_ids.shape[1]
+        if len(seen.hidden) != len(input_ids) or more < 0:
+            return False
+        fed = input_ids.shape[1] if seen.input_ids is None else seen.tokens
+        if seen.input_ids is not None:
+            if fed > input_ids.shape[1] or not _equal(seen.input_ids, input_ids[:, input_ids.shape[1] - fed :]):
+                return False
+        if fed == input_ids.shape[1]:
+            self._local.more = (weakref.ref(cache), more)
+            return True
+        begun, known = getattr(self._local, "more", (None, 0))
+        return more == (known if begun is not None and begun() is cache else 0)
+
+    def _note(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = {**dict(zip(self.backbone.parameters, args)), **kwargs}
+        hidden = output[0]
+        cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+        if cache is None:
+            cache = next((found for name in CACHE_NAMES if (found := getattr(output, name, None)) is not None), None)
+        cache = cache if isinstance(cache, Cache) else None
+        self._local.seen = Seen(
+            input_ids=given.get("input_ids"),
+            mask=given.get("attention_mask"),
+            positions=given.get("position_ids"),
+            cache=None if cache is None else weakref.ref(cache),
+            length=hidden.shape[1] if cache is None else _length(cache, hidden.shape[1]),
+            hidden=hidden[:, -1].clone(),
+            tokens=hidden.shape[1],
+            cross={name: given[name] for name in _CROSS if given.get(name) is not None},
+        )
+
+    def _mask(self, seen: Seen, cache: Cache) -> Optional[torch.Tensor]:
+        """Which tokens are real, bool `[batch, length]`, from whatever mask the forward pass took."""
+        mask = seen.mask
+        if isinstance(mask, dict):
+            mask = mask.get("full_attention", next(iter(mask.values()), None))
+        if not isinstance(mask, torch.Tensor):
+            return None
+        if mask.ndim == 2:
+            return mask[:, : seen.length].bool()
+        last = mask[:, 0, -1]
+        visible = last if last.dtype == torch.bool else last == 0
+        real = torch.zeros(len(visible), seen.length, dtype=torch.bool, device=visible.device)
+        # slots of a rolling buffer hold the end of the text; of any other cache, its beginning
+        start = _first_slot(cache, seen.length, seen.tokens) if visible.shape[1] < seen.length else 0
+        end = min(start + visible.shape[1], seen.length)
+        real[:, start:end] = visible[:, : end - start]
+        return real.expand(len(seen.hidden), -1)
+
+
+class Encoder:
+    """Encodes texts by itself, with a cache of its own; a text that goes on where the last one ended costs its new
+    tokens only, whichever order the rows are in.
+
+    Args:
+        backbone: The language model's backbone.
+        prompt_mask: 1 where a token of the prompt is real, `[prompts, tokens]`; later tokens are.
+        pad_token_id: Without a `prompt_mask`, leading tokens of this kind aren't real.
+    """
+
+    def __init__(
+        self, backbone: Backbone, prompt_mask: Optional[torch.Tensor] = None, pad_token_id: Optional[int] = None
+    ) -> None:
+        self.backbone = backbone
+        self.prompt_mask = prompt_mask
+        self.pad_token_id = pad_token_id
+        self._last: Optional[Prefix] = None
+        self._ids: Optional[torch.Tensor] = None
+        self._prompts: Optional[torch.Tensor] = None
+
+    def reset(self) -> None:
+        """Forget the last text, and free its cache."""
+        self._last = self._ids = self._prompts = None
+
+    def __call__(self, input_ids: torch.Tensor, cross: Optional[dict[str, Any]] = None) -> Prefix:
+        """Encode texts `[batch, tokens]` (for an encoder-decoder: the decoder's), with an encoder's states in `cross`.
+
+        Raises:
+            ValueError: If there is no token.
+        """
+        if input_ids.shape[1] == 0:
+            raise ValueError("input_ids has no token; a critic reads the state after at least one (such as BOS).")
+        cross = cross or {}
+        rows = self._rows(input_ids, cross)
+        if rows is None or self._last is None:
+            prefix = self._encode(input_ids, cross)
+        else:
+            prefix = self._go_on(self._last, rows, input_ids, cross)
+        self._last, self._ids = prefix, input_ids
+        return prefix
+
+    def _rows(self, input_ids: torch.Tensor, cross: dict[str, Any]) -> Optional[torch.Tensor]:
+        """Which row of the last texts each text goes on; None if some goes on none."""
+        last, ids = self._last, self._ids
+        if last is None or ids is None or ids.shape[1] != input_ids.shape[1] - 1:
+            return None
+        if any(last.cross.get(name) is not value for name, value in cross.items()):
+            return None
+        same = (ids[None] == input_ids[:, None, :-1]).all(dim=-1)
+        if len(ids) == len(input_ids) and same.diagonal().all():
+            return torch.arange(len(input_ids), device=input_ids.device)
+        # beams: the same text may stand behind several prompts
+        mask = self._prompt_mask(ids)
+        for tensor in (mask, self._prompts):
+            if tensor is not None:
+                if len(ids) != len(input_ids):
+                    return None
+                tensor = tensor.to(same.device)
+                same &= (tensor[None] == tensor[:, None]).flatten(2).all(dim=-1)
+        return same.int().argmax(dim=1) if same.any(dim=1).all() else None
+
+    def _encode(self, input_ids: torch.Tensor, cross: dict[str, Any]) -> Prefix:
+        mask = self._prompt_mask(input_ids)
+        config = self.backbone.config
+        cache: Cache = DynamicCache(config=config)
+        if cross:
+            cache = EncoderDecoderCache(cache, DynamicCache(config=config))
+        if cross:
+            states = cross[_CROSS[0]]
+            self._prompts = torch.unique(states.flatten(1), dim=0, return_inverse=True)[1].unsqueeze(-1)
+        kwargs: dict[str, Any] = dict(cross)
+        positions = None
+        if self.backbone.takes_positions:
+            real = torch.ones_like(input_ids) if mask is None else mask.long()
+            # as generate counts them: tokens that aren't real have any position
+            positions = (real.cumsum(dim=-1) - 1).clamp(min=0)
+            kwargs["position_ids"] = positions
+        if mask is not None:
+            kwargs["attention_mask"] = mask.long()
+        hidden = self.backbone(input_ids, cache, **kwargs)[:, -1].clone()
+        after = None if positions is None else positions[:, -1:] + 1
+        return Prefix(cache, input_ids.shape[1], hidden, mask, after, cross)
+
+    def _go_on(self, last: Prefix, rows: torch.Tensor, input_ids: torch.Tensor, cross: dict[str, Any]) -> Prefix:
+        same_rows = len(rows) == len(last.hidden) and bool((rows == torch.arange(len(rows), device=rows.device)).all())
+        mask, positions = last.mask, last.positions
+        if not same_rows:
+            last.cache.reorder_cache(rows)
+            mask = None if mask is None else mask[rows]
+            positions = None if positions is None else positions[rows]
+        kwargs: dict[str, Any] = dict(cross)
+        if positions is not None:
+            kwargs["position_ids"] = positions
+        if mask is not None:
+            mask = nn.functional.pad(mask, (0, 1), value=True)
+            kwargs["attention_mask"] = mask.long()
+        hidden = self.backbone(input_ids[:, -1:], last.cache, **kwargs)[:, -1].clone()
+        after = None if positions is None else positions + 1
+        return Prefix(last.cache, input_ids.shape[1], hidden, mask, after, cross)
+
+    def _prompt_mask(self, input_ids: torch.Tensor) -> Optional[torch.Tensor]:
+        if self.prompt_mask is not None:
+            mask = self.prompt_mask.to(input_ids.device).bool()
+            if len(input_ids) % len(mask) or mask.shape[1] > input_ids.shape[1]:
+                raise ValueError(
+                    f"attention_mask has the shape {tuple(mask.shape)}, which doesn't fit texts of shape "
+                    f"{tuple(input_ids.shape)}; pass the prompts' mask, [prompts, tokens]."
+                )
+            mask = mask.repeat_interleave(len(input_ids) // len(mask), dim=0)
+            mask = nn.functional.pad(mask, (0, input_ids.shape[1] - mask.shape[1]), value=True)
+        elif self.pad_token_id is not None:
+            mask = (input_ids != self.pad_token_id).cumsum(dim=1) > 0
+            mask[:, -1] = True
+        else:
+            return None
+        return None if bool(mask.all()) else mask
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.to(other.device), other)
+
+
+def _length(cache: Cache, new_tokens: int) -> int:
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:  # recurrent layers only; they don't count
+        return new_tokens
+
+
+def _first_slot(cache: Cache, length: int, new_tokens: int) -> int:
+    """Position of the first key that the last forward pass's mask was about, in a sliding-window layer."""
+    layer = next((layer for layer in cache.layers if getattr(layer, "is_sliding", False)), None)
+    window: int = getattr(layer, "max_cache_len", None) or getattr(layer, "sliding_window", None) or length
+    return max(length - new_tokens - window + 1, 0)

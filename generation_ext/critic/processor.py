@@ -1,0 +1,271 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""CriticControl as a logits processor: re-weights the likeliest tokens by how much each raises the critic's value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Optional, Union
+
+import torch
+from torch import nn
+from transformers import LogitsProcessor
+
+from generation_ext.critic.candidates import Backbone, Branches, Prefix, branch
+from generation_ext.critic.prefix import Encoder, Watcher
+from generation_ext.critic.value import Critic, backbone
+
+
+MODES = ("exact", "action-value")
+
+
+class CriticLogitsProcessor(LogitsProcessor):
+    """Steers `generate` with one critic or several (Kim et al. 2023, equation 3, with an exponent).
+
+    Of each row's `top_k` likeliest tokens, the log-probability goes from `log p(a | s)` to
+
+        log p(a | s) + strength * (log V(s + a) - log V(s))
+
+    up to the normalisation that `generate` does anyway. All other tokens keep theirs, as in the paper: dividing by
+    `V(s)` keeps both kinds on one scale. With `mask_others`, they are ruled out instead.
+
+    It is an ordinary logits processor, right with greedy search, sampling and beams. As an element of
+    `logits_processor`, it works on the language model's own distribution, before temperature, `top_k` and `top_p`.
+    Strength 0 or a constant critic change nothing; a negative strength steers away from the attribute.
+
+    In `"exact"` mode, `V(s + a)` of all candidates of all rows comes from one forward pass of the language model (without
+    its output head) on the cache that `generate` has just filled, which it finds through a hook on the model and only
+    reads. Where the last forward pass wasn't the one that led to these scores (`use_cache=False`, assisted decoding, a
+    compiled model, a call outside of `generate`), it encodes the text by itself, which is slower. In `"action-value"`
+    mode, the critic guesses `V(s + a)` from the state before the token, without a forward pass.
+
+    ```python
+    with CriticLogitsProcessor(model, critic, strength=4.0) as processor:
+        model.generate(**inputs, logits_processor=[processor])
+    ```
+
+    Without `with`, the hook stays until [`close`][CriticLogitsProcessor.close] or until the processor is garbage.
+
+    Args:
+        model: The language model that `generate` runs; it may be wrapped by PEFT, or packed.
+        critic: The critic of this model, or several.
+        top_k: How many tokens of each row are re-weighted, the paper's k.
+        strength: The exponent of the value ratio; the paper's is 1. One for each critic, or one for all.
+        mode: `"exact"` or `"action-value"` (critics that have that head).
+        mask_others: Rule out all other tokens.
+        attention_mask: The prompts' attention mask, `[prompts, tokens]`. It is needed only where the processor encodes
+            left-padded text by itself; by default it then takes leading padding tokens for padding.
+
+    Raises:
+        ValueError: If a critic belongs to another model, or an argument is out of its range.
+        TypeError: If `critic` is no critic.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        critic: Union[Critic, Sequence[Critic]],
+        top_k: int = 10,
+        strength: Union[float, Sequence[float]] = 1.0,
+        mode: str = "exact",
+        mask_others: bool = False,
+        attention_mask: Optional[torch.Tensor] = None,
+    ) -> None:
+        self.model = model
+        self.backbone = Backbone(backbone(model))
+        self.critics = _checked_critics(model, critic, mode)
+        self.strengths = _checked_strengths(strength, len(self.critics))
+        self.top_k = _checked_top_k(top_k, self.backbone.config.vocab_size)
+        self.mode = mode
+        self.mask_others = mask_others
+        self.watcher = Watcher(self.backbone)
+        # a critic with a LoRA reads its own encoding; all others share the language model's
+        pad_token_id = _pad_token_id(model)
+        self._own = Encoder(self.backbone, attention_mask, pad_token_id)
+        self._adapted = {
+            number: Encoder(self.backbone, attention_mask, pad_token_id)
+            for number, critic in enumerate(self.critics)
+            if critic.config.lora_layers
+        }
+
+    @property
+    def reads_model(self) -> bool:
+        """Whether some critic reads the language model's own hidden states."""
+        return len(self._adapted) < len(self.critics)
+
+    def __enter__(self) -> CriticLogitsProcessor:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the hook off the model and free what was encoded; the processor then encodes every text by itself."""
+        self.watcher.close()
+        self.watcher.drop()
+        for encoder in (self._own, *self._adapted.values()):
+            encoder.reset()
+
+    @torch.no_grad()
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Re-weight the likeliest tokens.
+
+        Args:
+            input_ids: The text so far, `[batch, tokens]`.
+            scores: Log-probabilities of the next token up to a constant, `[batch, vocabulary]`.
+
+        Returns:
+            New scores of the same shape and type.
+        """
+        candidates, usable = self.candidates(scores)
+        if any(self.strengths):
+            gain = self._gain(input_ids, candidates)
+        else:
+            gain = torch.zeros(candidates.shape, device=scores.device)
+        self.watcher.drop()
+        return self.reweighted(scores, candidates, usable, gain)
+
+    def candidates(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The likeliest tokens of each row, `[batch, k]`, and which of them aren't ruled out already."""
+        top = torch.topk(scores, min(self.top_k, scores.shape[-1]), dim=-1)
+        return top.indices, torch.isfinite(top.values)
+
+    def reweighted(
+        self, scores: torch.Tensor, candidates: torch.Tensor, usable: torch.Tensor, gain: torch.Tensor
+    ) -> Any:
+        """Scores with `gain` (`[batch, k]`) added to those of usable candidates. Rows without any are left alone."""
+        own = scores.gather(-1, candidates)
+        new = torch.where(usable, own + gain.to(own), own)
+        if not self.mask_others:
+            return scores.scatter(-1, candidates, new)
+        result = torch.full_like(scores, -math.inf).scatter(-1, candidates, new)
+        return torch.where(usable.any(dim=-1, keepdim=True), result, scores)
+
+    def gain_on(self, prefix: Prefix, branches: Branches) -> torch.Tensor:
+        """`strength * (log V(s + a) - log V(s))` of the critics without a LoRA, from candidates' states, `[batch, k]`."""
+        gain = torch.zeros(branches.hidden.shape[:2], device=prefix.hidden.device)
+        for number, (critic, strength) in enumerate(zip(self.critics, self.strengths)):
+            if number not in self._adapted and strength:
+                gain += strength * _log_ratio(critic, prefix.hidden, branches.hidden).to(gain.device)
+        return gain
+
+    def gain_of_adapted(self, input_ids: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        """The same of the critics with a LoRA; each reads the text by itself."""
+        gain = torch.zeros(candidates.shape, device=candidates.device)
+        for number, encoder in self._adapted.items():
+            critic, strength = self.critics[number], self.strengths[number]
+            if not strength:
+                continue
+            with critic.adapted(self.model):
+                prefix = encoder(input_ids, self._cross(input_ids))
+                if self.mode == "exact":
+                    states = branch(self.backbone, prefix, candidates).hidden
+                    ratio = _log_ratio(critic, prefix.hidden, states)
+                else:
+                    ratio = _log_action_ratio(critic, prefix.hidden, candidates)
+            gain += strength * ratio.to(gain.device)
+        return gain
+
+    def prefix(self, input_ids: torch.Tensor) -> Prefix:
+        """The text so far as the language model has encoded it: in `generate`'s last forward pass, or in one of ours."""
+        prefix = self.watcher.prefix(input_ids)
+        if prefix is not None:
+            self._own.reset()
+            return prefix
+        return self._own(input_ids, self._cross(input_ids))
+
+    def _gain(self, input_ids: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[1] == 0 and self.watcher.prefix(input_ids) is None:
+            raise ValueError("input_ids has no token; a critic reads the state after at least one (such as BOS).")
+        gain = self.gain_of_adapted(input_ids, candidates)
+        if self.reads_model:
+            if self.mode == "exact":
+                prefix = self.prefix(input_ids)
+                gain += self.gain_on(prefix, branch(self.backbone, prefix, candidates)).to(gain.device)
+            else:
+                gain += self._action_gain(input_ids, candidates)
+        return gain
+
+    def _action_gain(self, input_ids: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        hidden = self.watcher.hidden(input_ids)
+        if hidden is None:
+            hidden = self._own(input_ids, self._cross(input_ids)).hidden
+        gain = torch.zeros(candidates.shape, device=candidates.device)
+        for number, (critic, strength) in enumerate(zip(self.critics, self.strengths)):
+            if number not in self._adapted and strength:
+                gain += strength * _log_action_ratio(critic, hidden, candidates).to(gain.device)
+        return gain
+
+    def _cross(self, input_ids: torch.Tensor) -> dict[str, Any]:
+        """An encoder's states, which only `generate`'s own forward pass knows."""
+        if not getattr(self.backbone.config, "is_encoder_decoder", False):
+            return {}
+        seen = self.watcher.seen
+        if seen is None or not seen.cross or len(seen.hidden) != len(input_ids):
+            raise ValueError(
+                "the processor hasn't seen the encoder's states for this text: call an encoder-decoder's processor "
+                "within generate, or right after a forward pass of the model."
+            )
+        return seen.cross
+
+
+def _log_ratio(critic: Critic, state: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """`log V(s + a) - log V(s)`, `[batch, k]`; finite for all finite logits."""
+    device = critic.mean.device
+    return critic.log_value(states.to(device)) - critic.log_value(state.to(device)).unsqueeze(-1)
+
+
+def _log_action_ratio(critic: Critic, state: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    device = critic.mean.device
+    state = state.to(device)
+    return critic.action_log_values(state, candidates.to(device)) - critic.log_value(state).unsqueeze(-1)
+
+
+def _checked_critics(model: nn.Module, critic: Any, mode: str) -> list[Critic]:
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r} is unknown; choose one of {MODES}.")
+    critics = [critic] if isinstance(critic, Critic) else list(critic) if isinstance(critic, Sequence) else [critic]
+    if not critics:
+        raise ValueError("critic is empty; pass a critic, or a list of some.")
+    for one in critics:
+        if not isinstance(one, Critic):
+            raise TypeError(
+                f"critic is a {type(one).__name__}; pass a generation_ext.critic.Critic, or a list of them."
+            )
+        one.attach(model)
+        if mode == "action-value" and not one.config.action_values:
+            raise ValueError(
+                "mode='action-value' needs a critic with an action-value head; train one with action_values=True, or "
+                "use mode='exact'."
+            )
+    return critics
+
+
+def _checked_strengths(strength: Any, count: int) -> list[float]:
+    strengths = [strength] * count if isinstance(strength, (int, float)) else list(strength)
+    if len(strengths) != count:
+        raise ValueError(
+            f"strength has {len(strengths)} numbers for {count} critics; pass one for each, or one for all."
+        )
+    for one in strengths:
+        if not isinstance(one, (int, float)) or isinstance(one, bool) or not math.isfinite(one):
+            raise ValueError(
+                f"strength={strength!r} must be a finite number (negative: steers away), or one per critic."
+            )
+    return [float(one) for one in strengths]
+
+
+def _checked_top_k(top_k: Any, vocab_size: int) -> int:
+    if not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= vocab_size:
+        raise ValueError(f"top_k={top_k!r} must be an integer from 1 to the vocabulary's {vocab_size} tokens.")
+    return top_k
+
+
+def _pad_token_id(model: nn.Module) -> Optional[int]:
+    """What generate takes for padding where it gets no mask: a padding token that isn't an end token, too."""
+    config = getattr(model, "generation_config", None)
+    pad, eos = (getattr(config, name, None) for name in ("pad_token_id", "eos_token_id"))
+    if not isinstance(pad, int) or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    ends = eos if isinstance(eos, (list, tuple)) else [eos]
+    return None if pad in ends else pad

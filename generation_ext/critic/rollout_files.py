@@ -1,0 +1,114 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Roll-outs as JSON lines: written as they are collected, and read again after a kill or for a replay.
+
+One roll-out a line: prompt, completion, prompt_ids, completion_ids, reward, control_code, columns. Hidden states aren't
+kept; they are many times larger, and one forward pass gives them again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Optional, Union
+
+from generation_ext.critic.rollouts import Rollout
+
+
+_FIELDS = ("prompt", "completion", "prompt_ids", "completion_ids", "reward", "control_code", "columns")
+_NEEDED = ("prompt", "completion", "prompt_ids", "completion_ids", "reward")
+
+
+class RolloutWriter:
+    """Appends roll-outs to a JSON-lines file. A kill costs at most the lines of one call.
+
+    Args:
+        path: Made with its folder if need be. If it is there, its whole lines stay and a torn last one is cut off.
+        keep: Keep only so many of the lines that are there; None: all.
+    """
+
+    def __init__(self, path: Union[str, Path], keep: Optional[int] = None) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _cut(self.path, keep)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, rollouts: Iterable[Rollout]) -> None:
+        """Append roll-outs, and wait until the system has them on disk."""
+        self._file.write("".join(json.dumps(_plain(rollout), ensure_ascii=False) + "\n" for rollout in rollouts))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file; what was written is there already."""
+        self._file.close()
+
+    def __enter__(self) -> RolloutWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: Optional[type[BaseException]],
+        error: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> None:
+        self.close()
+
+
+def read_rollouts(path: Union[str, Path]) -> list[Rollout]:
+    """Roll-outs of a JSON-lines file, or of all those in a folder in the order of their names.
+
+    A last line without its end is what a kill left, and is passed over.
+
+    Raises:
+        FileNotFoundError: If there is no such file, or no `.jsonl` file in the folder.
+        ValueError: If a line isn't a roll-out; names file and line.
+    """
+    path = Path(path)
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise FileNotFoundError(f"path={str(path)!r}: there is no such file, or no .jsonl file in the folder.")
+    return [rollout for file in files for rollout in _read(file)]
+
+
+def _read(file: Path) -> list[Rollout]:
+    lines = file.read_bytes().split(b"\n")[:-1]
+    return [_parsed(line, file, number) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _parsed(line: bytes, file: Path, number: int) -> Rollout:
+    where = f"{file}, line {number}"
+    try:
+        entry: Any = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON ({error}); the file is damaged, or no file of roll-outs.") from None
+    missing = [name for name in _NEEDED if not isinstance(entry, dict) or name not in entry]
+    if missing:
+        raise ValueError(f"{where} has no {missing[0]!r}; it is no roll-out that RolloutWriter wrote.")
+    for name in ("prompt_ids", "completion_ids"):
+        if not isinstance(entry[name], list) or not all(type(token) is int for token in entry[name]):
+            raise ValueError(f"{where}: {name} is {entry[name]!r}, not a list of tokens.")
+    if not entry["prompt_ids"]:
+        raise ValueError(f"{where}: prompt_ids is empty; a roll-out begins with a token.")
+    reward = entry["reward"]
+    if reward is not None and (not isinstance(reward, (int, float)) or not 0 <= reward <= 1):
+        raise ValueError(f"{where}: reward is {reward!r}; it must be in [0, 1], or null to leave the roll-out out.")
+    return Rollout(**{name: entry[name] for name in _FIELDS if name in entry})
+
+
+def _plain(rollout: Rollout) -> dict[str, Any]:
+    return {name: getattr(rollout, name) for name in _FIELDS}
+
+
+def _cut(path: Path, keep: Optional[int]) -> None:
+    """Cut a file off after its last whole line, or after `keep` lines."""
+    if not path.is_file():
+        return
+    content = path.read_bytes()
+    lines = content.split(b"\n")[:-1][:keep]
+    size = sum(len(line) + 1 for line in lines)
+    if size != len(content):
+        with path.open("r+b") as file:
+            file.truncate(size)

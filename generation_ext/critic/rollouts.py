@@ -1,0 +1,415 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Roll-outs: texts that the frozen language model samples, with the hidden state after every token and a reward.
+
+The hidden states are those that `generate` computes anyway; saved roll-outs get theirs from one forward pass.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from generation_ext.critic.rewards import RewardFunction, score
+from generation_ext.critic.value import Critic, backbone
+
+
+@dataclass
+class Rollout:
+    """One sampled text.
+
+    Args:
+        prompt: The prompt without a control code, which is what the reward function reads.
+        completion: What the language model wrote after it.
+        prompt_ids: The tokens that the language model read, with the control code.
+        completion_ids: The tokens that it wrote, with the end token if it wrote one.
+        reward: In [0, 1]; None if the reward function had nothing to say of it.
+        control_code: The attribute, where there are several.
+        columns: Further columns of the data set, for the reward function.
+        hidden: `[len(completion_ids) + 1, hidden_size]`, the language model's last hidden state after the prompt and after
+            each token; None until it is computed.
+    """
+
+    prompt: str
+    completion: str
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    reward: Optional[float] = None
+    control_code: Optional[str] = None
+    columns: dict[str, Any] = field(default_factory=dict)
+    hidden: Optional[torch.Tensor] = field(default=None, repr=False, compare=False)
+
+    @property
+    def states(self) -> int:
+        """The number of positions that have a value."""
+        return len(self.completion_ids) + 1
+
+
+def prompt_rows(prompts: Iterable[Any]) -> list[dict[str, Any]]:
+    """Prompts of any kind as rows with a `prompt`, and perhaps a `control_code` and columns for the reward function.
+
+    Args:
+        prompts: Texts, or mappings with a text `prompt`, as in a data set for TRL.
+
+    Raises:
+        ValueError: If there are none, or one has no text.
+        TypeError: If they are something else, such as conversations.
+    """
+    rows = [{"prompt": entry} if isinstance(entry, str) else entry for entry in prompts]
+    if not rows:
+        raise ValueError("there are no prompts; pass at least one.")
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise TypeError(f"prompt {number} is {row!r}; pass texts, or mappings with a text 'prompt'.")
+        if "prompt" not in row:
+            raise ValueError(f"prompt {number} has the columns {sorted(row)}, but no 'prompt'; rename the column.")
+        if not isinstance(row["prompt"], str):
+            raise TypeError(
+                f"prompt {number} is {row['prompt']!r}, not a text; apply the tokenizer's chat template to "
+                "conversations first."
+            )
+    return [dict(row) for row in rows]
+
+
+def schedule(rows: Sequence[dict[str, Any]], codes: Sequence[str], count: int, seed: int) -> list[dict[str, Any]]:
+    """`count` rows: shuffled passes over all of them, each with a control code (its own, or one drawn from `codes`)."""
+    generator = random.Random(seed)
+    chosen: list[dict[str, Any]] = []
+    while len(chosen) < count:
+        chosen += generator.sample(list(rows), len(rows))
+    if not codes:
+        return chosen[:count]
+    return [{"control_code": generator.choice(list(codes)), **row} for row in chosen[:count]]
+
+
+class RolloutSampler:
+    """Samples texts from a frozen language model and scores them.
+
+    Args:
+        model: A causal or encoder-decoder language model; it isn't changed.
+        tokenizer: Its tokenizer.
+        reward: In TRL's shape, see `generation_ext.critic.rewards`; None: the texts get no reward.
+        critic: Puts control codes before prompts, if it has any.
+        max_new_tokens: Tokens to sample at most.
+        temperature: Divides the logits; 1 samples from the language model itself. The paper explores with 2, which
+            collects more kinds of text, but fewer like those that the critic will steer.
+        top_k: Sample from so many most likely tokens; 0: from all.
+        top_p: Sample from the most likely tokens that have this share of the probability.
+        max_prompt_length: Tokens of a prompt; of a longer one the last ones are kept.
+
+    Raises:
+        ValueError, TypeError: If an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        reward: Optional[RewardFunction] = None,
+        critic: Optional[Critic] = None,
+        *,
+        max_new_tokens: int = 24,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        max_prompt_length: int = 256,
+    ) -> None:
+        for name, value in (("max_new_tokens", max_new_tokens), ("max_prompt_length", max_prompt_length)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
+        if not temperature > 0:
+            raise ValueError(f"temperature={temperature} must be above 0; roll-outs are sampled.")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p={top_p} must be in (0, 1].")
+        if top_k < 0:
+            raise ValueError(f"top_k={top_k} must be at least 0; 0 samples from all tokens.")
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        self.reward = reward
+        self.critic = critic
+        self.max_new_tokens = max_new_tokens
+        self.sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        self.max_prompt_length = max_prompt_length
+
+    @torch.no_grad()
+    def sample(
+        self, rows: Sequence[dict[str, Any]], seed: int, with_hidden: bool = True, **generate_kwargs: Any
+    ) -> list[Rollout]:
+        """One roll-out for each row, in one batch.
+
+        Args:
+            rows: See [`prompt_rows`].
+            seed: Of sampling; the global random state stays as it was.
+            with_hidden: Keep the hidden states. Not with a processor that calls the model itself.
+            **generate_kwargs: Passed to `generate`, such as `logits_processor`.
+
+        Raises:
+            ValueError: If a prompt has no tokens or a control code is missing, or for the reward function's mistakes.
+        """
+        prompts = [self._prompt(row) for row in rows]
+        inputs, prompt_ids = self._tokenize(prompts)
+        # one token more than is kept, so that there is a hidden state after the last one
+        extra = 1 if with_hidden else 0
+        with _sampling_from(seed, self.model), _evaluating(self.model), _recording(self.model, with_hidden) as steps:
+            sequences = self.model.generate(
+                **inputs,
+                max_new_tokens=self.max_new_tokens + extra,
+                do_sample=True,
+                num_beams=1,
+                num_return_sequences=1,
+                return_dict_in_generate=False,
+                pad_token_id=_pad_id(self.tokenizer),
+                **self.sampling,
+                **generate_kwargs,
+            )
+        start = 1 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        new_tokens = sequences[:, start:].tolist()
+        completions = [_up_to_end(row[: self.max_new_tokens], _end_ids(self.model)) for row in new_tokens]
+        rollouts = [self._rollout(row, ids, completion) for row, ids, completion in zip(rows, prompt_ids, completions)]
+        if with_hidden:
+            # a chunked prefill has several calls; the last of them sees the prompt's last token
+            hidden = torch.stack(steps[len(steps) - len(new_tokens[0]) :], dim=1)
+            _distribute(self.model, rollouts, hidden)
+        self._score(rollouts)
+        return rollouts
+
+    def _prompt(self, row: dict[str, Any]) -> str:
+        codes = self.critic.config.control_codes if self.critic is not None else []
+        code = row.get("control_code")
+        if not codes:
+            return row["prompt"]
+        if code is None:
+            raise ValueError(f"the prompt {row['prompt']!r} has no control_code; the critic knows {codes}.")
+        assert self.critic is not None
+        return self.critic.control_prompt(row["prompt"], code)
+
+    def _tokenize(self, prompts: list[str]) -> tuple[dict[str, torch.Tensor], list[list[int]]]:
+        """A padded batch on the model's device, and each prompt's tokens. Decoders pad to the left, encoders to the
+        right."""
+        side = "right" if self.model.config.is_encoder_decoder else "left"
+        ids = [self._prompt_ids(prompt) for prompt in prompts]
+        batch, mask = _padded(ids, _pad_id(self.tokenizer), side)
+        device = _device(self.model)
+        return {"input_ids": batch.to(device), "attention_mask": mask.to(device)}, ids
+
+    def _prompt_ids(self, prompt: str) -> list[int]:
+        tokens = self.tokenizer(prompt)["input_ids"]
+        if not tokens:
+            raise ValueError(
+                f"the prompt {prompt!r} has no tokens; start it with a word, or with the tokenizer's bos_token."
+            )
+        if len(tokens) > self.max_prompt_length and self.critic is not None and self.critic.config.control_codes:
+            raise ValueError(
+                f"the prompt {prompt!r} has {len(tokens)} tokens, more than max_prompt_length="
+                f"{self.max_prompt_length}, and cutting it would cut off its control code; shorten it."
+            )
+        return tokens[-self.max_prompt_length :]
+
+    def _rollout(self, row: dict[str, Any], prompt_ids: list[int], completion_ids: list[int]) -> Rollout:
+        columns = {name: value for name, value in row.items() if name not in ("prompt", "control_code")}
+        completion = self._decode(prompt_ids, completion_ids)
+        return Rollout(row["prompt"], completion, prompt_ids, completion_ids, None, row.get("control_code"), columns)
+
+    def _decode(self, prompt_ids: list[int], completion_ids: list[int]) -> str:
+        """A continuation's text; some tokenizers drop the space before the first word of a text."""
+        if not self.model.config.is_encoder_decoder:
+            before = self.tokenizer.decode(prompt_ids, skip_special_tokens=True)
+            whole = self.tokenizer.decode(prompt_ids + completion_ids, skip_special_tokens=True)
+            if whole.startswith(before):
+                return whole[len(before) :]
+        return self.tokenizer.decode(completion_ids, skip_special_tokens=True)
+
+    def _score(self, rollouts: list[Rollout]) -> None:
+        if self.reward is None:
+            return
+        names = {name for rollout in rollouts for name in rollout.columns}
+        columns = {name: [rollout.columns.get(name) for rollout in rollouts] for name in sorted(names)}
+        if any(rollout.control_code is not None for rollout in rollouts):
+            columns["control_code"] = [rollout.control_code for rollout in rollouts]
+        rewards = score(
+            self.reward,
+            [rollout.prompt for rollout in rollouts],
+            [rollout.completion for rollout in rollouts],
+            [rollout.completion_ids for rollout in rollouts],
+            columns,
+        )
+        for rollout, reward in zip(rollouts, rewards):
+            rollout.reward = reward
+
+
+@torch.no_grad()
+def fill_hidden(
+    model: nn.Module, rollouts: Sequence[Rollout], batch_size: int = 32, critic: Optional[Critic] = None
+) -> None:
+    """Compute the hidden states of saved roll-outs, in one forward pass of their texts.
+
+    Args:
+        model: The language model that sampled them.
+        rollouts: Their `hidden` is set, on the CPU and in the model's dtype.
+        batch_size: Texts per forward pass.
+        critic: Its LoRA takes part, if it has one.
+    """
+    by_length = sorted(rollouts, key=lambda rollout: len(rollout.prompt_ids) + len(rollout.completion_ids))
+    with _evaluating(model):
+        for start in range(0, len(by_length), batch_size):
+            batch = by_length[start : start + batch_size]
+            for rollout, states in zip(batch, encode(model, batch, critic)):
+                rollout.hidden = states[: rollout.states].cpu().clone()
+
+
+def encode(model: nn.Module, rollouts: Sequence[Rollout], critic: Optional[Critic] = None) -> torch.Tensor:
+    """The last hidden states `[batch, states, hidden_size]` of roll-outs, from one forward pass of their texts.
+
+    A row's first `rollout.states` states count, what follows is padding. Gradients go into the critic's LoRA, if it has
+    one.
+    """
+    base = _base(model)
+    decoder: Any = backbone(model)
+    device = _device(model)
+    prompts = [rollout.prompt_ids for rollout in rollouts]
+    completions = [rollout.completion_ids for rollout in rollouts]
+    # padding comes last, where no token of the text sees it; any token will do
+    if base.config.is_encoder_decoder:
+        tokens, mask = (part.to(device) for part in _padded(prompts, 0, "right"))
+        encoder: Any = base.get_encoder()
+        encoded = encoder(input_ids=tokens, attention_mask=mask)[0]
+        start = _decoder_start(base)
+        inputs, _ = _padded([[start, *completion] for completion in completions], 0, "right")
+        with _adapted(critic, model):
+            return decoder(
+                input_ids=inputs.to(device),
+                encoder_hidden_states=encoded,
+                encoder_attention_mask=mask,
+                use_cache=False,
+            )[0]
+    inputs, mask = (part.to(device) for part in _padded([p + c for p, c in zip(prompts, completions)], 0, "right"))
+    with _adapted(critic, model):
+        hidden = decoder(input_ids=inputs, attention_mask=mask, use_cache=False)[0]
+    states = max(rollout.states for rollout in rollouts)
+    first = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
+    index = (first[:, None] + torch.arange(states, device=device)).clamp(max=hidden.shape[1] - 1)
+    return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+@contextmanager
+def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """A graph that is built within it doesn't reach these parameters."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _distribute(model: nn.Module, rollouts: list[Rollout], hidden: torch.Tensor) -> None:
+    """Give each roll-out its part of the states that `generate` computed; `hidden` `[batch, steps, hidden_size]`."""
+    hidden = hidden.cpu()
+    for rollout, states in zip(rollouts, hidden):
+        rollout.hidden = states[: rollout.states].clone()
+    # if all rows of a batch have ended, generate doesn't compute a state after the token that ended the last of them
+    short = [rollout for rollout in rollouts if rollout.states > hidden.shape[1]]
+    if short:
+        fill_hidden(model, short, batch_size=len(short))
+
+
+@contextmanager
+def _recording(model: nn.Module, wanted: bool) -> Iterator[list[torch.Tensor]]:
+    """The last position's hidden state `[batch, hidden_size]` of each forward pass within the block."""
+    steps: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        steps.append(output[0][:, -1].detach())
+
+    handle = backbone(model).register_forward_hook(keep) if wanted else None
+    try:
+        yield steps
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def _sampling_from(seed: int, model: nn.Module) -> Iterator[None]:
+    device = _device(model)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _adapted(critic: Optional[Critic], model: nn.Module) -> Iterator[None]:
+    if critic is None:
+        yield
+        return
+    with critic.adapted(model), frozen(model.parameters()):
+        yield
+
+
+def _padded(rows: Sequence[Sequence[int]], pad: int, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and mask `[rows, longest]`."""
+    longest = max(len(row) for row in rows)
+    tokens = torch.full((len(rows), longest), pad, dtype=torch.long)
+    mask = torch.zeros_like(tokens)
+    for number, row in enumerate(rows):
+        place = slice(longest - len(row), None) if side == "left" else slice(0, len(row))
+        tokens[number, place] = torch.tensor(list(row), dtype=torch.long)
+        mask[number, place] = 1
+    return tokens, mask
+
+
+def _base(model: Any) -> Any:
+    """Below PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
+
+
+def _end_ids(model: Any) -> set[int]:
+    """The tokens that end a text, as `generate` has them."""
+    end = model.generation_config.eos_token_id
+    return set(end) if isinstance(end, (list, tuple)) else set() if end is None else {int(end)}
+
+
+def _up_to_end(tokens: list[int], end: set[int]) -> list[int]:
+    for number, token in enumerate(tokens):
+        if token in end:
+            return tokens[: number + 1]
+    return tokens
+
+
+def _decoder_start(base: Any) -> int:
+    for config in (base.generation_config, base.config):
+        for name in ("decoder_start_token_id", "bos_token_id"):
+            token = getattr(config, name, None)
+            if token is not None:
+                return int(token[0] if isinstance(token, list) else token)
+    raise ValueError("the encoder-decoder model has no decoder_start_token_id; set it in its generation_config.")

@@ -1,0 +1,116 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""What a critic's training keeps beside Trainer's checkpoints, so that it goes on after a kill.
+
+rollouts/settings.json                  what roll-outs and targets depend on
+rollouts/iteration-0003-000.jsonl       the roll-outs of an iteration and a process
+rollouts/iteration-0003-000.safetensors the critic's values of their states as the iteration began
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from generation_ext.critic.rollout_files import RolloutWriter, read_rollouts
+from generation_ext.critic.rollouts import Rollout
+
+
+class RunFiles:
+    """The files of one process.
+
+    Args:
+        folder: The run's output folder.
+        process: The process's number.
+        writes: False: write nothing.
+    """
+
+    def __init__(self, folder: Path, process: int, writes: bool = True) -> None:
+        self.folder = folder / "rollouts"
+        self.process = process
+        self.writes = writes
+
+    @property
+    def started(self) -> bool:
+        """Whether a run has been started here."""
+        return self._settings.is_file()
+
+    def start(self, settings: dict[str, Any]) -> None:
+        """Remove an older run's files, and write the settings; called by one process."""
+        if not self.writes:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for pattern in ("iteration-*.jsonl", "iteration-*.safetensors"):
+            for old in self.folder.glob(pattern):
+                old.unlink()
+        partial = self.folder / f".{self._settings.name}"
+        partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        partial.replace(self._settings)
+
+    def check(self, settings: dict[str, Any]) -> None:
+        """Check that the run that is here, if there is one, had these settings.
+
+        Raises:
+            ValueError: Names the first setting that differs.
+        """
+        if not self.started:
+            return
+        theirs = json.loads(self._settings.read_text(encoding="utf-8"))
+        for name, value in settings.items():
+            if theirs.get(name) != value:
+                raise ValueError(
+                    f"{name}={value!r}, but the run in {str(self.folder.parent)!r} had {theirs.get(name)!r}; resume it "
+                    "with its own settings, or start a new one in another output_dir."
+                )
+
+    def rollouts(self, iteration: int, count: int, batch_size: int) -> list[Rollout]:
+        """The roll-outs of an iteration that are here; of an unfinished one, those of its whole batches."""
+        path = self._path(iteration, "jsonl")
+        if not path.is_file():
+            return []
+        rollouts = read_rollouts(path)[:count]
+        return rollouts if len(rollouts) == count else rollouts[: len(rollouts) // batch_size * batch_size]
+
+    @contextmanager
+    def writer(self, iteration: int, keep: int) -> Iterator[Callable[[list[Rollout]], None]]:
+        """A function that appends roll-outs to an iteration's file, after the first `keep` ones."""
+        if not self.writes:
+            yield lambda rollouts: None
+            return
+        with RolloutWriter(self._path(iteration, "jsonl"), keep=keep) as writer:
+            yield writer.write
+
+    def keep_values(self, iteration: int, values: torch.Tensor) -> None:
+        """Write the values `[roll-outs, states]` that an iteration begins with; its targets depend on them."""
+        if self.writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self._path(iteration, "safetensors")
+            partial = path.with_name(f".{path.name}")
+            save_file({"values": values.contiguous()}, partial)
+            partial.replace(path)
+
+    def kept_values(self, iteration: int, shape: torch.Size) -> Optional[torch.Tensor]:
+        """The values that an iteration began with, or None.
+
+        Raises:
+            ValueError: If the file belongs to other roll-outs.
+        """
+        path = self._path(iteration, "safetensors")
+        if not path.is_file():
+            return None
+        values = load_file(path)["values"]
+        if values.shape != shape:
+            raise ValueError(f"{str(path)!r} doesn't belong to the roll-outs beside it; start a new run.")
+        return values
+
+    @property
+    def _settings(self) -> Path:
+        return self.folder / "settings.json"
+
+    def _path(self, iteration: int, ending: str) -> Path:
+        return self.folder / f"iteration-{iteration:04d}-{self.process:03d}.{ending}"

@@ -1,0 +1,501 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""The critic: reads the probability that the finished text will have an attribute off a frozen language model's last
+hidden states."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import string
+from collections.abc import Iterator
+from typing import Any, Optional
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers import initialization as init
+
+
+HEADS = ("linear", "mlp")
+_PLACEHOLDERS = {"code", "prompt"}
+_SAMPLED_ROWS = 64
+
+
+class CriticModelConfig(PretrainedConfig):
+    """What a critic is made of, and the language model that it belongs to.
+
+    Args:
+        hidden_size: Width of the language model's last hidden state, which is what its output head reads.
+        base_model_name_or_path: Where the language model lies; for messages, it may have moved.
+        base_model_fingerprint: What tells language models apart, see [`base_fingerprint`].
+        head: `"linear"` (the paper's) or `"mlp"` (one hidden layer).
+        mlp_size: Width of the MLP's hidden layer.
+        lora_rank: 0, or the rank of the critic's own LoRA: the critic then reads hidden states that the language model
+            computes *with* it, and the language model itself stays as it is. It costs a forward pass of the text of
+            its own.
+        lora_alpha: The LoRA's output is scaled by `lora_alpha / lora_rank`.
+        lora_target_modules: Endings of the names of the linear layers with a LoRA; None: PEFT's choice for this kind of
+            model, else all linear layers.
+        lora_layers: Filled by [`Critic.for_model`]: name (in the backbone) -> inputs and outputs of a layer with LoRA.
+        action_values: Also have the head that scores tokens from the state before them.
+        action_rank: Rank of that head's map from hidden states to token embeddings; 0: a dense one.
+        embedding_size: Width of the language model's token embeddings; None: `hidden_size`.
+        vocab_size: Number of token embeddings; for messages.
+        control_codes: The attributes that one critic was trained for, by their names in the prompt; empty: one
+            attribute, and nothing is put into the prompt.
+        prompt_template: How a control code is put before a prompt.
+
+    Raises:
+        ValueError: If an argument is out of its range; the message says which are possible.
+    """
+
+    model_type = "critic"
+
+    def __init__(
+        self,
+        hidden_size: int = 768,
+        base_model_name_or_path: Optional[str] = None,
+        base_model_fingerprint: Optional[str] = None,
+        head: str = "linear",
+        mlp_size: int = 256,
+        lora_rank: int = 0,
+        lora_alpha: float = 16.0,
+        lora_target_modules: Optional[list[str]] = None,
+        lora_layers: Optional[dict[str, list[int]]] = None,
+        action_values: bool = False,
+        action_rank: int = 0,
+        embedding_size: Optional[int] = None,
+        vocab_size: Optional[int] = None,
+        control_codes: Optional[list[str]] = None,
+        prompt_template: str = "{code}: {prompt}",
+        **kwargs: Any,
+    ) -> None:
+        self.hidden_size = hidden_size
+        self.base_model_name_or_path = base_model_name_or_path
+        self.base_model_fingerprint = base_model_fingerprint
+        self.head = head
+        self.mlp_size = mlp_size
+        self.lora_rank = lora_rank
+        self.lora_alpha = lora_alpha
+        self.lora_target_modules = lora_target_modules
+        self.lora_layers = lora_layers or {}
+        self.action_values = action_values
+        self.action_rank = action_rank
+        self.embedding_size = embedding_size
+        self.vocab_size = vocab_size
+        self.control_codes = list(control_codes or [])
+        self.prompt_template = prompt_template
+        self._check()
+        super().__init__(**kwargs)
+
+    def _check(self) -> None:
+        for name, least in (("hidden_size", 1), ("mlp_size", 1), ("lora_rank", 0), ("action_rank", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}={value!r} must be an integer of at least {least}.")
+        if self.head not in HEADS:
+            raise ValueError(f"head={self.head!r} is unknown; choose one of {HEADS}.")
+        fields = {field for _, field, _, _ in string.Formatter().parse(self.prompt_template) if field is not None}
+        if fields != _PLACEHOLDERS:
+            raise ValueError(
+                f"prompt_template={self.prompt_template!r} must have the places {{code}} and {{prompt}}, and no other."
+            )
+
+
+class Critic(PreTrainedModel):
+    """The value head of a frozen language model, `V(s) = P(the finished text has the attribute | the text so far)`.
+
+    It never holds the language model: `save_pretrained` writes the head (and its LoRA) alone. Make one with
+    [`for_model`][Critic.for_model], or load one with `from_pretrained` and give it its language model with
+    [`attach`][Critic.attach].
+
+    It starts as V = 1/2 everywhere, which steers nothing.
+    """
+
+    config_class = CriticModelConfig
+    base_model_prefix = "critic"
+    main_input_name = "hidden"
+
+    def __init__(self, config: CriticModelConfig) -> None:
+        super().__init__(config)
+        size = config.hidden_size
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("std", torch.ones(size))
+        is_mlp = config.head == "mlp"
+        self.hidden_layer: Optional[nn.Linear] = nn.Linear(size, config.mlp_size) if is_mlp else None
+        self.head = nn.Linear(config.mlp_size if is_mlp else size, 1)
+        if config.action_values:
+            embedding_size = config.embedding_size or size
+            self.register_buffer("embedding_scale", torch.ones(()))
+            self.action_bias = nn.Linear(size, 1)
+            self.action_down = nn.Linear(size, config.action_rank, bias=False) if config.action_rank else None
+            self.action_map = nn.Linear(config.action_rank or size, embedding_size)
+        self.lora_a = nn.ParameterList(
+            nn.Parameter(torch.empty(config.lora_rank, inputs)) for inputs, _ in config.lora_layers.values()
+        )
+        self.lora_b = nn.ParameterList(
+            nn.Parameter(torch.empty(outputs, config.lora_rank)) for _, outputs in config.lora_layers.values()
+        )
+        # in a list, so that neither parameters() nor save_pretrained see the language model's weight
+        self._embedding: list[nn.Module] = []
+        self.post_init()
+
+    @classmethod
+    def for_model(
+        cls,
+        model: nn.Module,
+        *,
+        head: str = "linear",
+        mlp_size: int = 256,
+        action_values: bool = False,
+        action_rank: int = 0,
+        lora_rank: int = 0,
+        lora_alpha: float = 16.0,
+        lora_target_modules: Optional[list[str]] = None,
+        control_codes: Optional[list[str]] = None,
+        prompt_template: str = "{code}: {prompt}",
+    ) -> Critic:
+        """A fresh critic for a language model, on its device, in float32.
+
+        Args:
+            model: A causal or encoder-decoder language model; it may be wrapped by PEFT, or packed.
+            head, mlp_size, action_values, action_rank, lora_rank, lora_alpha, lora_target_modules, control_codes,
+                prompt_template: See [`CriticModelConfig`].
+
+        Raises:
+            ValueError: If an argument is out of its range, or no layer has one of the LoRA's names.
+            TypeError: If `model` is not a language model of transformers.
+        """
+        embedding = _token_embedding(model)
+        layers: dict[str, list[int]] = {}
+        if lora_rank:
+            layers = _lora_layers(model, lora_target_modules)
+        config = CriticModelConfig(
+            hidden_size=_hidden_size(model),
+            base_model_name_or_path=_base_name(model),
+            base_model_fingerprint=base_fingerprint(model),
+            head=head,
+            mlp_size=mlp_size,
+            lora_rank=lora_rank,
+            lora_alpha=lora_alpha,
+            lora_target_modules=lora_target_modules,
+            lora_layers=layers,
+            action_values=action_values,
+            action_rank=action_rank,
+            embedding_size=_embedding_weight(embedding).shape[1],
+            vocab_size=_embedding_weight(embedding).shape[0],
+            control_codes=control_codes,
+            prompt_template=prompt_template,
+        )
+        critic = cls(config).to(_embedding_weight(embedding).device).eval()
+        if action_values:
+            # embeddings differ in size by orders of magnitude between models
+            sample = _embedding_weight(embedding)[:4096].detach().float()
+            critic.embedding_scale.fill_(1.0 / sample.square().mean().sqrt().clamp(min=1e-6))
+        return critic.attach(model)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The logit of the value.
+
+        Args:
+            hidden: Last hidden states `[..., hidden_size]` of the language model, any float type.
+
+        Returns:
+            Logits `[...]` in float32.
+        """
+        return self._value_logit(self._standardised(hidden))
+
+    def value(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`V(s)` in [0, 1], float32 `[...]` for hidden states `[..., hidden_size]`."""
+        return torch.sigmoid(self.forward(hidden))
+
+    def log_value(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`log V(s)`, float32 `[...]`; finite where V itself would be rounded to 0."""
+        return nn.functional.logsigmoid(self.forward(hidden))
+
+    def action_logits(self, hidden: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        """The logit of `Q(s, a) = V(s + a)`, guessed from the state before the token.
+
+        Args:
+            hidden: Last hidden states `[..., hidden_size]` of the text so far.
+            candidates: Tokens `[..., k]`.
+
+        Returns:
+            Logits `[..., k]` in float32.
+
+        Raises:
+            ValueError: If the critic has no such head, or doesn't know its language model yet.
+        """
+        if not self.config.action_values:
+            raise ValueError(
+                "this critic has no action-value head; train one with action_values=True, or use mode='exact'."
+            )
+        if not self._embedding:
+            raise ValueError("the action-value head reads the language model's embeddings: call attach(model) first.")
+        states = self._standardised(hidden)
+        tokens = _embedding_weight(self._embedding[0])[candidates].to(states.dtype) * self.embedding_scale
+        mapped = self.action_map(states if self.action_down is None else self.action_down(states))
+        match = (tokens @ mapped.unsqueeze(-1)).squeeze(-1) / math.sqrt(mapped.shape[-1])
+        own = self._value_logit(states) + self.action_bias(states).squeeze(-1).float()
+        return own.unsqueeze(-1) + match.float()
+
+    def action_log_values(self, hidden: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        """`log Q(s, a)`, float32 `[..., k]`; see [`action_logits`][Critic.action_logits]."""
+        return nn.functional.logsigmoid(self.action_logits(hidden, candidates))
+
+    @torch.no_grad()
+    def fit_standardisation(self, hidden: torch.Tensor) -> None:
+        """Set the mean and deviation by which hidden states are standardised; the head's weights stay.
+
+        Args:
+            hidden: Hidden states `[..., hidden_size]`, at least two.
+
+        Raises:
+            ValueError: If there are fewer than two states, or some are not finite.
+        """
+        states = hidden.reshape(-1, self.config.hidden_size).double()
+        if len(states) < 2 or not torch.isfinite(states).all():
+            raise ValueError(
+                f"hidden has {len(states)} states{'' if len(states) < 2 else ', some of them not finite'}; "
+                "fit_standardisation needs at least two finite ones."
+            )
+        std = states.std(dim=0)
+        # a dimension that hardly moves would be blown up by what rounding leaves of it
+        std = std.clamp(min=1e-3 * float(std.mean())).clamp(min=1e-8)
+        self.mean.copy_(states.mean(dim=0))
+        self.std.copy_(std)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Check that the critic belongs to a language model.
+
+        Raises:
+            ValueError: If hidden sizes or fingerprints differ (without a fingerprint: the names); names both models.
+        """
+        config = self.config
+        own = f"the critic belongs to {config.base_model_name_or_path or 'a model without a name'!r}"
+        other = f"this model is {_base_name(model) or 'one without a name'!r}"
+        size = _hidden_size(model)
+        if size != config.hidden_size:
+            raise ValueError(
+                f"{own} with hidden states of {config.hidden_size}, but {other} with {size}; load that model, or "
+                "train a critic for this one."
+            )
+        if config.base_model_fingerprint is not None:
+            fingerprint = base_fingerprint(model)
+            if fingerprint != config.base_model_fingerprint:
+                raise ValueError(
+                    f"{own} (fingerprint {config.base_model_fingerprint}), but {other} (fingerprint {fingerprint}): "
+                    "its hidden states mean something else; load that model, or train a critic for this one."
+                )
+        elif config.base_model_name_or_path and _base_name(model) not in (None, config.base_model_name_or_path):
+            raise ValueError(
+                f"{own}, but {other}; if they are the same, set the critic's config.base_model_name_or_path to None."
+            )
+
+    def attach(self, model: nn.Module) -> Critic:
+        """Check a language model and remember its token embeddings, which the action-value head reads.
+
+        The language model isn't changed. Returns the critic itself.
+
+        Raises:
+            ValueError: As [`check_model`][Critic.check_model].
+        """
+        self.check_model(model)
+        self._embedding = [_token_embedding(model)]
+        return self
+
+    @contextlib.contextmanager
+    def adapted(self, model: nn.Module) -> Iterator[None]:
+        """Within it, the language model computes the hidden states that this critic reads.
+
+        Without a LoRA, these are the language model's own, and nothing happens. With one, its layers add the LoRA's
+        output to theirs; afterwards the language model is byte for byte as it was. A backward pass through
+        checkpointed activations must lie within it, too.
+
+        Raises:
+            ValueError: If the model lacks a layer that the critic has a LoRA for.
+        """
+        if not self.config.lora_layers:
+            yield
+            return
+        modules = dict(backbone(model).named_modules())
+        scale = self.config.lora_alpha / self.config.lora_rank
+        handles = []
+        try:
+            for name, down, up in zip(self.config.lora_layers, self.lora_a, self.lora_b):
+                if name not in modules:
+                    raise ValueError(f"the critic has a LoRA for the layer {name!r}, which this model doesn't have.")
+                handles.append(modules[name].register_forward_hook(_lora_hook(down, up, scale)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def control_prompt(self, prompt: str, code: str) -> str:
+        """Put a control code before a prompt, by the config's template; also one that training never saw.
+
+        Raises:
+            ValueError: If the code is empty, or the critic was trained for one attribute without a code.
+        """
+        if not self.config.control_codes:
+            raise ValueError(
+                f"code={code!r}: this critic was trained for one attribute, without control codes; pass the prompt "
+                "as it is."
+            )
+        if not code.strip():
+            raise ValueError(
+                f"code={code!r} is empty; the critic knows {self.config.control_codes}, and others like them."
+            )
+        return self.config.prompt_template.format(code=code, prompt=prompt)
+
+    def _standardised(self, hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.shape[-1] != self.config.hidden_size:
+            raise ValueError(
+                f"hidden has states of size {hidden.shape[-1]}, but this critic reads states of size "
+                f"{self.config.hidden_size}."
+            )
+        return (hidden.to(self.mean.dtype) - self.mean) / self.std
+
+    def _value_logit(self, states: torch.Tensor) -> torch.Tensor:
+        if self.hidden_layer is not None:
+            states = nn.functional.gelu(self.hidden_layer(states))
+        return self.head(states).squeeze(-1).float()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if module is self.hidden_layer or module is getattr(self, "action_down", None):
+            init.normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        elif module is self:
+            init.zeros_(self.mean)
+            init.ones_(self.std)
+            if self.config.action_values:
+                init.ones_(self.embedding_scale)
+            for down, up in zip(self.lora_a, self.lora_b):
+                init.kaiming_uniform_(down, a=math.sqrt(5))
+                init.zeros_(up)
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The module whose forward gives the last hidden state that the output head reads: of a causal model everything
+    below its head, of an encoder-decoder model the decoder. PEFT's wrappers are looked through.
+
+    Raises:
+        TypeError: If `model` is not a language model of transformers.
+    """
+    base = _unwrapped(model)
+    if not hasattr(base, "get_decoder"):
+        raise TypeError(f"model is a {type(base).__name__}; it must be a language model of transformers.")
+    decoder = base.get_decoder()
+    if decoder is None or decoder is base:
+        raise TypeError(
+            f"model is a {type(base).__name__} without an output head above it; load it as a language model, such as "
+            "AutoModelForCausalLM or AutoModelForSeq2SeqLM."
+        )
+    return decoder
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """A short name of a language model's architecture and weights, such as `"llama-30x576-0b1a5c4d2e8f"`.
+
+    It hashes the signs of the first rows of the token embeddings (which quantisation, adapters and a cast to another float
+    type leave as they are) and the shape of the model. Two fine-tunes of one model have different ones where training
+    moved the embeddings.
+    """
+    config = _text_config(model)
+    shape = [
+        str(getattr(config, name, None))
+        for name in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    ]
+    digest = hashlib.sha256("/".join(shape).encode())
+    weight = _embedding_weight(_token_embedding(model))
+    if weight.device.type != "meta":
+        # the first rows are the same after the vocabulary was extended
+        signs = torch.signbit(weight.detach()[:_SAMPLED_ROWS].float()).to("cpu", torch.uint8)
+        digest.update(bytes(signs.flatten().tolist()))
+    layers = getattr(config, "num_hidden_layers", None)
+    return f"{config.model_type}-{layers}x{_hidden_size(model)}-{digest.hexdigest()[:12]}"
+
+
+def _unwrapped(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _text_config(model: nn.Module) -> PretrainedConfig:
+    return _unwrapped(model).config.get_text_config(decoder=True)
+
+
+def _base_name(model: nn.Module) -> Optional[str]:
+    config = getattr(_unwrapped(model), "config", None)
+    return getattr(config, "_name_or_path", None) or None
+
+
+def _hidden_size(model: nn.Module) -> int:
+    """Width of the output head's input; OPT's differs from its config's hidden size."""
+    config = _text_config(model)
+    for module in (_unwrapped(model).get_output_embeddings(), getattr(_unwrapped(model), "lm_head", None)):
+        features = getattr(module, "in_features", None)
+        if isinstance(features, int):
+            return features
+    return config.hidden_size
+
+
+def _token_embedding(model: nn.Module) -> nn.Module:
+    base = _unwrapped(model)
+    if not hasattr(base, "get_input_embeddings"):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a language model of transformers.")
+    return base.get_input_embeddings()
+
+
+def _embedding_weight(embedding: nn.Module) -> torch.Tensor:
+    """The base model's own weight, under whatever adapter lies on it."""
+    for wrapper in ("original_module", "base_layer"):
+        embedding = getattr(embedding, wrapper, embedding)
+    return embedding.weight  # type: ignore[return-value]
+
+
+def _lora_layers(model: nn.Module, targets: Optional[list[str]]) -> dict[str, list[int]]:
+    """Name -> inputs and outputs of the layers of the backbone that a LoRA goes on."""
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+    endings = targets if targets is not None else DEFAULTS.get(_text_config(model).model_type)
+    layers: dict[str, list[int]] = {}
+    for name, module in backbone(model).named_modules():
+        inside_adapter = any(part in ("base_layer", "original_module") or "lora_" in part for part in name.split("."))
+        shape = _linear_shape(module)
+        if shape is None or inside_adapter:
+            continue
+        if endings is None or any(name == ending or name.endswith(f".{ending}") for ending in endings):
+            layers[name] = shape
+    if not layers:
+        raise ValueError(
+            f"lora_target_modules={targets!r}: no linear layer of the model has such a name; its layers are "
+            f"called {_linear_endings(backbone(model))}."
+        )
+    return layers
+
+
+def _linear_shape(module: nn.Module) -> Optional[list[int]]:
+    inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(inputs, int) and isinstance(outputs, int):
+        return [inputs, outputs]
+    if type(module).__name__ == "Conv1D":
+        return list(module.weight.shape)  # type: ignore[arg-type]
+    return None
+
+
+def _linear_endings(module: nn.Module) -> list[str]:
+    return sorted({name.rsplit(".", 1)[-1] for name, child in module.named_modules() if _linear_shape(child)})
+
+
+def _lora_hook(down: torch.Tensor, up: torch.Tensor, scale: float) -> Any:
+    def add(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        added = nn.functional.linear(nn.functional.linear(inputs[0].to(down.dtype), down), up)
+        return output + (added * scale).to(output.dtype)
+
+    return add

@@ -1,0 +1,203 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Tiny models beside those of `tests.tiny_models`, critics with random weights, and the slow reference: it encodes the
+whole text of every candidate, one by one, without a cache."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Optional
+
+import peft
+import torch
+import transformers
+from torch import nn
+
+from generation_ext.critic import Critic
+from peft_ext import PeqaConfig
+from tests.tiny_models import HEADS, HIDDEN, LAYERS, TINY_MODELS, VOCAB, tiny
+
+
+WINDOW = 4
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 2 * HIDDEN,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": HEADS // 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    **SPECIAL,
+}
+
+
+def _mistral() -> nn.Module:
+    return transformers.MistralForCausalLM(
+        transformers.MistralConfig(num_hidden_layers=LAYERS, sliding_window=WINDOW, **SHAPE)
+    )
+
+
+def _gemma3() -> nn.Module:
+    """Sliding and full attention, one mask for each."""
+    config = transformers.Gemma3TextConfig(
+        num_hidden_layers=3,
+        head_dim=HIDDEN // HEADS,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        **SHAPE,
+    )
+    return transformers.Gemma3ForCausalLM(config)
+
+
+def _lfm2() -> nn.Module:
+    """Convolutions and attention: the cache has a state that isn't keys and values."""
+    config = transformers.Lfm2Config(num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"], **SHAPE)
+    return transformers.Lfm2ForCausalLM(config)
+
+
+def _bloom() -> nn.Module:
+    """ALiBi: positions come from the mask."""
+    config = transformers.BloomConfig(
+        vocab_size=VOCAB, hidden_size=HIDDEN, n_layer=LAYERS, n_head=HEADS, initializer_range=0.2, **SPECIAL
+    )
+    return transformers.BloomForCausalLM(config)
+
+
+def _gpt_neo() -> nn.Module:
+    """Local attention with a mask of the model's own."""
+    config = transformers.GPTNeoConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        num_layers=2,
+        num_heads=HEADS,
+        attention_types=[[["global", "local"], 1]],
+        window_size=WINDOW,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        **SPECIAL,
+    )
+    return transformers.GPTNeoForCausalLM(config)
+
+
+def _bart() -> nn.Module:
+    config = transformers.BartConfig(
+        vocab_size=VOCAB,
+        d_model=HIDDEN,
+        encoder_layers=LAYERS,
+        decoder_layers=LAYERS,
+        encoder_attention_heads=HEADS,
+        decoder_attention_heads=HEADS,
+        encoder_ffn_dim=2 * HIDDEN,
+        decoder_ffn_dim=2 * HIDDEN,
+        max_position_embeddings=64,
+        init_std=0.2,
+        dropout=0.0,
+        decoder_start_token_id=2,
+        forced_eos_token_id=None,
+        **SPECIAL,
+    )
+    return transformers.BartForConditionalGeneration(config)
+
+
+OWN = {
+    "mistral": _mistral,
+    "gemma3": _gemma3,
+    "lfm2": _lfm2,
+    "bloom": _bloom,
+    "gpt_neo": _gpt_neo,
+    "bart": _bart,
+}
+TREES = ("llama", "gpt2", "opt", "gpt_neox", "mistral", "gemma3")
+EXPANDED = ("lfm2", "bloom", "gpt_neo")
+ENCODER_DECODERS = ("t5", "bart")
+
+
+@functools.cache
+def _template(name: str) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return OWN[name]().eval()
+
+
+def build(name: str) -> nn.Module:
+    """A fresh model; `"lora"` and `"peqa"` are Llama models wrapped by PEFT."""
+    if name == "lora":
+        config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            return peft.get_peft_model(tiny("llama"), config).eval()
+    if name == "peqa":
+        return peft.get_peft_model(tiny("llama"), PeqaConfig(bits=4, task_type="CAUSAL_LM")).eval()
+    return tiny(name) if name in TINY_MODELS else copy.deepcopy(_template(name))
+
+
+@functools.cache
+def shared(name: str) -> nn.Module:
+    """One model of this name for all tests that leave it as it is."""
+    return build(name)
+
+
+def random_critic(model: nn.Module, seed: int = 5, **kwargs) -> Critic:
+    """A critic whose values differ much between states."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        critic = Critic.for_model(model, **kwargs)
+    with torch.no_grad():
+        for parameter in critic.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        critic.fit_standardisation(torch.randn(50, HIDDEN, generator=generator) * 2 + 1)
+    return critic
+
+
+class SlowProcessor(transformers.LogitsProcessor):
+    """What `CriticLogitsProcessor` must give, in the slowest and most obvious way.
+
+    Args:
+        prompts: An encoder-decoder's inputs; padding (0) at either end of a row is taken off.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        critics: list[Critic],
+        strengths: list[float],
+        top_k: int,
+        mask_others: bool = False,
+        prompts: Optional[torch.Tensor] = None,
+    ) -> None:
+        self.model, self.critics, self.strengths = model, critics, strengths
+        self.top_k, self.mask_others, self.prompts = top_k, mask_others, prompts
+
+    @torch.no_grad()
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        result = scores.clone()
+        for row, (ids, own) in enumerate(zip(input_ids.tolist(), scores)):
+            best = sorted(range(len(own)), key=lambda token: float(own[token]), reverse=True)[: self.top_k]
+            best = [token for token in best if float(own[token]) != float("-inf")]
+            if not best:
+                continue
+            if self.mask_others:
+                result[row] = float("-inf")
+            for token in best:
+                result[row, token] = own[token]
+                for critic, strength in zip(self.critics, self.strengths):
+                    after = self._log_value(critic, ids + [token], row, len(input_ids))
+                    result[row, token] += strength * (after - self._log_value(critic, ids, row, len(input_ids)))
+        return result
+
+    def _log_value(self, critic: Critic, ids: list[int], row: int, rows: int) -> torch.Tensor:
+        with critic.adapted(self.model):
+            if self.prompts is not None:
+                prompt = self.prompts[row // (rows // len(self.prompts))]
+                output = self.model(
+                    input_ids=prompt[prompt != 0][None],
+                    decoder_input_ids=torch.tensor([ids]),
+                    output_hidden_states=True,
+                    use_cache=False,
+                )
+                return critic.log_value(output.decoder_hidden_states[-1][0, -1])
+            start = next((place for place, token in enumerate(ids) if token != 0), len(ids) - 1)
+            output = self.model(input_ids=torch.tensor([ids[start:]]), output_hidden_states=True, use_cache=False)
+            return critic.log_value(output.hidden_states[-1][0, -1])
