@@ -65,8 +65,8 @@ def measure(args: argparse.Namespace, batch: int) -> dict[str, list[float]]:
     model = tiny_llama() if args.smoke else load_model(args.model, dtype=torch.bfloat16)
     critic = _critic(model)
     ids = torch.randint(3, model.config.vocab_size, (batch, args.prompt_tokens))
-    long = torch.randint(3, model.config.vocab_size, (batch, args.long_tokens - args.new_tokens // 4))
-    few = max(args.new_tokens // 4, 2)
+    long = torch.randint(3, model.config.vocab_size, (batch, args.long_tokens - args.new_tokens // 8))
+    few = max(args.new_tokens // 8, 2)
     exact = partial(CriticLogitsProcessor, model, critic, top_k=TOP_K)
     runs = {
         PLAIN: _run(model, ids, args.new_tokens),
@@ -175,7 +175,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument(
         "--long_tokens", type=int, default=128, help="length of the text when every candidate is encoded"
     )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=RESULTS / "critic_cost.json")
     parser.add_argument("--smoke", action="store_true", help="a tiny random model: checks that the script runs")
