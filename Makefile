@@ -5,8 +5,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := runs/demo
-# Processes that share the tests; each takes about 1.5 GB
-WORKERS ?= 2
 
 .PHONY: help demo test quality style notebooks sanitize bench clean
 
@@ -40,7 +38,7 @@ demo: $(READY)
 	$(BIN)/peft-ext generate $(DEMO) --prompt "The for statement is used to" "A class definition is" --max_new_tokens 32
 
 test: $(READY)
-	$(BIN)/python -m pytest -q --durations=10 -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -q --durations=10
 
 quality: $(READY)
 	$(BIN)/ruff check .

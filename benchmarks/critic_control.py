@@ -75,13 +75,13 @@ class Row:
         return self.method + (f", strength {self.level:g}" if self.level else "")
 
 
-STRENGTHS = (1.0, 2.0, 4.0, 8.0)
+STRENGTHS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 ROWS = (
     Row(FROZEN),
     Row(PROMPT),
     *(Row(BEST, count) for count in (2, 4, 10)),
     *(Row(CRITIC, strength) for strength in STRENGTHS),
-    *(Row(ACTION, strength) for strength in STRENGTHS[1::2]),
+    *(Row(ACTION, strength) for strength in (4.0, 16.0)),
     *(Row(WEIGHTED, strength) for strength in STRENGTHS),
     Row(RLOO),
 )
