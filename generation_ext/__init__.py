@@ -1,0 +1,2 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Extensions of transformers' generation: what steers a frozen language model while it writes."""
