@@ -26,6 +26,7 @@ class ModelTraits(NamedTuple):
         model: The transformers model, without PEFT's wrapper; tuned layers are inside.
         backbone: Its part without the output head; of an encoder-decoder model the encoder.
         kind: `"causal"`, `"encoder-decoder"` or `"encoder"`.
+        positions: Whether `forward` takes positions.
         trees: Whether positions and a 4D mask can be given, so that several texts fit into one row.
         windows: Each kind of attention in the model -> how many tokens it sees; None: all.
         cache_argument: What `forward` calls its cache.
@@ -36,6 +37,7 @@ class ModelTraits(NamedTuple):
     model: PreTrainedModel
     backbone: nn.Module
     kind: str
+    positions: bool
     trees: bool
     windows: dict[str, Optional[int]]
     cache_argument: str
@@ -98,7 +100,15 @@ def traits_of(model: nn.Module) -> ModelTraits:
         _check_attention(core, windows, trees)
     cache_argument = "cache" if "cache" in parameters else "past_key_values"
     return ModelTraits(
-        core, backbone, kind, trees, windows, cache_argument, _max_length(config), _widths(core, config)
+        model=core,
+        backbone=backbone,
+        kind=kind,
+        positions="position_ids" in parameters,
+        trees=trees,
+        windows=windows,
+        cache_argument=cache_argument,
+        max_length=_max_length(config),
+        widths=_widths(core, config),
     )
 
 

@@ -10,7 +10,7 @@ from generation_ext.in_context.encoding import TextEncoder
 from generation_ext.in_context.prompts import Example, Task
 
 
-ERROR, DROP, TRUNCATE = OVERFLOW = ("error", "drop_demonstrations", "truncate_input")
+ERROR, DROP, TRUNCATE, BOTH = OVERFLOW = ("error", "drop_demonstrations", "truncate_input", "drop_then_truncate")
 
 
 class Fitted(NamedTuple):
@@ -51,19 +51,32 @@ def fit(
     wholes = encoder([_cut_end(task.context(*each), moved) for each in zip(examples, demonstrations)])
     fitted = []
     for index, tokens in enumerate(wholes):
-        shown = demonstrations[index]
-        if max_tokens is None or len(tokens) <= max_tokens:
-            fitted.append(Fitted(tokens, shown))
-        elif overflow == DROP:
-            fitted.append(_drop(encode, examples[index], shown, max_tokens, index))
-        elif overflow == TRUNCATE:
-            fitted.append(_truncate(task, encode, examples[index], shown, max_tokens, index))
-        else:
-            raise ValueError(
-                f"{_what(index, shown)} takes {len(tokens)} tokens, but {max_tokens} fit before the labels; use fewer "
-                f"demonstrations, a model with a longer context, or overflow={DROP!r} or {TRUNCATE!r}."
-            )
+        example, shown = examples[index], demonstrations[index]
+        found: Optional[Fitted] = Fitted(tokens, shown)
+        if max_tokens is not None and len(tokens) > max_tokens:
+            found = _drop(encode, example, shown, max_tokens) if overflow in (DROP, BOTH) else None
+            if overflow == BOTH and found is None:
+                found = _truncate(task, encode, example, shown[len(shown) :], max_tokens)
+                found = found and found._replace(dropped=len(shown))
+            elif overflow == TRUNCATE:
+                found = _truncate(task, encode, example, shown, max_tokens)
+        if found is None:
+            raise ValueError(_refusal(index, shown, len(tokens), max_tokens, overflow))
+        fitted.append(found)
     return fitted
+
+
+def _refusal(
+    index: int, shown: Sequence[tuple[Example, str]], tokens: int, max_tokens: Optional[int], overflow: str
+) -> str:
+    what = f"input {index} with its {len(shown)} demonstrations" if shown else f"input {index}"
+    ways = {
+        ERROR: f"use fewer demonstrations, a model with a longer context, or overflow={DROP!r}, {TRUNCATE!r} or {BOTH!r}",
+        DROP: f"it is too long even without demonstrations; shorten it, or use overflow={BOTH!r}",
+        TRUNCATE: f"the rest is too long even without the input; use fewer demonstrations, or overflow={BOTH!r}",
+        BOTH: "the template alone is too long; use a shorter one, or a model with a longer context",
+    }
+    return f"{what} takes {tokens} tokens, but {max_tokens} fit before the labels; {ways[overflow]}."
 
 
 def _drop(
@@ -71,10 +84,10 @@ def _drop(
     example: Example,
     shown: Sequence[tuple[Example, str]],
     max_tokens: int,
-    index: int,
-) -> Fitted:
-    """The most demonstrations, counted from the last, that fit."""
-    fewest, most, best = 0, len(shown) - 1, None
+) -> Optional[Fitted]:
+    """The most demonstrations, counted from the last, that fit; None if not even the input does."""
+    fewest, most = 0, max(len(shown) - 1, 0)
+    best: Optional[Fitted] = None
     while fewest <= most:
         kept = (fewest + most) // 2
         tokens = encode(example, shown[len(shown) - kept :])
@@ -82,11 +95,6 @@ def _drop(
             fewest, best = kept + 1, Fitted(tokens, shown[len(shown) - kept :], len(shown) - kept)
         else:
             most = kept - 1
-    if best is None:
-        raise ValueError(
-            f"input {index} takes more than {max_tokens} tokens even without demonstrations; use "
-            f"overflow={TRUNCATE!r}, or shorten it."
-        )
     return best
 
 
@@ -96,11 +104,11 @@ def _truncate(
     example: Example,
     shown: Sequence[tuple[Example, str]],
     max_tokens: int,
-    index: int,
-) -> Fitted:
-    """The input with its fields cut to the most characters that fit; the longest field is cut first."""
+) -> Optional[Fitted]:
+    """The input with its fields cut to the most characters that fit, the longest field first; None if none do."""
     values = task.values(example)
-    fewest, most, best = 0, max(map(len, values.values())), None
+    fewest, most = 0, max(map(len, values.values()))
+    best: Optional[Fitted] = None
     while fewest <= most:
         room = (fewest + most) // 2
         shorter = {name: value[:room] for name, value in values.items()}
@@ -110,16 +118,7 @@ def _truncate(
             fewest, best = room + 1, Fitted(tokens, shown, truncated=cut)
         else:
             most = room - 1
-    if best is None:
-        raise ValueError(
-            f"{_what(index, shown)} doesn't fit into {max_tokens} tokens even if nothing is left of the input; use "
-            f"fewer demonstrations, or overflow={DROP!r}."
-        )
     return best
-
-
-def _what(index: int, shown: Sequence[tuple[Example, str]]) -> str:
-    return f"input {index} with its {len(shown)} demonstrations" if shown else f"input {index}"
 
 
 def _cut_end(text: str, characters: int) -> str:

@@ -76,8 +76,8 @@ class LabelScorer:
         task: Templates and labels.
         normalization: `"sum"` of the log-probabilities of a label's tokens, or their `"mean"` (as SG-ICL's code).
         overflow: What to do with an input that is too long for the model with its demonstrations: `"error"`,
-            `"drop_demonstrations"` (the first ones go first), or `"truncate_input"` (the ends of its longest fields).
-            A warning says how often it was done, and the result where.
+            `"drop_demonstrations"` (the first ones go first), `"truncate_input"` (the ends of its longest fields), or
+            `"drop_then_truncate"`. A warning says how often it was done, and the result where.
         max_length: Most tokens of a text with its label; None: what the model's config says.
         memory_limit: Bytes that a pass may take beside the weights; None: a quarter of what is free. A device that runs
             out of memory makes batches smaller.
@@ -130,7 +130,8 @@ class LabelScorer:
         limits = [limit for limit in (max_length, self.traits.max_length) if limit is not None]
         # of an encoder-decoder model, the labels don't lie behind the text
         room = 0 if self.traits.kind == ENCODER_DECODER else self.labels.longest
-        self.max_tokens = min(limits) - room if limits else None
+        self.max_length = min(limits) if limits else None
+        self.max_tokens = None if self.max_length is None else self.max_length - room
 
     def score(
         self, examples: Sequence[Example], demonstrations: Sequence[Demonstration] = (), calibrate: bool = False
@@ -189,7 +190,10 @@ class LabelScorer:
         )
         dropped, truncated = sum(text.dropped for text in fitted), sum(text.truncated > 0 for text in fitted)
         if dropped or truncated:
-            what = f"{dropped} demonstrations were dropped" if dropped else f"{truncated} were truncated"
+            done = [f"{dropped} demonstrations were dropped"] * (dropped > 0) + [f"{truncated} were truncated"] * (
+                truncated > 0
+            )
+            what = " and ".join(done)
             count = sum(text.dropped > 0 or text.truncated > 0 for text in fitted)
             warnings.warn(
                 f"{count} of {len(fitted)} inputs are too long for {self.max_tokens} tokens; {what}. The result's "

@@ -176,7 +176,7 @@ def test_demonstrations_are_dropped_from_the_front():
         scores = scorer.score(texts, SHOWN)
     assert scores.dropped.tolist() == [1, 2, 3] and scores.truncated.tolist() == [0, 0, 0]
     close(scores.log_probs, naive("gpt2", TASK, texts, [SHOWN[1:], SHOWN[2:], []]))
-    with pytest.raises(ValueError, match="input 0 takes more than 111 tokens even without demonstrations"):
+    with pytest.raises(ValueError, match="too long even without demonstrations; shorten it, or use"):
         scorer.score(["z" * 200], SHOWN)
 
 
@@ -191,9 +191,20 @@ def test_inputs_are_truncated():
     close(scores.log_probs, naive("gpt2", PAIR, cut, [[], []]))
 
 
+def test_first_demonstrations_then_the_input():
+    scorer = LabelScorer(model("gpt2"), tokenizer(), TASK, overflow="drop_then_truncate", max_length=60)
+    with pytest.warns(UserWarning, match="2 of 2 inputs are too long"):
+        scores = scorer.score(["a", "c" * 100], SHOWN)
+    assert scores.dropped.tolist() == [2, 3] and scores.truncated.tolist() == [0, 100 - (51 - len("In: \nOut:"))]
+    texts = ["a", "c" * (100 - scores.truncated[1])]
+    close(scores.log_probs, naive("gpt2", TASK, texts, [SHOWN[2:], []]))
+    with pytest.raises(ValueError, match="the template alone is too long"):
+        LabelScorer(model("gpt2"), tokenizer(), TASK, overflow="drop_then_truncate", max_length=15).score(["a" * 9])
+
+
 def test_demonstrations_that_leave_no_room():
     scorer = LabelScorer(model("gpt2"), tokenizer(), TASK, overflow="truncate_input", max_length=60)
-    with pytest.raises(ValueError, match="even if nothing is left of the input.*drop_demonstrations"):
+    with pytest.raises(ValueError, match="too long even without the input; use fewer demonstrations"):
         scorer.score(["a"], SHOWN)
 
 
