@@ -31,16 +31,23 @@ class Planner:
         memory_limit: Bytes that a forward pass may take beside weights and prefix; None: a quarter of what is free.
         prefix_length: Tokens of the shared prefix.
         branches: Most rows that a tree takes where trees are unfolded; 1 otherwise.
+        kept_states: Hidden states of every token that are kept until the end, such as those of all layers.
 
     Raises:
         ValueError: If `memory_limit` is not positive.
     """
 
     def __init__(
-        self, traits: ModelTraits, memory_limit: Optional[int], prefix_length: int = 0, branches: int = 1
+        self,
+        traits: ModelTraits,
+        memory_limit: Optional[int],
+        prefix_length: int = 0,
+        branches: int = 1,
+        kept_states: int = 0,
     ) -> None:
         check_memory_limit(memory_limit)
         self.traits, self.prefix_length, self.branches = traits, prefix_length, branches
+        self.kept_states = kept_states
         self.memory_limit = free_bytes(traits.device) // 4 if memory_limit is None else memory_limit
         self.row_tokens = ROW_TOKENS if traits.trees and prefix_length else 1
         self.most_tokens = _CPU_TOKENS if traits.device.type == "cpu" else _ACCELERATOR_TOKENS
@@ -77,7 +84,7 @@ class Planner:
         widths, rows = self.traits.widths, rows * self.branches
         size = torch.finfo(self.traits.dtype).bits // 8
         tokens, seen = rows * length, self.prefix_length + length
-        products = tokens * (6 * widths.hidden + 3 * widths.widest) * size
+        products = tokens * ((6 + self.kept_states) * widths.hidden + 3 * widths.widest) * size
         attention = rows * seen * 2 * (widths.keys + widths.queries) * size
         masks = rows * length * seen * (4 * widths.heads * 2 if self.traits.eager else 6)
         return products + attention + masks + reads * widths.vocabulary * (size + 8)
