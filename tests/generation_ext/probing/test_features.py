@@ -63,7 +63,9 @@ def test_models_without_head_and_with_adapters():
 
     from peft_ext import PeqaConfig
 
-    close(FeatureExtractor(model("gpt2").transformer, tokenizer()).extract(TEXTS, PREFIX), naive("gpt2", TEXTS, PREFIX))
+    close(
+        FeatureExtractor(model("gpt2").transformer, tokenizer()).extract(TEXTS, PREFIX), naive("gpt2", TEXTS, PREFIX)
+    )
     packed = get_peft_model(copy.deepcopy(model("llama")), PeqaConfig(bits=4, group_size=16)).eval()
     found = FeatureExtractor(packed, tokenizer_for("llama")).extract(TEXTS, PREFIX)
     close(found, naive("llama", TEXTS, PREFIX, lm=packed))
@@ -82,7 +84,9 @@ def test_small_batches(name, limit, monkeypatch):
 
 def test_the_prefix_runs_once(monkeypatch):
     lengths, encode = [], module.encode_prefix
-    monkeypatch.setattr(module, "encode_prefix", lambda traits, shared: lengths.append(len(shared)) or encode(traits, shared))
+    monkeypatch.setattr(
+        module, "encode_prefix", lambda traits, shared: lengths.append(len(shared)) or encode(traits, shared)
+    )
     seen, run = [], FeatureExtractor._run
     monkeypatch.setattr(
         FeatureExtractor, "_run", lambda self, trees, *rest: seen.extend(map(len, trees)) or run(self, trees, *rest)
