@@ -1,0 +1,118 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""What the benchmarks of in-context methods share: labelled examples of a task, and a tiny model that reads bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from benchmarks.common import ROOT
+from generation_ext.in_context import TASKS, Task
+
+
+AG_NEWS = Task(
+    name="ag_news",
+    template="Article : {text}\nTopic :",
+    labels={"World": " World", "Sports": " Sports", "Business": " Business", "Sci/Tech": " Science and technology"},
+)
+# What the fields of the built-in pair tasks are called in the data.
+_COLUMNS = {"premise": "text_a", "hypothesis": "text_b"}
+
+
+class Example(NamedTuple):
+    """A labelled input."""
+
+    fields: dict[str, str]
+    label: str
+
+
+def task_named(name: str) -> Task:
+    """A task by its data set's name."""
+    return {**TASKS, AG_NEWS.name: AG_NEWS}[name]
+
+
+def read_examples(data_dir: Path, task: Task, split: str, seed: int = 0) -> list[Example]:
+    """All labelled examples of a split, in random order.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    path = data_dir / task.name / f"{split}.jsonl"
+    with open(path, encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    fields = {field: _COLUMNS.get(field, field) for field in task.fields}
+    examples = [Example({field: row[column] for field, column in fields.items()}, row["label"]) for row in rows]
+    random.Random(seed).shuffle(examples)
+    return examples
+
+
+def default_data_dir() -> Optional[Path]:
+    """PEFT_EXT_CLASSIFICATION_DATA, or the folder of data sets beside the repository, if there is one."""
+    named = os.environ.get("PEFT_EXT_CLASSIFICATION_DATA")
+    beside = ROOT.parent / "shared" / "data"
+    return Path(named) if named else beside if beside.is_dir() else None
+
+
+def missing_file(data_dir: Optional[Path], names: Sequence[str], splits: Sequence[str]) -> Optional[str]:
+    """What is wrong with the data, in a sentence; None if nothing is."""
+    if data_dir is None:
+        return "no data: pass --data-dir (or PEFT_EXT_CLASSIFICATION_DATA), a folder with a folder for each task"
+    for name in names:
+        if not any((data_dir / name / f"{split}.jsonl").is_file() for split in splits):
+            return f"{data_dir / name}: no {' or '.join(f'{split}.jsonl' for split in splits)}"
+    return None
+
+
+def smoke_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """A tiny random Llama and its tokenizer, whose tokens are bytes."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator([], trainers.BpeTrainer(initial_alphabet=alphabet, special_tokens=["<eos>"]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config).eval(), tokenizer
+
+
+def smoke_task(name: str) -> Task:
+    """The task, with shorter texts to generate."""
+    return replace(task_named(name), max_new_tokens=4, min_new_tokens=2)
+
+
+def smoke_examples(task: Task, count: int, seed: int = 0) -> list[Example]:
+    """Short texts with labels."""
+    chosen, labels = random.Random(seed), list(task.labels)
+    return [
+        Example({field: f"text {chosen.randrange(100)}" for field in task.fields}, labels[i % len(labels)])
+        for i in range(count)
+    ]
+
+
+def accuracy(predictions: Sequence[str], examples: Sequence[Example]) -> float:
+    """Percent."""
+    return 100 * sum(found == example.label for found, example in zip(predictions, examples)) / len(examples)
+
+
+def demonstrations(examples: Sequence[Example]) -> list[tuple[Any, str]]:
+    """Examples as the scorer takes them."""
+    return [(example.fields, example.label) for example in examples]

@@ -1,0 +1,330 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Label scores are those of a naive loop over whole strings, whatever is shared, packed, batched, dropped or cut."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+
+from generation_ext.in_context import batching, scoring
+from generation_ext.in_context.prompts import Task
+from generation_ext.in_context.scoring import CONTENT_FREE, LabelScorer
+from tests.generation_ext.text_models import CAUSAL, LENGTH, model, naive_log_prob, tokenizer, tokenizer_for
+
+
+TASK = Task("In: {text}\nOut:", {"neg": " bad", "pos": " good", "very": " goodness", "other": " x"})
+PAIR = Task("{premise}\nso {hypothesis}? ", {"entailment": "true", "contradiction": "false"})
+TEXTS = [
+    "a fine film",
+    "",
+    "two hours that are gone for good",
+    "it",
+    "é ü 漢字",
+    "so so",
+    "dull",
+    "a joy",
+    "on and on",
+]
+SHOWN = [("what a bore", "neg"), ("a masterpiece", "pos"), ("neither here nor there", "other")]
+
+
+def naive(name, task, texts, demonstrations, lm=None, mean=False):
+    rows = []
+    for text, shown in zip(texts, demonstrations):
+        context = task.context(text, shown)
+        found = [naive_log_prob(name, lm or model(name), context, word) for word in task.words]
+        rows.append([total / count if mean else total for total, count in found])
+    return np.array(rows)
+
+
+def close(ours, reference):
+    assert ours.shape == reference.shape
+    assert np.abs(reference).max() > 1, "a reference of zeros shows nothing"
+    np.testing.assert_allclose(ours, reference, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", [*CAUSAL, "t5"])
+@pytest.mark.parametrize("shown", [[], SHOWN], ids=["zero-shot", "demonstrations"])
+def test_equals_the_naive_loop(name, shown):
+    scores = LabelScorer(model(name), tokenizer_for(name), TASK).score(TEXTS, shown)
+    close(scores.log_probs, naive(name, TASK, TEXTS, [shown] * len(TEXTS)))
+    assert scores.labels == ("neg", "pos", "very", "other")
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_eager_attention(name):
+    scores = LabelScorer(model(name, "eager"), tokenizer_for(name), TASK).score(TEXTS, SHOWN)
+    close(scores.log_probs, naive(name, TASK, TEXTS, [SHOWN] * len(TEXTS)))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "bloom"])
+def test_demonstrations_of_their_own(name):
+    shown = [SHOWN[: i % 3] if i != 4 else [] for i in range(len(TEXTS))]
+    scores = LabelScorer(model(name), tokenizer_for(name), TASK).score_each(TEXTS, shown)
+    close(scores.log_probs, naive(name, TASK, TEXTS, shown))
+
+
+def test_groups_that_share_demonstrations():
+    """A large group with a prefix of its own, and two small ones in rows of their own."""
+    first, second, third = SHOWN, SHOWN[::-1], SHOWN[:1]
+    texts = TEXTS + ["once more", "good", "worse"]
+    shown = [first] * len(TEXTS) + [second, third, second]
+    scores = LabelScorer(model("llama"), tokenizer_for("llama"), TASK).score_each(texts, shown)
+    close(scores.log_probs, naive("llama", TASK, texts, shown))
+
+
+@pytest.mark.parametrize("shown", [[], SHOWN])
+def test_pairs_and_the_mean_over_tokens(shown):
+    examples = [{"premise": text, "hypothesis": text[::-1], "unused": 3} for text in TEXTS]
+    demonstrations = [({"premise": text, "hypothesis": "no"}, "contradiction") for text, _ in shown]
+    scorer = LabelScorer(model("llama"), tokenizer_for("llama"), PAIR, normalization="mean")
+    reference = naive("llama", PAIR, examples, [demonstrations] * len(TEXTS), mean=True)
+    close(scorer.score(examples, demonstrations).log_probs, reference)
+
+
+def test_packed_model_and_lora():
+    from peft_ext import PeqaConfig
+
+    torch.manual_seed(1)
+    packed = get_peft_model(copy.deepcopy(model("llama")), PeqaConfig(bits=4, group_size=16)).eval()
+    lora = get_peft_model(copy.deepcopy(model("llama")), LoraConfig(init_lora_weights=False)).eval()
+    plain = LabelScorer(model("llama"), tokenizer_for("llama"), TASK).score(TEXTS, SHOWN)
+    for tuned in (packed, lora):
+        scores = LabelScorer(tuned, tokenizer_for("llama"), TASK).score(TEXTS, SHOWN)
+        close(scores.log_probs, naive("llama", TASK, TEXTS, [SHOWN] * len(TEXTS), lm=tuned))
+        assert np.abs(scores.log_probs - plain.log_probs).max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("limit", [1, 300_000])
+def test_small_batches(name, limit, monkeypatch):
+    sizes = []
+    batches = batching.Planner.batches
+    monkeypatch.setattr(batching.Planner, "batches", lambda *args: sizes.append(len(batches(*args))) or batches(*args))
+    scorer = LabelScorer(model(name), tokenizer_for(name), TASK, memory_limit=limit)
+    scores = scorer.score(TEXTS, SHOWN)
+    assert sizes[0] > 1
+    close(scores.log_probs, naive(name, TASK, TEXTS, [SHOWN] * len(TEXTS)))
+
+
+def test_goes_on_after_the_device_ran_out_of_memory(monkeypatch):
+    calls = []
+
+    def scarce(traits, rows, prefix):
+        calls.append(rows.tokens.numel())
+        if rows.tokens.numel() > 64:
+            raise torch.OutOfMemoryError("out of memory")
+        return read(traits, rows, prefix)
+
+    read = scoring.read_logits
+    monkeypatch.setattr(scoring, "read_logits", scarce)
+    scorer = LabelScorer(model("llama"), tokenizer_for("llama"), TASK)
+    scores = scorer.score(TEXTS, SHOWN[:0])
+    assert calls[0] > 64 >= calls[-1]
+    close(scores.log_probs, naive("llama", TASK, TEXTS, [[]] * len(TEXTS)))
+
+
+@pytest.mark.parametrize("texts", [TEXTS, TEXTS[:1]])
+def test_contextual_calibration(texts):
+    scorer = LabelScorer(model("llama"), tokenizer_for("llama"), TASK)
+    scores = scorer.score(texts, SHOWN, calibrate=True)
+    raw = naive("llama", TASK, texts, [SHOWN] * len(texts))
+    close(scores.log_probs, raw)
+    free = np.exp(naive("llama", TASK, CONTENT_FREE, [SHOWN] * len(CONTENT_FREE)))
+    prior = (free / free.sum(1, keepdims=True)).mean(0)
+    expected = np.exp(raw) / prior
+    expected /= expected.sum(1, keepdims=True)
+    np.testing.assert_allclose(scores.probabilities(), expected, atol=1e-4)
+    assert scores.predictions() == [scores.labels[i] for i in expected.argmax(1)]
+
+
+def test_the_model_is_left_as_it_was():
+    lm = copy.deepcopy(model("gpt2")).train()
+    lm.transformer.h[0].eval()
+    state = copy.deepcopy(lm.state_dict())
+    LabelScorer(lm, tokenizer(), TASK).score(TEXTS, SHOWN)
+    assert lm.training and lm.transformer.h[1].training and not lm.transformer.h[0].training
+    assert not lm.lm_head._forward_pre_hooks
+    for name, value in lm.state_dict().items():
+        assert torch.equal(value, state[name])
+
+
+def test_no_examples():
+    scores = LabelScorer(model("gpt2"), tokenizer(), TASK).score([])
+    assert scores.log_probs.shape == (0, 4) and scores.predictions() == []
+
+
+# inputs that don't fit
+
+
+def test_too_long_is_an_error():
+    scorer = LabelScorer(model("gpt2"), tokenizer(), TASK)
+    with pytest.raises(ValueError, match="input 1 with its 3 demonstrations takes .* tokens, but 503 fit"):
+        scorer.score(["short", "long " * 200], SHOWN)
+    assert scorer.max_tokens == LENGTH - len(" goodness")
+
+
+def test_demonstrations_are_dropped_from_the_front():
+    scorer = LabelScorer(model("gpt2"), tokenizer(), TASK, overflow="drop_demonstrations", max_length=120)
+    texts = ["s" * 20, "x" * 60, "y" * 90]
+    with pytest.warns(UserWarning, match="3 of 3 inputs are too long for 111 tokens; 6 demonstrations were dropped"):
+        scores = scorer.score(texts, SHOWN)
+    assert scores.dropped.tolist() == [1, 2, 3] and scores.truncated.tolist() == [0, 0, 0]
+    close(scores.log_probs, naive("gpt2", TASK, texts, [SHOWN[1:], SHOWN[2:], []]))
+    with pytest.raises(ValueError, match="too long even without demonstrations; shorten it, or use"):
+        scorer.score(["z" * 200], SHOWN)
+
+
+def test_inputs_are_truncated():
+    scorer = LabelScorer(model("gpt2"), tokenizer(), PAIR, overflow="truncate_input", max_length=60)
+    texts = [{"premise": "p" * 100_000, "hypothesis": "h" * 5}, {"premise": "a", "hypothesis": "b"}]
+    with pytest.warns(UserWarning, match="1 of 2 inputs are too long for 55 tokens; 1 were truncated"):
+        scores = scorer.score(texts)
+    kept = 55 - len("\nso hhhhh? ")
+    assert scores.truncated.tolist() == [100_000 - kept, 0]
+    cut = [{"premise": "p" * kept, "hypothesis": "h" * 5}, texts[1]]
+    close(scores.log_probs, naive("gpt2", PAIR, cut, [[], []]))
+
+
+def test_first_demonstrations_then_the_input():
+    scorer = LabelScorer(model("gpt2"), tokenizer(), TASK, overflow="drop_then_truncate", max_length=60)
+    with pytest.warns(UserWarning, match="2 of 2 inputs are too long"):
+        scores = scorer.score(["a", "c" * 100], SHOWN)
+    assert scores.dropped.tolist() == [2, 3] and scores.truncated.tolist() == [0, 100 - (51 - len("In: \nOut:"))]
+    texts = ["a", "c" * (100 - scores.truncated[1])]
+    close(scores.log_probs, naive("gpt2", TASK, texts, [SHOWN[2:], []]))
+    with pytest.raises(ValueError, match="the template alone is too long"):
+        LabelScorer(model("gpt2"), tokenizer(), TASK, overflow="drop_then_truncate", max_length=15).score(["a" * 9])
+
+
+def test_demonstrations_that_leave_no_room():
+    scorer = LabelScorer(model("gpt2"), tokenizer(), TASK, overflow="truncate_input", max_length=60)
+    with pytest.raises(ValueError, match="too long even without the input; use fewer demonstrations"):
+        scorer.score(["a"], SHOWN)
+
+
+def test_more_classes_than_demonstrations_fit():
+    task = Task("In: {text}\nOut:", {str(i): f" label{i}" for i in range(60)})
+    shown = [(f"text {i}", str(i)) for i in range(60)]
+    with pytest.raises(ValueError, match="input 0 with its 60 demonstrations takes"):
+        LabelScorer(model("gpt2"), tokenizer(), task).score(["a"], shown)
+    with pytest.warns(UserWarning, match="dropped"):
+        scores = LabelScorer(model("gpt2"), tokenizer(), task, overflow="drop_demonstrations").score(["a"], shown)
+    kept = shown[scores.dropped[0] :]
+    assert 0 < len(kept) < 60
+    close(scores.log_probs, naive("gpt2", task, ["a"], [kept]))
+
+
+# what is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"normalization": "max"}, "normalization='max' is unknown"),
+        ({"overflow": "ignore"}, "overflow='ignore' is unknown"),
+        ({"max_length": 0}, "max_length=0 must be positive"),
+        ({"memory_limit": 0}, "memory_limit=0 must be a positive"),
+    ],
+)
+def test_arguments(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        LabelScorer(model("gpt2"), tokenizer(), TASK, **options)
+
+
+def test_models_that_cannot_be_scored():
+    with pytest.raises(ValueError, match="is an encoder"):
+        LabelScorer(model("bert"), tokenizer(), TASK)
+    with pytest.raises(TypeError, match="transformers model"):
+        LabelScorer(torch.nn.Linear(2, 2), tokenizer(), TASK)
+    prompts = get_peft_model(
+        copy.deepcopy(model("gpt2")), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    )
+    with pytest.raises(ValueError, match="learned prompts"):
+        LabelScorer(prompts, tokenizer(), TASK)
+    headless = model("gpt2").transformer
+    with pytest.raises(TypeError, match="no output head"):
+        LabelScorer(headless, tokenizer(), TASK).score(TEXTS)
+    damaged = copy.deepcopy(model("gpt2"))
+    damaged.transformer.ln_f.weight.data[:] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        LabelScorer(damaged, tokenizer(), TASK).score(TEXTS)
+
+
+def test_recurrent_and_chunked_models():
+    import transformers
+
+    config = transformers.MambaConfig(vocab_size=260, hidden_size=16, num_hidden_layers=1, state_size=4)
+    with pytest.raises(ValueError):
+        LabelScorer(transformers.AutoModelForCausalLM.from_config(config), tokenizer(), TASK)
+    other = copy.deepcopy(model("llama"))
+    other.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
+        LabelScorer(other, tokenizer(), TASK)
+
+
+class Nothing:
+    """A tokenizer that drops or joins what it is told to."""
+
+    bos_token_id = eos_token_id = None
+
+    def __init__(self, ids):
+        self.ids = ids
+
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        texts = [text] if isinstance(text, str) else text
+        found = [[ord(character) % 250 for character in self.ids(each)] for each in texts]
+        return {"input_ids": found[0] if isinstance(text, str) else found}
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (lambda text: text.replace(" bad", ""), "no token of ' bad', the word of 'neg'"),
+        (lambda text: text.replace(" bad", " good"), "'neg' and 'pos' are the same tokens"),
+        (lambda text: text.replace(": ", "_"), "one token of the end of the template 'In: {text}\\nOut:'"),
+    ],
+)
+def test_labels_of_the_tokenizer(ids, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        LabelScorer(model("gpt2"), Nothing(ids), TASK)
+
+
+def test_white_space_that_is_joined_with_the_label():
+    """As byte-pair tokenizers do with 'Out: ' and 'bad': the space belongs to the label's token."""
+    joined = Nothing(lambda text: text.replace(": bad", ":B").replace(": good", ":G"))
+    task = Task("In: {text}\nOut: ", {"neg": "bad", "pos": "good"})
+    scorer = LabelScorer(model("gpt2"), joined, task)
+    assert [len(ids) for ids in scorer.labels.ids] == [1, 1]
+    plain = Nothing(lambda text: text)
+    apart = LabelScorer(model("gpt2"), plain, Task("In: {text}\nOut:", {"neg": "B", "pos": "G"}))
+    close(scorer.score(TEXTS).log_probs, apart.score(TEXTS).log_probs)
+
+
+def test_examples_that_are_none():
+    scorer = LabelScorer(model("gpt2"), tokenizer(), TASK)
+    with pytest.raises(TypeError, match="single string"):
+        scorer.score("a text")
+    with pytest.raises(TypeError, match="must be a string or a mapping"):
+        scorer.score([3])
+    with pytest.raises(ValueError, match="label='nope' is unknown"):
+        scorer.score(["a"], [("b", "nope")])
+    with pytest.raises(ValueError, match="2 examples, but demonstrations for 1"):
+        scorer.score_each(["a", "b"], [[]])
+
+
+def test_nothing_to_begin_with():
+    """No start token, no template text, an empty input: nothing that a label could follow."""
+    task = Task("{text}", {"a": "a", "b": "b"})
+    with pytest.raises(ValueError, match="no start token"):
+        LabelScorer(model("gpt2"), Nothing(lambda text: text), task).score([""])
+    scores = LabelScorer(model("gpt2"), tokenizer(), task).score(["", "x"])
+    with torch.no_grad():
+        logits = model("gpt2")(torch.tensor([[tokenizer().eos_token_id]])).logits[0, -1].log_softmax(-1)
+    expected = [logits[tokenizer()(word)["input_ids"][0]].item() for word in "ab"]
+    np.testing.assert_allclose(scores.log_probs[0], expected, atol=1e-4)
