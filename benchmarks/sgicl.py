@@ -150,10 +150,7 @@ class Study:
                 result = self.measure(row, name, part, seed)
                 result["seconds"] = time.perf_counter() - start
                 self.results.add(key, result)
-                log(
-                    f"{name}, {part}: {row.title}, seed {seed}: {result['accuracy']:.1f} %, "
-                    f"{result['seconds']:.0f} s"
-                )
+                log(f"{name}, {part}: {row.title}, seed {seed}: {result['accuracy']:.1f} %, {result['seconds']:.0f} s")
 
     def measure(self, row: Row, name: str, part: str, seed: int) -> dict[str, Any]:
         """Accuracy of a row under one seed."""
@@ -166,15 +163,11 @@ class Study:
                 return self._measure_own(row, task, examples, part, seed)
             shown = random.Random(seed).sample(data["train"], row.shots)
             # the paper's code drops what is too long from the left
-            scorer = LabelScorer(
-                self.model, self.tokenizer, task, normalization="mean", overflow="drop_then_truncate"
-            )
+            scorer = LabelScorer(self.model, self.tokenizer, task, normalization="mean", overflow="drop_then_truncate")
             scores = scorer.score(fields, demonstrations(shown), row.calibrate)
         return {"accuracy": accuracy(scores.predictions(), examples), "dropped": int(scores.dropped.sum())}
 
-    def _measure_own(
-        self, row: Row, task: Task, examples: Sequence[Example], part: str, seed: int
-    ) -> dict[str, Any]:
+    def _measure_own(self, row: Row, task: Task, examples: Sequence[Example], part: str, seed: int) -> dict[str, Any]:
         generated_with = seed if self.args.pools_per_seed else SEEDS[0]
         sg_icl = SelfGeneratedICL(
             self.model,

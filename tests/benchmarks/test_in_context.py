@@ -96,7 +96,8 @@ def test_development_examples_are_no_demonstrations(tmp_path):
         (tmp_path / name).mkdir()
         for split in splits:
             rows = [
-                {"text": f"{split} {i}", "text_a": "a", "text_b": f"{split} {i}", "label": "neutral"} for i in range(30)
+                {"text": f"{split} {i}", "text_a": "a", "text_b": f"{split} {i}", "label": "neutral"}
+                for i in range(30)
             ]
             (tmp_path / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     args, budget = sgicl.parse(["--data-dir", str(tmp_path), "--tasks", "cb", "sst2", "--development-inputs", "10"])
