@@ -180,6 +180,15 @@ def test_demonstrations_are_dropped_from_the_front():
         scorer.score(["z" * 200], SHOWN)
 
 
+def test_the_prior_is_behind_the_demonstrations_that_are_left():
+    scorer = LabelScorer(model("gpt2"), tokenizer(), TASK, overflow="drop_demonstrations", max_length=120)
+    with pytest.warns(UserWarning, match="dropped"):
+        scores = scorer.score(["s" * 20], SHOWN, calibrate=True)
+    assert scores.dropped.tolist() == [1]
+    alone = LabelScorer(model("gpt2"), tokenizer(), TASK).score(["s" * 20], SHOWN[1:], calibrate=True)
+    np.testing.assert_allclose(scores.prior, alone.prior, atol=1e-4)
+
+
 def test_inputs_are_truncated():
     scorer = LabelScorer(model("gpt2"), tokenizer(), PAIR, overflow="truncate_input", max_length=60)
     texts = [{"premise": "p" * 100_000, "hypothesis": "h" * 5}, {"premise": "a", "hypothesis": "b"}]
