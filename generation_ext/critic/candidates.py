@@ -139,7 +139,64 @@ class Branches:
         return self.prefix.after(self.hidden[rows, choice])
 
 
-def branch(backbone: Backbone, prefix: Prefix, candidates: torch.Tensor, keep: bool = False) -> Branches:
+class Room:
+    """Keys and values of all layers in one tensor with free slots, which a cache of plain dynamic layers is moved into:
+    candidates are then written behind the text, and nothing of the text is copied."""
+
+    def __init__(self) -> None:
+        self.states = torch.empty(0)  # [layers, keys or values, batch, heads, slots, size]
+        self.slots: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._given: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def move_in(self, cache: Cache, length: int, count: int) -> bool:
+        """Move a cache of `length` tokens in, and see that `count` more have room; False if it isn't of that kind."""
+        if type(cache) is not DynamicCache or cache.offloading:
+            return False
+        layers: list[Any] = cache.layers
+        if len(layers) != len(self.slots) or self.states.shape[-2] < length + count:
+            if not self._allocate(layers, length, count):
+                return False
+        elif all(layer.keys is keys and layer.values is values for layer, (keys, values) in zip(layers, self._given)):
+            return True
+        elif not self._alike(layers):
+            return False
+        for (key_slots, value_slots), layer in zip(self.slots, layers):
+            key_slots[:, :, :length] = layer.keys
+            value_slots[:, :, :length] = layer.values
+        self.give(cache, length)
+        return True
+
+    def give(self, cache: Cache, length: int) -> None:
+        """Let the cache be the first `length` slots."""
+        self._given = [(keys.narrow(2, 0, length), values.narrow(2, 0, length)) for keys, values in self.slots]
+        for layer, (keys, values) in zip(cache.layers, self._given):
+            layer.keys, layer.values = keys, values
+
+    def _allocate(self, layers: list[Any], length: int, count: int) -> bool:
+        first = layers[0].keys
+        # more by half each time, so that a text is copied a few times at most
+        slots = length + count + max(64, length // 2)
+        self.states = first.new_empty((len(layers), 2, *first.shape[:2], slots, first.shape[-1]))
+        self.slots = [(pair[0], pair[1]) for pair in self.states]
+        return self._alike(layers)
+
+    def _alike(self, layers: list[Any]) -> bool:
+        """Whether all layers' keys and values fit into the slots."""
+        free = self.states
+        return all(
+            type(layer) is DynamicLayer
+            and states.shape[:2] == free.shape[2:4]
+            and states.shape[-1] == free.shape[-1]
+            and states.device == free.device
+            and states.dtype == free.dtype
+            for layer in layers
+            for states in (layer.keys, layer.values)
+        )
+
+
+def branch(
+    backbone: Backbone, prefix: Prefix, candidates: torch.Tensor, keep: bool = False, room: Optional[Room] = None
+) -> Branches:
     """Encode candidates for the next token. The prefix and its cache stay as they are.
 
     Args:
@@ -147,10 +204,11 @@ def branch(backbone: Backbone, prefix: Prefix, candidates: torch.Tensor, keep: b
         prefix: The text so far.
         candidates: Tokens `[batch, k]`.
         keep: Whether [`Branches.chosen`] will be called; the candidates' keys and values are kept for it.
+        room: Where the prefix's cache may be moved to, which keeps its contents; with `keep`.
     """
     candidates = candidates.to(prefix.hidden.device)
     if backbone.takes_trees(prefix):
-        return _tree(backbone, prefix, candidates, keep)
+        return _tree(backbone, prefix, candidates, keep, room)
     return _expanded(backbone, prefix, candidates)
 
 
@@ -178,10 +236,14 @@ def unwatched() -> Iterator[None]:
         _running.depth -= 1
 
 
-def _tree(backbone: Backbone, prefix: Prefix, candidates: torch.Tensor, keep: bool) -> Branches:
-    windows = backbone.windows()
-    assert windows is not None  # for mypy; takes_trees has looked
-    view = _PrefixView(prefix.cache, prefix.length, _windows_of_layers(backbone, windows, prefix.cache), keep)
+def _tree(backbone: Backbone, prefix: Prefix, candidates: torch.Tensor, keep: bool, room: Optional[Room]) -> Branches:
+    windows = backbone.windows() or {}
+    of_layers = _windows_of_layers(backbone, windows, prefix.cache)
+    view: _PrefixView
+    if room is not None and not any(of_layers) and room.move_in(prefix.cache, prefix.length, candidates.shape[1]):
+        view = _RoomView(prefix.cache, prefix.length, of_layers, keep, room)
+    else:
+        view = _PrefixView(prefix.cache, prefix.length, of_layers, keep)
     masks = {kind: _tree_mask(prefix, candidates.shape[1], view.visible(window)) for kind, window in windows.items()}
     positions = prefix.positions
     if positions is None:
@@ -274,6 +336,30 @@ class _PrefixView(Cache):
         seen = self.visible(self.windows[layer_idx])
         start = stored - seen
         return layer.keys[:, :, start:stored], layer.values[:, :, start:stored]
+
+
+class _RoomView(_PrefixView):
+    """A view of a cache that lies in a room with free slots behind it, which the new tokens are written to."""
+
+    def __init__(self, cache: Cache, length: int, windows: list[Optional[int]], keep: bool, room: Room) -> None:
+        super().__init__(cache, length, windows, keep)
+        self.room = room
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        count = key_states.shape[-2]
+        key_slots, value_slots = self.room.slots[layer_idx]
+        key_slots.narrow(2, self.length, count).copy_(key_states)
+        value_slots.narrow(2, self.length, count).copy_(value_states)
+        return key_slots.narrow(2, 0, self.length + count), value_slots.narrow(2, 0, self.length + count)
+
+    def append(self, choice: torch.Tensor) -> None:
+        states = self.room.states
+        rows = torch.arange(len(choice), device=choice.device)
+        chosen = states[:, :, rows, :, self.length + choice]  # rows come first: [batch, layers, 2, heads, size]
+        states.select(-2, self.length).copy_(chosen.movedim(0, 2))
+        self.room.give(self, self.length + 1)
 
 
 def _expanded(backbone: Backbone, prefix: Prefix, candidates: torch.Tensor) -> Branches:

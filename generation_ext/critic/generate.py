@@ -14,7 +14,7 @@ from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput, logits_process
 
-from generation_ext.critic.candidates import CACHE_NAMES, Branches, Prefix, branch, unwatched
+from generation_ext.critic.candidates import CACHE_NAMES, Branches, Prefix, Room, branch, unwatched
 from generation_ext.critic.processor import CriticLogitsProcessor
 from generation_ext.critic.value import Critic, backbone
 
@@ -152,6 +152,7 @@ class _Steps:
         self.generation_config = generation_config
         self.model_kwargs = model_kwargs
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
+        self.room = Room()
         self.prefix: Optional[Prefix] = None
         self.branches: Optional[Branches] = None
         self.candidates = torch.empty(0)
@@ -169,7 +170,7 @@ class _Steps:
         self.branches = None
         if processor.reads_model:
             prefix = self.prefix if self.prefix is not None else processor.prefix(input_ids)
-            self.branches = branch(processor.backbone, prefix, self.candidates, keep=True)
+            self.branches = branch(processor.backbone, prefix, self.candidates, keep=True, room=self.room)
             gain += processor.gain_on(prefix, self.branches).to(gain.device)
         processor.watcher.drop()
         return self.after(input_ids, processor.reweighted(scores, self.candidates, usable, gain))

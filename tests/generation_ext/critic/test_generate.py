@@ -117,6 +117,30 @@ def test_the_cache_is_the_one_that_ordinary_steps_fill(name, cache):
 
 
 @pytest.mark.parametrize("sampled", [False, True])
+def test_the_text_is_not_copied_at_every_step(sampled):
+    """The cache lies in one piece of memory with free slots behind it, and in a larger one once that is full."""
+    model = shared("llama")
+    cache = transformers.DynamicCache(config=model.config)
+    places = []
+
+    class Look(transformers.StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            places.append({layer.values.untyped_storage().data_ptr() for layer in cache.layers})
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    kwargs = {"do_sample": sampled, "top_k": 4 if sampled else None, "max_new_tokens": 100, "eos_token_id": None}
+    with CriticLogitsProcessor(model, random_critic(model), 5, STRENGTH) as processor:
+        expected = generate(model, [processor], **kwargs)
+        output = generate(
+            model, [processor], custom_generate=critic_generate, cache=cache, stopping_criteria=[Look()], **kwargs
+        )
+    assert torch.equal(output.sequences, expected.sequences)
+    moves = [step for step in range(100) if step == 0 or places[step] != places[step - 1]]
+    assert all(len(place) == 1 for place in places)
+    assert len(moves) == 2 and moves[1] > 60
+
+
+@pytest.mark.parametrize("sampled", [False, True])
 def test_a_critic_stands_where_a_processor_would(sampled):
     """Before temperature and the like, after generate's penalties."""
     model, critic = shared("llama"), random_critic(shared("llama"))
