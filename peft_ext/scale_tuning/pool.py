@@ -5,10 +5,10 @@ copy."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Union
 
 import torch
 from peft import PeftConfig
@@ -138,7 +138,12 @@ class AdapterPool:
         del self._adapters[name]
 
     def activate(self, name: Optional[str]) -> None:
-        """Let the model compute with an adapter, or with the base for None."""
+        """Let the model compute with an adapter, or with the base for None.
+
+        Raises:
+            ValueError: If there is no such adapter, or the model was moved or cast since the pool was made.
+        """
+        self._check_in_place()
         self._scales.copy_(self._whole(None if name is None else self._find(name)))
         self._active = name
 
@@ -150,8 +155,12 @@ class AdapterPool:
             names: One for each sample, None for the base. Beams and `num_return_sequences` are the model's to add.
 
         Raises:
-            ValueError: If there is no such adapter; inside the block, if a batch isn't a multiple of `names`.
+            ValueError: If there is no such adapter, within another such block, or if the model was moved or cast since
+                the pool was made; inside the block, if a batch isn't a multiple of `names`.
         """
+        self._check_in_place()
+        if any("forward" in vars(layer) for layer in self._layers.values()):
+            raise ValueError("mixed can't be used within itself: one block names the adapters of all samples.")
         if isinstance(names, str) or not names:
             raise ValueError(f"names={names!r} must be a list with an adapter's name, or None, for each sample.")
         distinct = list(dict.fromkeys(names))
@@ -160,10 +169,9 @@ class AdapterPool:
         stacked = torch.stack(wholes) if len(wholes) * self._base.nbytes <= _STACKED_BYTES else None
         choice = torch.tensor([distinct.index(name) for name in names], device=self._base.device)
         for name, layer in self._layers.items():
-            scales = partial(_scales_of, wholes, stacked, self._spans[name], layer.scale.shape)
-            if stacked is not None:
-                scales = partial(_same, scales())
-            layer.forward = partial(_forward_mixed, layer, scales, choice)  # type: ignore[method-assign]
+            span = self._spans[name]
+            parts = [whole[span] for whole in wholes] if stacked is None else stacked[:, span].contiguous()
+            layer.forward = partial(_forward_mixed, layer, parts, choice)  # type: ignore[method-assign]
         try:
             yield
         finally:
@@ -172,6 +180,14 @@ class AdapterPool:
 
     def __repr__(self) -> str:
         return f"AdapterPool({len(self._adapters)} adapters, {self.nbytes / 1e6:.1f} MB, active={self._active!r})"
+
+    def _check_in_place(self) -> None:
+        first = next(iter(self._layers.values()))
+        if first.scale.data_ptr() != self._scales.data_ptr():  # they would be written where nobody reads
+            raise ValueError(
+                "model was moved, cast or given other scales after the pool was made, so its scales are no views of the "
+                "pool's any more; make the pool last."
+            )
 
     def _find(self, name: str) -> _Adapter:
         if name not in self._adapters:
@@ -213,31 +229,21 @@ class _Adapter(NamedTuple):
     positions: Optional[torch.Tensor]
 
 
-def _scales_of(
-    wholes: list[torch.Tensor], stacked: Optional[torch.Tensor], span: slice, shape: torch.Size
-) -> torch.Tensor:
-    """One layer's scales under several adapters `[n, out, groups(, bits)]`."""
-    scales = torch.stack([whole[span] for whole in wholes]) if stacked is None else stacked[:, span].contiguous()
-    return scales.view(len(wholes), *shape)
-
-
-def _same(scales: torch.Tensor) -> torch.Tensor:
-    return scales
-
-
 def _forward_mixed(
-    layer: PackedLinear, scales: Callable[[], torch.Tensor], choice: torch.Tensor, x: torch.Tensor
+    layer: PackedLinear, parts: Union[torch.Tensor, list[torch.Tensor]], choice: torch.Tensor, x: torch.Tensor
 ) -> torch.Tensor:
+    """`parts`: the layer's scales under each adapter, flat; together or one by one."""
     repeats, rest = divmod(len(x), len(choice))
     if rest or (repeats != 1 and x.dim() < 3):  # rows of two dimensions may be tokens of anything
         raise ValueError(
             f"mixed: {len(choice)} names for a batch of {len(x)}; pass one name for each sample. (A model that reshapes "
             "its batch before a layer can't mix adapters in it.)"
         )
-    return layer.forward_mixed(x, scales(), choice if repeats == 1 else choice.repeat_interleave(repeats))
+    scales = (parts if isinstance(parts, torch.Tensor) else torch.stack(parts)).view(-1, *layer.scale.shape)
+    return layer.forward_mixed(x, scales, choice if repeats == 1 else choice.repeat_interleave(repeats))
 
 
-def _spans(sizes: Iterator[int]) -> list[slice]:
+def _spans(sizes: Iterable[int]) -> list[slice]:
     spans, start = [], 0
     for size in sizes:
         spans.append(slice(start, start + size))

@@ -201,6 +201,24 @@ def test_bad_input(tmp_path):
     assert pool.names == ["good"]
 
 
+def test_a_model_that_changes_under_the_pool(tmp_path):
+    """Scales that are views no more would be switched where nobody reads them, and give the base's text."""
+    model = get_peft_model(tiny("llama"), PeqaConfig(bits=4)).eval()
+    move_adapter(model)
+    model.save_pretrained(tmp_path)
+    pool = AdapterPool(model.unload())
+    pool.load(tmp_path, "one")
+    with pool.mixed(["one"]), pytest.raises(ValueError, match="within itself"), pool.mixed([None]):
+        pass
+    pool.activate("one")  # the failed block has left nothing behind
+    with pool.mixed(["one"]):
+        pass
+    pool.model.to(torch.bfloat16)
+    for use in (lambda: pool.activate(None), lambda: pool.mixed(["one"]).__enter__()):
+        with pytest.raises(ValueError, match="make the pool last"):
+            use()
+
+
 @pytest.mark.parametrize("damage", ["nan", "shape", "codes", "layer", "empty"])
 def test_damaged_files(damage, tmp_path):
     model = get_peft_model(tiny("llama"), PeqaConfig(bits=4))
