@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -27,6 +25,7 @@ from generation_ext.in_context.overflow import DROP, OVERFLOW
 from generation_ext.in_context.prompts import TASKS, Task
 from generation_ext.in_context.scoring import Demonstration, LabelScorer, LabelScores
 from generation_ext.in_context.self_generated import SelfGeneratedICL
+from peft_ext.files import check_writable, written_whole
 
 
 ZERO_SHOT, DEMONSTRATIONS, SG_ICL = METHODS = ("zero-shot", "demonstrations", "sg-icl")
@@ -49,8 +48,7 @@ def run(args: argparse.Namespace) -> str:
     rows = read_rows(args.data)[: args.limit]
     examples = [_example(task, names, row, f"{args.data}, row {i}") for i, row in enumerate(rows, start=1)]
     shown = _demonstrations(args, task, names)
-    if not args.output.parent.is_dir():
-        raise FileNotFoundError(f"--output {args.output}: the folder {args.output.parent} does not exist.")
+    check_writable(args.output, "--output")
     model, tokenizer = _load(args.model, args.adapter)
     options = {
         "normalization": args.normalization,
@@ -179,22 +177,15 @@ def _load(name: Optional[str], adapter: Optional[str]) -> tuple[Any, Any]:
 
 def _write(path: Path, scores: LabelScores) -> None:
     """One JSON line for each input; the file is whole or not there."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            for index, prediction in enumerate(scores.predictions()):
-                probabilities = dict(zip(scores.labels, scores.probabilities()[index].round(6).tolist()))
-                line: dict[str, Any] = {"prediction": prediction, "probabilities": probabilities}
-                if scores.dropped[index]:
-                    line["dropped_demonstrations"] = int(scores.dropped[index])
-                if scores.truncated[index]:
-                    line["truncated_characters"] = int(scores.truncated[index])
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        os.chmod(name, 0o644)  # mkstemp's files are the owner's alone
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    with written_whole(path) as partial, open(partial, "w", encoding="utf-8") as file:
+        for index, prediction in enumerate(scores.predictions()):
+            probabilities = dict(zip(scores.labels, scores.probabilities()[index].round(6).tolist()))
+            line: dict[str, Any] = {"prediction": prediction, "probabilities": probabilities}
+            if scores.dropped[index]:
+                line["dropped_demonstrations"] = int(scores.dropped[index])
+            if scores.truncated[index]:
+                line["truncated_characters"] = int(scores.truncated[index])
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def _summary(args: argparse.Namespace, scores: LabelScores, gold: Sequence[Any]) -> str:

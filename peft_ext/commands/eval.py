@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
-from peft_ext.commands.run_folder import ModelArguments, held_out_of, load_tuned, parse
+from peft_ext.command_line import parse
+from peft_ext.commands.run_folder import ModelArguments, held_out_of, load_tuned
 from peft_ext.files import check_writable, write_json
 from peft_ext.models import load_tokenizer
 from peft_ext.perplexity import perplexity

@@ -10,7 +10,8 @@ from typing import Optional
 
 import torch
 
-from peft_ext.commands.run_folder import ModelArguments, load_tuned, parse
+from peft_ext.command_line import parse
+from peft_ext.commands.run_folder import ModelArguments, load_tuned
 
 
 @dataclass

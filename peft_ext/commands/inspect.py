@@ -13,8 +13,8 @@ from typing import Optional
 
 import peft_ext  # noqa: F401 (registers the tuners that adapters name)
 from peft_ext.checkpoint.contents import Contents, LayerContents, read_contents
+from peft_ext.command_line import parse
 from peft_ext.commands.packed_base import aligned, mebibytes
-from peft_ext.commands.run_folder import parse
 
 
 @dataclass

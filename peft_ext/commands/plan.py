@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftConfig
 from transformers import PretrainedConfig
 
 from peft_ext import AlphaTuningConfig, PeqaConfig
-from peft_ext.commands.run_folder import parse
+from peft_ext.command_line import parse
 from peft_ext.memory.estimate import (
     ServingMemory,
     TuningMemory,

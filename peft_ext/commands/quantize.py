@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Optional
 
 from peft_ext import AlphaTuningConfig, PeqaConfig
+from peft_ext.command_line import parse
 from peft_ext.commands.packed_base import (
     PackedBaseArguments,
     aligned,
@@ -18,7 +19,7 @@ from peft_ext.commands.packed_base import (
     number,
     write_base,
 )
-from peft_ext.commands.run_folder import new_folder, parse
+from peft_ext.commands.run_folder import new_folder
 from peft_ext.scale_tuning.config import ScaleTuningConfig
 
 

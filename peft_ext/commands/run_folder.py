@@ -11,10 +11,9 @@ loss.png      the loss curve
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -106,25 +105,6 @@ def held_out_of(run: Optional[str]) -> Optional[float]:
     import yaml
 
     return yaml.safe_load(path.read_text(encoding="utf-8")).get("held_out")
-
-
-def parse(argv: Sequence[str], *kinds: type, positional: Optional[str] = None) -> tuple[Any, ...]:
-    """Dataclasses from flags or a YAML file (`--config`), as TRL's scripts parse them.
-
-    Args:
-        argv: The arguments after the command's name.
-        kinds: Dataclasses.
-        positional: Flag that a first argument without dashes stands for.
-    """
-    try:
-        from trl import TrlParser
-    except ImportError as error:
-        raise ImportError("the command line needs: pip install 'peft-ext[cli]'") from error
-    argv = list(argv)
-    if positional and argv and not argv[0].startswith("-"):
-        argv = [f"--{positional}", *argv]
-    parser = TrlParser(kinds, prog="peft-ext")
-    return parser.parse_args_and_config(argv)
 
 
 def new_folder(output_dir: Optional[str]) -> Path:

@@ -22,6 +22,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from peft_ext import AlphaTuningConfig, PeqaConfig
+from peft_ext.command_line import parse
 from peft_ext.commands.packed_base import (
     PackedBaseArguments,
     aligned,
@@ -32,7 +33,6 @@ from peft_ext.commands.packed_base import (
     number,
     write_base,
 )
-from peft_ext.commands.run_folder import parse
 from peft_ext.files import check_folder_writable, sweep, write_json, written_whole
 from peft_ext.models import load_model
 from peft_ext.perplexity import perplexity

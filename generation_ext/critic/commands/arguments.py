@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from generation_ext.critic.rollouts import prompt_rows
 from generation_ext.critic.value import Critic
+from peft_ext import command_line, models
+from peft_ext.files import written_whole
 
 
 @dataclass
@@ -54,21 +55,8 @@ class PromptArguments:
 
 
 def parse(argv: Sequence[str], *kinds: type, positional: Optional[str] = None) -> tuple[Any, ...]:
-    """Dataclasses from flags, and from a YAML file (`--config`) where there is no flag, as TRL's scripts parse them.
-
-    Args:
-        argv: The arguments after the command's name.
-        kinds: Dataclasses.
-        positional: Flag that a first argument without dashes stands for.
-    """
-    try:
-        from trl import TrlParser
-    except ImportError as error:
-        raise ImportError("the command line needs: pip install 'peft-ext[cli]'") from error
-    argv = list(argv)
-    if positional and argv and not argv[0].startswith("-"):
-        argv = [f"--{positional}", *argv]
-    return TrlParser(kinds, prog="generation_ext.critic").parse_args_and_config(argv)
+    """Dataclasses from flags and a YAML file, see `peft_ext.command_line.parse`."""
+    return command_line.parse(argv, *kinds, positional=positional, program="python -m generation_ext.critic")
 
 
 def load_model(args: ModelArguments, run: Optional[str] = None) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -81,8 +69,6 @@ def load_model(args: ModelArguments, run: Optional[str] = None) -> tuple[Any, Pr
     Raises:
         FileNotFoundError, ImportError: If there is no such model or adapter.
     """
-    from peft_ext import models
-
     if args.dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype={args.dtype!r} is unknown; choose one of auto, float32, bfloat16, float16.")
     name, adapter = args.model, args.adapter
@@ -192,9 +178,8 @@ def read_json_lines(path: Path, argument: str) -> list[dict[str, Any]]:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file, whole or not at all."""
-    partial = path.with_name(f".{path.name}-partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with written_whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def as_json(value: Any) -> str:

@@ -230,7 +230,7 @@ def test_adapter_of_the_language_model(place, run, tmp_path, capsys):
 def test_bad_arguments_of_train(place, tmp_path, capsys, changes, message):
     assert train(place, tmp_path / "run", **changes) == 2
     error = last_error(capsys)
-    assert message in error and error.startswith("generation_ext.critic train: error: ")
+    assert message in error and error.startswith("python -m generation_ext.critic train: error: ")
     assert not (tmp_path / "run" / "critic").exists()
 
 

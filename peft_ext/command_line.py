@@ -1,0 +1,93 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""What the command lines of all packages share: a table of commands, flags with a YAML file, errors of one line."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
+
+
+def run_command(program: str, package: str, commands: Mapping[str, str], argv: Sequence[str]) -> int:
+    """Run one of several commands; returns the exit status.
+
+    Mistakes of the user's (a missing file, a bad value) end with one line and status 2, not with a traceback.
+
+    Args:
+        program: What the user typed, for messages.
+        package: Where each command is a module of its name with a `main(argv)`.
+        commands: Name -> what it does.
+        argv: The command, and its arguments.
+    """
+    argv = list(argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage(program, commands))
+        return 0
+    if argv[0] not in commands:
+        print(f"{program}: error: unknown command {argv[0]!r}\n\n{usage(program, commands)}", file=sys.stderr)
+        return 2
+    try:
+        # imported here: what a command stands on takes seconds, --help should not
+        importlib.import_module(f"{package}.{argv[0]}").main(argv[1:])
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if isinstance(error, TypeError) and not _is_refusal(error, package.split(".")[0]):
+            raise
+        return _failed(program, argv[0], str(error))
+    except Exception as error:
+        # a damaged file or YAML; their classes come from libraries that --help should not import
+        if type(error).__module__.split(".")[0] not in ("safetensors", "yaml"):
+            raise
+        # safetensors has one class for everything; what the system refused (a full disk) has its number in the message
+        message = str(error) if "os error" in str(error) else f"a file is damaged: {error}"
+        return _failed(program, argv[0], message)
+    return 0
+
+
+def usage(program: str, commands: Mapping[str, str]) -> str:
+    """The help text."""
+    lines = [f"  {name:<10}{what}" for name, what in commands.items()]
+    return "\n".join(
+        [
+            f"usage: {program} <command> [--flag value ...] [--config file.yaml]",
+            "",
+            *lines,
+            "",
+            f"{program} <command> --help lists its flags; a YAML file of the same names takes their place, and flags "
+            "override it.",
+        ]
+    )
+
+
+def parse(
+    argv: Sequence[str], *kinds: type, positional: Optional[str] = None, program: str = "peft-ext"
+) -> tuple[Any, ...]:
+    """Dataclasses from flags, and from a YAML file (`--config`) where there is no flag, as TRL's scripts parse them.
+
+    Args:
+        argv: The arguments after the command's name.
+        kinds: Dataclasses.
+        positional: Flag that a first argument without dashes stands for.
+        program: What the user typed, for messages.
+    """
+    try:
+        from trl import TrlParser
+    except ImportError as error:
+        raise ImportError("the command line needs: pip install 'peft-ext[cli]'") from error
+    argv = list(argv)
+    if positional and argv and not argv[0].startswith("-"):
+        argv = [f"--{positional}", *argv]
+    return TrlParser(kinds, prog=program).parse_args_and_config(argv)
+
+
+def _is_refusal(error: TypeError, package: str) -> bool:
+    """A check's refusal, raised by our own code, rather than a bug that deserves its traceback."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith(package)
+
+
+def _failed(program: str, command: str, message: str) -> int:
+    print(f"{program} {command}: error: {message}", file=sys.stderr)
+    return 2
