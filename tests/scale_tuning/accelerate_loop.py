@@ -54,6 +54,9 @@ def main(folder: Path) -> None:
             "logits_sum": logits.sum().item(),
         }
         (folder / "report.json").write_text(json.dumps(report))
+    # DistributedDataParallel goes before the process group: as the group's last owner it would free it while holding the
+    # interpreter's lock, which a thread of gloo may be waiting for (seen as a process that never ends)
+    model, optimizer, loader = accelerator.free_memory(model, optimizer, loader)
     accelerator.end_training()
 
 
