@@ -118,14 +118,14 @@ class Study:
         self.args, self.budget = args, budget
         self.results = Results(args.output, args.seed)
         self.pools = args.output.with_suffix(".work")  # not kept in git
-        self.model, self.tokenizer = smoke_model() if args.smoke else _load(args.model)
+        self.model, self.tokenizer = smoke_model() if args.smoke else _load(args.model, getattr(torch, args.dtype))
         self.data = {name: self._data(name) for name in args.tasks}
 
     def settings(self, row: Row, name: str, part: str, seed: int) -> dict[str, Any]:
         """Everything that a measurement depends on."""
         model = "tiny random Llama" if self.args.smoke else self.args.model
         inputs = self.inputs(row, part)
-        key = {"model": model, "task": name, "part": part, "inputs": inputs, "seed": seed}
+        key = {"model": model, "dtype": self.args.dtype, "task": name, "part": part, "inputs": inputs, "seed": seed}
         if row.method == SG_ICL:
             key["pools_per_seed"] = self.args.pools_per_seed
         return {**key, **row._asdict()}
@@ -303,20 +303,21 @@ def _spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.pstdev(values):.1f}"
 
 
-def _load(name: str) -> tuple[Any, Any]:
+def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     if name != DEFAULT_MODEL and not name.endswith(".gguf"):
         if AutoConfig.from_pretrained(name).is_encoder_decoder:
-            return AutoModelForSeq2SeqLM.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
+            return AutoModelForSeq2SeqLM.from_pretrained(name, dtype=dtype).eval(), AutoTokenizer.from_pretrained(name)
         if torch.cuda.is_available():
-            model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").to("cuda")
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to("cuda")
             return model.eval(), load_tokenizer(name)
-    return load_model(name, dtype=torch.float32), load_tokenizer(name)
+    return load_model(name, dtype=dtype), load_tokenizer(name)
 
 
 def parse(argv: Optional[Sequence[str]]) -> tuple[argparse.Namespace, Budget]:
     """The command line; single numbers override the budget's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL, help="default, hub id, folder or .gguf file")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the model's weights")
     parser.add_argument("--data-dir", type=Path, default=default_data_dir(), help="holds the tasks' folders")
     parser.add_argument("--tasks", nargs="+", default=["sst2", "sst5", "rte", "cb"])
     parser.add_argument("--pools-per-seed", action="store_true", help="generate anew for each seed")
