@@ -13,6 +13,7 @@ Rows are stored as they finish and not measured again; critics are kept in `--wo
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import torch
 from torch import nn
 from transformers import LogitsProcessorList
 
-from benchmarks.common import RESULTS, ROOT, Results, describe, log, markdown_table, verdict
+from benchmarks.common import RESULTS, ROOT, Results, describe, log, markdown_table, verdict, write_json
 from benchmarks.critic_tasks import OTHER_TOPICS, TASKS, Task, TaskData
 from benchmarks.text_quality import continuation_perplexity, distinct, repetition
 from generation_ext.critic import Critic, CriticConfig, CriticLogitsProcessor, CriticTrainer, backbone
@@ -41,15 +42,15 @@ FROZEN, PROMPT, BEST, CRITIC, ACTION, WEIGHTED, RLOO = (
     "RLOO, LoRA",
 )
 UNSEEN = "CriticControl, unseen topics"
+ON_ROLLOUTS = (CRITIC, ACTION, UNSEEN)
 TOP_K = 10
 
 
 class Budget(NamedTuple):
     """How much is trained and tested."""
 
-    rollouts: int = 2048
-    iterations: int = 2
-    epochs: int = 8
+    rollouts: int = 8192
+    epochs: int = 6
     samples: Optional[int] = None  # a prompt's; the task's own number
     test_prompts: Optional[int] = None
     rloo_steps: int = 60
@@ -57,7 +58,8 @@ class Budget(NamedTuple):
 
 
 FULL = Budget()
-SMOKE = Budget(16, 1, 2, 1, 2, 1, 8)
+SMOKE = Budget(16, 2, 1, 2, 1, 8)
+HELD_OUT = 256  # roll-outs that a critic is measured on
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,11 @@ class Study:
     """One task's models, critics and texts."""
 
     def __init__(self, args: argparse.Namespace, task: Task) -> None:
-        self.args, self.task, self.budget = args, task, SMOKE if args.smoke else FULL
+        self.args, self.task, self.budget = (
+            args,
+            task,
+            (SMOKE if args.smoke else FULL)._replace(rollouts=args.rollouts),
+        )
         self.tokenizer = load_tokenizer(args.model)
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:
@@ -114,12 +120,16 @@ class Study:
 
     def critic(self, kind: str) -> Critic:
         """CRITIC (with an action-value head), UNSEEN or WEIGHTED; trained once."""
-        folder = self.work / kind.lower().replace(" ", "-").replace(",", "")
+        folder = self._folder(kind)
         if not (folder / "config.json").is_file():
             torch.manual_seed(self.args.seed)
             critic = self._train_on_whole_texts() if kind == WEIGHTED else self._train(folder, kind == UNSEEN)
             critic.save_pretrained(folder)
         return Critic.from_pretrained(folder).attach(self.model)
+
+    def _folder(self, kind: str) -> Path:
+        name = kind.lower().replace(" ", "-").replace(",", "")
+        return self.work / (name if kind == WEIGHTED else f"{name}-{self.budget.rollouts}")
 
     def _train(self, folder: Path, universal: bool) -> Critic:
         codes: Sequence[Optional[str]] = OTHER_TOPICS if universal else self.task.codes
@@ -133,10 +143,13 @@ class Study:
         )
         rng = np.random.default_rng(self.args.seed)
         count = self.budget.rollouts
-        rows = [
-            {"prompt": str(rng.choice(self.task.train_prompts)), **({"control_code": code} if code else {})}
-            for code in (codes[index % len(codes)] for index in range(count))
-        ]
+        rows, held_out = (
+            [
+                {"prompt": str(rng.choice(self.task.train_prompts)), **({"control_code": code} if code else {})}
+                for code in (codes[index % len(codes)] for index in range(many))
+            ]
+            for many in (count, min(HELD_OUT, count))
+        )
 
         def reward_func(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
             texts = [prompt + completion for prompt, completion in zip(prompts, completions)]
@@ -145,18 +158,30 @@ class Study:
 
         config = CriticConfig(
             output_dir=str(folder) + "-training",
-            num_iterations=self.budget.iterations,
-            rollouts_per_iteration=count // self.budget.iterations,
+            num_iterations=1,
+            rollouts_per_iteration=count,
+            eval_rollouts=len(held_out),
             epochs_per_iteration=self.budget.epochs,
             rollout_batch_size=self.budget.batch_size,
             max_new_tokens=self.task.new_tokens,
             seed=self.args.seed,
             disable_tqdm=True,
         )
-        trainer = CriticTrainer(critic, config, self.model, reward_func, rows, processing_class=self.tokenizer)
-        trainer.train()
-        self.training_log = trainer.state.log_history
+        trainer = CriticTrainer(critic, config, self.model, reward_func, rows, held_out, self.tokenizer)
+        trainer.train(resume_from_checkpoint=any(Path(config.output_dir).glob("checkpoint-*")) or None)
+        write_json(self._knowledge(folder), trainer.evaluate())
         return critic.eval()
+
+    @staticmethod
+    def _knowledge(folder: Path) -> Path:
+        """Where it is kept how much of the reward's variance a critic explains on new roll-outs."""
+        return folder.with_name(folder.name + "-held-out.json")
+
+    def knowledge(self, kind: str) -> dict[str, float]:
+        """Explained variance of a critic, overall and by position; empty for one without roll-outs."""
+        path = self._knowledge(self._folder(kind))
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return {name.removeprefix("eval_"): value for name, value in found.items() if "explained_variance" in name}
 
     @torch.no_grad()
     def _states_of_whole_texts(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,7 +208,7 @@ class Study:
         critic.fit_standardisation(states)
         optimizer = torch.optim.AdamW(critic.parameters(), lr=1e-3, weight_decay=0.1)
         critic.train()
-        for _ in range(5 * self.budget.epochs):
+        for _ in range(SMOKE.epochs if self.args.smoke else 40):
             for rows in torch.randperm(len(states)).split(128):
                 loss = nn.functional.binary_cross_entropy_with_logits(critic(states[rows]), labels[rows])
                 optimizer.zero_grad()
@@ -306,7 +331,9 @@ def rows_of(task: str) -> tuple[Row, ...]:
 
 def settings_of(args: argparse.Namespace, task: str, row: Row) -> dict[str, Any]:
     """What identifies a row of the results."""
-    budget = SMOKE if args.smoke else FULL
+    budget = dict(FULL._asdict() if not args.smoke else SMOKE._asdict(), rollouts=args.rollouts)
+    if row.method not in ON_ROLLOUTS:  # a critic's budget has no part in it
+        del budget["rollouts"], budget["epochs"]
     return {
         "task": task,
         "model": args.model,
@@ -315,7 +342,7 @@ def settings_of(args: argparse.Namespace, task: str, row: Row) -> dict[str, Any]
         "method": row.method,
         "level": row.level,
         "top_k": TOP_K,
-        "budget": budget._asdict(),
+        "budget": budget,
         "seed": args.seed,
     }
 
@@ -398,6 +425,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, help="the frozen language model")
     parser.add_argument("--judge_model", help="whose perplexity is measured; the frozen model's own by default")
     parser.add_argument("--head", choices=("linear", "mlp"), default="linear", help="the critic's")
+    parser.add_argument("--rollouts", type=int, help=f"that a critic learns from; {FULL.rollouts} by default")
     parser.add_argument("--data-dir", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--methods", nargs="+", help="only these; all by default")
@@ -407,6 +435,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--table", action="store_true", help="print what is stored")
     parser.add_argument("--smoke", action="store_true", help="a few texts: checks that the script runs")
     args = parser.parse_args(argv)
+    args.rollouts = args.rollouts or (SMOKE if args.smoke else FULL).rollouts
     results = Results(args.output, args.seed)
     for name in () if args.table else args.tasks:
         wanted = [row for row in rows_of(name) if not args.methods or row.method in args.methods]
@@ -419,7 +448,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         for row in wanted:
             log(f"{name}: {row.title}")
             result = study.measure(study.write(row))
-            results.add(settings_of(args, name, row), {**result, "classifiers": data.accuracies})
+            known = study.knowledge(CRITIC if row.method == ACTION else row.method)
+            results.add(
+                settings_of(args, name, row), {**result, "classifiers": data.accuracies, "explained_variance": known}
+            )
     print_tables(args, results)
 
 
