@@ -53,7 +53,7 @@ class Budget(NamedTuple):
     epochs: int = 6
     samples: Optional[int] = None  # a prompt's; the task's own number
     test_prompts: Optional[int] = None
-    rloo_steps: int = 60
+    rloo_steps: int = 40
     batch_size: int = 64
 
 
@@ -334,6 +334,8 @@ def settings_of(args: argparse.Namespace, task: str, row: Row) -> dict[str, Any]
     budget = dict(FULL._asdict() if not args.smoke else SMOKE._asdict(), rollouts=args.rollouts)
     if row.method not in ON_ROLLOUTS:  # a critic's budget has no part in it
         del budget["rollouts"], budget["epochs"]
+    if row.method != RLOO:
+        del budget["rloo_steps"]
     return {
         "task": task,
         "model": args.model,
