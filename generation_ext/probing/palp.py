@@ -1,0 +1,370 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""PALP (Cho et al. 2023): a classifier on a frozen language model's hidden states of prompted texts, for scikit-learn."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Optional, Protocol, Union
+
+import numpy as np
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from generation_ext.in_context.prompts import Example, Task
+from generation_ext.probing.features import FeatureExtractor, digest
+from generation_ext.probing.heads import HEADS, Head
+
+
+try:
+    from sklearn.base import BaseEstimator, ClassifierMixin, clone
+    from sklearn.utils import check_random_state
+    from sklearn.utils.multiclass import check_classification_targets
+    from sklearn.utils.validation import check_is_fitted
+except ImportError as error:
+    raise ImportError("PALPClassifier needs scikit-learn: pip install 'peft-ext[probing]'") from error
+
+NONE, PER_CLASS = DEMONSTRATIONS = ("none", "per-class")
+
+
+class Extractor(Protocol):
+    """What turns texts into features; [`FeatureExtractor`] is one."""
+
+    def extract(self, texts: Sequence[str], prefix: str = "") -> np.ndarray:
+        """`[texts, size]`."""
+
+
+class PALPClassifier(ClassifierMixin, BaseEstimator):
+    """A light classifier on hidden states of a frozen language model, behind a prompt.
+
+    Plain linear probing is `template="{text}"`, PALP-T a template that ends where the label would stand, PALP-D the same
+    with `demonstrations="per-class"`: of each class the training sample nearest to the class's mean (of PALP-T features)
+    is shown, with its label, before every text. Training texts are encoded behind these in several orders, texts to be
+    predicted behind the first. The demonstrations run once for each order.
+
+    Two things differ from the released code: a demonstration of a task of two texts shows both, and it is always one of
+    its own class.
+
+    Args:
+        model: A causal model, an encoder or an encoder-decoder model, packed and `PeftModel`s too; or an object with
+            `extract(texts, prefix) -> features`. Not changed; `clone` shares it.
+        tokenizer: The model's.
+        template: A text's surroundings, with a slot in braces for each of its fields, as in
+            `"Sentence 1: {text}\\nLabel:"`.
+        demonstrations: `"none"` or `"per-class"`.
+        label_words: Classes -> the words that stand for them in demonstrations, with the space before them; None: a
+            space and the class's name.
+        separator: After each demonstration.
+        permutations: Most orders of the demonstrations for training texts (the paper's code: 20); all of them if
+            there are fewer.
+        head: `"logistic"`, `"svm"`, `"gda"`, `"knn"` or `"mlp"`, see `heads.py`; on standardised features.
+        head_params: For the head's class in scikit-learn, beside the defaults there.
+        layer, pooling, overflow, max_length, memory_limit, progressbar: Of [`FeatureExtractor`].
+        memory: A folder to keep features in, for the next fit on the same texts; a fit that was killed goes on.
+        random_state: Of the orders and of the head.
+
+    Attributes:
+        classes_: `[classes]`.
+        demonstrations_: A text and its class for each class, or empty.
+        head_: The fitted [`Head`].
+
+    Example:
+
+    ```py
+    >>> palp = PALPClassifier(model, tokenizer, template="Review: {text}\\nSentiment:", demonstrations="per-class")
+    >>> palp.fit(["a fine film", "two lost hours"], ["good", "bad"]).predict(["what a joy"])
+    array(['good'], dtype='<U4')
+    ```
+    """
+
+    def __init__(
+        self,
+        model: Optional[Union[nn.Module, Extractor]] = None,
+        tokenizer: Optional[PreTrainedTokenizerBase] = None,
+        *,
+        template: str = "{text}",
+        demonstrations: str = NONE,
+        label_words: Optional[Mapping[Any, str]] = None,
+        separator: str = "\n",
+        permutations: int = 20,
+        head: str = "logistic",
+        head_params: Optional[Mapping[str, Any]] = None,
+        layer: int = -1,
+        pooling: str = "last",
+        overflow: str = "error",
+        max_length: Optional[int] = None,
+        memory_limit: Optional[int] = None,
+        memory: Optional[Union[str, os.PathLike]] = None,
+        random_state: Any = None,
+        progressbar: bool = False,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.template = template
+        self.demonstrations = demonstrations
+        self.label_words = label_words
+        self.separator = separator
+        self.permutations = permutations
+        self.head = head
+        self.head_params = head_params
+        self.layer = layer
+        self.pooling = pooling
+        self.overflow = overflow
+        self.max_length = max_length
+        self.memory_limit = memory_limit
+        self.memory = memory
+        self.random_state = random_state
+        self.progressbar = progressbar
+
+    # ---- scikit-learn's methods
+
+    def fit(self, X: Any, y: Any) -> PALPClassifier:
+        """Extract features, choose demonstrations, fit the head.
+
+        Args:
+            X: Texts: strings, or for a template of several slots mappings, a data frame or an array with a column for
+                each slot (in the template's order).
+            y: Classes, `[texts]`: strings, integers or booleans.
+
+        Raises:
+            TypeError, ValueError: If an argument, a text or a class is no good; if there are fewer than two classes; if
+                demonstrations and a text don't fit into the model.
+        """
+        self._check()
+        codes = self._set_classes(y)
+        self.task_ = self._task()
+        examples = self._examples(X)
+        if len(examples) != len(codes):
+            raise ValueError(f"X has {len(examples)} texts, but y {len(codes)} classes.")
+        rng = check_random_state(self.random_state)
+        features = self._extract([self.task_.text(example) for example in examples])
+        self.demonstrations_: list[tuple[Example, Any]] = []
+        self.prefix_ = ""
+        if self.demonstrations == PER_CLASS:
+            self._choose_demonstrations(examples, features, codes)
+            features, codes = self._behind_all_orders(examples, codes, rng)
+        self.mean_ = features.mean(0, dtype=np.float64)
+        self.scale_ = features.std(0, dtype=np.float64)
+        self.scale_[self.scale_ < 1e-8] = 1.0
+        seed = int(rng.randint(2**31 - 1))
+        self.n_feature_size_ = features.shape[1]
+        self.head_: Head = HEADS[self.head].fit(
+            self._standardised(features), codes, len(self.classes_), self.head_params or {}, seed
+        )
+        return self
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The likeliest class of each text."""
+        return self.classes_[self.decision_scores(X).argmax(1)]
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Probabilities `[texts, classes]`: the softmax of the head's scores (for an SVM, uncalibrated margins)."""
+        scores = self.decision_scores(X)
+        odds = np.exp(scores - scores.max(1, keepdims=True))
+        return odds / odds.sum(1, keepdims=True)
+
+    def decision_scores(self, X: Any) -> np.ndarray:
+        """The head's scores `[texts, classes]`."""
+        return self.head_.scores(self._standardised(self.transform(X)))
+
+    def transform(self, X: Any) -> np.ndarray:
+        """Features `[texts, size]`, as `predict` sees them."""
+        check_is_fitted(self, "classes_")
+        texts = [self.task_.text(example) for example in self._examples(X)]
+        return self._extract(texts, self.prefix_)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array = False
+        tags.input_tags.string = True
+        return tags
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "head_")
+
+    def __sklearn_clone__(self) -> PALPClassifier:
+        """The model is shared: copies of it would fill the memory, and nothing here changes it."""
+        shared = ("model", "tokenizer")
+        params = self.get_params(deep=False)
+        copy = type(self)(**{n: v if n in shared else clone(v, safe=False) for n, v in params.items()})
+        if hasattr(self, "_metadata_request"):
+            copy._metadata_request = self._metadata_request
+        return copy
+
+    # ---- saved and loaded
+
+    def save_pretrained(self, folder: Union[str, os.PathLike]) -> None:
+        """Write the classifier, without the language model: `palp.json` and `head.safetensors`.
+
+        Raises:
+            NotFittedError: If it isn't fitted.
+            TypeError: If its classes are neither strings, numbers nor booleans.
+        """
+        from generation_ext.probing.saving import save
+
+        check_is_fitted(self)
+        save(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: Union[str, os.PathLike],
+        model: Optional[Union[nn.Module, Extractor]] = None,
+        tokenizer: Optional[PreTrainedTokenizerBase] = None,
+    ) -> PALPClassifier:
+        """Load what `save_pretrained` wrote.
+
+        Args:
+            folder: The folder.
+            model: The language model it was fitted on; None: loaded by the name that the folder has.
+            tokenizer: Its tokenizer; None: loaded by the same name.
+
+        Raises:
+            FileNotFoundError: If there is no classifier in the folder.
+            ValueError: If it is damaged, or belongs to another model; names both.
+        """
+        from generation_ext.probing.saving import load
+
+        return load(cls, Path(folder), model, tokenizer)
+
+    # ---- arguments
+
+    def _check(self) -> None:
+        for name, known in (("demonstrations", DEMONSTRATIONS), ("head", tuple(HEADS))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {known}.")
+        if not isinstance(self.permutations, (int, np.integer)) or self.permutations < 1:
+            raise ValueError(f"permutations={self.permutations!r} must be a positive integer.")
+        if self.model is None:
+            raise ValueError("model is missing: pass a language model of transformers, and its tokenizer.")
+        if isinstance(self.model, nn.Module) and self.tokenizer is None:
+            raise ValueError("tokenizer is missing: pass the model's.")
+        if not isinstance(self.model, nn.Module) and not hasattr(self.model, "extract"):
+            raise TypeError(f"model is a {type(self.model).__name__}; pass a model of transformers and its tokenizer.")
+
+    def _set_classes(self, y: Any) -> np.ndarray:
+        if y is None:
+            raise ValueError("y is missing: a classifier requires y to be passed, a class for each text.")
+        y = np.asarray(y)
+        if y.ndim != 1:
+            raise ValueError(f"y must have one class for each text, got an array of shape {y.shape}.")
+        check_classification_targets(y)
+        self.classes_, codes = np.unique(y, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise ValueError(
+                f"y has one class alone, {self.classes_.tolist()}: there is nothing to decide; it needs two or more."
+            )
+        return codes
+
+    def _task(self) -> Task:
+        words = self.label_words
+        if words is None:
+            words = {name: f" {name}" for name in self.classes_.tolist()}
+        missing = [name for name in self.classes_.tolist() if name not in words]
+        if missing:
+            raise ValueError(f"label_words={dict(words)!r} has no words for the class {missing[0]!r} of y.")
+        empty = sorted(str(name) for name in words if name not in self.classes_.tolist())
+        if empty and self.demonstrations == PER_CLASS:
+            raise ValueError(f"label_words has the class {empty[0]!r}, but y has no sample of it.")
+        return Task(self.template, {n: words[n] for n in self.classes_.tolist()}, separator=self.separator)
+
+    def _examples(self, X: Any) -> list[Any]:
+        if isinstance(X, (str, bytes)):
+            raise TypeError("X must be a sequence of texts, got a single one; pass [text].")
+        fields = self.task_.fields
+        if hasattr(X, "columns") and hasattr(X, "to_dict"):
+            return X.to_dict("records")
+        if getattr(X, "ndim", 1) == 2:
+            if X.shape[1] != len(fields):
+                raise ValueError(f"X has {X.shape[1]} columns, but the template the slots {fields}.")
+            return [dict(zip(fields, map(str, row))) for row in X]
+        if getattr(X, "ndim", 1) == 0:
+            raise ValueError(f"X={X!r} is a single value; pass a sequence of texts.")
+        # numpy's and pandas's strings are strings
+        return list(X)
+
+    # ---- features
+
+    def _extract(self, texts: Sequence[str], prefix: str = "") -> np.ndarray:
+        if not texts:
+            raise ValueError("X has no texts: found 0 samples, at least 1 is required.")
+        extractor = self._extractor()
+        if self.memory is None or not isinstance(extractor, FeatureExtractor):
+            features = np.asarray(extractor.extract(texts, prefix))
+        else:
+            folder = Path(self.memory)
+            folder.mkdir(parents=True, exist_ok=True)
+            settings = [prefix, str(self.layer), self.pooling, self.overflow, str(self.max_length)]
+            features = extractor.extract(texts, prefix, folder / f"{digest([*settings, *texts])[:32]}.npy")
+        if not np.isfinite(features).all():
+            row = int(np.flatnonzero(~np.isfinite(features).all(1))[0])
+            raise ValueError(f"the features of text {row} have NaN or infinity.")
+        return features
+
+    def _extractor(self) -> Extractor:
+        if not isinstance(self.model, nn.Module):
+            return self.model  # type: ignore[return-value]
+        return FeatureExtractor(
+            self.model,
+            self.tokenizer,
+            layer=self.layer,
+            pooling=self.pooling,
+            overflow=self.overflow,
+            max_length=self.max_length,
+            memory_limit=self.memory_limit,
+            progressbar=self.progressbar,
+        )
+
+    def _standardised(self, features: np.ndarray) -> np.ndarray:
+        if features.shape[1] != len(self.mean_):
+            raise ValueError(
+                f"the model gives features of size {features.shape[1]}, but the classifier was fitted on "
+                f"{len(self.mean_)}: it belongs to another model or layer."
+            )
+        return (features - self.mean_) / self.scale_
+
+    # ---- demonstrations
+
+    def _choose_demonstrations(self, examples: list[Any], features: np.ndarray, codes: np.ndarray) -> None:
+        """Of each class the sample nearest to its mean."""
+        for code, name in enumerate(self.classes_.tolist()):
+            own = np.flatnonzero(codes == code)
+            distances = ((features[own] - features[own].mean(0)) ** 2).sum(1)
+            self.demonstrations_.append((examples[own[distances.argmin()]], name))
+        self.prefix_ = self._prefix(range(len(self.classes_)))
+        self._check_room()
+
+    def _check_room(self) -> None:
+        extractor = self._extractor()
+        if not isinstance(extractor, FeatureExtractor) or extractor.max_length is None:
+            return
+        taken = len(extractor.encoder([self.prefix_])[0])
+        if taken >= extractor.max_length:
+            raise ValueError(
+                f"the demonstrations of {len(self.classes_)} classes take {taken} tokens, but the model takes "
+                f"{extractor.max_length}, texts included; use demonstrations='none', or shorter texts."
+            )
+
+    def _behind_all_orders(self, examples: list[Any], codes: np.ndarray, rng: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Features of the training texts behind every order of the demonstrations, and their classes."""
+        texts = [self.task_.text(example) for example in examples]
+        orders = _orders(len(self.classes_), int(self.permutations), rng)
+        found = [self._extract(texts, self._prefix(order)) for order in orders]
+        return np.concatenate(found), np.tile(codes, len(orders))
+
+    def _prefix(self, order: Sequence[int]) -> str:
+        shown = [self.task_.demonstration(*self.demonstrations_[index]) for index in order]
+        return "".join(text + self.separator for text in shown)
+
+
+def _orders(count: int, most: int, rng: Any) -> list[Sequence[int]]:
+    """The identity first, then others at random; all of them if there are at most `most`."""
+    if count <= 8 and math.factorial(count) <= most:
+        return list(itertools.permutations(range(count)))
+    found: dict[tuple[int, ...], None] = {tuple(range(count)): None}
+    while len(found) < most:
+        found[tuple(rng.permutation(count).tolist())] = None
+    return list(found)
