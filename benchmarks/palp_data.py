@@ -1,0 +1,161 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""PALP's data sets: their templates, a pool that all draws of demonstrations and training texts come from, and a part of
+the test split; and an extractor that remembers what it has encoded."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, Union
+
+import numpy as np
+
+from generation_ext.in_context import Task
+
+
+Text = Union[str, dict[str, str]]
+SINGLE, SENTIMENT, PAIR = (
+    "Sentence 1: {text}\nLabel:",
+    "Sentence 1: {text}\nSentiment:",
+    "Premise: {premise}\nHypothesis: {hypothesis}\nLabel:",
+)
+PLAIN = {SINGLE: "{text}", SENTIMENT: "{text}", PAIR: "{premise}\n{hypothesis}"}
+
+
+@dataclass(frozen=True)
+class Set:
+    """A data set.
+
+    Args:
+        name: Its folder.
+        template: PALP-T's.
+        words: Label -> words in demonstrations; the label itself where there are none.
+        test: The split that is measured on.
+        left_out: A label that is no class.
+        demonstrations: Whether a demonstration of each class fits before a text.
+    """
+
+    name: str
+    template: str = SINGLE
+    words: dict[str, str] = field(default_factory=dict)
+    test: str = "test"
+    left_out: str = ""
+    demonstrations: bool = True
+
+    def word(self, label: str) -> str:
+        """The label in a demonstration, with the space before it."""
+        return " " + self.words.get(label, label)
+
+
+SETS = {
+    each.name: each
+    for each in (
+        Set("sst2", SENTIMENT),
+        Set(
+            "sst5",
+            SENTIMENT,
+            {"very negative": "terrible", "negative": "bad", "neutral": "okay", "positive": "good"}
+            | {"very positive": "great"},
+        ),
+        Set("ag_news", words={"Sci/Tech": "Technology"}),
+        Set("snips"),
+        Set("rte", PAIR, {"entailment": "True", "not_entailment": "False"}, "validation"),
+        Set("cb", PAIR, {"entailment": "True", "contradiction": "False", "neutral": "Neither"}, "validation"),
+        Set("banking77", demonstrations=False),
+        Set("clinc150", left_out="oos", demonstrations=False),
+    )
+}
+
+
+class Split:
+    """A set's texts: `pool` to learn from, `test` to measure on.
+
+    Args:
+        source: The set.
+        folder: Holds its folder.
+        pool: Most texts to learn from, as many of each class as there are.
+        test: Most texts to measure on.
+        seed: Of the choice.
+    """
+
+    def __init__(self, source: Set, folder: Path, pool: int, test: int, seed: int = 0) -> None:
+        self.source = source
+        training = self._read(folder, "train", seed)
+        by_class: dict[str, list[Text]] = defaultdict(list)
+        for text, label in training:
+            by_class[label].append(text)
+        self.labels = sorted(by_class)
+        share = max(1, -(-pool // len(self.labels)))
+        chosen = [(text, label) for label in self.labels for text in by_class[label][:share]]
+        random.Random(seed).shuffle(chosen)
+        self.pool: tuple[list[Text], np.ndarray] = _columns(chosen)
+        self.test: tuple[list[Text], np.ndarray] = _columns(self._read(folder, source.test, seed)[:test])
+
+    @property
+    def task(self) -> Task:
+        """For in-context learning."""
+        return Task(
+            self.source.template, {label: self.source.word(label) for label in self.labels}, name=self.source.name
+        )
+
+    def draw(self, shots: int, seed: int) -> np.ndarray:
+        """Indices into the pool: so many of each class, or all that there are."""
+        labels, rng = self.pool[1], random.Random(seed)
+        found: list[int] = []
+        for label in self.labels:
+            own = np.flatnonzero(labels == label).tolist()
+            found += rng.sample(own, min(shots, len(own)))
+        return np.array(found)
+
+    def _read(self, folder: Path, split: str, seed: int) -> list[tuple[Text, str]]:
+        path = folder / self.source.name / f"{split}.jsonl"
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no {path}: pass --data-dir FOLDER, which holds {self.source.name}.")
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        pair = self.source.template == PAIR
+        found: list[tuple[Text, str]] = [
+            ({"premise": row["text_a"], "hypothesis": row["text_b"]} if pair else row["text"], row["label"])
+            for row in rows
+            if row["label"] != self.source.left_out
+        ]
+        random.Random(seed).shuffle(found)
+        return found
+
+
+class Extractor(Protocol):
+    """As PALPClassifier wants it."""
+
+    def extract(self, texts: Sequence[str], prefix: str = "") -> np.ndarray:
+        """`[texts, size]`."""
+
+
+class Remembering:
+    """An extractor that keeps the features of texts without a prefix, which all draws of few shots share."""
+
+    def __init__(self, extractor: Extractor) -> None:
+        self.extractor = extractor
+        self.known: dict[str, np.ndarray] = {}
+        self.seconds: dict[str, float] = {}
+        self.saved = 0.0  # CPU seconds that what was known already had taken
+
+    def extract(self, texts: Sequence[str], prefix: str = "") -> np.ndarray:
+        """As `PALPClassifier` asks for them."""
+        if prefix:
+            return self.extractor.extract(texts, prefix)
+        unique = dict.fromkeys(texts)
+        new = [text for text in unique if text not in self.known]
+        self.saved += sum(self.seconds.get(text, 0.0) for text in unique)
+        if new:
+            start = time.process_time()
+            self.known.update(zip(new, self.extractor.extract(new)))
+            self.seconds.update(dict.fromkeys(new, (time.process_time() - start) / len(new)))
+        return np.stack([self.known[text] for text in texts])
+
+
+def _columns(pairs: Sequence[tuple[Any, str]]) -> tuple[list[Any], np.ndarray]:
+    return [text for text, _ in pairs], np.array([label for _, label in pairs])
