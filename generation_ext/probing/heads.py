@@ -46,7 +46,7 @@ class Logistic(Head):
     """Logistic regression."""
 
     name = "logistic"
-    defaults: Mapping[str, Any] = {"C": 0.01, "max_iter": 1000}
+    defaults: Mapping[str, Any] = {"C": 0.1, "max_iter": 1000}
 
     @classmethod
     def fit(
@@ -62,7 +62,7 @@ class SVM(Head):
     """A linear support vector machine, one class against the rest; its margins count as logits, uncalibrated."""
 
     name = "svm"
-    defaults: Mapping[str, Any] = {"C": 1e-4, "max_iter": 10000}
+    defaults: Mapping[str, Any] = {"C": 1e-3, "max_iter": 10000}
 
     @classmethod
     def fit(
@@ -131,7 +131,7 @@ class MLP(Head):
     """A network of one hidden layer."""
 
     name = "mlp"
-    defaults: Mapping[str, Any] = {"hidden_layer_sizes": (128,), "alpha": 1.0, "max_iter": 300}
+    defaults: Mapping[str, Any] = {"hidden_layer_sizes": (128,), "alpha": 10.0, "max_iter": 300}
 
     @classmethod
     def fit(

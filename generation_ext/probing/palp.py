@@ -158,7 +158,8 @@ class PALPClassifier(ClassifierMixin, BaseEstimator):
 
     def predict(self, X: Any) -> np.ndarray:
         """The likeliest class of each text."""
-        return self.classes_[self.decision_scores(X).argmax(1)]
+        scores = self.decision_scores(X)
+        return self.classes_[scores.argmax(1)]
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probabilities `[texts, classes]`: the softmax of the head's scores (for an SVM, uncalibrated margins)."""
@@ -168,11 +169,12 @@ class PALPClassifier(ClassifierMixin, BaseEstimator):
 
     def decision_scores(self, X: Any) -> np.ndarray:
         """The head's scores `[texts, classes]`."""
-        return self.head_.scores(self._standardised(self.transform(X)))
+        features = self.transform(X)
+        return self.head_.scores(self._standardised(features))
 
     def transform(self, X: Any) -> np.ndarray:
         """Features `[texts, size]`, as `predict` sees them."""
-        check_is_fitted(self, "classes_")
+        check_is_fitted(self)
         texts = [self.task_.text(example) for example in self._examples(X)]
         return self._extract(texts, self.prefix_)
 

@@ -1,0 +1,330 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""PALPClassifier is an estimator of scikit-learn, and does what the paper does."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+
+
+pytest.importorskip("sklearn", reason="PALPClassifier is an estimator of scikit-learn")
+from sklearn.base import clone  # noqa: E402
+from sklearn.exceptions import NotFittedError  # noqa: E402
+from sklearn.model_selection import GridSearchCV, cross_val_score  # noqa: E402
+from sklearn.pipeline import Pipeline  # noqa: E402
+from sklearn.preprocessing import FunctionTransformer  # noqa: E402
+from sklearn.utils.estimator_checks import parametrize_with_checks  # noqa: E402
+
+from generation_ext.probing import FeatureExtractor, PALPClassifier  # noqa: E402
+from generation_ext.probing.heads import HEADS  # noqa: E402
+from peft_ext import PeqaConfig  # noqa: E402
+from tests.generation_ext.text_models import model, tokenizer_for  # noqa: E402
+
+
+TEMPLATE = "Review: {text}\nSentiment:"
+GOOD = ["fine film", "great fun", "good, good", "a joy", "so fine", "great joy"]
+BAD = ["bad film", "poor bore", "bad, bad", "a waste", "so poor", "bore, waste"]
+TEXTS, LABELS = GOOD + BAD, ["good"] * len(GOOD) + ["bad"] * len(BAD)
+
+
+class Letters:
+    """Counts letters: a stub encoder, that remembers what it was asked for."""
+
+    def __init__(self):
+        self.calls = []
+
+    def extract(self, texts, prefix=""):
+        self.calls.append((list(texts), prefix))
+        return np.array([[float((prefix + text).count(letter)) for letter in "abcdefghijklmno"] for text in texts])
+
+
+def palp(name="llama", **options):
+    return PALPClassifier(model(name), tokenizer_for(name), **{"template": TEMPLATE, "random_state": 0, **options})
+
+
+@parametrize_with_checks([PALPClassifier(Letters(), head=head) for head in HEADS])
+def test_scikit_learns_checks(estimator, check):
+    check(estimator)
+
+
+@pytest.mark.parametrize("demonstrations", ["none", "per-class"])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_fits_predicts_and_comes_back_from_its_folder(head, demonstrations, tmp_path):
+    fitted = palp(head=head, demonstrations=demonstrations).fit(TEXTS, LABELS)
+    assert fitted.classes_.tolist() == ["bad", "good"]
+    probabilities = fitted.predict_proba(TEXTS)
+    np.testing.assert_allclose(probabilities.sum(1), 1)
+    assert head == "knn" or fitted.score(TEXTS, LABELS) > 0.7  # neighbours in a random model mean little
+    assert (fitted.predict(TEXTS) == fitted.classes_[probabilities.argmax(1)]).all()
+    fitted.save_pretrained(tmp_path / "palp")
+    assert sorted(path.name for path in (tmp_path / "palp").iterdir()) == ["head.safetensors", "palp.json"]
+    back = PALPClassifier.from_pretrained(tmp_path / "palp", model("llama"), tokenizer_for("llama"))
+    np.testing.assert_array_equal(back.predict_proba(TEXTS), probabilities)
+    np.testing.assert_array_equal(back.predict(TEXTS), fitted.predict(TEXTS))
+
+
+@pytest.mark.parametrize("labels", [[1, 2], [True, False], [0.0, 1.0]], ids=str)
+def test_classes_keep_their_type(labels, tmp_path):
+    y = [labels[0]] * len(GOOD) + [labels[1]] * len(BAD)
+    fitted = palp(demonstrations="per-class").fit(TEXTS, y)
+    fitted.save_pretrained(tmp_path / "palp")
+    back = PALPClassifier.from_pretrained(tmp_path / "palp", model("llama"), tokenizer_for("llama"))
+    for each in (fitted, back):
+        found = each.predict(TEXTS)
+        assert found.dtype == np.array(y).dtype and set(found) <= set(labels)
+
+
+# ---- the method
+
+
+def test_the_template_alone_gives_the_extractors_features():
+    fitted = palp().fit(TEXTS, LABELS)
+    extractor = FeatureExtractor(model("llama"), tokenizer_for("llama"))
+    expected = extractor.extract([f"Review: {text}\nSentiment:" for text in TEXTS])
+    np.testing.assert_allclose(fitted.transform(TEXTS), expected, atol=1e-5)
+    assert fitted.demonstrations_ == [] and fitted.prefix_ == ""
+
+
+def test_demonstrations_are_the_samples_nearest_to_their_class_means():
+    stub = Letters()
+    fitted = PALPClassifier(stub, template=TEMPLATE, demonstrations="per-class", permutations=20).fit(TEXTS, LABELS)
+    features = Letters().extract([f"Review: {text}\nSentiment:" for text in TEXTS])
+    nearest = {}
+    for name in ("bad", "good"):
+        own = [index for index, label in enumerate(LABELS) if label == name]
+        mean = sum(features[index] for index in own) / len(own)
+        nearest[name] = TEXTS[min(own, key=lambda index: float(((features[index] - mean) ** 2).sum()))]
+    assert fitted.demonstrations_ == [(nearest["bad"], "bad"), (nearest["good"], "good")]
+    shown = {name: f"Review: {text}\nSentiment: {name}\n" for name, text in nearest.items()}
+    # training texts behind both orders, the identity first; texts to predict behind the identity
+    assert [prefix for _, prefix in stub.calls] == ["", shown["bad"] + shown["good"], shown["good"] + shown["bad"]]
+    stub.calls.clear()
+    fitted.predict(["x"])
+    assert stub.calls == [(["Review: x\nSentiment:"], shown["bad"] + shown["good"])]
+
+
+@pytest.mark.parametrize(
+    "classes, permutations, orders", [(2, 20, 2), (3, 20, 6), (4, 20, 20), (4, 24, 24), (5, 3, 3)]
+)
+def test_as_many_orders_as_the_paper(classes, permutations, orders):
+    stub = Letters()
+    texts, labels = list("abcdefghij"), [index % classes for index in range(10)]
+    PALPClassifier(stub, demonstrations="per-class", permutations=permutations, random_state=1).fit(texts, labels)
+    prefixes = [prefix for _, prefix in stub.calls[1:]]
+    assert len(prefixes) == len(set(prefixes)) == orders
+    assert prefixes[0] == "".join(f"{text} {label}\n" for text, label in _shown(prefixes[0]))
+    assert [label for _, label in _shown(prefixes[0])] == [str(each) for each in range(classes)]
+
+
+def _shown(prefix):
+    return [line.rsplit(" ", 1) for line in prefix.splitlines()]
+
+
+def test_label_words_stand_in_demonstrations_only():
+    words = {"good": " great", "bad": " terrible"}
+    fitted = palp(demonstrations="per-class", label_words=words).fit(TEXTS, LABELS)
+    assert "Sentiment: terrible\nReview:" in fitted.prefix_ and fitted.prefix_.endswith("Sentiment: great\n")
+    assert set(fitted.predict(TEXTS)) <= {"good", "bad"}
+
+
+@pytest.mark.parametrize("kind", ["mappings", "frame", "array"])
+def test_pairs_of_texts(kind):
+    template = "Premise: {premise}\nHypothesis: {hypothesis}\nLabel:"
+    rows = [{"premise": one, "hypothesis": two} for one, two in zip(TEXTS, reversed(TEXTS))]
+    X = rows
+    if kind == "frame":
+        X = pytest.importorskip("pandas").DataFrame(rows)
+    elif kind == "array":
+        X = np.array([list(row.values()) for row in rows])
+    fitted = palp(template=template, demonstrations="per-class").fit(X, LABELS)
+    expected = palp(template=template, demonstrations="per-class").fit(rows, LABELS)
+    np.testing.assert_array_equal(fitted.predict_proba(X), expected.predict_proba(rows))
+    assert all(set(text) == {"premise", "hypothesis"} for text, _ in expected.demonstrations_)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "bert", "t5"])
+def test_models_of_all_kinds(name):
+    assert palp(name, demonstrations="per-class").fit(TEXTS, LABELS).score(TEXTS, LABELS) > 0.7
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+def test_packed_and_adapted_models(bits, tmp_path):
+    from peft import get_peft_model
+
+    tuned = get_peft_model(copy.deepcopy(model("llama")), PeqaConfig(bits=bits, task_type="CAUSAL_LM"))
+    merged = copy.deepcopy(tuned).merge_and_unload()
+    found = []
+    for each in (tuned, merged):
+        fitted = PALPClassifier(each.eval(), tokenizer_for("llama"), template=TEMPLATE).fit(TEXTS, LABELS)
+        found.append(fitted.predict_proba(TEXTS))
+    np.testing.assert_allclose(found[0], found[1], atol=1e-3)
+
+
+# ---- scikit-learn's company
+
+
+def test_a_clone_shares_the_model_and_nothing_that_was_fitted():
+    fitted = palp(head="svm", head_params={"C": 0.5}).fit(TEXTS, LABELS)
+    other = clone(fitted)
+    assert other.model is fitted.model and other.get_params() == fitted.get_params()
+    assert other.head_params is not fitted.head_params
+    with pytest.raises(NotFittedError):
+        other.predict(TEXTS)
+
+
+def test_pipeline_and_grid_search():
+    steps = [("lower", FunctionTransformer(lambda texts: [text.lower() for text in texts])), ("palp", palp())]
+    grid = {"palp__head": ["logistic", "knn"], "palp__layer": [1, -1], "palp__head_params": [None]}
+    search = GridSearchCV(Pipeline(steps), grid, cv=2).fit(TEXTS, LABELS)
+    assert search.best_params_["palp__head"] in ("logistic", "knn")
+    assert search.best_estimator_.named_steps["palp"].model is model("llama")
+    assert set(search.predict(["GREAT FUN"])) <= {"good", "bad"}
+    assert len(cross_val_score(palp(), TEXTS, LABELS, cv=3)) == 3
+
+
+def test_features_are_kept_between_fits(tmp_path, monkeypatch):
+    first = palp(memory=tmp_path / "features", demonstrations="per-class").fit(TEXTS, LABELS)
+    expected = first.predict_proba(TEXTS)
+    monkeypatch.setattr(FeatureExtractor, "_fill", lambda *args: pytest.fail("encoded again"))
+    again = palp(memory=tmp_path / "features", demonstrations="per-class").fit(TEXTS, LABELS)
+    np.testing.assert_array_equal(again.predict_proba(TEXTS), expected)
+
+
+def test_the_same_seed_gives_the_same_classifier():
+    found = [
+        palp(head="mlp", demonstrations="per-class", head_params={"max_iter": 5})
+        .fit(TEXTS, LABELS)
+        .predict_proba(TEXTS)
+        for _ in range(2)
+    ]
+    np.testing.assert_array_equal(*found)
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"template": "no slot"}, "has no slot"),
+        ({"demonstrations": "all"}, "demonstrations='all' is unknown"),
+        ({"head": "forest"}, "head='forest' is unknown"),
+        ({"permutations": 0}, "permutations=0"),
+        ({"layer": 99}, "layer=99"),
+        ({"pooling": "first"}, "pooling='first'"),
+        ({"label_words": {"good": " great"}}, "no words for the class 'bad'"),
+        ({"label_words": {"good": " great", "bad": " "}}, "must be a text"),
+        ({"label_words": {"good": " great", "bad": " great"}}, "have the same word"),
+        (
+            {"label_words": {"good": " +", "bad": " -", "so-so": " 0"}, "demonstrations": "per-class"},
+            "no sample of it",
+        ),
+        ({"head": "knn", "head_params": {"p": 1}}, "n_neighbors"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        palp(**options).fit(TEXTS, LABELS)
+
+
+@pytest.mark.parametrize(
+    "X, y, error, message",
+    [
+        (TEXTS, ["good"] * len(TEXTS), ValueError, "one class alone"),
+        (TEXTS, LABELS[:-1], ValueError, "X has 12 texts, but y 11"),
+        ([], [], ValueError, "one class alone|0 samples"),
+        ("one text", LABELS, TypeError, "single one"),
+        ([*TEXTS[:-1], 3], LABELS, TypeError, "must be a string or a mapping"),
+        (TEXTS, np.random.default_rng(0).normal(size=len(TEXTS)), ValueError, "Unknown label type|continuous"),
+        (TEXTS, None, ValueError, "y is missing"),
+    ],
+)
+def test_bad_data(X, y, error, message):
+    with pytest.raises(error, match=message):
+        palp().fit(X, y)
+
+
+def test_demonstrations_that_do_not_fit():
+    texts = [f"{'word ' * 60}{index}" for index in range(8)]
+    with pytest.raises(ValueError, match="demonstrations of 4 classes take .* use demonstrations='none'"):
+        palp(demonstrations="per-class").fit(texts, [index % 4 for index in range(8)])
+
+
+def test_long_and_empty_texts():
+    texts = ["", "x" * 100_000, *TEXTS]
+    labels = ["good", "bad", *LABELS]
+    with pytest.raises(ValueError, match="text 1 takes .* tokens"):
+        palp().fit(texts, labels)
+    with pytest.warns(UserWarning, match="1 of 14 texts are cut"):
+        fitted = palp(overflow="truncate_start").fit(texts, labels)
+    with pytest.warns(UserWarning, match="are cut"):
+        assert len(fitted.predict(texts)) == len(texts)
+
+
+def test_a_model_or_tokenizer_that_is_missing():
+    with pytest.raises(ValueError, match="model is missing"):
+        PALPClassifier().fit(TEXTS, LABELS)
+    with pytest.raises(ValueError, match="tokenizer is missing"):
+        PALPClassifier(model("llama")).fit(TEXTS, LABELS)
+    with pytest.raises(TypeError, match="model is a int"):
+        PALPClassifier(3).fit(TEXTS, LABELS)
+
+
+def test_features_that_are_not_numbers():
+    class Broken(Letters):
+        def extract(self, texts, prefix=""):
+            found = super().extract(texts, prefix)
+            found[2, 1] = np.nan
+            return found
+
+    with pytest.raises(ValueError, match="features of text 2"):
+        PALPClassifier(Broken()).fit(TEXTS, LABELS)
+
+
+def test_another_model_is_refused(tmp_path):
+    palp().fit(TEXTS, LABELS).save_pretrained(tmp_path / "palp")
+    other = copy.deepcopy(model("llama"))
+    with torch.no_grad():
+        other.get_input_embeddings().weight.neg_()
+    with pytest.raises(ValueError, match="was fitted on .* pass the model it was fitted on"):
+        PALPClassifier.from_pretrained(tmp_path / "palp", other, tokenizer_for("llama"))
+
+
+def test_damaged_and_missing_folders(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no palp.json"):
+        PALPClassifier.from_pretrained(tmp_path, model("llama"), tokenizer_for("llama"))
+    fitted = palp().fit(TEXTS, LABELS)
+    fitted.save_pretrained(tmp_path / "palp")
+    content = json.loads((tmp_path / "palp" / "palp.json").read_text())
+    (tmp_path / "palp" / "palp.json").write_text(json.dumps({**content, "format": 9}))
+    with pytest.raises(ValueError, match="has format 9"):
+        PALPClassifier.from_pretrained(tmp_path / "palp", model("llama"), tokenizer_for("llama"))
+    (tmp_path / "palp" / "head.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="is damaged"):
+        PALPClassifier.from_pretrained(tmp_path / "palp", model("llama"), tokenizer_for("llama"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds something else"):
+        fitted.save_pretrained(tmp_path / "full")
+
+
+def test_loads_its_model_by_name(tmp_path):
+    lm, words = copy.deepcopy(model("llama")), tokenizer_for("llama")
+    lm.save_pretrained(tmp_path / "lm")
+    words.save_pretrained(tmp_path / "lm")
+    lm.config._name_or_path = str(tmp_path / "lm")
+    fitted = PALPClassifier(lm, words, template=TEMPLATE).fit(TEXTS, LABELS)
+    fitted.save_pretrained(tmp_path / "palp")
+    back = PALPClassifier.from_pretrained(tmp_path / "palp")
+    np.testing.assert_allclose(back.predict_proba(TEXTS), fitted.predict_proba(TEXTS), atol=1e-6)
+
+
+def test_unfitted():
+    for method in ("predict", "predict_proba", "transform"):
+        with pytest.raises(NotFittedError):
+            getattr(palp(), method)(TEXTS)
