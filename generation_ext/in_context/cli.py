@@ -12,7 +12,6 @@ killed goes on where it was.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import Any, Optional
 
 import numpy as np
 
+from generation_ext.data_files import columns_of, fields_of, read_rows
 from generation_ext.in_context.overflow import DROP, OVERFLOW
 from generation_ext.in_context.prompts import TASKS, Task
 from generation_ext.in_context.scoring import Demonstration, LabelScorer, LabelScores
@@ -44,10 +44,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 def run(args: argparse.Namespace) -> str:
     """Classify, write the predictions; returns what is to be shown."""
     task = read_task(args.task)
-    names = dict(_assignment(each) for each in args.fields)
+    columns = columns_of(task.fields, args.fields)
     rows = read_rows(args.data)[: args.limit]
-    examples = [_example(task, names, row, f"{args.data}, row {i}") for i, row in enumerate(rows, start=1)]
-    shown = _demonstrations(args, task, names)
+    examples = [fields_of(row, columns, f"{args.data}, row {i}") for i, row in enumerate(rows, start=1)]
+    shown = _demonstrations(args, task, columns)
     check_writable(args.output, "--output")
     model, tokenizer = _load(args.model, args.adapter)
     options = {
@@ -97,49 +97,7 @@ def read_task(name: str) -> Task:
         raise ValueError(f"--task {name}: {error}") from error
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a .jsonl or .csv file.
-
-    Raises:
-        ValueError: If it has another ending, is empty, or a line is no object; names the line.
-    """
-    if path.suffix == ".csv":
-        with open(path, encoding="utf-8", newline="") as file:
-            rows: list[dict[str, Any]] = list(csv.DictReader(file))
-    elif path.suffix == ".jsonl":
-        rows = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            if line.strip():
-                rows.append(_object(line, f"{path}, line {number}"))
-    else:
-        raise ValueError(f"{path}: must end in .jsonl or .csv.")
-    if not rows:
-        raise ValueError(f"{path} has no rows.")
-    return rows
-
-
-def _object(line: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is no JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} is no object.")
-    return value
-
-
-def _example(task: Task, names: Mapping[str, str], row: Mapping[str, Any], where: str) -> dict[str, str]:
-    columns = {field: names.get(field, field) for field in task.fields}
-    missing = [column for column in columns.values() if row.get(column) is None]
-    if missing:
-        raise ValueError(
-            f"{where} has no {missing[0]!r}, only {list(row)}; say with --fields which column is which field of the "
-            f"task, as {task.fields[0]}=COLUMN."
-        )
-    return {field: str(row[column]) for field, column in columns.items()}
-
-
-def _demonstrations(args: argparse.Namespace, task: Task, names: Mapping[str, str]) -> list[Demonstration]:
+def _demonstrations(args: argparse.Namespace, task: Task, columns: Mapping[str, str]) -> list[Demonstration]:
     """`shots` labelled rows at random."""
     if (args.method == DEMONSTRATIONS) != (args.demonstrations is not None):
         raise ValueError(f"--demonstrations FILE goes with --method {DEMONSTRATIONS}, and is needed by it.")
@@ -157,7 +115,7 @@ def _demonstrations(args: argparse.Namespace, task: Task, names: Mapping[str, st
             raise ValueError(
                 f"{where}: {args.label_column}={label!r} is none of the task's labels {list(task.labels)}."
             )
-        shown.append((_example(task, names, rows[index], where), str(label)))
+        shown.append((fields_of(rows[index], columns, where), str(label)))
     return shown
 
 
@@ -196,13 +154,6 @@ def _summary(args: argparse.Namespace, scores: LabelScores, gold: Sequence[Any])
     if known:
         lines.append(f"accuracy: {100 * sum(known) / len(known):.1f} % of {len(known)} labelled inputs")
     return "\n".join(lines)
-
-
-def _assignment(text: str) -> tuple[str, str]:
-    field, sign, column = text.partition("=")
-    if not (field and sign and column):
-        raise ValueError(f"--fields {text!r}: write FIELD=COLUMN.")
-    return field, column
 
 
 def _parser() -> argparse.ArgumentParser:

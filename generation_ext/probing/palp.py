@@ -234,12 +234,20 @@ class PALPClassifier(ClassifierMixin, BaseEstimator):
 
     # ---- arguments
 
-    def _check(self) -> None:
+    def check_options(self) -> None:
+        """Refuse what isn't known, before a model is loaded.
+
+        Raises:
+            ValueError: Names the argument.
+        """
         for name, known in (("demonstrations", DEMONSTRATIONS), ("head", tuple(HEADS))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {known}.")
         if not isinstance(self.permutations, (int, np.integer)) or self.permutations < 1:
             raise ValueError(f"permutations={self.permutations!r} must be a positive integer.")
+
+    def _check(self) -> None:
+        self.check_options()
         if self.model is None:
             raise ValueError("model is missing: pass a language model of transformers, and its tokenizer.")
         if isinstance(self.model, nn.Module) and self.tokenizer is None:

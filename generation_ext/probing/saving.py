@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from generation_ext.critic.value import base_fingerprint
+from generation_ext.in_context.prompts import Task
 from generation_ext.probing.heads import HEADS
 from peft_ext.files import written_whole
 
@@ -88,6 +89,11 @@ def base_name(folder: Path) -> Optional[str]:
         FileNotFoundError, ValueError: If there is no classifier in the folder, or it is damaged.
     """
     return _read(folder)[0]["base_model"].get("name")
+
+
+def fields_of_template(folder: Path) -> tuple[str, ...]:
+    """The slots of a saved classifier's template."""
+    return Task(_read(folder)[0]["params"]["template"], {"a": "a", "b": "b"}).fields
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

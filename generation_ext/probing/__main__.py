@@ -1,0 +1,26 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""`python -m generation_ext.probing train | predict`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Optional
+
+from peft_ext.command_line import run_command
+
+
+COMMANDS = {
+    "train": "fit a classifier on the hidden states of labelled texts; goes on after a kill",
+    "predict": "classes and probabilities of texts",
+}
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run a command; returns the exit status, see `run_command`."""
+    argv = sys.argv[1:] if argv is None else argv
+    return run_command("python -m generation_ext.probing", "generation_ext.probing.commands", COMMANDS, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""`train`: fit a classifier on labelled texts of a file, and write it into a folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+
+from generation_ext.data_files import columns_of
+from generation_ext.in_context.prompts import Task
+from generation_ext.probing.commands.arguments import RUN, DataArguments, ModelArguments, labelled, load_model, parse
+from generation_ext.probing.palp import NONE, PALPClassifier
+from peft_ext.files import check_folder_writable, written_whole
+
+
+@dataclass
+class TrainArguments(DataArguments, ModelArguments):
+    """Arguments of `train`."""
+
+    output_dir: Optional[str] = field(default=None, metadata={"help": "Folder for the classifier."})
+    template: str = field(
+        default="{text}", metadata={"help": "Surroundings of a text, slots in braces; \\n is a new line."}
+    )
+    demonstrations: str = field(default=NONE, metadata={"help": "none, or per-class: one of each class is shown."})
+    label_words: list[str] = field(
+        default_factory=list, metadata={"help": "Words for classes in demonstrations, as CLASS=WORDS."}
+    )
+    permutations: int = field(default=20, metadata={"help": "Most orders of the demonstrations in training."})
+    head: str = field(default="logistic", metadata={"help": "logistic, svm, gda, knn or mlp."})
+    head_params: Optional[str] = field(default=None, metadata={"help": "For scikit-learn's class, as JSON."})
+    layer: int = field(default=-1, metadata={"help": "Whose hidden states: -1 the last ones, 0 the embeddings."})
+    pooling: str = field(default="last", metadata={"help": "last or mean."})
+    overflow: str = field(default="error", metadata={"help": "error, truncate_start or truncate_end."})
+    max_length: Optional[int] = field(default=None, metadata={"help": "Most tokens of demonstrations and text."})
+    validation: Optional[str] = field(default=None, metadata={"help": "Labelled texts to measure on."})
+    keep_features: bool = field(default=False, metadata={"help": "Keep <output_dir>-features."})
+    seed: int = field(default=0, metadata={"help": "Of the orders and the head."})
+
+
+def main(argv: Sequence[str]) -> None:
+    """Fit, save, print how well it does."""
+    (args,) = parse(argv, TrainArguments)
+    for name in ("data", "output_dir"):
+        if not getattr(args, name):
+            raise ValueError(f"{name} is missing: pass --{name}.")
+    output = Path(args.output_dir)
+    check_folder_writable(output, "output_dir")
+    template = args.template.replace("\\n", "\n")
+    columns = columns_of(Task(template, {"a": "a", "b": "b"}).fields, args.fields)
+    texts, labels = _complete(args.data, "data", columns, args)
+    validation = _complete(args.validation, "validation", columns, args) if args.validation else None
+    options = _options(args, template)
+    PALPClassifier(**options).check_options()
+    model, tokenizer = load_model(args)
+    # what was encoded before a kill is not encoded again
+    features = output.with_name(output.name + "-features")
+    classifier = PALPClassifier(
+        model,
+        tokenizer,
+        memory=features,
+        memory_limit=args.memory_limit,
+        progressbar=sys.stderr.isatty(),
+        random_state=args.seed,
+        **options,
+    ).fit(texts, labels)
+    classifier.save_pretrained(output)
+    run = {name: getattr(args, name) for name in ("model", "adapter", "dtype", "fields", "label_column")}
+    with written_whole(output / RUN) as partial:
+        partial.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    print(f"{len(texts)} texts of {len(classifier.classes_)} classes: classifier in {output}")
+    for text, name in classifier.demonstrations_:
+        print(f"  shown for {name}: {' / '.join(classifier.task_.values(text).values())}")
+    print(f"accuracy on the training texts: {100 * classifier.score(texts, labels):.1f} %")
+    if validation is not None:
+        accuracy = np.mean(classifier.predict(validation[0]) == np.array(validation[1]))
+        print(f"accuracy on {args.validation}: {100 * accuracy:.1f} % of {len(validation[0])} texts")
+    if not args.keep_features:
+        shutil.rmtree(features, ignore_errors=True)
+
+
+def _options(args: TrainArguments, template: str) -> dict[str, Any]:
+    """Arguments of the classifier that flags have in another form."""
+    words: dict[str, str] = {}
+    for text in args.label_words:
+        name, sign, word = text.partition("=")
+        if not (name and sign and word):
+            raise ValueError(f"label_words={text!r}: write CLASS=WORDS.")
+        words[name] = word if word[0].isspace() else f" {word}"
+    params = None
+    if args.head_params is not None:
+        try:
+            params = json.loads(args.head_params)
+        except ValueError as error:
+            raise ValueError(f"head_params={args.head_params!r} is no JSON: {error}") from error
+        if not isinstance(params, dict):
+            raise ValueError(f"head_params={args.head_params!r} must be an object, such as '{{\"C\": 1.0}}'.")
+    names = ("demonstrations", "permutations", "head", "layer", "pooling", "overflow", "max_length")
+    shared = {name: getattr(args, name) for name in names}
+    return {**shared, "template": template, "label_words": words or None, "head_params": params}
+
+
+def _complete(
+    path: str, argument: str, columns: dict[str, str], args: TrainArguments
+) -> tuple[list[dict[str, str]], list[Any]]:
+    texts, labels = labelled(path, argument, columns, args.label_column, args.limit)
+    if None in labels:
+        row = labels.index(None) + 1
+        raise ValueError(
+            f"{path}, row {row} has no {args.label_column!r}; say which column it is with --label_column."
+        )
+    return texts, labels
