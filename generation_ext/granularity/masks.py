@@ -104,7 +104,8 @@ class _Bias(torch.autograd.Function):
         (gradient,) = gradients
         a, b = queries[:, :, None], keys[:, None]
         mode = "R" if distances is None else ctx.mode
-        alike = near = None
+        alike: Any = None
+        near: Any = None
         if mode != "S":
             apart = 1 - a - b
             gap = (1 - a + b).clamp(max=1)
@@ -112,9 +113,9 @@ class _Bias(torch.autograd.Function):
         if mode != "R":
             width = _width(a, ctx.max_length)
             near = (width - distances).clamp(0, 1)
-        mask = {"R": lambda: alike, "S": lambda: near, "R*S": lambda: alike * near, "R+S": lambda: (alike + near) / 2}[
-            mode
-        ]()
+        mask: Any = near if alike is None else alike
+        if mode in ("R*S", "R+S"):
+            mask = alike * near if mode == "R*S" else (alike + near) / 2
         # where the floor holds, the bias doesn't move
         gradient = torch.where(mask >= FLOOR, gradient / mask.clamp(min=FLOOR), torch.zeros_like(gradient))
         of_queries: Any = 0

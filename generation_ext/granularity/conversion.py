@@ -1,0 +1,159 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Granularities for a pretrained model: it starts as exactly what it was, and learns from there."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Optional, TypeVar, Union
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from generation_ext.granularity.attention import (
+    GranularityConfig,
+    GranularityHead,
+    add_granularity,
+    check_implementation,
+)
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# Attention classes of transformers that call the attention interface, by name, since relatives copy them.
+KNOWN_ATTENTIONS = (
+    "BartAttention",
+    "MBartAttention",
+    "PegasusAttention",
+    "T5Attention",
+    "MT5Attention",
+    "BertSelfAttention",
+    "BertCrossAttention",
+    "RobertaSelfAttention",
+    "RobertaCrossAttention",
+    "LlamaAttention",
+    "MistralAttention",
+    "Qwen2Attention",
+    "Qwen3Attention",
+)
+HEAD = "granularity"
+
+
+def convert_to_granularity_attention(model: Model, config: Optional[GranularityConfig] = None) -> Model:
+    """Add a granularity head to every attention of a pretrained model, in place.
+
+    With the default config all granularities are exactly 0, so the model computes what it did; gradients move them from
+    there. The heads are called `granularity`: `LoraConfig(..., modules_to_save=["granularity"])` trains and saves them with
+    a LoRA, [`granularity_parameters`] alone. `model.save_pretrained` writes them with the rest; load the folder as the model
+    it was, convert it, and [`load_granularities`] from the folder.
+
+    Args:
+        model: A BART, T5, BERT, Llama, Mistral or Qwen, or a relative that shares their attention; not a `PeftModel`
+            (convert the base first).
+        config: See [`GranularityConfig`]; None: `link="rectified"`, `initial=0`, and the model's own longest text as
+            `max_length`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If no attention of a known class is in it (lists those known); if it is converted already; if its
+            attention implementation takes no float mask; if `max_length` can't be told from its config.
+    """
+    attentions = {name: module for name, module in model.named_modules() if _is_attention(module)}
+    if not attentions:
+        found = sorted({type(m).__name__ for m in model.modules() if "Attention" in type(m).__name__})
+        raise ValueError(
+            f"model is a {type(model).__name__} with the attention classes {found}, none of which is known; known are "
+            f"{KNOWN_ATTENTIONS}."
+        )
+    if any(hasattr(module, HEAD) for module in attentions.values()):
+        raise ValueError("model is converted already.")
+    model_config: Any = model.config
+    if config is None:
+        config = GranularityConfig(link="rectified", initial=0.0, max_length=_longest(model_config))
+    implementation = check_implementation(model_config._attn_implementation)
+    example = next(model.parameters())
+    for name, module in attentions.items():
+        cross = _is_cross(name, module)
+        if cross and not config.cross_attention:
+            continue
+        add_granularity(module, _input_size(module), config, not cross and _is_causal(module, model_config))
+        module.granularity.to(device=example.device, dtype=_float_dtype(example))
+    for module in model.modules():
+        each: Any = getattr(module, "config", None)
+        if hasattr(each, "_attn_implementation"):
+            each._attn_implementation = implementation
+    model_config.granularity = config.to_dict()
+    return model
+
+
+def granularity_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Those of the heads, to train them alone."""
+    heads = [module for module in model.modules() if isinstance(module, GranularityHead)]
+    return [parameter for head in heads for parameter in head.parameters()]
+
+
+def load_granularities(model: Model, folder: Union[str, os.PathLike]) -> Model:
+    """Load the heads that `save_pretrained` of a converted model wrote into a folder; converts the model if need be.
+
+    Raises:
+        FileNotFoundError: If the folder has no config.
+        ValueError: If it is not of a converted model, or lacks a head.
+    """
+    folder = Path(folder)
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("granularity")
+    if settings is None:
+        raise ValueError(f"folder={str(folder)!r} is not of a converted model: its config has no 'granularity'.")
+    if not any(isinstance(module, GranularityHead) for module in model.modules()):
+        convert_to_granularity_attention(model, GranularityConfig(**settings))
+    wanted = {name: value for name, value in model.state_dict().items() if f".{HEAD}." in name}
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found.update({name: file.get_tensor(name) for name in file.keys() if name in wanted})
+    missing = sorted(set(wanted) - set(found))
+    if missing:
+        raise ValueError(
+            f"folder={str(folder)!r} lacks {len(missing)} of {len(wanted)} heads, the first {missing[0]!r}."
+        )
+    model.load_state_dict(found, strict=False)
+    return model
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return type(module).__name__ in KNOWN_ATTENTIONS
+
+
+def _is_cross(name: str, module: nn.Module) -> bool:
+    last = name.rsplit(".", 1)[-1]
+    return last in ("encoder_attn", "EncDecAttention") or "Cross" in type(module).__name__
+
+
+def _is_causal(module: Any, config: Any) -> bool:
+    decoder = getattr(module, "is_decoder", None)
+    if type(module).__name__ in ("T5Attention", "MT5Attention"):
+        return bool(decoder)
+    return bool(getattr(module, "is_causal", decoder))
+
+
+def _input_size(module: Any) -> int:
+    for name in ("q_proj", "q", "query"):
+        if hasattr(module, name):
+            return getattr(module, name).in_features
+    raise ValueError(f"{type(module).__name__} has no projection of queries that is known.")
+
+
+def _longest(config: Any) -> int:
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions"):
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > 2:
+            return value
+    raise ValueError("the model's config names no longest text; pass config=GranularityConfig(max_length=..., ...).")
+
+
+def _float_dtype(example: torch.Tensor) -> torch.dtype:
+    return example.dtype if example.is_floating_point() else torch.float32
