@@ -7,9 +7,12 @@ from generation_ext.granularity.conversion import (
     granularity_parameters,
     load_granularities,
 )
+from generation_ext.granularity.modeling import CDNPGConfig, CDNPGForConditionalGeneration
 
 
 __all__ = [
+    "CDNPGConfig",
+    "CDNPGForConditionalGeneration",
     "GranularityAttention",
     "GranularityConfig",
     "GranularityHead",

@@ -8,6 +8,7 @@ and keys alone. `granularity_eager` and `granularity_sdpa` are ordinary entries 
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from typing import Any, Optional
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import initialization as init
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -89,14 +91,14 @@ class GranularityHead(nn.Module):
 
     def reset_parameters(self) -> None:
         """Small weights, and the bias that gives the initial z; exactly 0 with zero weights."""
-        initial = torch.tensor(self.config.initial)
-        with torch.no_grad():
-            if self.config.link == "rectified":
-                self.projection.weight.zero_()
-                self.projection.bias.fill_(float(2 * torch.atanh(initial)))
-            else:
-                self.projection.weight.normal_(std=0.02)
-                self.projection.bias.fill_(float(torch.logit(initial)))
+        z = self.config.initial
+        # transformers' initialisers leave what was loaded
+        if self.config.link == "rectified":
+            init.zeros_(self.projection.weight)
+            init.constant_(self.projection.bias, 2 * math.atanh(z))
+        else:
+            init.normal_(self.projection.weight, std=0.02)
+            init.constant_(self.projection.bias, math.log(z / (1 - z)))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """z in [0, 1], float32 `[batch, tokens]` (float64 for float64)."""

@@ -1,0 +1,151 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""C-DNPG (Gu et al. 2022): an encoder-decoder with GA-Attention everywhere, out of transformers' BART."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGeneration
+from transformers.modeling_outputs import Seq2SeqLMOutput
+
+from generation_ext.granularity.attention import (
+    GranularityConfig,
+    GranularityHead,
+    add_granularity,
+    check_implementation,
+    recorded,
+)
+
+
+@strict
+class CDNPGConfig(BartConfig):
+    """C-DNPG's sizes (the paper's by default) and how its attention uses granularities.
+
+    Args:
+        granularity_mode: `"R"`, `"S"`, `"R*S"`, `"R+S"`, or None: a plain Transformer of the same size.
+        granularity_placement: `"before"` the softmax or `"after"` it, see [`GranularityConfig`].
+        initial_granularity: z of all tokens before training.
+        max_position_embeddings: Most tokens of a text, which is also N of eq. 8.
+        kwargs: Those of `BartConfig`.
+    """
+
+    model_type = "cdnpg"
+
+    vocab_size: int = 30522
+    max_position_embeddings: int = 20
+    d_model: int | None = 450
+    encoder_layers: int | None = 3
+    decoder_layers: int | None = 3
+    encoder_attention_heads: int | None = 9
+    decoder_attention_heads: int | None = 9
+    encoder_ffn_dim: int | None = 1024
+    decoder_ffn_dim: int | None = 1024
+    attention_dropout: float | int | None = 0.1
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    decoder_start_token_id: int | None = 1
+    forced_eos_token_id: int | list[int] | None = None
+    granularity_mode: str | None = "R*S"
+    granularity_placement: str = "before"
+    initial_granularity: float = 0.5
+
+    def granularity(self) -> Optional[GranularityConfig]:
+        """For the attention; None for the plain Transformer.
+
+        Raises:
+            ValueError: If a value is unknown or out of its range.
+        """
+        if self.granularity_mode is None:
+            return None
+        return GranularityConfig(
+            mode=self.granularity_mode,
+            placement=self.granularity_placement,
+            max_length=self.max_position_embeddings,
+            initial=self.initial_granularity,
+        )
+
+
+@dataclass
+class CDNPGOutput(Seq2SeqLMOutput):
+    """What the model gives.
+
+    Attributes:
+        encoder_granularities: z of the source's tokens for each layer, `[batch, source]`; with `output_granularities`.
+        decoder_granularities: z of the target's tokens for each layer's self-attention, `[batch, target]`.
+        cross_granularities: z of the target's tokens for each layer's cross-attention, `[batch, target]`.
+    """
+
+    encoder_granularities: Optional[tuple[torch.Tensor, ...]] = None
+    decoder_granularities: Optional[tuple[torch.Tensor, ...]] = None
+    cross_granularities: Optional[tuple[torch.Tensor, ...]] = None
+
+
+class CDNPGForConditionalGeneration(BartForConditionalGeneration):
+    """The paraphrase model; used as any encoder-decoder of transformers.
+
+    Example:
+
+    ```py
+    >>> model = CDNPGForConditionalGeneration(CDNPGConfig(vocab_size=len(tokenizer)))
+    >>> model.generate(**tokenizer("how do i learn to swim", return_tensors="pt"), num_beams=8)
+    ```
+    """
+
+    config_class = CDNPGConfig
+    config: CDNPGConfig
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+
+    def __init__(self, config: CDNPGConfig) -> None:
+        granularity = config.granularity()  # refuses before anything is made
+        super().__init__(config)
+        if granularity is None:
+            return
+        size: Any = config.d_model
+        for layer in self.model.encoder.layers:
+            add_granularity(layer.self_attn, size, granularity, is_causal=False)
+        for layer in self.model.decoder.layers:
+            add_granularity(layer.self_attn, size, granularity, is_causal=True)
+            if granularity.cross_attention:
+                add_granularity(layer.encoder_attn, size, granularity, is_causal=False)
+        self.config._attn_implementation = check_implementation(self.config._attn_implementation)
+
+    def forward(
+        self,
+        *args: Any,
+        output_granularities: Optional[bool] = None,
+        return_dict: Optional[bool] = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As `BartForConditionalGeneration`.
+
+        Args:
+            output_granularities: Whether to give the tokens' z, see [`CDNPGOutput`].
+            args, return_dict, kwargs: BART's.
+        """
+        if not output_granularities or self.config.granularity_mode is None:
+            return super().forward(*args, return_dict=return_dict, **kwargs)
+        with recorded(self) as found:
+            output = super().forward(*args, return_dict=True, **kwargs)
+        places = {"encoder": "encoder.layers", "decoder": "self_attn", "cross": "encoder_attn"}
+        groups = {
+            f"{name}_granularities": tuple(
+                z for place, z in found.items() if part in place and (name == "encoder") == ("encoder.layers" in place)
+            )
+            for name, part in places.items()
+        }
+        result = CDNPGOutput(**output, **groups)
+        return result if return_dict is not False else result.to_tuple()
+
+    def _init_weights(self, module: Any) -> None:
+        super()._init_weights(module)
+        if isinstance(module, GranularityHead):
+            module.reset_parameters()
+
+
+AutoConfig.register(CDNPGConfig.model_type, CDNPGConfig, exist_ok=True)
+AutoModelForSeq2SeqLM.register(CDNPGConfig, CDNPGForConditionalGeneration, exist_ok=True)
