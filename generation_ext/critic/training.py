@@ -214,6 +214,11 @@ class CriticTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _save(self, output_dir: Optional[str] = None, state_dict: Optional[dict[str, Any]] = None) -> None:
+        """The critic's safetensors and JSON. Trainer adds a pickle of its arguments, which nothing reads."""
+        if self.args.should_save:
+            self._critic.save_pretrained(output_dir or str(self.args.output_dir), state_dict=state_dict)
+
     # ---- further
 
     def evaluate_positions(self, eval_dataset: Optional[Iterable[Any]] = None) -> list[dict[str, Any]]:
