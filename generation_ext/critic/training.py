@@ -249,7 +249,7 @@ class CriticTrainer(Trainer):
         rollouts = self._rollouts(iteration)
         seconds = time.perf_counter() - start
         if begins:
-            self._standardise(rollouts)
+            self._prepare_critic(rollouts)
             known = self._values(rollouts)
             self._files.keep_values(iteration, known.values)
         else:
@@ -348,8 +348,9 @@ class CriticTrainer(Trainer):
         if missing:
             fill_hidden(self.language_model, missing, self.args.rollout_batch_size)
 
-    def _standardise(self, rollouts: list[Rollout]) -> None:
-        """By the first roll-outs, unless the critic has been trained before."""
+    def _prepare_critic(self, rollouts: list[Rollout]) -> None:
+        """Standardise hidden states and start at the mean outcome, by the first roll-outs; unless the critic has been
+        trained before."""
         critic = self._critic
         if bool((critic.mean != 0).any()) or bool((critic.std != 1).any()):
             return
@@ -358,8 +359,11 @@ class CriticTrainer(Trainer):
         if has_lora(critic):
             for rollout in rollouts:
                 rollout.hidden = None
-        for buffer in (critic.mean, critic.std):
-            buffer.copy_(broadcast(buffer))
+        mask = states_mask(rollouts)
+        critic.start_at(float(discounted_outcomes(outcomes_of(rollouts), mask, self.args.gamma)[mask].mean()))
+        with torch.no_grad():
+            for fitted in (critic.mean, critic.std, critic.head.bias):
+                fitted.copy_(broadcast(fitted.detach()))
 
     def _action_value_loss(
         self, hidden: torch.Tensor, logits: torch.Tensor, actions: torch.Tensor, mask: torch.Tensor

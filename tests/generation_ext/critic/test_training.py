@@ -201,8 +201,33 @@ def test_control_codes_are_told_apart(tmp_path):
     assert all(rollout.prompt_ids[0] == int(rollout.control_code[1:]) for rollout in rollouts)
 
 
+@pytest.mark.parametrize("gamma", [1.0, 0.5])
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_training_begins_at_the_mean_outcome(tmp_path, gamma, head):
+    def rare(completion_ids, **columns):
+        return [0.1 * share for share in small_share(completion_ids)]
+
+    model = tiny("llama")
+    trained = trainer(tmp_path, Critic.for_model(model, head=head), model, rare, gamma=gamma, num_iterations=1)
+    trained.train()
+    rollouts = read_rollouts(tmp_path / "rollouts")
+    outcomes = [gamma ** (rollout.states - 1 - state) * rollout.reward
+                for rollout in rollouts for state in range(rollout.states)]  # fmt: skip
+    assert trained.state.log_history[0]["value_mean"] == pytest.approx(sum(outcomes) / len(outcomes), abs=1e-5)
+
+
+def test_a_trained_critic_goes_on_from_where_it_was(tmp_path):
+    model = tiny("llama")
+    critic = Critic.for_model(model)
+    trainer(tmp_path / "first", critic, model).train()
+    before = trainer(tmp_path / "measured", critic, model).evaluate()
+    again = trainer(tmp_path / "second", critic, model, learning_rate=0.0)
+    again.train()
+    assert again.evaluate() == pytest.approx(before)
+
+
 def test_gae_targets_are_used(tmp_path):
-    """lambda = 0 and no discount: the first states' targets are their neighbours' values, 1/2 of a fresh critic."""
+    """lambda = 0 and no discount: the first states' targets are their neighbours' values, all the same at first."""
     trained = trainer(tmp_path, lam=0.0, num_iterations=1)
     seen = []
     collate = trained._collate
@@ -210,7 +235,8 @@ def test_gae_targets_are_used(tmp_path):
     trained.train()
     items, batch = seen[0]
     last = batch["mask"].long().sum(dim=1) - 1
-    assert (batch["targets"][:, 0] == 0.5).all()
+    start = trained.state.log_history[0]["value_mean"]
+    torch.testing.assert_close(batch["targets"][:, 0], torch.full_like(batch["targets"][:, 0], start))
     rewards = torch.tensor([item["rollout"].reward for item in items])
     torch.testing.assert_close(batch["targets"].gather(1, last[:, None])[:, 0], rewards)
 
