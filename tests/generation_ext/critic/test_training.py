@@ -10,6 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from generation_ext.critic import Critic
+from generation_ext.critic.action_values import try_candidates
 from generation_ext.critic.batches import values_of
 from generation_ext.critic.diagnostics import explained_variance
 from generation_ext.critic.rollout_files import read_rollouts
@@ -185,6 +186,38 @@ def test_the_action_value_head_learns_the_next_value_and_leaves_the_value_head_a
     guesses, values, nexts = torch.cat(guesses), torch.cat(values), torch.cat(nexts)
     # the step from V(s) to V(s + a) is what the head adds to V(s)
     assert explained_variance(guesses - values, nexts - values) > 0.3
+
+
+@pytest.mark.parametrize("stop", [None, 7])
+def test_the_action_value_head_learns_exact_values_of_candidates(tmp_path, stop):
+    """Within a state, Q and V of all candidates agree; also after a kill."""
+    options = {"rollouts_per_iteration": 200, "epochs_per_iteration": 20, "rollout_batch_size": 50,
+               "action_value_candidates": 8, "save_strategy": "steps", "save_steps": 5}  # fmt: skip
+
+    def fresh(callbacks=None):
+        model = telling("llama")
+        return trainer(tmp_path, Critic.for_model(model, action_values=True), model, callbacks=callbacks, **options)
+
+    if stop is not None:
+        with pytest.raises(KeyboardInterrupt):
+            fresh([StopsAt(stop)]).train()
+    trained = fresh()
+    trained.train(resume_from_checkpoint=stop is not None)
+    rollouts, critic = trained._held_out(None), trained.model
+    tried = try_candidates(trained.language_model, critic, rollouts, 8, seed=11)
+    gains = []
+    for rollout, one in zip(rollouts, tried):
+        guesses = critic.action_log_values(rollout.hidden[one.state], one.tokens)
+        values = critic.log_value(one.hidden)
+        gains.append(torch.stack([guesses - guesses.mean(), values - values.mean()]).detach())
+    guesses, values = torch.cat(gains, dim=1)
+    assert explained_variance(guesses, values) > 0.7
+
+
+def test_candidates_are_no_part_of_a_critic_with_a_lora(tmp_path):
+    model = tiny("llama")
+    with pytest.raises(ValueError, match="action_value_candidates=4.*lora_rank=0"):
+        trainer(tmp_path, Critic.for_model(model, action_values=True, lora_rank=2), model, action_value_candidates=4)
 
 
 def test_control_codes_are_told_apart(tmp_path):
@@ -460,6 +493,7 @@ def test_two_processes_share_the_work_and_have_one_critic(tmp_path, run_module):
         ({"cliprange_value": 0.2, "value_loss": "cross_entropy"}, "leave one of them out"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
         ({"action_value_coef": -1.0}, "action_value_coef"),
+        ({"action_value_candidates": -1}, "action_value_candidates=-1"),
     ],
 )
 def test_bad_settings(tmp_path, kwargs, message):
