@@ -24,14 +24,12 @@ from torch import nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache, QuantizedCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
+from generation_ext.attention import CACHE_NAMES, cache_name, takes_masks, windows_of
 
-# What a forward pass calls its cache: since transformers 5.23, and before.
-CACHE_NAMES = ("cache", "past_key_values")
-_TREE_ATTENTION = ("sdpa", "eager")
+
 _TREE_CACHES = (Cache, DynamicCache, StaticCache)
 _STATIC_LAYERS = (StaticLayer, StaticSlidingWindowLayer)
 _TREE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, *_STATIC_LAYERS)
-_FULL, _SLIDING = "full_attention", "sliding_attention"
 _running = threading.local()
 
 
@@ -73,21 +71,10 @@ class Backbone:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.parameters = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
-        self.cache_name = next((name for name in CACHE_NAMES if name in self.parameters), None)
+        self.cache_name = cache_name(self.parameters)
         self.takes_positions = "position_ids" in self.parameters
         self.config = module.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
-
-    def windows(self) -> Optional[dict[str, Optional[int]]]:
-        """Kind of layer -> how many tokens it looks back on, itself included (None: all); None if there are other
-        kinds."""
-        types = getattr(self.config, "layer_types", None)
-        window = getattr(self.config, "sliding_window", None)
-        if types is None:
-            chunked = getattr(self.config, "attention_chunk_size", None) is not None
-            return None if chunked else {_FULL if window is None else _SLIDING: window}
-        if not set(types) <= {_FULL, _SLIDING} or (_SLIDING in types and window is None):
-            return None
-        return {kind: window if kind == _SLIDING else None for kind in dict.fromkeys(types)}
+        self.windows, self.other_layers = windows_of(self.config)
 
     def takes_trees(self, prefix: Prefix) -> bool:
         """Whether candidates can be a tree on this prefix."""
@@ -96,8 +83,8 @@ class Backbone:
             self.takes_positions
             and not own_positions
             and getattr(self.module, "_supports_attention_backend", False) is True
-            and getattr(self.config, "_attn_implementation", None) in _TREE_ATTENTION
-            and self.windows() is not None
+            and takes_masks(self.config)
+            and not self.other_layers
             and type(prefix.cache) in _TREE_CACHES
             and all(type(layer) in _TREE_LAYERS and layer.is_initialized for layer in prefix.cache.layers)
         )
@@ -237,7 +224,7 @@ def unwatched() -> Iterator[None]:
 
 
 def _tree(backbone: Backbone, prefix: Prefix, candidates: torch.Tensor, keep: bool, room: Optional[Room]) -> Branches:
-    windows = backbone.windows() or {}
+    windows = backbone.windows
     of_layers = _windows_of_layers(backbone, windows, prefix.cache)
     view: _PrefixView
     if room is not None and not any(of_layers) and room.move_in(prefix.cache, prefix.length, candidates.shape[1]):

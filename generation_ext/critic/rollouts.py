@@ -156,7 +156,7 @@ class RolloutSampler:
         inputs, prompt_ids = self._tokenize(prompts)
         # one token more than is kept, so that there is a hidden state after the last one
         extra = 1 if with_hidden else 0
-        with _sampling_from(seed, self.model), _evaluating(self.model), _recording(self.model, with_hidden) as steps:
+        with _sampling_from(seed, self.model), evaluating(self.model), _recording(self.model, with_hidden) as steps:
             sequences = self.model.generate(
                 **inputs,
                 max_new_tokens=self.max_new_tokens + extra,
@@ -194,8 +194,8 @@ class RolloutSampler:
         right."""
         side = "right" if self.model.config.is_encoder_decoder else "left"
         ids = [self._prompt_ids(prompt) for prompt in prompts]
-        batch, mask = _padded(ids, _pad_id(self.tokenizer), side)
-        device = _device(self.model)
+        batch, mask = padded(ids, _pad_id(self.tokenizer), side)
+        device = device_of(self.model)
         return {"input_ids": batch.to(device), "attention_mask": mask.to(device)}, ids
 
     def _prompt_ids(self, prompt: str) -> list[int]:
@@ -256,7 +256,7 @@ def fill_hidden(
         critic: Its LoRA takes part, if it has one.
     """
     by_length = sorted(rollouts, key=lambda rollout: len(rollout.prompt_ids) + len(rollout.completion_ids))
-    with _evaluating(model):
+    with evaluating(model):
         for start in range(0, len(by_length), batch_size):
             batch = by_length[start : start + batch_size]
             for rollout, states in zip(batch, encode(model, batch, critic)):
@@ -271,16 +271,16 @@ def encode(model: nn.Module, rollouts: Sequence[Rollout], critic: Optional[Criti
     """
     base = _base(model)
     decoder: Any = backbone(model)
-    device = _device(model)
+    device = device_of(model)
     prompts = [rollout.prompt_ids for rollout in rollouts]
     completions = [rollout.completion_ids for rollout in rollouts]
     # padding comes last, where no token of the text sees it; any token will do
     if base.config.is_encoder_decoder:
-        tokens, mask = (part.to(device) for part in _padded(prompts, 0, "right"))
+        tokens, mask = (part.to(device) for part in padded(prompts, 0, "right"))
         encoder: Any = base.get_encoder()
         encoded = encoder(input_ids=tokens, attention_mask=mask)[0]
-        start = _decoder_start(base)
-        inputs, _ = _padded([[start, *completion] for completion in completions], 0, "right")
+        start = decoder_start(base)
+        inputs, _ = padded([[start, *completion] for completion in completions], 0, "right")
         with _adapted(critic, model):
             return decoder(
                 input_ids=inputs.to(device),
@@ -288,7 +288,7 @@ def encode(model: nn.Module, rollouts: Sequence[Rollout], critic: Optional[Criti
                 encoder_attention_mask=mask,
                 use_cache=False,
             )[0]
-    inputs, mask = (part.to(device) for part in _padded([p + c for p, c in zip(prompts, completions)], 0, "right"))
+    inputs, mask = (part.to(device) for part in padded([p + c for p, c in zip(prompts, completions)], 0, "right"))
     with _adapted(critic, model):
         hidden = decoder(input_ids=inputs, attention_mask=mask, use_cache=False)[0]
     states = max(rollout.states for rollout in rollouts)
@@ -338,7 +338,7 @@ def _recording(model: nn.Module, wanted: bool) -> Iterator[list[torch.Tensor]]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Without dropout."""
     was_training = model.training
     model.eval()
@@ -350,7 +350,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _sampling_from(seed: int, model: nn.Module) -> Iterator[None]:
-    device = _device(model)
+    device = device_of(model)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
@@ -365,7 +365,7 @@ def _adapted(critic: Optional[Critic], model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _padded(rows: Sequence[Sequence[int]], pad: int, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(rows: Sequence[Sequence[int]], pad: int, side: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and mask `[rows, longest]`."""
     longest = max(len(row) for row in rows)
     tokens = torch.full((len(rows), longest), pad, dtype=torch.long)
@@ -382,7 +382,7 @@ def _base(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
@@ -406,7 +406,7 @@ def _up_to_end(tokens: list[int], end: set[int]) -> list[int]:
     return tokens
 
 
-def _decoder_start(base: Any) -> int:
+def decoder_start(base: Any) -> int:
     for config in (base.generation_config, base.config):
         for name in ("decoder_start_token_id", "bos_token_id"):
             token = getattr(config, name, None)

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from generation_ext.critic.action_values import Tried, action_value_loss, stacked, try_candidates
 from generation_ext.critic.advantages import discounted_outcomes, generalized_advantages, terminal_rewards
 from generation_ext.critic.batches import (
     EpochOrder,
@@ -34,7 +35,7 @@ from generation_ext.critic.batches import (
 from generation_ext.critic.diagnostics import by_position, summary
 from generation_ext.critic.losses import value_loss
 from generation_ext.critic.rewards import RewardFunction, check_callable
-from generation_ext.critic.rollouts import Rollout, RolloutSampler, encode, fill_hidden, frozen, prompt_rows, schedule
+from generation_ext.critic.rollouts import Rollout, RolloutSampler, encode, fill_hidden, prompt_rows, schedule
 from generation_ext.critic.run_files import RunFiles
 from generation_ext.critic.training_config import CriticConfig
 from generation_ext.critic.value import Critic
@@ -42,7 +43,7 @@ from generation_ext.critic.value import Critic
 
 __all__ = ["CriticConfig", "CriticTrainer"]
 
-_EVALUATION = -1  # in the place of an iteration's number, for seeds
+_EVALUATION, _TRIED = -1, -2  # in the place of an iteration's number, for seeds
 
 
 class CriticTrainer(Trainer):
@@ -94,6 +95,11 @@ class CriticTrainer(Trainer):
             if processing_class is None:
                 raise ValueError("processing_class is missing: pass the language model's tokenizer.")
             check_callable(reward_func)
+        if args.action_value_candidates and has_lora(model):
+            raise ValueError(
+                f"action_value_candidates={args.action_value_candidates}: a critic with a LoRA reads states of its own, "
+                "which change as it learns; leave it at 0, or make the critic with lora_rank=0."
+            )
         self.language_model = language_model
         self._sampler = _sampler(args, language_model, processing_class, reward_func, model)
         self._data = RolloutData(1)
@@ -178,7 +184,8 @@ class CriticTrainer(Trainer):
         mask = inputs["mask"]
         loss = value_loss(logits, inputs["targets"], mask, args.value_loss, inputs["old_values"], args.cliprange_value)
         if self._critic.config.action_values:
-            action_loss = self._action_value_loss(hidden.detach(), logits.detach(), inputs["actions"], mask)
+            values = torch.sigmoid(logits.detach())
+            action_loss = action_value_loss(self._critic, hidden.detach(), values, inputs, args.value_loss)
             self._sums.setdefault("action_value_loss", []).append(float(action_loss.detach()))
             loss = loss + args.action_value_coef * action_loss
         return (loss, {"logits": logits}) if return_outputs else loss
@@ -214,6 +221,11 @@ class CriticTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _save(self, output_dir: Optional[str] = None, state_dict: Optional[dict[str, Any]] = None) -> None:
+        """The critic's safetensors and JSON. Trainer adds a pickle of its arguments, which nothing reads."""
+        if self.args.should_save:
+            self._critic.save_pretrained(output_dir or str(self.args.output_dir), state_dict=state_dict)
+
     # ---- further
 
     def evaluate_positions(self, eval_dataset: Optional[Iterable[Any]] = None) -> list[dict[str, Any]]:
@@ -244,7 +256,7 @@ class CriticTrainer(Trainer):
         rollouts = self._rollouts(iteration)
         seconds = time.perf_counter() - start
         if begins:
-            self._standardise(rollouts)
+            self._prepare_critic(rollouts)
             known = self._values(rollouts)
             self._files.keep_values(iteration, known.values)
         else:
@@ -262,6 +274,8 @@ class CriticTrainer(Trainer):
             }
             for row, rollout in enumerate(rollouts)
         ]
+        for item, tried in zip(self._data.items, self._tried(rollouts, iteration)):
+            item["tried"] = tried
         if begins:
             self._log_iteration(known, seconds)
 
@@ -343,8 +357,18 @@ class CriticTrainer(Trainer):
         if missing:
             fill_hidden(self.language_model, missing, self.args.rollout_batch_size)
 
-    def _standardise(self, rollouts: list[Rollout]) -> None:
-        """By the first roll-outs, unless the critic has been trained before."""
+    def _tried(self, rollouts: list[Rollout], iteration: int) -> list[Tried]:
+        """Candidates at one state of each roll-out; none if the action-value head learns from sampled tokens alone."""
+        args: CriticConfig = self.args
+        if not (args.action_value_candidates and self._critic.config.action_values):
+            return []
+        count = min(args.action_value_candidates, self._critic.config.vocab_size or args.action_value_candidates)
+        seed = seed_of(args.seed, _TRIED, iteration, args.process_index)
+        return try_candidates(self.language_model, self._critic, rollouts, count, seed, args.rollout_batch_size)
+
+    def _prepare_critic(self, rollouts: list[Rollout]) -> None:
+        """Standardise hidden states and start at the mean outcome, by the first roll-outs; unless the critic has been
+        trained before."""
         critic = self._critic
         if bool((critic.mean != 0).any()) or bool((critic.std != 1).any()):
             return
@@ -353,18 +377,11 @@ class CriticTrainer(Trainer):
         if has_lora(critic):
             for rollout in rollouts:
                 rollout.hidden = None
-        for buffer in (critic.mean, critic.std):
-            buffer.copy_(broadcast(buffer))
-
-    def _action_value_loss(
-        self, hidden: torch.Tensor, logits: torch.Tensor, actions: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
-        """`Q(s, a)` of the tokens that were sampled against V of the state that followed; the value head stays out of
-        it."""
-        critic = self._critic
-        with frozen(value for name, value in critic.named_parameters() if not name.startswith("action_")):
-            guesses = self._critic.action_logits(hidden[:, :-1], actions[:, :-1, None]).squeeze(-1)
-        return value_loss(guesses, torch.sigmoid(logits[:, 1:]), mask[:, 1:], self.args.value_loss)
+        mask = states_mask(rollouts)
+        critic.start_at(float(discounted_outcomes(outcomes_of(rollouts), mask, self.args.gamma)[mask].mean()))
+        with torch.no_grad():
+            for fitted in (critic.mean, critic.std, critic.head.bias):
+                fitted.copy_(broadcast(fitted.detach()))
 
     def _collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         rollouts = [item["rollout"] for item in items]
@@ -375,6 +392,7 @@ class CriticTrainer(Trainer):
             "targets": nn.utils.rnn.pad_sequence([item["targets"] for item in items], batch_first=True),
             "old_values": nn.utils.rnn.pad_sequence([item["values"] for item in items], batch_first=True),
             "actions": padded_actions(rollouts, mask.shape[1]),
+            **({"tried": stacked([item["tried"] for item in items])} if "tried" in items[0] else {}),
         }
 
     def _log_iteration(self, known: Values, seconds: float) -> None:
@@ -404,8 +422,8 @@ class CriticTrainer(Trainer):
         args: CriticConfig = self.args
         names = (
             "seed", "rollouts_per_iteration", "epochs_per_iteration", "rollout_batch_size", "max_new_tokens",
-            "max_prompt_length", "temperature", "top_k", "top_p", "gamma", "lam", "per_device_train_batch_size",
-            "gradient_accumulation_steps",
+            "max_prompt_length", "temperature", "top_k", "top_p", "gamma", "lam", "action_value_candidates",
+            "per_device_train_batch_size", "gradient_accumulation_steps",
         )  # fmt: skip
         config = self._critic.config
         source = repr([_identity(entry) for entry in self._train_source])

@@ -70,6 +70,13 @@ class CriticConfig(TrainingArguments):
     action_value_coef: float = field(
         default=1.0, metadata={"help": "Weight of the action-value head's loss, if the critic has that head."}
     )
+    action_value_candidates: int = field(
+        default=0,
+        metadata={
+            "help": "Teach the action-value head the exact values of so many likeliest tokens, too, at one state of each "
+            "roll-out; 0: of the tokens that were sampled alone."
+        },
+    )
     eval_rollouts: int = field(default=256, metadata={"help": "Roll-outs to evaluate on, from the eval_dataset."})
     save_rollouts: bool = field(
         default=True,
@@ -110,5 +117,7 @@ class CriticConfig(TrainingArguments):
             )
         if self.action_value_coef < 0:
             raise ValueError(f"action_value_coef={self.action_value_coef} must not be below 0.")
+        if self.action_value_candidates < 0:
+            raise ValueError(f"action_value_candidates={self.action_value_candidates} must not be below 0.")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would take roll-outs apart; leave it out.")

@@ -110,7 +110,7 @@ class Critic(PreTrainedModel):
     [`for_model`][Critic.for_model], or load one with `from_pretrained` and give it its language model with
     [`attach`][Critic.attach].
 
-    It starts as V = 1/2 everywhere, which steers nothing.
+    It starts as V = 1/2 everywhere, which steers nothing; training begins at the mean outcome.
     """
 
     config_class = CriticModelConfig
@@ -265,6 +265,18 @@ class Critic(PreTrainedModel):
         std = std.clamp(min=1e-3 * float(std.mean())).clamp(min=1e-8)
         self.mean.copy_(states.mean(dim=0))
         self.std.copy_(std)
+
+    @torch.no_grad()
+    def start_at(self, value: float) -> None:
+        """Let V be `value` everywhere, if the head is still as it was made; a trained head stays.
+
+        The bias moves by about the learning rate per step, and would need hundreds of steps to a rare attribute's value.
+
+        Args:
+            value: In [0, 1]; kept 0.001 away from both.
+        """
+        if not self.head.weight.any() and not self.head.bias.any():
+            self.head.bias.fill_(float(torch.logit(torch.tensor(value), eps=1e-3)))
 
     def check_model(self, model: nn.Module) -> None:
         """Check that the critic belongs to a language model.

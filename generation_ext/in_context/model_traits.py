@@ -10,13 +10,20 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import PreTrainedModel
+
+from generation_ext.attention import (
+    CACHE_NAMES,
+    FULL,
+    SLIDING,
+    attention_implementation,
+    cache_name,
+    takes_masks,
+    windows_of,
+)
 
 
-FULL, SLIDING = "full_attention", "sliding_attention"
 CAUSAL, ENCODER_DECODER, ENCODER = "causal", "encoder-decoder", "encoder"
-_MASKABLE = ("sdpa", "eager")
 
 
 class ModelTraits(NamedTuple):
@@ -58,7 +65,7 @@ class ModelTraits(NamedTuple):
     @property
     def eager(self) -> bool:
         """Whether masks have to be floats to be added."""
-        return attention_implementation(self.model) == "eager"
+        return attention_implementation(_text_config(self.model)) == "eager"
 
 
 class Widths(NamedTuple):
@@ -86,7 +93,7 @@ def traits_of(model: nn.Module) -> ModelTraits:
     core = _without_peft(model)
     if not isinstance(core, PreTrainedModel):
         raise TypeError(f"model must be a transformers model or a PeftModel of one, got {type(model).__name__}.")
-    config = core.config.get_text_config(decoder=True)
+    config = _text_config(core)
     parameters = inspect.signature(core.forward).parameters
     windows: dict[str, Optional[int]] = {FULL: None}
     if core.config.is_encoder_decoder:
@@ -98,7 +105,6 @@ def traits_of(model: nn.Module) -> ModelTraits:
         windows = _windows(core, config)
         trees = _takes_trees(core, config, set(parameters))
         _check_attention(core, windows, trees)
-    cache_argument = "cache" if "cache" in parameters else "past_key_values"
     return ModelTraits(
         model=core,
         backbone=backbone,
@@ -106,7 +112,7 @@ def traits_of(model: nn.Module) -> ModelTraits:
         positions="position_ids" in parameters,
         trees=trees,
         windows=windows,
-        cache_argument=cache_argument,
+        cache_argument=cache_name(parameters) or CACHE_NAMES[-1],
         max_length=_max_length(config),
         widths=_widths(core, config),
     )
@@ -125,15 +131,14 @@ def inference(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def attention_implementation(model: PreTrainedModel) -> str:
-    """The name of a model's attention function."""
-    return getattr(model.config.get_text_config(decoder=True), "_attn_implementation", None) or "eager"
+def _text_config(model: PreTrainedModel) -> Any:
+    return model.config.get_text_config(decoder=True)
 
 
 def _is_causal(model: PreTrainedModel, parameters: set[str]) -> bool:
     """Encoders such as BERT take a cache too, for their use as decoders; their attention tells."""
     flags = [module.is_causal for module in model.modules() if isinstance(getattr(module, "is_causal", None), bool)]
-    return bool({"cache", "past_key_values"} & parameters) and (not flags or any(flags))
+    return cache_name(parameters) is not None and (not flags or any(flags))
 
 
 def _without_peft(model: Any) -> Any:
@@ -150,21 +155,14 @@ def _without_peft(model: Any) -> Any:
 
 
 def _windows(model: PreTrainedModel, config: Any) -> dict[str, Optional[int]]:
-    """The kinds of attention among a causal model's layers."""
-    kinds = getattr(config, "layer_types", None)
-    layers = DynamicCache(config=model.config).layers
-    if kinds is None:
-        sliding = {DynamicLayer: FULL, DynamicSlidingWindowLayer: SLIDING}
-        kinds = [sliding.get(type(layer), type(layer).__name__) for layer in layers] or [FULL]
-        if getattr(config, "attention_chunk_size", None) is not None:
-            kinds = ["chunked_attention"]
-    others = sorted(set(kinds) - {FULL, SLIDING})
-    if others or getattr(config, "kv_sharing_modes", None) is not None:
+    """How far a causal model's layers look back."""
+    windows, others = windows_of(config)
+    if others:
         raise ValueError(
-            f"model ({type(model).__name__}) has layers whose past can't be shared as keys and values: "
-            f"{others or 'keys shared between layers'}; use a model with full or sliding attention."
+            f"model ({type(model).__name__}) has layers whose past can't be shared as keys and values: {others}; use a "
+            "model with full or sliding attention."
         )
-    return {kind: config.sliding_window if kind == SLIDING else None for kind in dict.fromkeys(kinds)}
+    return windows
 
 
 def _takes_trees(model: PreTrainedModel, config: Any, parameters: set[str]) -> bool:
@@ -177,10 +175,10 @@ def _takes_trees(model: PreTrainedModel, config: Any, parameters: set[str]) -> b
 
 
 def _check_attention(model: PreTrainedModel, windows: dict[str, Optional[int]], trees: bool) -> None:
-    implementation = attention_implementation(model)
-    if implementation not in _MASKABLE:
+    config = _text_config(model)
+    if not takes_masks(config):
         raise ValueError(
-            f"model computes attention with {implementation!r}, which takes no mask of its own; load it with "
+            f"model computes attention with {attention_implementation(config)!r}, which takes no mask of its own; load it with "
             "attn_implementation='sdpa' (or model.set_attn_implementation('sdpa'))."
         )
     if not trees and SLIDING in windows:

@@ -10,6 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from generation_ext.critic import Critic
+from generation_ext.critic.action_values import try_candidates
 from generation_ext.critic.batches import values_of
 from generation_ext.critic.diagnostics import explained_variance
 from generation_ext.critic.rollout_files import read_rollouts
@@ -187,6 +188,38 @@ def test_the_action_value_head_learns_the_next_value_and_leaves_the_value_head_a
     assert explained_variance(guesses - values, nexts - values) > 0.3
 
 
+@pytest.mark.parametrize("stop", [None, 7])
+def test_the_action_value_head_learns_exact_values_of_candidates(tmp_path, stop):
+    """Within a state, Q and V of all candidates agree; also after a kill."""
+    options = {"rollouts_per_iteration": 200, "epochs_per_iteration": 20, "rollout_batch_size": 50,
+               "action_value_candidates": 8, "save_strategy": "steps", "save_steps": 5}  # fmt: skip
+
+    def fresh(callbacks=None):
+        model = telling("llama")
+        return trainer(tmp_path, Critic.for_model(model, action_values=True), model, callbacks=callbacks, **options)
+
+    if stop is not None:
+        with pytest.raises(KeyboardInterrupt):
+            fresh([StopsAt(stop)]).train()
+    trained = fresh()
+    trained.train(resume_from_checkpoint=stop is not None)
+    rollouts, critic = trained._held_out(None), trained.model
+    tried = try_candidates(trained.language_model, critic, rollouts, 8, seed=11)
+    gains = []
+    for rollout, one in zip(rollouts, tried):
+        guesses = critic.action_log_values(rollout.hidden[one.state], one.tokens)
+        values = critic.log_value(one.hidden)
+        gains.append(torch.stack([guesses - guesses.mean(), values - values.mean()]).detach())
+    guesses, values = torch.cat(gains, dim=1)
+    assert explained_variance(guesses, values) > 0.7
+
+
+def test_candidates_are_no_part_of_a_critic_with_a_lora(tmp_path):
+    model = tiny("llama")
+    with pytest.raises(ValueError, match="action_value_candidates=4.*lora_rank=0"):
+        trainer(tmp_path, Critic.for_model(model, action_values=True, lora_rank=2), model, action_value_candidates=4)
+
+
 def test_control_codes_are_told_apart(tmp_path):
     def reward(completion_ids, control_code, **columns):
         shares = small_share(completion_ids)
@@ -201,8 +234,33 @@ def test_control_codes_are_told_apart(tmp_path):
     assert all(rollout.prompt_ids[0] == int(rollout.control_code[1:]) for rollout in rollouts)
 
 
+@pytest.mark.parametrize("gamma", [1.0, 0.5])
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_training_begins_at_the_mean_outcome(tmp_path, gamma, head):
+    def rare(completion_ids, **columns):
+        return [0.1 * share for share in small_share(completion_ids)]
+
+    model = tiny("llama")
+    trained = trainer(tmp_path, Critic.for_model(model, head=head), model, rare, gamma=gamma, num_iterations=1)
+    trained.train()
+    rollouts = read_rollouts(tmp_path / "rollouts")
+    outcomes = [gamma ** (rollout.states - 1 - state) * rollout.reward
+                for rollout in rollouts for state in range(rollout.states)]  # fmt: skip
+    assert trained.state.log_history[0]["value_mean"] == pytest.approx(sum(outcomes) / len(outcomes), abs=1e-5)
+
+
+def test_a_trained_critic_goes_on_from_where_it_was(tmp_path):
+    model = tiny("llama")
+    critic = Critic.for_model(model)
+    trainer(tmp_path / "first", critic, model).train()
+    before = trainer(tmp_path / "measured", critic, model).evaluate()
+    again = trainer(tmp_path / "second", critic, model, learning_rate=0.0)
+    again.train()
+    assert again.evaluate() == pytest.approx(before)
+
+
 def test_gae_targets_are_used(tmp_path):
-    """lambda = 0 and no discount: the first states' targets are their neighbours' values, 1/2 of a fresh critic."""
+    """lambda = 0 and no discount: the first states' targets are their neighbours' values, all the same at first."""
     trained = trainer(tmp_path, lam=0.0, num_iterations=1)
     seen = []
     collate = trained._collate
@@ -210,7 +268,8 @@ def test_gae_targets_are_used(tmp_path):
     trained.train()
     items, batch = seen[0]
     last = batch["mask"].long().sum(dim=1) - 1
-    assert (batch["targets"][:, 0] == 0.5).all()
+    start = trained.state.log_history[0]["value_mean"]
+    torch.testing.assert_close(batch["targets"][:, 0], torch.full_like(batch["targets"][:, 0], start))
     rewards = torch.tensor([item["rollout"].reward for item in items])
     torch.testing.assert_close(batch["targets"].gather(1, last[:, None])[:, 0], rewards)
 
@@ -242,6 +301,17 @@ def test_save_model_gives_a_folder_for_from_pretrained(tmp_path):
     hidden = torch.randn(3, HIDDEN)
     torch.testing.assert_close(loaded.value(hidden), trained.model.value(hidden))
     assert not torch.equal(loaded.mean, torch.zeros(HIDDEN))
+
+
+def test_a_saved_critic_is_safetensors_and_json(tmp_path):
+    trained = trainer(tmp_path / "run", save_strategy="steps", save_steps=5)
+    trained.train()
+    trained.save_model(str(tmp_path / "critic"))
+    assert sorted(path.name for path in (tmp_path / "critic").iterdir()) == ["config.json", "model.safetensors"]
+    trained.save_model()
+    files = {path.name for path in (tmp_path / "run").iterdir() if path.is_file()}
+    assert files == {"config.json", "model.safetensors"}
+    assert not list(tmp_path.rglob("training_args.bin"))
 
 
 def test_evaluation_by_strategy_and_on_other_rollouts(tmp_path, monkeypatch):
@@ -423,6 +493,7 @@ def test_two_processes_share_the_work_and_have_one_critic(tmp_path, run_module):
         ({"cliprange_value": 0.2, "value_loss": "cross_entropy"}, "leave one of them out"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
         ({"action_value_coef": -1.0}, "action_value_coef"),
+        ({"action_value_candidates": -1}, "action_value_candidates=-1"),
     ],
 )
 def test_bad_settings(tmp_path, kwargs, message):

@@ -94,6 +94,19 @@ def test_starts_as_one_half_everywhere():
     torch.testing.assert_close(critic.action_log_values(hidden, candidates).exp(), torch.full((2, 3, 4), 0.5))
 
 
+def test_starts_where_it_is_told_and_keeps_what_is_trained():
+    model = tiny("llama")
+    critic = Critic.for_model(model)
+    critic.start_at(0.1)
+    torch.testing.assert_close(critic.value(torch.randn(3, HIDDEN)), torch.full((3,), 0.1))
+    critic.start_at(0.7)
+    torch.testing.assert_close(critic.value(torch.randn(3, HIDDEN)), torch.full((3,), 0.1))
+    for value, kept in ((0.0, 0.001), (1.0, 0.999)):
+        critic = Critic.for_model(model)
+        critic.start_at(value)
+        torch.testing.assert_close(critic.value(torch.randn(1, HIDDEN)), torch.tensor([kept]))
+
+
 def test_linear_value_against_the_formula():
     critic = random_critic(tiny("llama"))
     hidden = torch.randn(4, 5, HIDDEN, dtype=torch.bfloat16)
