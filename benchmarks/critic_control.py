@@ -13,7 +13,6 @@ Rows are stored as they finish and not measured again; critics are kept in `--wo
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,23 +24,22 @@ import torch
 from torch import nn
 from transformers import LogitsProcessorList
 
-from benchmarks.common import RESULTS, ROOT, Results, describe, log, markdown_table, verdict, write_json
-from benchmarks.critic_tasks import OTHER_TOPICS, TASKS, Task, TaskData
+from benchmarks.common import RESULTS, ROOT, Results, describe, log, markdown_table, verdict
+from benchmarks.critic_tasks import TASKS, Task, TaskData
+from benchmarks.critic_training import SEPARATE, UNSEEN, WEIGHTED, Critics
 from benchmarks.text_quality import continuation_perplexity, distinct, repetition
-from generation_ext.critic import Critic, CriticConfig, CriticLogitsProcessor, CriticTrainer, backbone
+from generation_ext.critic import CriticLogitsProcessor
 from peft_ext.models import DEFAULT_MODEL, load_model, load_tokenizer
 
 
-FROZEN, PROMPT, BEST, CRITIC, ACTION, WEIGHTED, RLOO = (
+FROZEN, PROMPT, BEST, ACTION, RLOO = (
     "Frozen model",
     "Prompt only",
     "Best of N",
-    "CriticControl",
     "CriticControl, action-value",
-    "Weighted decoding",
     "RLOO, LoRA",
 )
-UNSEEN = "CriticControl, unseen topics"
+CRITIC = SEPARATE
 ON_ROLLOUTS = (CRITIC, ACTION, UNSEEN)
 TOP_K = 10
 
@@ -59,7 +57,6 @@ class Budget(NamedTuple):
 
 FULL = Budget()
 SMOKE = Budget(16, 2, 1, 2, 1, 8)
-HELD_OUT = 256  # roll-outs that a critic is measured on
 
 
 @dataclass(frozen=True)
@@ -115,106 +112,9 @@ class Study:
         self.model = load_model(args.model, dtype=torch.bfloat16)
         self.judge_model = load_model(args.judge_model or args.model, dtype=torch.float32)
         self.work = Path(args.work_dir) / task.name
-
-    # ---- critics
-
-    def critic(self, kind: str) -> Critic:
-        """CRITIC (with an action-value head), UNSEEN or WEIGHTED; trained once."""
-        folder = self._folder(kind)
-        if not (folder / "config.json").is_file():
-            torch.manual_seed(self.args.seed)
-            critic = self._train_on_whole_texts() if kind == WEIGHTED else self._train(folder, kind == UNSEEN)
-            critic.save_pretrained(folder)
-        return Critic.from_pretrained(folder).attach(self.model)
-
-    def _folder(self, kind: str) -> Path:
-        name = kind.lower().replace(" ", "-").replace(",", "")
-        return self.work / (name if kind == WEIGHTED else f"{name}-{self.budget.rollouts}")
-
-    def _train(self, folder: Path, universal: bool) -> Critic:
-        codes: Sequence[Optional[str]] = OTHER_TOPICS if universal else self.task.codes
-        reward = self.task.universal_reward if universal else self.task.reward
-        assert reward is not None
-        critic = Critic.for_model(
-            self.model,
-            head=self.args.head,
-            action_values=True,
-            control_codes=[code for code in codes if code is not None],
+        self.critics = Critics(
+            task, self.model, self.tokenizer, self.budget, args.head, self.work, args.seed, args.smoke
         )
-        rng = np.random.default_rng(self.args.seed)
-        count = self.budget.rollouts
-        rows, held_out = (
-            [
-                {"prompt": str(rng.choice(self.task.train_prompts)), **({"control_code": code} if code else {})}
-                for code in (codes[index % len(codes)] for index in range(many))
-            ]
-            for many in (count, min(HELD_OUT, count))
-        )
-
-        def reward_func(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-            texts = [prompt + completion for prompt, completion in zip(prompts, completions)]
-            found = reward(texts, columns.get("control_code") or [None] * len(texts))
-            return [float(value) for value in found]
-
-        config = CriticConfig(
-            output_dir=str(folder) + "-training",
-            num_iterations=1,
-            rollouts_per_iteration=count,
-            eval_rollouts=len(held_out),
-            epochs_per_iteration=self.budget.epochs,
-            rollout_batch_size=self.budget.batch_size,
-            max_new_tokens=self.task.new_tokens,
-            seed=self.args.seed,
-            disable_tqdm=True,
-        )
-        trainer = CriticTrainer(critic, config, self.model, reward_func, rows, held_out, self.tokenizer)
-        trainer.train(resume_from_checkpoint=any(Path(config.output_dir).glob("checkpoint-*")) or None)
-        write_json(self._knowledge(folder), trainer.evaluate())
-        return critic.eval()
-
-    @staticmethod
-    def _knowledge(folder: Path) -> Path:
-        """Where it is kept how much of the reward's variance a critic explains on new roll-outs."""
-        return folder.with_name(folder.name + "-held-out.json")
-
-    def knowledge(self, kind: str) -> dict[str, float]:
-        """Explained variance of a critic, overall and by position; empty for one without roll-outs."""
-        path = self._knowledge(self._folder(kind))
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return {name.removeprefix("eval_"): value for name, value in found.items() if "explained_variance" in name}
-
-    @torch.no_grad()
-    def _states_of_whole_texts(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Last hidden states of labelled texts, and whether each has its code's attribute."""
-        rows = self.task.whole_texts[: 64 if self.args.smoke else 4000]
-        states, labels = [], []
-        template = "{code}: {prompt}"
-        rows = sorted(rows, key=lambda row: len(row[0]))
-        for start in range(0, len(rows), 64):
-            part = rows[start : start + 64]
-            texts = [text if code is None else template.format(code=code, prompt=text) for text, code, _ in part]
-            batch = self.tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=128)
-            hidden = backbone(self.model)(**batch).last_hidden_state
-            states.append(hidden[:, -1])  # padded on the left
-            labels.extend(float(label) for _, _, label in part)
-        return torch.cat(states), torch.tensor(labels)
-
-    def _train_on_whole_texts(self) -> Critic:
-        """The same head, fitted on finished, labelled texts instead of on roll-outs."""
-        states, labels = self._states_of_whole_texts()
-        critic = Critic.for_model(
-            self.model, head=self.args.head, control_codes=[code for code in self.task.codes if code is not None]
-        )
-        critic.fit_standardisation(states)
-        optimizer = torch.optim.AdamW(critic.parameters(), lr=1e-3, weight_decay=0.1)
-        critic.train()
-        for _ in range(SMOKE.epochs if self.args.smoke else 40):
-            for rows in torch.randperm(len(states)).split(128):
-                loss = nn.functional.binary_cross_entropy_with_logits(critic(states[rows]), labels[rows])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-        return critic.eval()
 
     # ---- texts
 
@@ -227,21 +127,31 @@ class Study:
         pairs = [(prompt, code) for prompt in prompts for code in codes for _ in range(samples)]
         if row.method == BEST:
             return self._best_of(pairs, int(row.level))
+        if row.method in (CRITIC, ACTION) and codes != (None,):
+            return self._by_code(row, pairs, codes)
+        return self._write(row, pairs, None)
+
+    def _by_code(self, row: Row, pairs: list[tuple[str, Optional[str]]], codes: Sequence[Optional[str]]) -> Texts:
+        """Each code's texts by its own critic."""
+        found = [self._write(row, [pair for pair in pairs if pair[1] == code], code) for code in codes]
+        joined = (sum((getattr(texts, name) for texts in found), []) for name in Texts._fields[:3])
+        return Texts(*joined, sum(texts.seconds for texts in found))
+
+    def _write(self, row: Row, pairs: list[tuple[str, Optional[str]]], code: Optional[str]) -> Texts:
         model, processor, before = self.model, None, self._plain
         if row.method == PROMPT:
             before = self._instruction
         elif row.method == RLOO:
             model, before = self._tuned(), self._with_code
         elif row.method != FROZEN:
-            kind = CRITIC if row.method == ACTION else row.method
             processor = CriticLogitsProcessor(
                 self.model,
-                self.critic(kind),
+                self.critics(CRITIC if row.method == ACTION else row.method, code),
                 top_k=TOP_K,
                 strength=row.level,
                 mode="action-value" if row.method == ACTION else "exact",
             )
-            before = self._with_code
+            before = self._plain if code is not None else self._with_code
         started = time.perf_counter()
         continuations = self._generate(model, [before(*pair) for pair in pairs], processor)
         seconds = time.perf_counter() - started
@@ -450,7 +360,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         for row in wanted:
             log(f"{name}: {row.title}")
             result = study.measure(study.write(row))
-            known = study.knowledge(CRITIC if row.method == ACTION else row.method)
+            kind = CRITIC if row.method == ACTION else row.method
+            codes = study.task.codes if row.method in (CRITIC, ACTION) else (None,)
+            known = {str(code): study.critics.knowledge(kind, code) for code in codes}
             results.add(
                 settings_of(args, name, row), {**result, "classifiers": data.accuracies, "explained_variance": known}
             )

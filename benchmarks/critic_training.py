@@ -1,0 +1,157 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""The critics of critic_control.py: on roll-outs, one for each code or one for all, and on whole texts for weighted
+decoding. Each is trained once and kept in a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.common import write_json
+from benchmarks.critic_tasks import OTHER_TOPICS, Score, Task
+from generation_ext.critic import Critic, CriticConfig, CriticTrainer, backbone
+from generation_ext.critic.rollout_files import read_rollouts
+
+
+HELD_OUT = 256  # roll-outs that a critic is measured on
+# Kinds of critics, by the titles of their rows.
+SEPARATE, UNSEEN, WEIGHTED = "CriticControl", "CriticControl, unseen topics", "Weighted decoding"
+
+
+class Critics:
+    """A task's critics.
+
+    Args:
+        task: The task.
+        model, tokenizer: The frozen language model's.
+        budget: Roll-outs, epochs, batch size.
+        head: The critics'.
+        folder: Where they are kept.
+        seed: Of prompts, sampling and training.
+        smoke: Whether to do next to nothing.
+    """
+
+    def __init__(
+        self, task: Task, model: Any, tokenizer: Any, budget: Any, head: str, folder: Path, seed: int, smoke: bool
+    ) -> None:
+        self.task, self.model, self.tokenizer, self.budget = task, model, tokenizer, budget
+        self.head, self.work, self.seed, self.smoke = head, folder, seed, smoke
+
+    def __call__(self, kind: str, code: Optional[str] = None) -> Critic:
+        """SEPARATE (the one of a code; with an action-value head), UNSEEN or WEIGHTED."""
+        folder = self._folder(kind, code)
+        if not (folder / "config.json").is_file():
+            torch.manual_seed(self.seed)
+            critic = self._train_on_whole_texts() if kind == WEIGHTED else self._train(kind, code)
+            critic.save_pretrained(folder)
+        return Critic.from_pretrained(folder).attach(self.model)
+
+    def knowledge(self, kind: str, code: Optional[str] = None) -> dict[str, float]:
+        """Explained variance of a critic, overall and by position; empty for one without roll-outs."""
+        path = self._knowledge(self._folder(kind, code))
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return {name.removeprefix("eval_"): value for name, value in found.items() if "explained_variance" in name}
+
+    def _folder(self, kind: str, code: Optional[str]) -> Path:
+        name = kind.lower().replace(" ", "-").replace(",", "")
+        if kind == WEIGHTED:
+            return self.work / name
+        ending = "" if code is None else "-" + code.lower().replace("/", "-")
+        return self.work / f"{name}-{self.budget.rollouts}{ending}"
+
+    @staticmethod
+    def _knowledge(folder: Path) -> Path:
+        """Where it is kept how much of the reward's variance a critic explains on new roll-outs."""
+        return folder.with_name(folder.name + "-held-out.json")
+
+    def _train(self, kind: str, code: Optional[str]) -> Critic:
+        """On roll-outs; separate critics share theirs, since their prompts have no codes."""
+        codes = OTHER_TOPICS if kind == UNSEEN else ()
+        reward = self.task.universal_reward if kind == UNSEEN else self.task.reward
+        if reward is None:
+            raise ValueError(f"task {self.task.name!r} has no reward for {kind!r}.")
+        critic = Critic.for_model(self.model, head=self.head, action_values=True, control_codes=list(codes))
+        folder, count = self._folder(kind, code), self.budget.rollouts
+        rng = np.random.default_rng(self.seed)
+        training: list[Any] = self._prompts(rng, codes, count)
+        held_out = self._prompts(rng, codes, min(HELD_OUT, count))
+        first = self._folder(kind, self.task.codes[0])
+        if code is not None and code != self.task.codes[0]:
+            self(kind, self.task.codes[0])
+            training = self._rewarded(read_rollouts(_training_folder(first) / "rollouts"), reward, code)
+
+        def reward_func(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+            texts = [prompt + completion for prompt, completion in zip(prompts, completions)]
+            found = reward(texts, columns.get("control_code") or [code] * len(texts))
+            return [float(value) for value in found]
+
+        config = CriticConfig(
+            output_dir=str(_training_folder(folder)),
+            num_iterations=1,
+            rollouts_per_iteration=count,
+            eval_rollouts=len(held_out),
+            epochs_per_iteration=self.budget.epochs,
+            rollout_batch_size=self.budget.batch_size,
+            max_new_tokens=self.task.new_tokens,
+            seed=self.seed,
+            disable_tqdm=True,
+        )
+        trainer = CriticTrainer(critic, config, self.model, reward_func, training, held_out, self.tokenizer)
+        trainer.train(resume_from_checkpoint=any(Path(str(config.output_dir)).glob("checkpoint-*")) or None)
+        write_json(self._knowledge(folder), trainer.evaluate())
+        return critic.eval()
+
+    def _prompts(self, rng: np.random.Generator, codes: Sequence[str], count: int) -> list[dict[str, str]]:
+        prompts = [{"prompt": str(rng.choice(self.task.train_prompts))} for _ in range(count)]
+        if codes:
+            prompts = [{**row, "control_code": codes[index % len(codes)]} for index, row in enumerate(prompts)]
+        return prompts
+
+    @staticmethod
+    def _rewarded(rollouts: list[Any], reward: Score, code: str) -> list[Any]:
+        found = reward([each.prompt + each.completion for each in rollouts], [code] * len(rollouts))
+        return [replace(each, reward=float(value)) for each, value in zip(rollouts, found)]
+
+    @torch.no_grad()
+    def _states_of_whole_texts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Last hidden states of labelled texts, and whether each has its code's attribute."""
+        rows = self.task.whole_texts[: 64 if self.smoke else 4000]
+        states, labels = [], []
+        template = "{code}: {prompt}"
+        rows = sorted(rows, key=lambda row: len(row[0]))
+        for start in range(0, len(rows), 64):
+            part = rows[start : start + 64]
+            texts = [text if code is None else template.format(code=code, prompt=text) for text, code, _ in part]
+            batch = self.tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=128)
+            hidden = backbone(self.model)(**batch).last_hidden_state
+            states.append(hidden[:, -1])  # padded on the left
+            labels.extend(float(label) for _, _, label in part)
+        return torch.cat(states), torch.tensor(labels)
+
+    def _train_on_whole_texts(self) -> Critic:
+        """The same head, fitted on finished, labelled texts instead of on roll-outs."""
+        states, labels = self._states_of_whole_texts()
+        critic = Critic.for_model(
+            self.model, head=self.head, control_codes=[code for code in self.task.codes if code is not None]
+        )
+        critic.fit_standardisation(states)
+        optimizer = torch.optim.AdamW(critic.parameters(), lr=1e-3, weight_decay=0.1)
+        critic.train()
+        for _ in range(1 if self.smoke else 40):
+            for rows in torch.randperm(len(states)).split(128):
+                loss = nn.functional.binary_cross_entropy_with_logits(critic(states[rows]), labels[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        return critic.eval()
+
+
+def _training_folder(folder: Path) -> Path:
+    return folder.with_name(folder.name + "-training")
