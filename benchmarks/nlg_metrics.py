@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-
-METEOR_NOTE = "METEOR counts exact and stem matches; synonyms only where nltk's WordNet is installed (not here)."
+from generation_ext.granularity.metrics import METEOR_NOTE, wordnet
 
 
 def nlg_metrics(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -19,10 +18,10 @@ def nlg_metrics(texts: Sequence[str], references: Sequence[Sequence[str]]) -> di
         raise ImportError("these metrics need: pip install 'peft-ext[bench]'") from error
     most = max(map(len, references))
     streams = [[group[i] if i < len(group) else None for group in references] for i in range(most)]
-    rouge, wordnet = RougeScorer(["rougeL"], use_stemmer=True), _wordnet()
+    rouge, synonyms = RougeScorer(["rougeL"], use_stemmer=True), wordnet()
     pairs = list(zip(texts, references))
     meteor = [
-        meteor_score([reference.split() for reference in group], text.split(), wordnet=wordnet)
+        meteor_score([reference.split() for reference in group], text.split(), wordnet=synonyms)
         for text, group in pairs
     ]
     return {
@@ -33,20 +32,4 @@ def nlg_metrics(texts: Sequence[str], references: Sequence[Sequence[str]]) -> di
     }
 
 
-class _NoSynonyms:
-    """Stands in for WordNet where it isn't installed."""
-
-    def synsets(self, word: str) -> list:
-        return []
-
-
-def _wordnet():
-    import nltk
-
-    try:
-        nltk.data.find("corpora/wordnet.zip")
-    except LookupError:
-        return _NoSynonyms()
-    from nltk.corpus import wordnet
-
-    return wordnet
+__all__ = ["METEOR_NOTE", "nlg_metrics"]

@@ -71,21 +71,20 @@ class Row(NamedTuple):
 
 def rows_of(names: Sequence[str], seeds: Sequence[int], lora_sets: Sequence[str]) -> list[Row]:
     """All rows; what says most comes first."""
+    shown = [name for name in names if SETS[name].demonstrations]
     found = []
     for number, seed in enumerate(seeds):
         for name in names:
             for shots in SHOTS:
                 found += [Row(name, LP, shots, seed), Row(name, PALP_T, shots, seed), Row(name, MINILM, shots, seed)]
-                if SETS[name].demonstrations:
-                    found.append(Row(name, PALP_D, shots, seed))
-                    # more shots than these don't fit on most sets
-                    found += [Row(name, ICL, shots, seed)] * (shots == SHOTS[0])
-            if not number:
-                methods = (LP, PALP_T, MINILM, *([PALP_D] if SETS[name].demonstrations else []))
-                found += [Row(name, method, FULL, seed) for method in methods]
+                found += [Row(name, PALP_D, shots, seed)] * (name in shown)
+                # more shots than these don't fit on most sets
+                found += [Row(name, ICL, shots, seed)] * (name in shown and shots == SHOTS[0])
         if not number:
+            found += [Row(name, method, FULL, seed) for name in names for method in (LP, PALP_T, MINILM)]
             found += [Row(name, PALP_T, 16, seed, head) for name in HEAD_SETS for head in ("svm", "gda", "knn", "mlp")]
             found += [Row(name, LORA, shots, seed) for shots in (FULL, 16) for name in lora_sets]
+    found += [Row(name, PALP_D, FULL, seeds[0]) for name in shown]
     return [row for row in found if row.name in names]
 
 

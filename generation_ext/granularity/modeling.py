@@ -116,7 +116,11 @@ class CDNPGForConditionalGeneration(BartForConditionalGeneration):
 
     def forward(
         self,
-        *args: Any,
+        input_ids: Optional[torch.Tensor] = None,
+        attention_mask: Optional[torch.Tensor] = None,
+        decoder_input_ids: Optional[torch.Tensor] = None,
+        decoder_attention_mask: Optional[torch.Tensor] = None,
+        labels: Optional[torch.Tensor] = None,
         output_granularities: Optional[bool] = None,
         return_dict: Optional[bool] = None,
         **kwargs: Any,
@@ -124,21 +128,27 @@ class CDNPGForConditionalGeneration(BartForConditionalGeneration):
         """As `BartForConditionalGeneration`.
 
         Args:
+            input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, labels, return_dict, kwargs: BART's.
             output_granularities: Whether to give the tokens' z, see [`CDNPGOutput`].
-            args, return_dict, kwargs: BART's.
         """
+        # Trainer and generate read the names off this signature
+        kwargs.update(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            labels=labels,
+        )
         if not output_granularities or self.config.granularity_mode is None:
-            return super().forward(*args, return_dict=return_dict, **kwargs)
+            return super().forward(return_dict=return_dict, **kwargs)
         with recorded(self) as found:
-            output = super().forward(*args, return_dict=True, **kwargs)
-        places = {"encoder": "encoder.layers", "decoder": "self_attn", "cross": "encoder_attn"}
-        groups = {
-            f"{name}_granularities": tuple(
-                z for place, z in found.items() if part in place and (name == "encoder") == ("encoder.layers" in place)
-            )
-            for name, part in places.items()
-        }
-        result = CDNPGOutput(**output, **groups)
+            output = super().forward(return_dict=True, **kwargs)
+        encoder = tuple(z for place, z in found.items() if ".encoder." in place)
+        decoder = tuple(z for place, z in found.items() if ".decoder." in place and place.endswith("self_attn"))
+        cross = tuple(z for place, z in found.items() if place.endswith("encoder_attn"))
+        result = CDNPGOutput(
+            **output, encoder_granularities=encoder, decoder_granularities=decoder, cross_granularities=cross
+        )
         return result if return_dict is not False else result.to_tuple()
 
     def _init_weights(self, module: Any) -> None:

@@ -1,0 +1,98 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Measures of paraphrases: near the reference, far from the source. The paper's (sentence level), and sacrebleu's BLEU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+ALPHA = 0.8  # of iBLEU
+METEOR_NOTE = "METEOR counts exact and stem matches; synonyms only where nltk's WordNet is installed."
+
+
+def paraphrase_metrics(
+    predictions: Sequence[str], references: Sequence[str], sources: Sequence[str]
+) -> dict[str, float]:
+    """All measures, 0 to 100.
+
+    BLEU-2, BLEU-4, ROUGE-L and METEOR are means over sentences, words being lower-cased and split at white space, as in
+    the paper's code (BLEU smoothed by nltk's method 7); iBLEU is `0.8 BLEU-4(prediction, reference) - 0.2
+    BLEU-4(prediction, source)`. A prediction or reference without words counts as 0. `corpus BLEU` is sacrebleu's, which
+    does not smooth single sentences and is far lower.
+
+    Args:
+        predictions, references, sources: Texts, one of each for every pair.
+
+    Raises:
+        ValueError: If there are none, or not as many of each.
+        ImportError: Says what to install.
+    """
+    if not len(predictions) == len(references) == len(sources):
+        raise ValueError(
+            f"there are {len(predictions)} predictions, {len(references)} references and {len(sources)} sources; each "
+            "prediction needs one of both."
+        )
+    if not predictions:
+        raise ValueError("predictions is empty; there is nothing to measure.")
+    try:
+        import sacrebleu
+        from nltk.translate.meteor_score import meteor_score
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise ImportError("these metrics need: pip install 'peft-ext[metrics]'") from error
+    rouge, synonyms = RougeScorer(["rougeL"]), wordnet()
+    rows = []
+    for prediction, reference, source in zip(predictions, references, sources):
+        said, wanted, given = (text.lower().split() for text in (prediction, reference, source))
+        if not said or not wanted:
+            rows.append((0.0,) * 5)
+            continue
+        four = sentence_bleu(said, wanted, 4)
+        rows.append(
+            (
+                sentence_bleu(said, wanted, 2),
+                four,
+                ALPHA * four - (1 - ALPHA) * sentence_bleu(said, given, 4),
+                rouge.score(" ".join(wanted), " ".join(said))["rougeL"].fmeasure,
+                meteor_score([wanted], said, wordnet=synonyms),
+            )
+        )
+    names = ("BLEU-2", "BLEU-4", "iBLEU", "ROUGE-L", "METEOR")
+    found = dict(zip(names, (100 * np.mean(rows, 0)).tolist()))
+    lower = [[text.lower() for text in texts] for texts in (predictions, references)]
+    return {**found, "corpus BLEU": sacrebleu.corpus_bleu(lower[0], [lower[1]]).score}
+
+
+def sentence_bleu(said: list[str], wanted: list[str], order: int) -> float:
+    """BLEU of one sentence with n-grams up to `order`, smoothed by nltk's method 7; 0 without words."""
+    from nltk.translate.bleu_score import SmoothingFunction
+    from nltk.translate.bleu_score import sentence_bleu as bleu
+
+    if not said or not wanted:
+        return 0.0
+    if len(said) == 1:  # method 7 divides by the logarithm of the length
+        return float(said == wanted)
+    return float(bleu([wanted], said, (1 / order,) * order, smoothing_function=SmoothingFunction().method7))
+
+
+def wordnet() -> Any:
+    """nltk's WordNet, or one without synonyms where it isn't installed."""
+    import nltk
+
+    try:
+        nltk.data.find("corpora/wordnet.zip")
+    except LookupError:
+        return _NoSynonyms()
+    from nltk.corpus import wordnet as installed
+
+    return installed
+
+
+class _NoSynonyms:
+    """Stands in for WordNet where it isn't installed."""
+
+    def synsets(self, word: str) -> list[Any]:
+        return []
