@@ -52,12 +52,13 @@ def try_candidates(
     Returns:
         One for each roll-out, on the CPU.
     """
+    same_state = bool(model.config.is_encoder_decoder)  # type: ignore[union-attr]
     generator = random.Random(seed)
     states = [generator.randrange(len(rollout.completion_ids)) for rollout in rollouts]
     order = sorted(range(len(rollouts)), key=lambda row: (states[row], len(rollouts[row].prompt_ids)))
     tried: dict[int, Tried] = {}
     with CriticLogitsProcessor(model, critic, top_k=count) as processor, evaluating(model):
-        for rows in _batches(order, states, batch_size, model.config.is_encoder_decoder):  # type: ignore[union-attr]
+        for rows in _batches(order, states, batch_size, same_state):
             tries = _Tries(processor)
             inputs = _inputs(model, [rollouts[row] for row in rows], [states[row] for row in rows])
             model.generate(  # type: ignore[operator]
