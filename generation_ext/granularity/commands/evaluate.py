@@ -1,0 +1,46 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""`evaluate`: a model's paraphrases against references."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Optional
+
+from generation_ext.granularity.commands.arguments import (
+    DataArguments,
+    DecodingArguments,
+    ModelArguments,
+    load_model,
+    parse,
+    read_texts,
+)
+from generation_ext.granularity.metrics import paraphrase_metrics
+from generation_ext.granularity.training import paraphrase
+from peft_ext.files import check_writable, written_whole
+
+
+@dataclass
+class EvaluateArguments(ModelArguments, DataArguments, DecodingArguments):
+    """Arguments of `evaluate`."""
+
+    output: Optional[str] = field(default=None, metadata={"help": "JSON file for the figures."})
+
+
+def main(argv: Sequence[str]) -> None:
+    """Paraphrase, measure, print."""
+    (args,) = parse(argv, EvaluateArguments, positional="model")
+    pairs = read_texts(args.data, "data", ("source", "target"), args)
+    if args.output:
+        check_writable(Path(args.output), "output")
+    sources, targets = ([pair[name] for pair in pairs] for name in ("source", "target"))
+    model, tokenizer = load_model(args.model)
+    found = paraphrase(model, tokenizer, sources, batch_size=args.batch_size, num_beams=args.num_beams)
+    metrics = {"pairs": len(pairs), **paraphrase_metrics(found, targets, sources)}
+    for name, value in metrics.items():
+        print(f"{name:>12}  {value:.2f}" if name != "pairs" else f"{name:>12}  {value}")
+    if args.output:
+        with written_whole(Path(args.output)) as partial:
+            partial.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,40 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""`show`: the granularities of a sentence's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Optional
+
+from generation_ext.granularity.commands.arguments import ModelArguments, has_granularities, load_model, parse
+from generation_ext.granularity.pictures import as_text, heat_map, sentence_granularities
+from peft_ext.files import check_writable
+
+
+@dataclass
+class ShowArguments(ModelArguments):
+    """Arguments of `show`."""
+
+    text: Optional[str] = field(default=None, metadata={"help": "The sentence."})
+    output: Optional[str] = field(default=None, metadata={"help": "A .png to draw as well."})
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print, and draw."""
+    (args,) = parse(argv, ShowArguments, positional="model")
+    if not args.text or not args.text.strip():
+        raise ValueError("text is missing: pass --text 'a sentence'.")
+    if args.output:
+        if not args.output.endswith(".png"):
+            raise ValueError(f"output={args.output!r} must end in .png.")
+        check_writable(Path(args.output), "output")
+    model, tokenizer = load_model(args.model)
+    if not has_granularities(model):
+        raise ValueError(f"model={args.model!r} has no granularities: it was trained with mode=none, or is no C-DNPG.")
+    tokens, z = sentence_granularities(model, tokenizer, args.text)
+    print(as_text(tokens, z))
+    if args.output:
+        heat_map(tokens, z, args.output)
+        print(f"picture in {args.output}")

@@ -1,0 +1,174 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""`train`: a paraphrase model from pairs of texts, in a run folder.
+
+config.yaml    the arguments
+tokenizer/     trained on the pairs
+checkpoint-*   Trainer's, while it runs
+model/         model and tokenizer, for `from_pretrained`
+metrics.json   what was measured; there once the run is complete
+
+Started again with the same arguments, a run goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import yaml
+from transformers import AutoTokenizer, Seq2SeqTrainingArguments, set_seed
+
+from generation_ext.granularity.commands.arguments import DataArguments, parse, read_texts
+from generation_ext.granularity.modeling import CDNPGConfig, CDNPGForConditionalGeneration
+from generation_ext.granularity.tokenizer import train_tokenizer
+from generation_ext.granularity.training import paraphrase_trainer
+from peft_ext.files import check_folder_writable, written_whole
+
+
+PLAIN = "none"
+
+
+@dataclass
+class TrainArguments(DataArguments):
+    """Arguments of `train`; the sizes are the paper's."""
+
+    output_dir: Optional[str] = field(default=None, metadata={"help": "Run folder."})
+    validation: Optional[str] = field(
+        default=None, metadata={"help": "Pairs to measure the loss on; the last 5 % of the data by default."}
+    )
+    mode: str = field(default="R*S", metadata={"help": "R, S, R*S, R+S, or none: a plain Transformer."})
+    placement: str = field(default="before", metadata={"help": "before or after the softmax."})
+    hidden_size: int = field(default=450, metadata={"help": "Width."})
+    layers: int = field(default=3, metadata={"help": "Of encoder and decoder each."})
+    heads: int = field(default=9, metadata={"help": "Of attention."})
+    ffn_size: int = field(default=1024, metadata={"help": "Width of the feed-forward layers."})
+    dropout: float = field(default=0.1, metadata={"help": "Everywhere."})
+    max_length: int = field(default=20, metadata={"help": "Most tokens of a text; longer ones are cut."})
+    tokenizer: str = field(default="wordpiece", metadata={"help": "wordpiece or bpe, trained on the pairs."})
+    vocab_size: int = field(default=8000, metadata={"help": "Most tokens."})
+    max_steps: int = field(default=100_000, metadata={"help": "Steps of training."})
+    batch_size: int = field(default=32, metadata={"help": "Pairs per step."})
+    learning_rate: float = field(default=5e-5, metadata={"help": "Peak, after the warm-up; it falls linearly."})
+    warmup_steps: int = field(default=5000, metadata={"help": "Steps to the peak."})
+    eval_steps: int = field(
+        default=5000, metadata={"help": "Steps between checkpoints and validations; the best is kept."}
+    )
+    seed: int = field(default=0, metadata={"help": "Of weights and order."})
+    report_to: str = field(default="none", metadata={"help": "Where to report to."})
+
+
+def main(argv: Sequence[str]) -> None:
+    """Check everything, train, save."""
+    (args,) = parse(argv, TrainArguments)
+    if not args.output_dir:
+        raise ValueError("output_dir is missing: pass --output_dir.")
+    run = Path(args.output_dir)
+    check_folder_writable(run, "output_dir")
+    settings = {name: value for name, value in asdict(args).items() if name != "output_dir"}
+    _check_run(run, settings)
+    if (run / "metrics.json").is_file():
+        print(f"{run} is finished already: {(run / 'metrics.json').read_text(encoding='utf-8').strip()}")
+        return
+    pairs = read_texts(args.data, "data", ("source", "target"), args)
+    if args.validation:
+        held_out = read_texts(args.validation, "validation", ("source", "target"), args)
+    else:
+        count = max(1, len(pairs) // 20)
+        pairs, held_out = pairs[:-count], pairs[-count:]
+    if not pairs:
+        raise ValueError(f"data={args.data!r} has too few pairs; at least two are needed.")
+    _config(args, args.vocab_size)  # refuses before anything is written
+    run.mkdir(parents=True, exist_ok=True)
+    with written_whole(run / "config.yaml") as partial:
+        partial.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    tokenizer = _tokenizer(args, run, pairs)
+    set_seed(args.seed)
+    model = CDNPGForConditionalGeneration(_config(args, len(tokenizer)))
+    trainer = paraphrase_trainer(model, tokenizer, _training(args, run), pairs, held_out)
+    trainer.train(resume_from_checkpoint=any(run.glob("checkpoint-*")) or None)
+    metrics = {**trainer.evaluate(), "steps": trainer.state.global_step, "parameters": model.num_parameters()}
+    with written_whole(run / "model") as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    for checkpoint in run.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    with written_whole(run / "metrics.json") as partial:
+        partial.write_text(json.dumps(metrics) + "\n", encoding="utf-8")
+    print(
+        f"validation loss {metrics['eval_loss']:.3f} after {metrics['steps']} steps; the model is in {run / 'model'}"
+    )
+    print(f"Next: python -m generation_ext.granularity paraphrase {run} --texts 'how do i learn to swim'")
+
+
+def _check_run(run: Path, settings: dict[str, Any]) -> None:
+    """Refuse a folder that holds another run, or something else."""
+    file = run / "config.yaml"
+    if not file.is_file():
+        if run.is_dir() and any(run.iterdir()):
+            raise FileExistsError(f"output_dir={str(run)!r} holds something else; choose a new folder.")
+        return
+    known = yaml.safe_load(file.read_text(encoding="utf-8"))
+    differing = [name for name, value in settings.items() if known.get(name) != value]
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"output_dir={str(run)!r} holds a run with {name}={known.get(name)!r}, not {settings[name]!r}; choose a new "
+            "folder, or start it with the same arguments."
+        )
+
+
+def _config(args: TrainArguments, vocab_size: int) -> CDNPGConfig:
+    config = CDNPGConfig(
+        vocab_size=vocab_size,
+        max_position_embeddings=args.max_length,
+        d_model=args.hidden_size,
+        encoder_layers=args.layers,
+        decoder_layers=args.layers,
+        encoder_attention_heads=args.heads,
+        decoder_attention_heads=args.heads,
+        encoder_ffn_dim=args.ffn_size,
+        decoder_ffn_dim=args.ffn_size,
+        dropout=args.dropout,
+        attention_dropout=args.dropout,
+        granularity_mode=None if args.mode == PLAIN else args.mode,
+        granularity_placement=args.placement,
+    )
+    config.granularity()
+    if args.hidden_size % args.heads:
+        raise ValueError(f"hidden_size={args.hidden_size} must be a multiple of heads={args.heads}.")
+    return config
+
+
+def _tokenizer(args: TrainArguments, run: Path, pairs: list[dict[str, str]]) -> Any:
+    if not (run / "tokenizer").is_dir():
+        texts = (pair[name] for pair in pairs for name in ("source", "target"))
+        tokenizer = train_tokenizer(texts, args.vocab_size, args.tokenizer, args.max_length)
+        with written_whole(run / "tokenizer") as partial:
+            tokenizer.save_pretrained(partial)
+    return AutoTokenizer.from_pretrained(run / "tokenizer")
+
+
+def _training(args: TrainArguments, run: Path) -> Seq2SeqTrainingArguments:
+    steps = max(1, min(args.eval_steps, args.max_steps))
+    return Seq2SeqTrainingArguments(
+        str(run),
+        max_steps=args.max_steps,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=4 * args.batch_size,
+        learning_rate=args.learning_rate,
+        warmup_steps=min(args.warmup_steps, args.max_steps // 2),
+        weight_decay=0.01,
+        eval_strategy="steps",
+        eval_steps=steps,
+        save_steps=steps,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        logging_steps=max(1, steps // 10),
+        seed=args.seed,
+        report_to=args.report_to,
+    )

@@ -1,0 +1,99 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Measures of paraphrases, and the tokenizer and encoding of pairs."""
+
+from __future__ import annotations
+
+import pytest
+
+
+pytest.importorskip("nltk"), pytest.importorskip("rouge_score"), pytest.importorskip("sacrebleu")
+
+from generation_ext.granularity.metrics import paraphrase_metrics, sentence_bleu  # noqa: E402
+from generation_ext.granularity.tokenizer import train_tokenizer  # noqa: E402
+from generation_ext.granularity.training import encode_pairs  # noqa: E402
+
+
+SOURCE = "how can i learn to play the piano at home"
+REFERENCE = "what is the best way to learn to play the piano at home"
+
+
+def test_perfect_and_copied():
+    perfect = paraphrase_metrics([REFERENCE], [REFERENCE], [SOURCE])
+    for name in ("ROUGE-L", "corpus BLEU"):
+        assert perfect[name] == pytest.approx(100)
+    copied = paraphrase_metrics([SOURCE], [REFERENCE], [SOURCE])
+    said = SOURCE.split()
+    expected = 0.8 * sentence_bleu(said, REFERENCE.split(), 4) - 0.2 * sentence_bleu(said, said, 4)
+    assert copied["iBLEU"] == pytest.approx(100 * expected)
+    assert copied["iBLEU"] < copied["BLEU-4"] < perfect["BLEU-4"]
+
+
+def test_bleu_falls_with_every_word_that_is_wrong():
+    """(nltk's method 7 gives more than 1 for perfect texts: the paper's code has it so.)"""
+    wanted = "a b c d e f g h".split()
+    found = [sentence_bleu(wanted[: 8 - wrong] + ["x"] * wrong, wanted, 4) for wrong in range(5)]
+    assert found == sorted(found, reverse=True) and found[0] > 1 > found[-1]
+    assert (
+        sentence_bleu([], wanted, 4) == 0
+        and sentence_bleu(["a"], ["a"], 4) == 1
+        and sentence_bleu(["b"], ["a"], 4) == 0
+    )
+
+
+def test_case_does_not_matter_and_emptiness_counts_zero():
+    assert paraphrase_metrics([REFERENCE.upper()], [REFERENCE], [SOURCE]) == pytest.approx(
+        paraphrase_metrics([REFERENCE], [REFERENCE], [SOURCE])
+    )
+    half = paraphrase_metrics(["", REFERENCE], [REFERENCE, REFERENCE], [SOURCE, SOURCE])
+    assert half["ROUGE-L"] == pytest.approx(50)
+    assert paraphrase_metrics([REFERENCE], [""], [SOURCE])["BLEU-4"] == 0
+
+
+def test_evaluate_metric():
+    pytest.importorskip("evaluate")
+    from generation_ext.granularity.evaluate_metrics import ParaphraseMetric
+
+    texts = {"predictions": [SOURCE], "references": [REFERENCE], "sources": [SOURCE]}
+    assert ParaphraseMetric().compute(**texts) == pytest.approx(paraphrase_metrics([SOURCE], [REFERENCE], [SOURCE]))
+    assert list(ParaphraseMetric("iBLEU").compute(**texts)) == ["iBLEU"]
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="2 predictions, 1 references"):
+        paraphrase_metrics(["a", "b"], ["a"], ["a"])
+    with pytest.raises(ValueError, match="predictions is empty"):
+        paraphrase_metrics([], [], [])
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
+def test_tokenizer(kind, tmp_path):
+    texts = [SOURCE, REFERENCE, "Can I learn the PIANO?"]
+    tokenizer = train_tokenizer(texts, 120, kind, max_length=16)
+    assert tokenizer.convert_ids_to_tokens(range(5)) == ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
+    ids = tokenizer(SOURCE)["input_ids"]
+    assert ids[0] == 1 and ids[-1] == 2 and tokenizer.decode(ids, skip_special_tokens=True).strip() == SOURCE
+    tokenizer.save_pretrained(tmp_path)
+    back = type(tokenizer).from_pretrained(tmp_path)
+    assert back(SOURCE)["input_ids"] == ids and back.model_max_length == 16
+    assert back.pad_token_id == 0 and back.bos_token_id == 1 and back.eos_token_id == 2
+
+
+def test_bad_tokenizers():
+    with pytest.raises(ValueError, match="kind='char'"):
+        train_tokenizer(["a"], 50, "char")
+    with pytest.raises(ValueError, match="vocab_size=5"):
+        train_tokenizer(["a"], 5)
+    with pytest.raises(ValueError, match="no words"):
+        train_tokenizer(["", " "], 50)
+
+
+def test_the_first_word_is_a_label_and_long_texts_are_cut():
+    tokenizer = train_tokenizer([SOURCE, REFERENCE], 120, max_length=8)
+    data = encode_pairs(tokenizer, [{"source": SOURCE, "target": REFERENCE}])
+    ids = tokenizer(REFERENCE, truncation=True)["input_ids"]
+    assert data[0]["labels"] == ids[1:] and len(data[0]["input_ids"]) == 8
+    assert data[0]["labels"][0] == tokenizer("what")["input_ids"][1]
+    with pytest.raises(ValueError, match="pair 1 has an empty target"):
+        encode_pairs(tokenizer, [{"source": "a", "target": "b"}, {"source": "a", "target": " "}])
+    with pytest.raises(ValueError, match="no pairs"):
+        encode_pairs(tokenizer, [])
