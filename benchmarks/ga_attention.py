@@ -1,0 +1,192 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""What GA-Attention costs: one attention, forward and backward, against SDPA with a float mask of the same shape, and a
+training step of C-DNPG against the plain Transformer of its size; time and peak memory.
+
+Contenders take turns: a round is one measurement of each, and figures are medians of rounds.
+
+    python -m benchmarks.ga_attention
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import nn
+
+from benchmarks.common import RESULTS, Results, describe, log, markdown_table, verdict
+from generation_ext.granularity import (
+    CDNPGConfig,
+    CDNPGForConditionalGeneration,
+    GranularityAttention,
+    GranularityConfig,
+)
+from generation_ext.granularity.masks import MODES
+from peft_ext.memory.tracker import AllocationTracker, FusedAttention
+
+
+LENGTHS = (20, 128, 512)
+SIZE, HEADS = 450, 9  # the paper's
+FORWARD, STEP = 1.3, 1.5
+TOKENS = 4096  # of a batch
+PLAIN = "SDPA, float mask"
+
+
+class PlainAttention(nn.Module):
+    """The same projections, and SDPA with a float mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(SIZE, SIZE) for _ in range(4))
+
+    def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """`[batch, tokens, size]`."""
+        shape = (hidden_states.shape[0], -1, HEADS, SIZE // HEADS)
+        q, k, v = (each(hidden_states).view(shape).transpose(1, 2) for each in (self.q_proj, self.k_proj, self.v_proj))
+        output = nn.functional.scaled_dot_product_attention(q, k, v, mask)
+        return self.out_proj(output.transpose(1, 2).flatten(2))
+
+
+def attentions(length: int, batch: int) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Contenders, by name."""
+    torch.manual_seed(0)
+    # one for every text, as a padding mask is
+    mask = torch.zeros(batch, 1, length, length).masked_fill(torch.rand(batch, 1, 1, length) < 0.1, -1e9)
+    plain = PlainAttention()
+    found: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {PLAIN: lambda hidden: plain(hidden, mask)}
+    for mode in MODES:
+        ours = GranularityAttention(SIZE, HEADS, GranularityConfig(mode=mode, max_length=max(length, 20)))
+        found[mode] = lambda hidden, ours=ours: ours(hidden, attention_mask=mask)  # type: ignore[misc]
+    return found
+
+
+def measure(functions: dict[str, Callable[[], Any]], rounds: int, repeats: int) -> dict[str, float]:
+    """Median seconds of each, in turn."""
+    found: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
+        function()
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            for _ in range(repeats):
+                function()
+            found[name].append((time.perf_counter() - start) / repeats)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def peak_bytes(length: int, batch: int) -> dict[str, int]:
+    """Most bytes of tensors that forward and backward of each contender have alive at a time, counted operation by
+    operation on the meta device; attention itself counts as fused."""
+    found = {}
+    with torch.device("meta"):
+        for name, function in attentions(length, batch).items():
+            hidden = torch.randn(batch, length, SIZE, requires_grad=True)
+            with AllocationTracker() as tracker, FusedAttention():
+                function(hidden).sum().backward()
+            found[name] = max(tracker.take_peaks().values())
+    return found
+
+
+def attention_row(length: int, smoke: bool) -> dict[str, Any]:
+    """Forward and forward + backward of all contenders at a length."""
+    batch = max(1, (64 if smoke else TOKENS) // length)
+    hidden = torch.randn(batch, length, SIZE, requires_grad=True)
+    contenders = attentions(length, batch)
+
+    def forward(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], Any]:
+        def call() -> None:
+            with torch.no_grad():
+                function(hidden)
+
+        return call
+
+    def both(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], Any]:
+        return lambda: function(hidden).sum().backward()
+
+    rounds, repeats = (1, 1) if smoke else (7, 5)
+    return {
+        "batch": batch,
+        "forward": measure({name: forward(each) for name, each in contenders.items()}, rounds, repeats),
+        "both": measure({name: both(each) for name, each in contenders.items()}, rounds, repeats),
+        "peak": peak_bytes(length, batch),
+    }
+
+
+def step_row(smoke: bool) -> dict[str, Any]:
+    """A training step of the whole model at the paper's size, batch 32, 20 tokens."""
+    sizes: dict[str, Any] = {"vocab_size": 100, "d_model": 36} if smoke else {"vocab_size": 8000}
+    models = {
+        mode: CDNPGForConditionalGeneration(CDNPGConfig(**sizes, granularity_mode=mode)).train()
+        for mode in (None, *MODES)
+    }
+    ids = torch.randint(3, 100, (4 if smoke else 32, 20))
+    optimizers = {mode: torch.optim.AdamW(model.parameters(), lr=1e-4) for mode, model in models.items()}
+
+    def step(mode: Optional[str]) -> Callable[[], None]:
+        def call() -> None:
+            models[mode](input_ids=ids, labels=ids).loss.backward()
+            optimizers[mode].step()
+            optimizers[mode].zero_grad()
+
+        return call
+
+    steps = {mode or "Transformer": step(mode) for mode in models}
+    return {"seconds": measure(steps, 1 if smoke else 7, 1 if smoke else 3)}
+
+
+def tables(results: Results, settings: Callable[[Any], dict[str, Any]]) -> str:
+    """Times and memory over SDPA's, and what was wanted."""
+    lines, verdicts = [], []
+    for length in LENGTHS:
+        found = results.find(settings(length))
+        if found is None:
+            continue
+        for name in (PLAIN, *MODES):
+            cells = []
+            for part in ("forward", "both", "peak"):
+                scale, unit = (1e3, "ms") if part != "peak" else (1e-6, "MB")
+                ratio = found[part][name] / found[part][PLAIN]
+                cells.append(f"{scale * found[part][name]:.1f} {unit} ({ratio:.2f})")
+            lines.append([f"{length} tokens, batch {found['batch']}: {name}", *cells])
+        worst = max(found["forward"][mode] / found["forward"][PLAIN] for mode in MODES)
+        verdicts.append(verdict(f"forward at {length} tokens over SDPA, worst mode", worst, FORWARD, "x"))
+    text = markdown_table(["Attention (and over SDPA)", "forward", "forward and backward", "peak memory"], lines)
+    step = results.find(settings("step"))
+    if step is not None:
+        seconds = step["seconds"]
+        rows = [[n, f"{1e3 * s:.0f} ms ({s / seconds['Transformer']:.2f})"] for n, s in seconds.items()]
+        text += "\n\n" + markdown_table(["Training step, 3 + 3 layers of 450, batch 32 x 20", "time"], rows)
+        worst = max(s / seconds["Transformer"] for n, s in seconds.items())
+        verdicts.append(verdict("training step over the Transformer's, worst mode", worst, STEP, "x"))
+    return text + "\n\n" + "\n".join(verdicts)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Measure what isn't stored, print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="print what is stored")
+    parser.add_argument("--smoke", action="store_true", help="next to nothing: checks that the script runs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=RESULTS / "ga_attention.json")
+    args = parser.parse_args(argv)
+    results = Results(args.output, args.seed)
+
+    def settings(part: Any) -> dict[str, Any]:
+        return {"part": part, "size": SIZE, "heads": HEADS, "threads": torch.get_num_threads(), "smoke": args.smoke}
+
+    for part in () if args.table else (*LENGTHS, "step"):
+        if results.find(settings(part)) is None:
+            results.add(settings(part), step_row(args.smoke) if part == "step" else attention_row(part, args.smoke))
+            log(f"measured: {part}")
+    print("\n" + tables(results, settings))
+    if results.rows:
+        print("\n" + describe(results.rows[-1]["environment"]))
+
+
+if __name__ == "__main__":
+    main()
