@@ -214,22 +214,23 @@ class Study:
         return {"train": train[:-held], MAIN: validation, DEVELOPMENT: train[-held:]}
 
 
-def worth(curve: Sequence[float], reached: float) -> float:
+def worth(curve: Sequence[Optional[float]], reached: float) -> float:
     """How many gold demonstrations SG-ICL is worth, over the most of the curve.
 
     Args:
-        curve: Accuracies with k = 0, 1, ... gold demonstrations.
+        curve: Accuracies with k = 0, 1, ... gold demonstrations; None where it isn't measured.
         reached: SG-ICL's.
 
     Returns:
-        The first k, linearly between neighbours, at which the curve is not below; 1 if it stays below, 0 if it starts
-        above.
+        The first k, linearly between neighbours that are measured, at which the curve is not below; 1 if it stays below,
+        0 if it starts above.
     """
-    for shots, (low, high) in enumerate(zip(curve, curve[1:])):
+    points = [(shots, value) for shots, value in enumerate(curve) if value is not None]
+    for (before, low), (after, high) in zip(points, points[1:]):
         if low >= reached:
-            return shots / (len(curve) - 1)
+            return before / (len(curve) - 1)
         if high >= reached:
-            return (shots + (reached - low) / (high - low)) / (len(curve) - 1)
+            return (before + (after - before) * (reached - low) / (high - low)) / (len(curve) - 1)
     return 1.0
 
 
@@ -259,7 +260,8 @@ def verdicts(study: Study) -> list[str]:
     own, zero = average(Row(SG_ICL, SHOTS)), average(Row(ZERO_SHOT))
     deviations = average(Row(SG_ICL, SHOTS), statistics.pstdev), average(Row(GOLD, SHOTS), statistics.pstdev)
     curve = [zero, *(average(Row(GOLD, shots)) for shots in range(1, SHOTS + 1))]
-    known = own is not None and all(point is not None for point in curve)
+    # some k may be left out in between
+    known = own is not None and curve[0] is not None and curve[-1] is not None
     gold_deviation = deviations[1]
     lines = [
         verdict("average of SG-ICL over zero-shot", _minus(own, zero), 0.0, " points", at_least=True),
@@ -269,7 +271,9 @@ def verdicts(study: Study) -> list[str]:
             0.0 if gold_deviation is None else gold_deviation,
             " points",
         ),
-        verdict("worth, on the averages", worth(curve, own) if known else None, WORTH, at_least=True),
+        verdict(
+            "worth, on the averages", worth(curve, own) if known and own is not None else None, WORTH, at_least=True
+        ),
     ]
     base = average(Row(SG_ICL, SHOTS), part=DEVELOPMENT)
     for row in development_rows():
@@ -285,10 +289,10 @@ def worths(study: Study) -> str:
     for name in study.args.tasks:
         own, zero = study.found(Row(SG_ICL, SHOTS), name, MAIN), study.found(Row(ZERO_SHOT), name, MAIN)
         gold = [study.found(Row(GOLD, shots), name, MAIN) for shots in range(1, SHOTS + 1)]
-        if own is None or zero is None or any(each is None for each in gold):
+        if own is None or zero is None or gold[-1] is None:
             parts.append(f"{name} not measured")
         else:
-            curve = [statistics.mean(each) for each in (zero, *gold) if each is not None]
+            curve = [None if each is None else statistics.mean(each) for each in (zero, *gold)]
             parts.append(f"{name} {worth(curve, statistics.mean(own)):.2f}")
     return "Worth by task: " + ", ".join(parts)
 

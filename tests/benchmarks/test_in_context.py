@@ -89,6 +89,7 @@ def test_worth():
     assert sgicl.worth(curve, 64.0) == 2.5 / 4
     assert sgicl.worth(curve, 80.0) == 1.0 and sgicl.worth(curve, 90.0) == 1.0
     assert sgicl.worth(curve, 40.0) == 0.0 == sgicl.worth(curve, 50.0)
+    assert sgicl.worth([50.0, None, 70.0, None, 80.0], 65.0) == 1.5 / 4  # a line through what is measured
 
 
 def test_development_examples_are_no_demonstrations(tmp_path):
