@@ -341,6 +341,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--data-dir", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--methods", nargs="+", help="only these; all by default")
+    parser.add_argument("--levels", nargs="+", type=float, help="only these strengths and Ns; all by default")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "runs" / "critic_control")
     parser.add_argument("--output", type=Path, default=RESULTS / "critic_control.json")
     parser.add_argument("--seed", type=int, default=0)
@@ -351,6 +352,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     results = Results(args.output, args.seed)
     for name in () if args.table else args.tasks:
         wanted = [row for row in rows_of(name) if not args.methods or row.method in args.methods]
+        wanted = [row for row in wanted if not args.levels or row.level in (0.0, *args.levels)]
         wanted = [row for row in wanted if results.find(settings_of(args, name, row)) is None]
         if not wanted:
             continue
