@@ -55,8 +55,15 @@ class Method:
         return self.config is not None and not self.grows
 
 
-def _packed(cls: type, bits: int) -> Callable[[int], PeftConfig]:
-    return lambda group_size: cls(bits=bits, group_size=group_size, init_method="calibrated", task_type="SEQ_CLS")
+def _peqa(bits: int) -> Callable[[int], PeftConfig]:
+    return lambda group: PeqaConfig(bits=bits, group_size=group, init_method="calibrated", task_type="SEQ_CLS")
+
+
+def _alphatuning(bits: int) -> Callable[[int], PeftConfig]:
+    """In groups from the data-free start: calibrating binary codes in groups takes minutes, and gains little there."""
+    return lambda group: AlphaTuningConfig(
+        bits=bits, group_size=group, init_method="calibrated" if group == -1 else "alternating", task_type="SEQ_CLS"
+    )
 
 
 METHODS = {
@@ -74,10 +81,10 @@ METHODS = {
         ),
         "projection",
     ),
-    "peqa_4bit": Method("PEQA, 4 bits", 1e-2, _packed(PeqaConfig, 4), "group", grows=False),
-    "peqa_3bit": Method("PEQA, 3 bits", 1e-2, _packed(PeqaConfig, 3), "group", grows=False),
-    "alphatuning_4bit": Method("AlphaTuning, 4 bits", 1e-2, _packed(AlphaTuningConfig, 4), "group", grows=False),
-    "alphatuning_3bit": Method("AlphaTuning, 3 bits", 1e-2, _packed(AlphaTuningConfig, 3), "group", grows=False),
+    "peqa_4bit": Method("PEQA, 4 bits", 1e-2, _peqa(4), "group", grows=False),
+    "peqa_3bit": Method("PEQA, 3 bits", 1e-2, _peqa(3), "group", grows=False),
+    "alphatuning_4bit": Method("AlphaTuning, 4 bits", 1e-2, _alphatuning(4), "group", grows=False),
+    "alphatuning_3bit": Method("AlphaTuning, 3 bits", 1e-2, _alphatuning(3), "group", grows=False),
 }
 
 
@@ -138,7 +145,7 @@ def apply(name: str, model: PooledClassifier, size: Optional[int], batches: Any 
     if method.config is None or size is None:
         return model
     config = method.config(size)
-    if method.packed:
+    if method.packed and config.init_method == "calibrated":
         calibrate(model, config, list(batches), progressbar=False)
     if name != "prefix":
         return get_peft_model(model, config)

@@ -16,10 +16,10 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 from transformers import (
     DataCollatorWithPadding,
-    EarlyStoppingCallback,
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -89,6 +89,7 @@ def train(
         learning_rate: Of all but the head.
         seed: Of the batches' order.
     """
+    best = _KeepBest(options.patience)
     with tempfile.TemporaryDirectory() as folder:
         trainer = _Trainer(
             model=model,
@@ -97,13 +98,13 @@ def train(
             eval_dataset=_Texts(tokenizer, data.validation, options.max_length),
             data_collator=DataCollatorWithPadding(tokenizer),
             compute_metrics=lambda found: {"accuracy": id_accuracy(found.predictions.argmax(-1), found.label_ids)},
-            callbacks=[] if options.patience is None else [EarlyStoppingCallback(options.patience)],
+            callbacks=[best],
         )
         trainer.head_learning_rate = options.head_learning_rate
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        accuracies = [row["eval_accuracy"] for row in trainer.state.log_history if "eval_accuracy" in row]
-        return Trained(max(accuracies), len(accuracies))
+    best.restore(model)
+    return Trained(best.accuracy, best.epochs)
 
 
 def probe(
@@ -154,6 +155,36 @@ class _Texts(torch.utils.data.Dataset):
         return dict(self.rows[index])
 
 
+class _KeepBest(TrainerCallback):
+    """Keeps what is trained as it was after the best epoch, in memory, and stops when nothing gets better.
+
+    (The Trainer's own way goes through checkpoints on disk, and refuses prefixes.)
+    """
+
+    def __init__(self, patience: Optional[int]) -> None:
+        self.accuracy, self.epochs = -1.0, 0
+        self._patience, self._since = patience, 0
+        self._state: dict[str, torch.Tensor] = {}
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.epochs += 1
+        self._since += 1
+        accuracy = kwargs["metrics"]["eval_accuracy"]
+        if accuracy > self.accuracy:
+            self.accuracy, self._since = accuracy, 0
+            parameters = kwargs["model"].named_parameters()
+            self._state = {name: value.detach().clone() for name, value in parameters if value.requires_grad}
+        if self._patience is not None and self._since >= self._patience:
+            control.should_training_stop = True
+
+    @torch.no_grad()
+    def restore(self, model: nn.Module) -> None:
+        """Put the best epoch's numbers back."""
+        for name, value in model.named_parameters():
+            if name in self._state:
+                value.copy_(self._state[name])
+
+
 class _Trainer(Trainer):
     """With a learning rate of its own for the head."""
 
@@ -187,12 +218,7 @@ def _arguments(folder: str, options: TrainingOptions, learning_rate: float, seed
         "warmup_steps": options.warmup_ratio,  # below 1, a share
         "lr_scheduler_type": "cosine",
         "eval_strategy": "epoch",
-        "save_strategy": "epoch",
-        "save_total_limit": 1,
-        "save_only_model": True,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "accuracy",
-        "greater_is_better": True,
+        "save_strategy": "no",
         "logging_strategy": "no",
         "train_sampling_strategy": "group_by_length",
         "report_to": "none",
