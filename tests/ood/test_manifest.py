@@ -4,11 +4,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
 
 from peft_ext.ood.manifest import DONE, FAILED, Manifest
-from tests.conftest import ROOT
+
+
+FORKS = hasattr(os, "fork")
+FORK = multiprocessing.get_context("fork") if FORKS else None
+needs_fork = pytest.mark.skipif(not FORKS, reason="this platform has no fork")
 
 
 def test_claims_are_exclusive_and_in_order(tmp_path):
@@ -24,11 +32,20 @@ def test_claims_are_exclusive_and_in_order(tmp_path):
     assert {job: event["status"] for job, event in first.last().items()} == {"a": DONE, "b": DONE}
 
 
+def _claim_and_die(folder, queue) -> None:
+    queue.put(Manifest(folder).claim("ab").job)
+    queue.close()
+    queue.join_thread()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@needs_fork
 def test_what_a_kill_interrupts_is_free_again(tmp_path):
-    code = "import os, sys; from peft_ext.ood.manifest import Manifest; "
-    code += "print(Manifest(sys.argv[1]).claim('ab').job, flush=True); os.kill(os.getpid(), 9)"
-    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
-    assert killed.stdout.strip() == "a" and killed.returncode == -9
+    queue = FORK.Queue()
+    killed = FORK.Process(target=_claim_and_die, args=(tmp_path, queue))
+    killed.start()
+    killed.join(60)
+    assert queue.get(timeout=10) == "a" and killed.exitcode == -signal.SIGKILL
     manifest = Manifest(tmp_path)
     assert manifest.status("a") == "started"
     assert manifest.claim("ab").job == "a"
@@ -46,17 +63,22 @@ def test_a_line_that_was_cut_off(tmp_path):
     assert len(lines) == 5 and json.loads(lines[-1])["job"] == "b"
 
 
+def _work(folder) -> None:
+    manifest = Manifest(folder)
+    while (claim := manifest.claim(map(str, range(30)))) is not None:
+        time.sleep(0.005)
+        claim.finish(DONE)
+
+
+@needs_fork
 def test_two_processes_share_the_work(tmp_path):
-    code = """
-import sys, time
-from peft_ext.ood.manifest import Manifest
-manifest = Manifest(sys.argv[1])
-while (claim := manifest.claim(map(str, range(30)))) is not None:
-    time.sleep(0.005)
-    claim.finish("done")
-"""
-    workers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT) for _ in range(2)]
-    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    workers = [FORK.Process(target=_work, args=(tmp_path,)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0]
     events = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
-    assert sorted(event["job"] for event in events if event["status"] == "done") == sorted(map(str, range(30)))
+    assert sorted(event["job"] for event in events if event["status"] == DONE) == sorted(map(str, range(30)))
     assert sum(event["status"] == "started" for event in events) == 30
+    assert len({event["process"] for event in events}) == 2
