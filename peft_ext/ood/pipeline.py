@@ -44,7 +44,7 @@ class OODPipeline(PushToHubMixin):
         tokenizer: Its tokenizer.
         detector: A fitted detector.
         threshold: Scores from here on are in-distribution.
-        labels: The classes' names, in the order of the logits; None: the config's `id2label`.
+        label_names: The classes' names, in the order of the logits; None: the config's `id2label`.
         max_length: Tokens of a text at most.
         batch_size: Texts at a time.
     """
@@ -55,13 +55,13 @@ class OODPipeline(PushToHubMixin):
         tokenizer: PreTrainedTokenizerBase,
         detector: Detector,
         threshold: float,
-        labels: Optional[Sequence[str]] = None,
+        label_names: Optional[Sequence[str]] = None,
         max_length: int = 128,
         batch_size: int = 64,
     ) -> None:
         self.model, self.tokenizer, self.detector = model.eval(), tokenizer, detector
         self.threshold, self.max_length, self.batch_size = float(threshold), max_length, batch_size
-        self.labels = list(labels) if labels is not None else _config_labels(model)
+        self.label_names = list(label_names) if label_names is not None else _config_labels(model)
 
     @classmethod
     def fit(
@@ -110,7 +110,7 @@ class OODPipeline(PushToHubMixin):
             )
         predicted = self.predict(texts)
         rows = [
-            {"label": self.labels[index], "score": float(score), "in_distribution": bool(inside)}
+            {"label": self.label_names[index], "score": float(score), "in_distribution": bool(inside)}
             for index, score, inside in zip(*predicted)
         ]
         return rows[0] if isinstance(inputs, str) else rows
@@ -141,7 +141,7 @@ class OODPipeline(PushToHubMixin):
         config = {
             "format": _FORMAT,
             "threshold": self.threshold,
-            "labels": self.labels,
+            "labels": self.label_names,
             "max_length": self.max_length,
             "batch_size": self.batch_size,
             "adapter": isinstance(self.model, PeftModel),
@@ -208,5 +208,9 @@ def _load(folder: Path, config: Mapping[str, Any], base: Optional[nn.Module]) ->
         if pooled:
             base = PooledClassifier.from_backbone(name, count, config["pooling"], config["layers"])
         else:
-            base = AutoModelForSequenceClassification.from_pretrained(name, num_labels=count)
+            base = AutoModelForSequenceClassification.from_pretrained(
+                name,
+                num_labels=count,
+                ignore_mismatched_sizes=True,  # the head comes with the adapter
+            )
     return PeftModel.from_pretrained(base, folder)

@@ -8,8 +8,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
+from transformers.utils import hub
 
 from peft_ext import BottleneckConfig, PeqaConfig
 from peft_ext.ood.classifier import PooledClassifier
@@ -28,7 +30,7 @@ def data(data_dir):
 
 def _pipeline(model, data, detector="mahalanobis", **kwargs) -> OODPipeline:
     return OODPipeline.fit(
-        model, tiny_tokenizer(), *data.train, validation_texts=data.validation[0], detector=detector, labels=data.labels, **kwargs
+        model, tiny_tokenizer(), *data.train, validation_texts=data.validation[0], detector=detector, label_names=data.labels, **kwargs
     )  # fmt: skip
 
 
@@ -106,18 +108,24 @@ def test_pushing_uploads_the_folder(data, bert_folder, tmp_path, monkeypatch):
     """As any model of transformers: `push_to_hub` saves into a folder and uploads it."""
     uploaded = {}
 
-    def upload(self, working_dir, repo_id, *args, **kwargs):
-        uploaded[repo_id] = sorted(
-            str(p.relative_to(working_dir)) for p in __import__("pathlib").Path(working_dir).rglob("*.json")
-        )
+    class Hub:
+        def create_repo(self, repo_id, **kwargs):
+            return SimpleNamespace(repo_id=repo_id)
 
-    class Repository:
-        repo_id = "me/intents"
+        def create_commit(self, repo_id, operations, **kwargs):
+            uploaded[repo_id] = {operation.path_in_repo for operation in operations}
 
-    monkeypatch.setattr(OODPipeline, "_upload_modified_files", upload)
-    monkeypatch.setattr("transformers.utils.hub.create_repo", lambda *args, **kwargs: Repository)
+    monkeypatch.setattr(hub, "hf_api", Hub)
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *args, **kwargs: ModelCard("intents"))
     _pipeline(MODELS["pooled"](bert_folder), data).push_to_hub("me/intents")
-    assert {"ood_pipeline.json", "detector/detector.json", "model/config.json"} <= set(uploaded["me/intents"])
+    expected = {
+        "ood_pipeline.json",
+        "detector/detector.json",
+        "model/config.json",
+        "model/model.safetensors",
+        "README.md",
+    }
+    assert expected <= uploaded["me/intents"]
 
 
 def test_bad_input(data, bert_folder, tmp_path):
