@@ -12,16 +12,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
 from benchmarks.common import RESULTS, log, verdict
 from benchmarks.fast_linear import fast_linear
+from benchmarks.in_context import smoke_model
 from benchmarks.sentence_encoder import encoder_path
 from peft_ext.ood.grid import StudyConfig, read_config
+from peft_ext.ood.methods import METHODS
 from peft_ext.ood.report import write_report
 from peft_ext.ood.study import result_of, run
+from peft_ext.ood.training import TrainingOptions
 
 
 CONFIG = Path(__file__).resolve().parent / "ood.yaml"
@@ -35,10 +39,14 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--config", default=str(CONFIG), help="the study's YAML file")
     parser.add_argument("--data-dir", help="folder with clinc150, banking77 and snips")
     parser.add_argument("--output", default=str(RESULTS / "ood"), help="folder of results and report")
+    parser.add_argument("--smoke", action="store_true", help="tiny random models and texts, to see that it runs")
     parser.add_argument("--table", action="store_true", help="print what is stored, measure nothing")
     parser.add_argument("--retry", action="store_true", help="run failed and skipped cells once more")
     arguments = parser.parse_args(argv)
-    config = _with_minilm(read_config(arguments.config, output_dir=arguments.output, data_dir=arguments.data_dir))
+    if arguments.smoke:
+        config = _smoke_config(Path(arguments.output))
+    else:
+        config = _with_minilm(read_config(arguments.config, output_dir=arguments.output, data_dir=arguments.data_dir))
     if not arguments.table:
         with fast_linear():
             run(config, retry=arguments.retry, log=log)
@@ -93,6 +101,36 @@ def _with_minilm(config: StudyConfig) -> StudyConfig:
 
     grids = [{**grid, "models": located(grid["models"])} if "models" in grid else grid for grid in config.grids]
     return dataclasses.replace(config, models=located(config.models), grids=grids)
+
+
+def _smoke_config(folder: Path) -> StudyConfig:
+    """Every method once, on a tiny random model and on texts in which one word tells the class."""
+    model, tokenizer = smoke_model()
+    model.save_pretrained(folder / "smoke" / "model")
+    tokenizer.save_pretrained(folder / "smoke" / "model")
+    corpus = folder / "smoke" / "clinc150"
+    corpus.mkdir(parents=True, exist_ok=True)
+    words = sorted(word for word in tokenizer.get_vocab() if word.isalpha())[:12]
+    labels = ["one", "two", "three", "oos"]
+    for split, count in (("train", 8), ("validation", 4), ("test", 6)):
+        texts = [
+            (" ".join([words[n], words[5 + i % 6], words[n]]), label)
+            for i in range(count)
+            for n, label in enumerate(labels)
+        ]
+        lines = [json.dumps({"text": text, "label": label}) for text, label in texts]
+        (corpus / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return StudyConfig(
+        output_dir=str(folder),
+        data_dir=str(folder / "smoke"),
+        models=[{"name": "tiny", "path": str(folder / "smoke" / "model")}],
+        methods=list(METHODS),
+        budgets=[0.03],
+        seeds=[0],
+        training=TrainingOptions(epochs=1, batch_size=8, calibration_examples=8),
+        detectors=["msp", "mahalanobis", {"name": "knn", "k": 3}],
+        resamples=20,
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def data(data_dir):
 
 def _pipeline(model, data, detector="mahalanobis", **kwargs) -> OODPipeline:
     return OODPipeline.fit(
-        model, tiny_tokenizer(), *data.train, validation_texts=data.validation[0], detector=detector, label_names=data.labels, **kwargs
+        model, tiny_tokenizer(), *data.train, data.validation[0], detector, label_names=data.labels, **kwargs
     )  # fmt: skip
 
 
