@@ -38,15 +38,16 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=str(CONFIG), help="the study's YAML file")
     parser.add_argument("--data-dir", help="folder with clinc150, banking77 and snips")
-    parser.add_argument("--output", default=str(RESULTS / "ood"), help="folder of results and report")
+    parser.add_argument("--output", help="folder of results and report (benchmarks/results/ood)")
     parser.add_argument("--smoke", action="store_true", help="tiny random models and texts, to see that it runs")
     parser.add_argument("--table", action="store_true", help="print what is stored, measure nothing")
     parser.add_argument("--retry", action="store_true", help="run failed and skipped cells once more")
     arguments = parser.parse_args(argv)
+    output = Path(arguments.output or RESULTS / ("ood-smoke" if arguments.smoke else "ood"))
     if arguments.smoke:
-        config = _smoke_config(Path(arguments.output))
+        config = _smoke_config(output)
     else:
-        config = _with_minilm(read_config(arguments.config, output_dir=arguments.output, data_dir=arguments.data_dir))
+        config = _with_minilm(read_config(arguments.config, output_dir=str(output), data_dir=arguments.data_dir))
     if not arguments.table:
         with fast_linear():
             run(config, retry=arguments.retry, log=log)
@@ -114,9 +115,9 @@ def _smoke_config(folder: Path) -> StudyConfig:
     labels = ["one", "two", "three", "oos"]
     for split, count in (("train", 8), ("validation", 4), ("test", 6)):
         texts = [
-            (" ".join([words[n], words[5 + i % 6], words[n]]), label)
+            (f"{words[number]} {words[5 + i % 6]} {words[number]}", label)
             for i in range(count)
-            for n, label in enumerate(labels)
+            for number, label in enumerate(labels)
         ]
         lines = [json.dumps({"text": text, "label": label}) for text, label in texts]
         (corpus / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -28,7 +28,8 @@ class ModelSpec:
     """A model of the study.
 
     Attributes:
-        name: In tables; the path if it isn't given.
+        name: In tables and results, which it identifies, so that these can be read where the path is another; the last
+            part of the path if it isn't given.
         path: What `peft_ext.models.resolve_model` takes: None for the default model, a folder, a hub id.
         pooling: None: `"last"` for causal models, `"mean"` for encoders.
         layers: Keep only so many of its first layers.
@@ -53,11 +54,17 @@ class Cell:
 
     @property
     def id(self) -> str:
-        """Readable, and different wherever anything that the result depends on is."""
+        """Readable, and different wherever anything that the result depends on is; a model stands under its name."""
         budget = "" if self.budget is None else f"-{self.budget * 100:g}pct"
         words = f"{self.setting.name}-{self.model.name}-{self.method}{budget}-seed{self.seed}"
-        everything = json.dumps(asdict(self), sort_keys=True, default=str)
+        everything = json.dumps(self.settings(), sort_keys=True)
         return f"{re.sub(r'[^A-Za-z0-9._-]+', '_', words)}-{hashlib.sha1(everything.encode()).hexdigest()[:8]}"
+
+    def settings(self) -> dict[str, Any]:
+        """All that the result depends on, as it comes back from JSON."""
+        values = json.loads(json.dumps(asdict(self), default=str))
+        del values["model"]["path"]
+        return values
 
     @property
     def key(self) -> tuple[str, str, str, Optional[float]]:

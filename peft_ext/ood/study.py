@@ -158,7 +158,7 @@ def _run_cell(config: StudyConfig, cell: Cell) -> tuple[dict[str, Any], dict[str
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     backbone = solve("full", base.config, None).parameters
     result = {
-        "cell": json.loads(json.dumps(asdict(cell), default=str)),
+        "cell": cell.settings(),
         "classes": len(data.labels),
         "examples": {part: len(found.logits) for part, found in features.items()},
         "backbone_parameters": backbone,
