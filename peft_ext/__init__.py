@@ -2,6 +2,7 @@
 """peft-ext: published methods to adapt and shrink language models, as parts of PEFT. Importing it registers them."""
 
 from peft_ext.alphatuning import AlphaTuningConfig, AlphaTuningModel
+from peft_ext.bottleneck import BottleneckConfig, BottleneckModel
 from peft_ext.checkpoint import BcqConfig, load_gptq
 from peft_ext.peqa import PeqaConfig, PeqaModel
 from peft_ext.scale_tuning.calibration import calibrate
@@ -14,6 +15,8 @@ __all__ = [
     "AlphaTuningConfig",
     "AlphaTuningModel",
     "BcqConfig",
+    "BottleneckConfig",
+    "BottleneckModel",
     "PeqaConfig",
     "PeqaModel",
     "__version__",

@@ -18,7 +18,7 @@ from transformers.quantizers import auto
 _OWNER_ATTRIBUTE = "registered_by"
 _OWNER = "peft_ext"
 # All names that we add. If one of them is taken, none is added.
-TUNERS = ("ALPHATUNING", "PEQA")
+TUNERS = ("ALPHATUNING", "BOTTLENECK", "PEQA")
 
 
 def register_tuner(name: str, config_cls: type, model_cls: type) -> PeftType:

@@ -16,19 +16,21 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peft_ext import AlphaTuningConfig, PeqaConfig
+from peft_ext import AlphaTuningConfig, BottleneckConfig, PeqaConfig
 from tests.tiny_models import TINY_MODELS, inputs, logits_of, tiny
 
 
 @dataclass(frozen=True)
 class Case:
-    """A tiny model with a tuner's config. `strength`: how far `move_adapter` moves it from the identity."""
+    """A tiny model with a tuner's config. `strength`: how far `move_adapter` moves it from the identity; `lr`: a learning
+    rate that lowers the loss within a few steps."""
 
     name: str
     model: str
     config_cls: type[PeftConfig]
     kwargs: dict[str, Any] = field(default_factory=dict)
     strength: float = 0.1
+    lr: float = 1e-2
 
     def config(self, **overrides) -> PeftConfig:
         return self.config_cls(**{**copy.deepcopy(self.kwargs), **overrides})
@@ -40,8 +42,10 @@ class Case:
         return inputs(self.model)
 
     def fresh(self, adapter_name: str = "default", dtype: torch.dtype = torch.float32, **overrides) -> PeftModel:
-        """The model with an adapter as the tuner starts it: an identity."""
-        return get_peft_model(self.float_model(dtype), self.config(**overrides), adapter_name).eval()
+        """The model with an adapter as the tuner starts it, the same at every call: an identity."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return get_peft_model(self.float_model(dtype), self.config(**overrides), adapter_name).eval()
 
     def moved(self, adapter_name: str = "default", dtype: torch.dtype = torch.float32, **overrides) -> PeftModel:
         """The model with an adapter away from the identity, so that a path that ignores it can't pass."""
@@ -61,6 +65,11 @@ class Case:
             return logits_of(model, self.inputs(), **kwargs)
 
     @property
+    def merges(self) -> bool:
+        """Whether the tuner's adapters can be merged; a non-linear one's can't."""
+        return self.config_cls is not BottleneckConfig
+
+    @property
     def generates(self) -> bool:
         return TINY_MODELS[self.model].generates
 
@@ -71,6 +80,10 @@ def _peqa(name: str, model: str, strength: float = 0.1, **kwargs) -> Case:
 
 def _alpha(name: str, model: str, strength: float = 0.1, **kwargs) -> Case:
     return Case(f"alphatuning-{name}", model, AlphaTuningConfig, kwargs, strength)
+
+
+def _bottleneck(name: str, model: str, strength: float = 0.1, **kwargs) -> Case:
+    return Case(f"bottleneck-{name}", model, BottleneckConfig, kwargs, strength, lr=2e-3)
 
 
 CASES = [
@@ -103,8 +116,18 @@ CASES = [
     _alpha("bert-all", "bert", bits=3, trained_alphas="all", task_type="SEQ_CLS"),
     _alpha("mlp-1bit-head", "mlp", bits=1, target_modules=["lin0"], modules_to_save=["head"]),
     _alpha("conv-groups", "conv", bits=2, group_size=2, target_modules=["lin0"]),
+    _bottleneck("llama", "llama", bottleneck_dim=4, task_type="CAUSAL_LM"),
+    _bottleneck("llama-list-gelu", "llama", target_modules=["q_proj", "up_proj"], non_linearity="gelu"),
+    _bottleneck("gpt2-pfeiffer", "gpt2", reduction_factor=4, placement="pfeiffer", task_type="CAUSAL_LM"),
+    _bottleneck("opt", "opt", bottleneck_dim=4, non_linearity="silu", task_type="CAUSAL_LM"),
+    _bottleneck("neox-regex", "gpt_neox", bottleneck_dim=3, target_modules=r".*\.(dense|dense_4h_to_h)"),
+    _bottleneck("t5", "t5", bottleneck_dim=4, task_type="SEQ_2_SEQ_LM"),
+    _bottleneck("bert-pfeiffer", "bert", bottleneck_dim=4, placement="pfeiffer", task_type="SEQ_CLS"),
+    _bottleneck("mlp-head", "mlp", bottleneck_dim=4, target_modules=["lin0"], modules_to_save=["head"]),
+    _bottleneck("conv", "conv", bottleneck_dim=4, target_modules=["lin0"]),
 ]
 CASES_THAT_GENERATE = [case for case in CASES if case.generates]
+CASES_THAT_MERGE = [case for case in CASES if case.merges]
 TRANSFORMERS_CASES = [case for case in CASES if TINY_MODELS[case.model].blocks]
 
 
@@ -123,9 +146,16 @@ def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> dict[
     for layer_name, layer in tuner_layers(model).items():
         for attribute in layer.adapter_layer_names:
             entries = getattr(layer, attribute)
-            if adapter_name in entries:
-                found[f"{layer_name}.{attribute}.{adapter_name}"] = entries[adapter_name]
+            if adapter_name not in entries:
+                continue
+            name, entry = f"{layer_name}.{attribute}.{adapter_name}", entries[adapter_name]
+            inner = {name: entry} if isinstance(entry, nn.Parameter) else _named(entry, name)
+            found.update(inner)
     return found
+
+
+def _named(module: nn.Module, prefix: str) -> dict[str, nn.Parameter]:
+    return {f"{prefix}.{name}": parameter for name, parameter in module.named_parameters()}
 
 
 def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
@@ -157,8 +187,12 @@ def assert_differs(actual: torch.Tensor, other: torch.Tensor, at_least: float = 
 
 
 def loss_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """A loss that every kind of model has and to which every layer contributes."""
-    return logits_of(model, batch).float().square().mean()
+    """A loss that every kind of model has and to which every layer contributes; of real tokens only, since an empty
+    token's norm can blow a small step up."""
+    logits, mask = logits_of(model, batch).float(), batch.get("attention_mask")
+    if mask is not None and logits.shape[:2] == mask.shape:
+        logits = logits * mask.unsqueeze(-1)
+    return logits.square().mean()
 
 
 def train(model: PeftModel, batch: dict[str, torch.Tensor], steps: int = 3, lr: float = 1e-2) -> list[float]:

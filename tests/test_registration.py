@@ -188,7 +188,7 @@ except ImportError as error:
     assert name in str(error) and peft.__version__ in str(error), error
     print("refused")
 assert len(theirs) == len(members) + 1
-assert not {"PEQA", "ALPHATUNING"} & set(peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING)
+assert not {"PEQA", "ALPHATUNING", "BOTTLENECK"} & set(peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING)
 """
     assert fresh_process(code, name).strip() == "refused"
 
@@ -220,8 +220,8 @@ after = snapshot()
 changed = [key for key, value in before.items() if after.get(key) is not value]
 assert not changed, changed
 for name, table in maps.items():
-    assert {k: v for k, v in getattr(mapping, name).items() if k not in ("PEQA", "ALPHATUNING")} == table, name
-assert list(PeftType)[:-2] == members
+    assert {k: v for k, v in getattr(mapping, name).items() if k not in ("PEQA", "ALPHATUNING", "BOTTLENECK")} == table, name
+assert list(PeftType)[:-3] == members
 print("untouched")
 """
     assert fresh_process(code).strip() == "untouched"

@@ -11,6 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
+from peft_ext.mixed_batches import check_length
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.scale_tuning.config import ScaleTuningConfig
 
@@ -238,12 +239,7 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
         return self.base_layer(x, scale=self.combined_scale(self.active_adapters), **self.product_options())
 
     def _mixed_batch_forward(self, x: torch.Tensor, mixture: Mixture) -> torch.Tensor:
-        if len(x) != len(mixture.choice):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(mixture.choice)} and {len(x)} respectively. (A model that reshapes its batch before this layer "
-                "can't mix adapters in it.)"
-            )
+        check_length(len(mixture.choice), len(x))
         if self.merged:
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."

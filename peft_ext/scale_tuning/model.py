@@ -5,20 +5,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any, Optional
 
 import torch
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from tqdm.auto import tqdm
 
 from peft_ext.checkpoint import pack_quantized
 from peft_ext.checkpoint.saving import make_saveable
+from peft_ext.mixed_batches import adapters_per_sample
 from peft_ext.quant.conversion import dequantize_layers
 from peft_ext.quant.formats import CALIBRATED
 from peft_ext.quant.linear import PackedLinear
@@ -26,6 +25,7 @@ from peft_ext.scale_tuning import adapter_file
 from peft_ext.scale_tuning.config import ScaleTuningConfig
 from peft_ext.scale_tuning.layer import Mixture, ScaleTuningLinear, trained_part
 from peft_ext.scale_tuning.quantization import check_target, free_weight, is_packed, pack_layer
+from peft_ext.targets import target_layers
 
 
 class ScaleTuningModel(BaseTuner):
@@ -217,43 +217,11 @@ class ScaleTuningModel(BaseTuner):
     def _layers(self) -> Iterator[ScaleTuningLinear]:
         return (module for module in self.model.modules() if isinstance(module, ScaleTuningLinear))
 
-    @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
         """With `adapter_names`, hand every tuner layer the name of each sample's adapter for the time of a forward."""
-        adapter_names = kwargs.pop("adapter_names", None)
-        if adapter_names is None:
-            yield
-            return
-        self._check_adapter_names(adapter_names)
-        num_beams = kwargs.get("num_beams", None) or 1
-        expanded = [name for name in adapter_names for _ in range(num_beams)]
-        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
-        # an encoder sees the batch before it is repeated for each beam
-        in_encoder = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
-        mixtures = {False: Mixture(expanded), True: Mixture(adapter_names)}
-        handles = []
-        for module in self.modules():
-            if isinstance(module, ScaleTuningLinear):
-                more: dict[str, Any] = {"mixture": mixtures[module in in_encoder]}
-            elif isinstance(module, AuxiliaryTrainingWrapper):
-                more = {"adapter_names": adapter_names if module in in_encoder else expanded}
-            else:
-                continue
-            handles.append(module.register_forward_pre_hook(partial(_pass, more=more), with_kwargs=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _check_adapter_names(self, adapter_names: list[str]) -> None:
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        if not isinstance(adapter_names, (list, tuple)):
-            raise TypeError(f"Got adapter names of type {type(adapter_names)}, expected a list of str.")
-        unknown = sorted(set(adapter_names) - {"__base__"} - set(self.peft_config))
-        if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        return adapters_per_sample(
+            self, kwargs.get("adapter_names"), kwargs.get("num_beams"), lambda names: {"mixture": Mixture(names)}
+        )
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
@@ -296,22 +264,6 @@ def resolve_all_linear(config: ScaleTuningConfig, model: nn.Module) -> None:
         config.target_modules = packed - inner  # type: ignore[assignment]  # PEFT, too, keeps a set here
     else:
         _maybe_include_all_linear_layers(config, model)
-
-
-def target_layers(config: ScaleTuningConfig, model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that a config targets, by name; a tuner layer stands for the layer that it wraps."""
-    tuner_layers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if name
-        and not (tuner_layers and name.startswith(tuner_layers))
-        and BaseTuner._check_target_module_exists(config, name)
-    }
-
-
-def _pass(module: nn.Module, args: tuple, kwargs: dict, more: dict[str, Any]) -> tuple[tuple, dict]:
-    return args, {**kwargs, **more}
 
 
 @torch.no_grad()

@@ -212,6 +212,8 @@ def test_layer_and_model_status(case):
     assert summary.peft_types == {"default": model.peft_config["default"].peft_type.value}
     assert (summary.trainable_params, summary.total_params) == (trainable, total)
     assert summary.enabled is True and summary.active_adapters == ["default"]
+    if not case.merges:
+        return
     model.base_model.merge_adapter()
     # modules_to_save are never merged, which PEFT calls irregular
     assert model.get_model_status().merged_adapters == ("irregular" if model.modules_to_save else ["default"])

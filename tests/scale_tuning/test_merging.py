@@ -9,7 +9,18 @@ import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from tests.cases import adapter_parameters, assert_differs, assert_same, move_adapter, tuner_layers
+from tests.cases import (
+    CASES_THAT_MERGE,
+    adapter_parameters,
+    assert_differs,
+    assert_same,
+    case_ids,
+    move_adapter,
+    tuner_layers,
+)
+
+
+pytestmark = pytest.mark.parametrize("case", CASES_THAT_MERGE, ids=case_ids(CASES_THAT_MERGE))
 
 
 def _state(model) -> dict[str, torch.Tensor]:

@@ -3,20 +3,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import get_peft_model
 
 from peft_ext import PeqaConfig
 from peft_ext.scale_tuning.layer import ScaleTuningLinear
-from tests.cases import CASES, Case, assert_differs, assert_same, case_ids, move_adapter, tuner_layers
+from tests.cases import CASES, CASES_THAT_MERGE, assert_differs, assert_same, case_ids, move_adapter, tuner_layers
 from tests.tiny_models import tiny
 
 
 NAMES = ["default", "__base__", "other"]
 # OPT flattens batch and tokens before its feed-forward layers, which leaves no samples to tell apart (as with LoRA).
-OPT_ATTENTION = Case("peqa-opt-attention", "opt", PeqaConfig, {"target_modules": ["q_proj", "k_proj", "v_proj"]})
-MIXED_CASES = [OPT_ATTENTION if case.model == "opt" else case for case in CASES]
+OPT_ATTENTION = {"target_modules": ["q_proj", "k_proj", "v_proj"]}
+MIXED_CASES = [replace(case, kwargs=OPT_ATTENTION) if case.model == "opt" else case for case in CASES]
 MIXED_CASES_THAT_GENERATE = [case for case in MIXED_CASES if case.generates]
 mixed_cases = pytest.mark.parametrize("case", MIXED_CASES, ids=case_ids(MIXED_CASES))
 
@@ -92,6 +94,7 @@ def test_training_mode_is_refused(case):
         case.logits(model, adapter_names=NAMES)
 
 
+@pytest.mark.parametrize("case", CASES_THAT_MERGE, ids=case_ids(CASES_THAT_MERGE))
 def test_merged_adapters_are_refused(case):
     model = case.with_two_adapters()
     model.merge_adapter()

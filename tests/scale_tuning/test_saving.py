@@ -24,6 +24,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from tests.cases import (
     CASES,
+    CASES_THAT_MERGE,
     adapter_parameters,
     assert_differs,
     assert_same,
@@ -37,6 +38,7 @@ from tests.tiny_models import save_tiny
 
 # One model of each kind; the whole table does the round trip.
 FEW_NAMES = ("peqa-llama-3bit-groups", "peqa-gpt2-4bit", "peqa-t5-4bit", "peqa-bert-4bit", "peqa-mlp-groups-head")
+FEW_NAMES += ("bottleneck-llama", "bottleneck-bert-pfeiffer")
 FEW = [case for case in CASES if case.name in FEW_NAMES]
 few_cases = pytest.mark.parametrize("case", FEW, ids=case_ids(FEW))
 
@@ -201,6 +203,7 @@ def test_state_dict_functions(case):
     assert_same(case.logits(other), case.logits(model), tolerance=1e-6)
 
 
+@pytest.mark.parametrize("case", CASES_THAT_MERGE, ids=case_ids(CASES_THAT_MERGE))
 def test_state_dict_of_a_merged_model_is_the_adapters_own(case):
     model = case.moved()
     before = {key: value.clone() for key, value in get_peft_model_state_dict(model).items()}
@@ -224,6 +227,7 @@ def test_device_map(case, tmp_path):
         ("peqa-gpt2-4bit", AutoPeftModelForCausalLM),
         ("peqa-t5-4bit", AutoPeftModelForSeq2SeqLM),
         ("peqa-bert-4bit", AutoPeftModelForSequenceClassification),
+        ("bottleneck-bert-pfeiffer", AutoPeftModelForSequenceClassification),
     ],
 )
 def test_auto_classes(name, auto, tmp_path):

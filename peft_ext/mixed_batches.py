@@ -1,0 +1,80 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Different adapters for the samples of one batch: what PEFT's `adapter_names=` asks of a tuner's model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Optional
+
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+
+@contextmanager
+def adapters_per_sample(
+    tuner: BaseTuner,
+    adapter_names: Optional[list[str]],
+    num_beams: Optional[int],
+    layer_arguments: Callable[[list[str]], dict[str, Any]],
+) -> Iterator[None]:
+    """For the time of a forward, or of a whole `generate`, hand every tuner layer the name of each sample's adapter.
+
+    Args:
+        tuner: The tuner's model; its `tuner_layer_cls` says which layers.
+        adapter_names: One for each sample, `"__base__"` for none; None: nothing is handed over.
+        num_beams: Of `generate`; behind the encoder, every sample is repeated so many times.
+        layer_arguments: What a layer's forward takes, from the names of the samples that it will see.
+
+    Raises:
+        ValueError: In training mode, or if an adapter doesn't exist.
+        TypeError: If `adapter_names` is no list.
+    """
+    if adapter_names is None:
+        yield
+        return
+    _check_adapter_names(tuner, adapter_names)
+    expanded = [name for name in adapter_names for _ in range(num_beams or 1)]
+    encoder = tuner.model.get_encoder() if hasattr(tuner.model, "get_encoder") else None
+    # an encoder sees the batch before it is repeated for each beam
+    in_encoder = set(encoder.modules()) if encoder is not None and encoder is not tuner.model else set()
+    arguments = {False: layer_arguments(expanded), True: layer_arguments(adapter_names)}
+    handles = []
+    for module in tuner.modules():
+        if isinstance(module, tuner.tuner_layer_cls):
+            more = arguments[module in in_encoder]
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            more = {"adapter_names": adapter_names if module in in_encoder else expanded}
+        else:
+            continue
+        handles.append(module.register_forward_pre_hook(partial(_pass, more=more), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_length(names: int, samples: int) -> None:
+    """Refuse names that don't go with the samples that reach a layer, in the words of PEFT's own layers."""
+    if names != samples:
+        raise ValueError(
+            f"Length of `adapter_names` should be the same as the number of inputs, but got {names} and {samples} "
+            "respectively. (A model that reshapes its batch before this layer can't mix adapters in it.)"
+        )
+
+
+def _check_adapter_names(tuner: BaseTuner, adapter_names: list[str]) -> None:
+    if tuner.training:
+        raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+    if not isinstance(adapter_names, (list, tuple)):
+        raise TypeError(f"Got adapter names of type {type(adapter_names)}, expected a list of str.")
+    unknown = sorted(set(adapter_names) - {"__base__"} - set(tuner.peft_config))
+    if unknown:
+        raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+
+
+def _pass(module: nn.Module, args: tuple, kwargs: dict, more: dict[str, Any]) -> tuple[tuple, dict]:
+    return args, {**kwargs, **more}

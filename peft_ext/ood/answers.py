@@ -1,0 +1,93 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""The study's two questions, answered from finished cells: paired differences in AUROC with bootstrap intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
+
+from peft_ext.ood.methods import METHODS
+from peft_ext.ood.metrics import Interval, mean_interval
+
+
+# The detector whose numbers answer: the study's own choice, and not one of the logits alone.
+DETECTOR = "mahalanobis"
+REFERENCE = "full"
+Rows = list[tuple[str, Interval, int]]
+
+
+def size_answer(finished: Sequence[Any], detector: str = DETECTOR) -> tuple[str, Rows]:
+    """How AUROC changes from a model to the next larger one: pairs that differ in nothing else.
+
+    Args:
+        finished: `report.Finished` cells.
+        detector: Whose AUROC.
+
+    Returns:
+        A sentence, and for each step the mean difference, its interval and the number of pairs.
+    """
+    sizes = {row.cell.model.name: row.result["backbone_parameters"] for row in finished}
+    ordered = sorted(sizes, key=lambda name: sizes[name])
+    values = {_key(row): v for row in finished if (v := _auroc(row, detector)) is not None}
+    rows = []
+    for small, large in [*zip(ordered, ordered[1:]), *([(ordered[0], ordered[-1])] if len(ordered) > 2 else [])]:
+        pairs = [
+            values[(large, *key[1:])] - value
+            for key, value in values.items()
+            if key[0] == small and (large, *key[1:]) in values
+        ]
+        if pairs:
+            rows.append((f"{small} to {large}", mean_interval(pairs), len(pairs)))
+    if not rows:
+        return "There are no two models to compare yet.", []
+    step = rows[-1]
+    return f"{_verdict(step[1], 'Yes', 'No: they detect worse')} ({step[0]}, detector {detector}).", rows
+
+
+def tuning_answer(finished: Sequence[Any], detector: str = DETECTOR) -> tuple[str, Rows]:
+    """How AUROC differs from full fine-tuning's: pairs of the same set, model and seed.
+
+    Args:
+        finished: `report.Finished` cells.
+        detector: Whose AUROC.
+
+    Returns:
+        A sentence, and for each method the mean difference, its interval and the number of pairs.
+    """
+    values = {_key(row): v for row in finished if (v := _auroc(row, detector)) is not None}
+    whole = {key[:3]: value for key, value in values.items() if key[3] == REFERENCE}
+    rows = []
+    for method in dict.fromkeys(row.cell.method for row in finished):
+        pairs = [value - whole[key[:3]] for key, value in values.items() if key[3] == method and key[:3] in whole]
+        if method != REFERENCE and pairs:
+            rows.append((METHODS[method].title, mean_interval(pairs), len(pairs)))
+    if not rows:
+        return "There is no method to compare with full fine-tuning yet.", []
+    rows.sort(key=lambda row: -row[1].value)
+    better = [name for name, interval, _ in rows if interval.low > 0]
+    worse = [name for name, interval, _ in rows if interval.high < 0]
+    sentence = "; ".join(
+        f"{what} full fine-tuning: {', '.join(names)}"
+        for what, names in (("better than", better), ("worse than", worse))
+        if names
+    )
+    return (
+        f"{sentence[:1].upper()}{sentence[1:] or 'No method differs from full fine-tuning'} (detector {detector}).",
+        rows,
+    )
+
+
+def _key(row: Any) -> tuple[Any, ...]:
+    cell = row.cell
+    return cell.model.name, cell.setting.name, cell.seed, cell.method, cell.budget
+
+
+def _auroc(row: Any, detector: str) -> Optional[float]:
+    found: Mapping[str, Any] = row.result["detectors"].get(detector, {})
+    return found.get("auroc")
+
+
+def _verdict(interval: Interval, yes: str, no: str) -> str:
+    if interval.low > 0:
+        return yes
+    return no if interval.high < 0 else "No difference is shown"

@@ -1,0 +1,145 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""A text classifier as the study builds it: any model of transformers, its hidden states pooled, a linear head without
+bias."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from peft_ext.models import load_model, resolve_model
+
+
+POOLINGS = ("last", "mean", "first")
+
+
+class PooledClassifier(PreTrainedModel):
+    """`score(pool(backbone(tokens)))`: one architecture for causal models and encoders, as in the study.
+
+    Args:
+        config: The backbone's, with `pooling` (`"last"`: the last token that isn't padding; `"mean"`; `"first"`) and
+            `num_labels`.
+        backbone: The model without head; None: made from the config, with random weights.
+    """
+
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+
+    def __init__(self, config: PretrainedConfig, backbone: Optional[PreTrainedModel] = None) -> None:
+        super().__init__(config)
+        if config.pooling not in POOLINGS:
+            raise ValueError(f"pooling={config.pooling!r} is unknown; choose one of {POOLINGS}.")
+        self.backbone = AutoModel.from_config(config) if backbone is None else backbone
+        if isinstance(getattr(self.backbone, "pooler", None), nn.Module):
+            self.backbone.pooler = None  # ours takes its place; it must be neither packed nor counted
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_backbone(
+        cls, model: Optional[str], num_labels: int, pooling: Optional[str] = None, layers: Optional[int] = None
+    ) -> PooledClassifier:
+        """A new head on a pretrained model.
+
+        Args:
+            model: What names it (see `peft_ext.models.resolve_model`), an encoder or a causal model.
+            num_labels: Number of classes.
+            pooling: None: `"last"` for causal models, `"mean"` for encoders.
+            layers: Keep only so many of its first layers.
+
+        Raises:
+            FileNotFoundError, ImportError: If the model isn't there.
+            ValueError: If it has fewer layers, or an unknown `pooling`.
+        """
+        source = resolve_model(model)
+        if source.gguf_file is not None or _is_causal(AutoConfig.from_pretrained(source.name_or_path)):
+            backbone, default = load_model(model, dtype=torch.float32).base_model, "last"
+        else:
+            backbone, default = AutoModel.from_pretrained(source.name_or_path, dtype=torch.float32), "mean"
+        config = backbone.config
+        if layers is not None:
+            keep_layers(backbone, layers)
+        config.pooling, config.num_labels = pooling or default, num_labels
+        classifier = cls(config, backbone)
+        classifier.name_or_path = source.name_or_path
+        return classifier
+
+    @classmethod
+    def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> PooledClassifier:
+        """Read a classifier that `save_pretrained` wrote."""
+        kwargs.setdefault("config", AutoConfig.from_pretrained(folder))
+        return super().from_pretrained(folder, *args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def forward(
+        self,
+        input_ids: Optional[torch.Tensor] = None,
+        attention_mask: Optional[torch.Tensor] = None,
+        inputs_embeds: Optional[torch.Tensor] = None,
+        past_key_values: Any = None,
+        labels: Optional[torch.Tensor] = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        """Logits `[batch, labels]`, and with `labels` `[batch]` their cross-entropy; `past_key_values` is a prefix."""
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("return_dict", "token_type_ids")}
+        if past_key_values is not None:
+            kwargs["past_key_values"] = past_key_values
+        output = self.backbone(
+            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, return_dict=True, **kwargs
+        )
+        states = output.last_hidden_state
+        logits = self.score(pool(states, attention_mask, self.config.pooling).to(self.score.weight.dtype))
+        loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def pool(states: torch.Tensor, attention_mask: Optional[torch.Tensor], pooling: str) -> torch.Tensor:
+    """Hidden states `[batch, tokens, size]` to `[batch, size]`; the mask may be longer, by a prefix in front."""
+    if attention_mask is None:
+        attention_mask = states.new_ones(states.shape[:2], dtype=torch.long)
+    mask = attention_mask[:, -states.shape[1] :]
+    if pooling == "first":
+        index = mask.argmax(dim=1)
+    elif pooling == "last":
+        index = mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)
+    else:
+        weights = mask.unsqueeze(-1).to(states.dtype)
+        return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
+    return states[torch.arange(len(states), device=states.device), index]
+
+
+def keep_layers(backbone: PreTrainedModel, layers: int) -> None:
+    """Cut a model down to its first layers.
+
+    Raises:
+        ValueError: If it has fewer, or its layers can't be found.
+    """
+    total = backbone.config.num_hidden_layers
+    lists = [
+        (name, module)
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == total
+    ]
+    if not lists:
+        raise ValueError(f"layers={layers}: no list of {total} layers was found in a {type(backbone).__name__}.")
+    if not 1 <= layers <= total:
+        raise ValueError(f"layers={layers}: the model has {total} layers.")
+    name, module = lists[0]
+    parent = backbone.get_submodule(name.rpartition(".")[0])
+    setattr(parent, name.rpartition(".")[2], module[:layers])
+    backbone.config.num_hidden_layers = layers
+    kinds = getattr(backbone.config, "layer_types", None)
+    if kinds:
+        backbone.config.layer_types = kinds[:layers]
+
+
+def _is_causal(config: PretrainedConfig) -> bool:
+    names = config.architectures or []
+    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names) or getattr(config, "is_decoder", False)

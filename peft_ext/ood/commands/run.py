@@ -1,0 +1,28 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""`python -m peft_ext.ood run --config study.yaml`: works off a study's cells; start it twice for two workers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from peft_ext.files import check_folder_writable
+from peft_ext.ood.commands.arguments import config_of, parser
+from peft_ext.ood.report import write_report
+from peft_ext.ood.study import run
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run what is left, then write the report.
+
+    Raises:
+        ValueError, TypeError, OSError: If the file or the output folder can't be used.
+    """
+    flags = parser("run", "Train the study's classifiers and measure all detectors behind them.")
+    flags.add_argument("--retry", action="store_true", help="run failed and skipped cells once more")
+    arguments = flags.parse_args(argv)
+    config = config_of(arguments)
+    check_folder_writable(Path(config.output_dir), "output_dir")
+    counts = run(config, retry=arguments.retry)
+    print(", ".join(f"{count} {status}" for status, count in counts.items()))
+    print(f"report: {write_report(config)}")

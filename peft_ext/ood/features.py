@@ -1,0 +1,108 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""What detectors see of texts: the input of a classifier's last linear layer, and its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+
+class Features(NamedTuple):
+    """Of each text, what the head sees `[texts, size]` and what it gives `[texts, labels]`; float32, on the CPU."""
+
+    features: torch.Tensor
+    logits: torch.Tensor
+
+
+def extract(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    max_length: int = 128,
+    batch_size: int = 64,
+    progressbar: bool = False,
+) -> Features:
+    """Run texts through a classifier of transformers, adapted by PEFT or not, in eval mode.
+
+    Args:
+        model: A model for sequence classification: its output has `logits`, made by a linear layer.
+        tokenizer: Its tokenizer.
+        texts: The texts.
+        max_length: Tokens of a text at most.
+        batch_size: Texts at a time; those of similar length go together.
+        progressbar: Show one.
+
+    Raises:
+        ValueError: If there is no text, or the model has no linear layer that makes its logits.
+    """
+    if not texts:
+        raise ValueError("texts is empty; there is nothing to extract features from.")
+    device = next(model.parameters()).device
+    encoded = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    order = sorted(range(len(texts)), key=lambda index: len(encoded[index]))
+    parts: list[Features] = []
+    training = model.training
+    model.eval()
+    with torch.no_grad(), _seen_by_head(model) as seen:
+        for start in tqdm(range(0, len(order), batch_size), disable=not progressbar, desc="Features", leave=False):
+            rows = [{"input_ids": encoded[index]} for index in order[start : start + batch_size]]
+            batch = tokenizer.pad(rows, return_tensors="pt").to(device)
+            logits = model(**batch).logits
+            parts.append(Features(_one_per_text(seen, batch, logits).float().cpu(), logits.float().cpu()))
+    model.train(training)
+    inverse = torch.empty(len(order), dtype=torch.long)
+    inverse[torch.tensor(order)] = torch.arange(len(order))
+    features, logits = (torch.cat(tensors)[inverse] for tensors in zip(*parts))
+    return Features(features, logits)
+
+
+@contextmanager
+def _seen_by_head(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """Within the block, holds what came into and out of the last linear layer with as many outputs as labels."""
+    labels = _num_labels(model)
+    seen: dict[str, torch.Tensor] = {}
+
+    def remember(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        seen["input"], seen["output"] = args[0], output
+
+    heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == labels]
+    handles = [head.register_forward_hook(remember) for head in heads]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _num_labels(model: nn.Module) -> int:
+    config = getattr(model, "config", None)
+    labels = config.get("num_labels") if isinstance(config, dict) else getattr(config, "num_labels", None)
+    if labels is None:
+        raise ValueError(
+            f"{type(model).__name__} has no config with num_labels; pass a model for sequence classification."
+        )
+    return labels
+
+
+def _one_per_text(seen: dict[str, torch.Tensor], batch: Any, logits: torch.Tensor) -> torch.Tensor:
+    """The head's input of the token whose logits the model gave `[batch, size]`."""
+    if not seen or seen["output"].shape[-1] != logits.shape[-1]:
+        raise ValueError("no linear layer makes this model's logits; detectors need the features behind one.")
+    features = seen["input"]
+    if features.ndim == 2:
+        return features
+    if features.ndim != 3 or seen["output"].shape[:2] != features.shape[:2]:
+        raise ValueError(
+            f"the input of the model's head has shape {tuple(features.shape)}; expected one row per text."
+        )
+    # causal classifiers of transformers make logits of all tokens, and pick those of the last that isn't padding
+    match = (seen["output"] == logits[:, None, :]).all(dim=-1).float()
+    position = match * torch.arange(1, features.shape[1] + 1, device=match.device)
+    return features[torch.arange(len(features), device=features.device), position.argmax(dim=1)]

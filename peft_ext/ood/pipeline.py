@@ -1,0 +1,216 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""A classifier with a detector behind it: label, score and whether a text is one that the classifier knows."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Optional, Union
+
+import numpy as np
+from huggingface_hub import snapshot_download
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import PushToHubMixin
+
+from peft_ext.files import write_json
+from peft_ext.ood.classifier import PooledClassifier
+from peft_ext.ood.detectors import Detector, load_detector, make_detector
+from peft_ext.ood.features import extract
+from peft_ext.ood.metrics import threshold_for_recall
+
+
+_CONFIG = "ood_pipeline.json"
+_FORMAT = 1
+
+
+class Prediction(NamedTuple):
+    """Of many texts: the classes' indices, the detector's scores (higher: more in-distribution), and whether they reach
+    the threshold."""
+
+    classes: np.ndarray
+    scores: np.ndarray
+    in_distribution: np.ndarray
+
+
+class OODPipeline(PushToHubMixin):
+    """Called with texts, as a pipeline of transformers is; [`OODPipeline.fit`] makes one from a trained classifier.
+
+    Args:
+        model: A model for sequence classification (of transformers, or [`PooledClassifier`]), adapted by PEFT or not.
+        tokenizer: Its tokenizer.
+        detector: A fitted detector.
+        threshold: Scores from here on are in-distribution.
+        label_names: The classes' names, in the order of the logits; None: the config's `id2label`.
+        max_length: Tokens of a text at most.
+        batch_size: Texts at a time.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        detector: Detector,
+        threshold: float,
+        label_names: Optional[Sequence[str]] = None,
+        max_length: int = 128,
+        batch_size: int = 64,
+    ) -> None:
+        self.model, self.tokenizer, self.detector = model.eval(), tokenizer, detector
+        self.threshold, self.max_length, self.batch_size = float(threshold), max_length, batch_size
+        self.label_names = list(label_names) if label_names is not None else _config_labels(model)
+
+    @classmethod
+    def fit(
+        cls,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: Sequence[str],
+        labels: Sequence[Any],
+        validation_texts: Sequence[str],
+        detector: Union[str, Mapping[str, Any], Detector] = "mahalanobis",
+        id_recall: float = 0.95,
+        **kwargs: Any,
+    ) -> OODPipeline:
+        """Fit a detector on a trained classifier's features, and choose the threshold.
+
+        Args:
+            model, tokenizer: The classifier.
+            texts, labels: In-distribution training examples; labels are names or indices of classes.
+            validation_texts: In-distribution examples that were not trained on, for the threshold: scores of training
+                examples are too high.
+            detector: Name, name with arguments, or a detector.
+            id_recall: Share of the validation texts that must be accepted.
+            **kwargs: As the constructor.
+        """
+        options = {name: kwargs[name] for name in ("max_length", "batch_size") if name in kwargs}
+        train = extract(model, tokenizer, texts, **options)
+        fitted = make_detector(detector).fit(train.features, train.logits, np.asarray(labels))
+        validation = extract(model, tokenizer, validation_texts, **options)
+        threshold = threshold_for_recall(fitted.score(validation.features, validation.logits), id_recall)
+        return cls(model, tokenizer, fitted, threshold, **kwargs)
+
+    def __call__(self, inputs: Union[str, Sequence[str]]) -> Union[dict[str, Any], list[dict[str, Any]]]:
+        """`{"label", "score", "in_distribution"}` of a text, or a list of these of several.
+
+        `label` is the likeliest class, whatever the detector says; `score` the detector's, higher for texts that look
+        more like the training data.
+
+        Raises:
+            ValueError: If there is no text, or something that is none.
+        """
+        texts = [inputs] if isinstance(inputs, str) else list(inputs)
+        strange = [text for text in texts if not isinstance(text, str)]
+        if strange:
+            raise ValueError(
+                f"inputs hold {strange[0]!r}, a {type(strange[0]).__name__}; pass a text or a list of texts."
+            )
+        predicted = self.predict(texts)
+        rows = [
+            {"label": self.label_names[index], "score": float(score), "in_distribution": bool(inside)}
+            for index, score, inside in zip(*predicted)
+        ]
+        return rows[0] if isinstance(inputs, str) else rows
+
+    def predict(self, texts: Sequence[str]) -> Prediction:
+        """As arrays."""
+        found = extract(self.model, self.tokenizer, texts, max_length=self.max_length, batch_size=self.batch_size)
+        scores = np.asarray(self.detector.score(found.features, found.logits))
+        return Prediction(found.logits.argmax(dim=1).numpy(), scores, scores >= self.threshold)
+
+    def save_pretrained(
+        self, save_directory: Union[str, os.PathLike], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Write everything into one folder: the model (or its adapter alone), tokenizer, detector and threshold.
+
+        Args:
+            save_directory: The folder, which is made if need be.
+            push_to_hub: Upload it as well.
+            **kwargs: Of `push_to_hub`, such as `repo_id`, `private` and `token`.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.save_pretrained(folder / "model")
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+        self.detector.save_pretrained(folder / "detector")
+        base = _base(self.model)
+        pooled = isinstance(base, PooledClassifier)
+        config = {
+            "format": _FORMAT,
+            "threshold": self.threshold,
+            "labels": self.label_names,
+            "max_length": self.max_length,
+            "batch_size": self.batch_size,
+            "adapter": isinstance(self.model, PeftModel),
+            "classifier": "pooled" if pooled else "transformers",
+            "pooling": base.config.pooling if pooled else None,
+            "layers": base.config.num_hidden_layers if pooled else None,
+        }
+        write_json(folder / _CONFIG, config)  # last: a folder with it is whole
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: Union[str, os.PathLike], model: Optional[nn.Module] = None, **kwargs: Any
+    ) -> OODPipeline:
+        """Read a pipeline that `save_pretrained` wrote.
+
+        Args:
+            name_or_path: The folder, or a repository of the hub.
+            model: For an adapter, the base model; None: the one that the adapter's config names is loaded.
+            **kwargs: Of `huggingface_hub.snapshot_download`, such as `revision` and `token`.
+
+        Raises:
+            FileNotFoundError: If a folder has no such file.
+            ValueError: If it was written by a later version.
+        """
+        folder = Path(name_or_path)
+        if not folder.is_dir():
+            folder = Path(snapshot_download(str(name_or_path), **kwargs))
+        if not (folder / _CONFIG).is_file():
+            raise FileNotFoundError(f"{str(folder)!r} has no {_CONFIG}, as OODPipeline.save_pretrained writes it.")
+        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        if config.get("format") != _FORMAT:
+            raise ValueError(
+                f"{str(folder / _CONFIG)!r} has format {config.get('format')!r}; install a newer peft-ext."
+            )
+        return cls(
+            _load(folder / "model", config, model),
+            AutoTokenizer.from_pretrained(folder / "tokenizer"),
+            load_detector(folder / "detector"),
+            config["threshold"],
+            config["labels"],
+            config["max_length"],
+            config["batch_size"],
+        )
+
+
+def _base(model: nn.Module) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _config_labels(model: nn.Module) -> list[str]:
+    names = _base(model).config.id2label
+    return [names[index] for index in sorted(names)]
+
+
+def _load(folder: Path, config: Mapping[str, Any], base: Optional[nn.Module]) -> nn.Module:
+    pooled, count = config["classifier"] == "pooled", len(config["labels"])
+    if not config["adapter"]:
+        kind = PooledClassifier if pooled else AutoModelForSequenceClassification
+        return kind.from_pretrained(folder)
+    if base is None:
+        name = PeftConfig.from_pretrained(folder).base_model_name_or_path
+        if pooled:
+            base = PooledClassifier.from_backbone(name, count, config["pooling"], config["layers"])
+        else:
+            base = AutoModelForSequenceClassification.from_pretrained(
+                name,
+                num_labels=count,
+                ignore_mismatched_sizes=True,  # the head comes with the adapter
+            )
+    return PeftModel.from_pretrained(base, folder)

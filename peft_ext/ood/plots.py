@@ -1,0 +1,116 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""The report's plots: AUROC against model size, histograms of scores, ROC curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from peft_ext.files import written_whole
+from peft_ext.ood.answers import DETECTOR
+from peft_ext.ood.detectors import make_detector
+from peft_ext.ood.grid import StudyConfig
+from peft_ext.ood.methods import METHODS
+from peft_ext.ood.study import scores_path
+
+
+def draw(config: StudyConfig, finished: Sequence[Any], folder: Path) -> list[Path]:
+    """Draw all plots into a folder; returns their paths.
+
+    Args:
+        config: The study.
+        finished: `report.Finished` cells.
+        folder: Made if need be.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("the report's plots need: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [make_detector(spec).name for spec in config.detectors]
+    detector = DETECTOR if DETECTOR in names else names[0]
+    paths = []
+    for name in dict.fromkeys(row.cell.setting.name for row in finished):
+        rows = [row for row in finished if row.cell.setting.name == name]
+        paths.append(_sizes(rows, detector, folder / f"sizes_{name}.png"))
+        example = rows[0]
+        scores = load_file(scores_path(config, example.cell))
+        caption = f"{name}, {example.cell.model.name}, {METHODS[example.cell.method].title}"
+        paths.append(_histograms(scores, names, caption, folder / f"scores_{name}.png"))
+        paths.append(_roc(scores, names, caption, folder / f"roc_{name}.png"))
+    return paths
+
+
+def _sizes(rows: Sequence[Any], detector: str, target: Path) -> Path:
+    figure, axes = _figure(1)
+    axis = axes[0]
+    for method in dict.fromkeys(row.cell.method for row in rows):
+        points: dict[int, list[float]] = {}
+        for row in rows:
+            value = row.result["detectors"].get(detector, {}).get("auroc")
+            if row.cell.method == method and value is not None:
+                points.setdefault(row.result["backbone_parameters"], []).append(value)
+        sizes = sorted(points)
+        means, deviations = ([function(points[size]) for size in sizes] for function in (np.mean, np.std))
+        axis.errorbar(sizes, means, yerr=deviations, marker="o", capsize=3, label=METHODS[method].title)
+    axis.set(
+        xscale="log", xlabel="parameters of the model", ylabel=f"AUROC, {detector}", title=rows[0].cell.setting.name
+    )
+    axis.legend(fontsize=8)
+    return _save(figure, target)
+
+
+def _histograms(scores: dict[str, np.ndarray], detectors: Sequence[str], caption: str, target: Path) -> Path:
+    shown = [name for name in detectors if f"{name}.id" in scores]
+    figure, axes = _figure(max(len(shown), 1))
+    for axis, name in zip(axes, shown):
+        inside, outside = scores[f"{name}.id"], scores[f"{name}.outside"]
+        # a few far outliers would leave one bin for all others
+        low, high = np.quantile(np.concatenate([inside, outside]), [0.005, 0.995])
+        for values, label in ((inside, "inside"), (outside, "outside")):
+            bins = np.linspace(low, high if high > low else low + 1, 40)
+            axis.hist(np.clip(values, low, high), bins=bins, density=True, alpha=0.6, label=label)
+        axis.set(title=name, yticks=[])
+    axes[0].legend(fontsize=8)
+    figure.suptitle(caption)
+    return _save(figure, target)
+
+
+def _roc(scores: dict[str, np.ndarray], detectors: Sequence[str], caption: str, target: Path) -> Path:
+    figure, axes = _figure(1)
+    for name in detectors:
+        if f"{name}.id" not in scores:
+            continue
+        inside, outside = (np.sort(scores[f"{name}.{kind}"]) for kind in ("id", "outside"))
+        thresholds = np.concatenate([[np.inf], np.unique(np.concatenate([inside, outside]))[::-1]])
+        rates = [1 - np.searchsorted(values, thresholds, side="left") / len(values) for values in (outside, inside)]
+        axes[0].plot(*rates, label=name)
+    axes[0].set(xlabel="outside, accepted", ylabel="inside, accepted", title=caption)
+    axes[0].legend(fontsize=8)
+    return _save(figure, target)
+
+
+def _figure(columns: int) -> tuple[Any, Any]:
+    import matplotlib.pyplot as plt
+
+    width = 6.4 if columns == 1 else 2.4 * columns
+    figure, axes = plt.subplots(1, columns, figsize=(width, 4 if columns == 1 else 2.6), squeeze=False)
+    return figure, axes[0]
+
+
+def _save(figure: Any, target: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    figure.tight_layout()
+    with written_whole(target) as path:
+        figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return target

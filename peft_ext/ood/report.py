@@ -1,0 +1,283 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""The study's report: tables with mean and deviation over seeds, ranks, two answers with intervals, plots."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+from scipy.stats import rankdata
+
+from peft_ext.files import written_whole
+from peft_ext.ood.answers import size_answer, tuning_answer
+from peft_ext.ood.detectors import make_detector
+from peft_ext.ood.grid import Cell, StudyConfig
+from peft_ext.ood.manifest import FAILED, SKIPPED, Manifest
+from peft_ext.ood.methods import METHODS
+from peft_ext.ood.study import result_of
+
+
+Key = tuple[str, str, str, Optional[float]]
+
+
+class Finished(NamedTuple):
+    """A cell and its result."""
+
+    cell: Cell
+    result: dict[str, Any]
+
+
+class Table(NamedTuple):
+    """A part of the report: a heading, text under it, and a table (perhaps without rows)."""
+
+    title: str
+    text: str
+    headers: list[str]
+    rows: list[list[str]]
+
+
+def write_report(config: StudyConfig) -> Path:
+    """Write `report.md`, `report.html` and `plots/` into the output folder; returns the path of `report.md`.
+
+    Cells that failed, were skipped or haven't been run are listed, with the reason.
+    """
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    finished = [Finished(cell, result) for cell in config.cells() if (result := result_of(config, cell)) is not None]
+    parts = make_tables(config, finished)
+    plots = _plots(config, finished)
+    with written_whole(folder / "report.md") as path:
+        path.write_text(_markdown(parts, plots), encoding="utf-8")
+    with written_whole(folder / "report.html") as path:
+        path.write_text(_html(parts, plots), encoding="utf-8")
+    return folder / "report.md"
+
+
+def make_tables(config: StudyConfig, finished: Sequence[Finished]) -> list[Table]:
+    """All parts of the report."""
+    names = [make_detector(spec).name for spec in config.detectors]
+    by_set: dict[str, list[Finished]] = {}
+    for row in finished:
+        by_set.setdefault(row.cell.setting.name, []).append(row)
+    parts = [_summary(config, finished)]
+    for name, rows in by_set.items():
+        parts.append(_accuracy_table(name, rows))
+        for measure, title in (
+            ("auroc", "AUROC"),
+            ("fpr95", "FPR at 95 % ID recall"),
+            ("aupr_out", "AUPR, OOD positive"),
+        ):
+            parts.append(_measure_table(f"{name}: {title}", rows, names, measure))
+    if finished:
+        parts += [_ranks(finished, names), _detector_ranks(finished, names), *_answers(finished)]
+    parts.append(_unfinished(config, finished))
+    return parts
+
+
+def grouped(rows: Iterable[Finished]) -> dict[Key, list[Finished]]:
+    """Cells that differ in the seed only, together."""
+    groups: dict[Key, list[Finished]] = {}
+    for row in rows:
+        groups.setdefault(row.cell.key, []).append(row)
+    return groups
+
+
+def value_of(row: Finished, detector: str, measure: str) -> Optional[float]:
+    """A detector's measure in a cell; None if the detector had none there."""
+    return row.result["detectors"].get(detector, {}).get(measure)
+
+
+def _summary(config: StudyConfig, finished: Sequence[Finished]) -> Table:
+    cells = config.cells()
+    options = config.training
+    text = (
+        f"{len(finished)} of {len(cells)} cells are finished. AUROC: the chance that an in-distribution text scores higher than "
+        "an out-of-distribution one. All numbers are mean ± standard deviation over seeds, in percent; nothing outside "
+        f"the distribution is trained on or selected by. At most {options.epochs} epochs, best epoch by validation accuracy, "
+        f"batches of {options.batch_size}."
+    )
+    cuts = {row.cell.setting.name: row.result["examples"] for row in finished}
+    rows = [[name, *(f"{count:,}" for count in parts.values())] for name, parts in cuts.items()]
+    headers = ["Set", "Training texts", "Validation", "Test, inside", "Test, outside"]
+    return Table("Out-of-distribution detection", text, headers, rows)
+
+
+def _accuracy_table(name: str, rows: Sequence[Finished]) -> Table:
+    headers = ["Model", "Method", "Budget", "Size", "Trained", "Rate", "Validation accuracy", "ID accuracy", "Seeds"]
+    table = []
+    for group in grouped(rows).values():
+        first = group[0].result
+        share = first["parameters"] / first["backbone_parameters"]
+        size = "" if first["size"] is None else f"{first['size_name']} {first['size']}"
+        trained = f"{first['parameters']:,} ({share:.2%})"
+        accuracies = (_spread([r.result[k] for r in group]) for k in ("validation_accuracy", "id_accuracy"))
+        table.append(
+            [*_labels(group[0].cell), size, trained, f"{first['learning_rate']:g}", *accuracies, str(len(group))]
+        )
+    return Table(f"{name}: accuracy", "", headers, table)
+
+
+def _measure_table(title: str, rows: Sequence[Finished], detectors: Sequence[str], measure: str) -> Table:
+    table = []
+    for group in grouped(rows).values():
+        cells = []
+        for detector in detectors:
+            values = [v for row in group if (v := value_of(row, detector, measure)) is not None]
+            cells.append(_spread(values) if values else "failed")
+        table.append([*_labels(group[0].cell), *cells])
+    notes = sorted({f"{d}: {r.result['detectors'][d]['error']}" for r in rows for d in detectors
+                    if "error" in r.result["detectors"].get(d, {})})  # fmt: skip
+    return Table(title, " ".join(notes), ["Model", "Method", "Budget", *detectors], table)
+
+
+def _ranks(finished: Sequence[Finished], detectors: Sequence[str]) -> Table:
+    """Mean rank of the methods by AUROC, over all sets, models, budgets and seeds in which all of them stand."""
+    return _rank_table(
+        "Ranks of the methods",
+        "Mean rank by AUROC (1 is best) among the methods of the same set, model, budget and seed; full fine-tuning and the "
+        "linear probe stand in every budget.",
+        finished,
+        detectors,
+        by_method=True,
+    )
+
+
+def _detector_ranks(finished: Sequence[Finished], detectors: Sequence[str]) -> Table:
+    return _rank_table(
+        "Ranks of the detectors", "Mean rank by AUROC (1 is best) among the detectors behind the same classifiers.",
+        finished, detectors, by_method=False,
+    )  # fmt: skip
+
+
+def _rank_table(
+    title: str, text: str, finished: Sequence[Finished], detectors: Sequence[str], by_method: bool
+) -> Table:
+    ranks: dict[tuple[str, str], list[float]] = {}
+    if by_method:
+        for rows in _competitions(finished):
+            for detector in detectors:
+                values = {row.cell.method: v for row in rows if (v := value_of(row, detector, "auroc")) is not None}
+                for name, rank in zip(values, rankdata([-value for value in values.values()])):
+                    ranks.setdefault((name, detector), []).append(float(rank))
+    else:
+        for row in finished:
+            values = {d: v for d in detectors if (v := value_of(row, d, "auroc")) is not None}
+            for name, rank in zip(values, rankdata([-value for value in values.values()])):
+                ranks.setdefault((row.cell.method, name), []).append(float(rank))
+    methods = list(dict.fromkeys(row.cell.method for row in finished))
+    table = []
+    for method in methods:
+        found = [ranks.get((method, detector), []) for detector in detectors]
+        table.append([METHODS[method].title, *(f"{np.mean(values):.1f}" if values else "-" for values in found)])
+    return Table(title, text, ["Method", *detectors], table)
+
+
+def _competitions(finished: Sequence[Finished]) -> list[list[Finished]]:
+    """Groups of cells that differ in the method only."""
+    groups: dict[Any, list[Finished]] = {}
+    for row in finished:
+        if row.cell.budget is not None:
+            groups.setdefault((row.cell.setting.name, row.cell.model.name, row.cell.budget, row.cell.seed), []).append(
+                row
+            )
+    for row in finished:
+        if row.cell.budget is None:
+            for (name, model, _, seed), rows in groups.items():
+                if (name, model, seed) == (row.cell.setting.name, row.cell.model.name, row.cell.seed):
+                    rows.append(row)
+    return [rows for rows in groups.values() if len(rows) > 1]
+
+
+def _answers(finished: Sequence[Finished]) -> list[Table]:
+    headers = ["", "Difference in AUROC", "95 % interval", "Pairs"]
+    parts = []
+    for title, (text, rows) in (
+        ("Do larger models detect better?", size_answer(finished)),
+        ("Do the tuning methods differ?", tuning_answer(finished)),
+    ):
+        table = [[name, f"{v.value:+.1%}", f"{v.low:+.1%} to {v.high:+.1%}", str(count)] for name, v, count in rows]
+        parts.append(Table(title, text, headers, table))
+    return parts
+
+
+def _unfinished(config: StudyConfig, finished: Sequence[Finished]) -> Table:
+    events = Manifest(config.output_dir).last()
+    done = {row.cell.id for row in finished}
+    rows = []
+    for cell in config.cells():
+        if cell.id in done:
+            continue
+        event = events.get(cell.id, {})
+        status = event.get("status") if event.get("status") in (FAILED, SKIPPED) else "not finished"
+        rows.append([cell.setting.name, *_labels(cell), str(cell.seed), f"**{status}**", event.get("reason", "")])
+    text = "" if rows else "None."
+    return Table(
+        "Cells without a result", text, ["Set", "Model", "Method", "Budget", "Seed", "Status", "Reason"], rows
+    )
+
+
+def _labels(cell: Cell) -> list[str]:
+    budget = "" if cell.budget is None else f"{cell.budget:.1%}"
+    return [cell.model.name, METHODS[cell.method].title, budget]
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Mean ± sample standard deviation, in percent."""
+    mean = f"{100 * np.mean(values):.1f}"
+    return mean if len(values) < 2 else f"{mean} ± {100 * np.std(values, ddof=1):.1f}"
+
+
+def _plots(config: StudyConfig, finished: Sequence[Finished]) -> list[Path]:
+    if not finished:
+        return []
+    from peft_ext.ood.plots import draw
+
+    return draw(config, finished, Path(config.output_dir) / "plots")
+
+
+def _markdown(parts: Sequence[Table], plots: Sequence[Path]) -> str:
+    lines = []
+    for number, part in enumerate(parts):
+        lines += [f"{'#' if number == 0 else '##'} {part.title}", ""]
+        lines += [part.text, ""] if part.text else []
+        if part.rows:
+            lines += ["| " + " | ".join(part.headers) + " |", "|---|" + "---:|" * (len(part.headers) - 1)]
+            lines += [
+                "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |"
+                for row in part.rows
+            ]
+            lines += [""]
+    lines += [f"![{path.stem}](plots/{path.name})" for path in plots]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+_STYLE = (
+    "body{font:15px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
+    "td,th{border:1px solid #ccc;padding:.2em .6em;text-align:right}td:first-child,th:first-child{text-align:left}"
+    "img{max-width:100%}"
+)
+
+
+def _html(parts: Sequence[Table], plots: Sequence[Path]) -> str:
+    lines = ["<!doctype html>", '<meta charset="utf-8">', f"<title>{html.escape(parts[0].title)}</title>"]
+    lines += [f"<style>{_STYLE}</style>"]
+    for number, part in enumerate(parts):
+        level = 1 if number == 0 else 2
+        lines += [f"<h{level}>{html.escape(part.title)}</h{level}>"]
+        lines += [f"<p>{html.escape(part.text)}</p>"] if part.text else []
+        if part.rows:
+            lines += [
+                "<table>",
+                _html_row(part.headers, "th"),
+                *(_html_row(row, "td") for row in part.rows),
+                "</table>",
+            ]
+    lines += [f'<p><img src="plots/{path.name}" alt="{path.stem}"></p>' for path in plots]
+    return "\n".join(lines) + "\n"
+
+
+def _html_row(cells: Sequence[str], tag: str) -> str:
+    return "<tr>" + "".join(f"<{tag}>{html.escape(cell.strip('*'))}</{tag}>" for cell in cells) + "</tr>"

@@ -1,0 +1,231 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Trains one classifier of the study with transformers' Trainer; selects by accuracy on in-distribution validation
+texts."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from peft_ext.ood.data import Data
+from peft_ext.ood.features import Features
+from peft_ext.ood.metrics import id_accuracy
+
+
+# Inverse strengths of regularisation that the linear probe chooses from.
+PROBE_STRENGTHS = (1.0, 10.0, 100.0)
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How classifiers are trained.
+
+    Attributes:
+        epochs: At most.
+        patience: Epochs without better validation accuracy after which training stops; None: all epochs.
+        batch_size: Of training.
+        eval_batch_size: Of everything else.
+        max_length: Tokens of a text at most.
+        learning_rates: Of each method (`full`, `lora`, ...); several are a grid, searched with the first seed. Others take
+            their method's default.
+        head_learning_rate: Of the head, which starts from nothing.
+        weight_decay: Of weights; biases and norms have none.
+        warmup_ratio: Share of the steps.
+        calibration_examples: Training texts that packed methods calibrate on.
+        arguments: More of transformers' `TrainingArguments`.
+    """
+
+    epochs: int = 10
+    patience: Optional[int] = 2
+    batch_size: int = 32
+    eval_batch_size: int = 64
+    max_length: int = 128
+    learning_rates: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    head_learning_rate: float = 5e-3
+    weight_decay: float = 0.1
+    warmup_ratio: float = 0.1
+    calibration_examples: int = 256
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Trained(NamedTuple):
+    """What training came to."""
+
+    validation_accuracy: float
+    epochs: float
+
+
+def train(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+    options: TrainingOptions,
+    learning_rate: float,
+    seed: int,
+) -> Trained:
+    """Train what requires gradients; the model is left as it was after its best epoch.
+
+    Args:
+        model: The classifier, prepared by `methods.apply`.
+        tokenizer: Its tokenizer.
+        data: Texts and labels.
+        options: How.
+        learning_rate: Of all but the head.
+        seed: Of the batches' order.
+    """
+    best = _KeepBest(options.patience)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _Trainer(
+            model=model,
+            args=_arguments(folder, options, learning_rate, seed),
+            train_dataset=_Texts(tokenizer, data.train, options.max_length),
+            eval_dataset=_Texts(tokenizer, data.validation, options.max_length),
+            data_collator=DataCollatorWithPadding(tokenizer),
+            compute_metrics=lambda found: {"accuracy": id_accuracy(found.predictions.argmax(-1), found.label_ids)},
+            callbacks=[best],
+        )
+        trainer.head_learning_rate = options.head_learning_rate
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    best.restore(model)
+    return Trained(best.accuracy, best.epochs)
+
+
+def probe(
+    head: nn.Linear, train: Features, labels: Sequence[int], validation: Features, truth: Sequence[int]
+) -> Trained:
+    """Fit the head alone, on features of the frozen model: logistic regression without bias, its regularisation chosen on
+    validation accuracy. The head is set to it.
+    """
+    # brought to a mean length of 1, so that the same strengths suit any model; the head takes the scale over
+    scale = float(train.features.norm(dim=1).mean())
+    best: tuple[float, Optional[np.ndarray]] = (-1.0, None)
+    for strength in PROBE_STRENGTHS:
+        model = LogisticRegression(C=strength, fit_intercept=False, max_iter=500)
+        model.fit(train.features.numpy() / scale, labels)
+        accuracy = id_accuracy(model.predict(validation.features.numpy() / scale), truth)
+        if accuracy > best[0]:
+            weight = np.zeros((head.out_features, head.in_features))
+            # two classes have one row, whose negative is the other's
+            rows = model.coef_ if len(model.classes_) > 2 else np.concatenate([-model.coef_, model.coef_]) / 2
+            weight[model.classes_] = rows / scale
+            best = accuracy, weight
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor(best[1]))
+    return Trained(best[0], 0)
+
+
+def calibration_batch(tokenizer: PreTrainedTokenizerBase, data: Data, options: TrainingOptions) -> dict[str, Any]:
+    """Model inputs from training texts, evenly spread over them; padded on the right, which calibration passes over."""
+    texts = data.train[0][:: max(1, len(data.train[0]) // options.calibration_examples)]
+    batch = tokenizer(
+        texts, truncation=True, max_length=options.max_length, padding=True, padding_side="right", return_tensors="pt"
+    )
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
+class _Texts(torch.utils.data.Dataset):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, part: tuple[list[str], list[int]], max_length: int) -> None:
+        encoded = tokenizer(part[0], truncation=True, max_length=max_length)
+        names = ("input_ids", "attention_mask")
+        self.rows = [
+            {**{name: encoded[name][row] for name in names}, "labels": label} for row, label in enumerate(part[1])
+        ]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return dict(self.rows[index])
+
+
+class _KeepBest(TrainerCallback):
+    """Keeps what is trained as it was after the best epoch, in memory, and stops when nothing gets better.
+
+    (The Trainer's own way goes through checkpoints on disk, and refuses prefixes.)
+    """
+
+    def __init__(self, patience: Optional[int]) -> None:
+        self.accuracy, self.epochs = -1.0, 0
+        self._patience, self._since = patience, 0
+        self._state: dict[str, torch.Tensor] = {}
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.epochs += 1
+        self._since += 1
+        accuracy = kwargs["metrics"]["eval_accuracy"]
+        if accuracy > self.accuracy:
+            self.accuracy, self._since = accuracy, 0
+            parameters = kwargs["model"].named_parameters()
+            self._state = {name: value.detach().clone() for name, value in parameters if value.requires_grad}
+        if self._patience is not None and self._since >= self._patience:
+            control.should_training_stop = True
+
+    @torch.no_grad()
+    def restore(self, model: nn.Module) -> None:
+        """Put the best epoch's numbers back."""
+        for name, value in model.named_parameters():
+            if name in self._state:
+                value.copy_(self._state[name])
+
+
+class _Trainer(Trainer):
+    """With a learning rate of its own for the head."""
+
+    head_learning_rate: float
+    optimizer: Any
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        if getattr(self, "optimizer", None) is None:
+            groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    rate = self.head_learning_rate if ".score." in f".{name}" else self.args.learning_rate
+                    decay = (
+                        self.args.weight_decay if parameter.ndim > 1 and "_delta" not in name else 0.0
+                    )  # scales have none
+                    groups.setdefault((rate, decay), []).append(parameter)
+            self.optimizer = torch.optim.AdamW(
+                [{"params": found, "lr": rate, "weight_decay": decay} for (rate, decay), found in groups.items()]
+            )
+        return self.optimizer
+
+
+def _arguments(folder: str, options: TrainingOptions, learning_rate: float, seed: int) -> TrainingArguments:
+    arguments: dict[str, Any] = {
+        "output_dir": str(Path(folder) / "checkpoints"),
+        "num_train_epochs": options.epochs,
+        "per_device_train_batch_size": options.batch_size,
+        "per_device_eval_batch_size": options.eval_batch_size,
+        "learning_rate": learning_rate,
+        "weight_decay": options.weight_decay,
+        "warmup_steps": options.warmup_ratio,  # below 1, a share
+        "lr_scheduler_type": "cosine",
+        "eval_strategy": "epoch",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "train_sampling_strategy": "group_by_length",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "seed": seed,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+    }
+    return TrainingArguments(**{**arguments, **options.arguments})

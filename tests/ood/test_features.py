@@ -1,0 +1,72 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Features are what the head sees: times its weight, they are the logits, for every kind of classifier."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from peft_ext.ood.classifier import PooledClassifier
+from peft_ext.ood.features import extract
+from tests.tiny_models import tiny, tiny_tokenizer
+
+
+TEXTS = ["w5 w6", "w7", "w8 w9 w10 w11 w12", "w13 w14 w15", "w5 w6"]
+
+
+def _llama() -> nn.Module:
+    config = tiny("llama").config
+    config.num_labels = 3
+    return transformers.LlamaForSequenceClassification(config)
+
+
+def _roberta() -> nn.Module:
+    config = transformers.RobertaConfig(
+        vocab_size=100, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_labels=3,
+        pad_token_id=0,
+    )  # fmt: skip
+    return transformers.RobertaForSequenceClassification(config)
+
+
+HEADS = {
+    "llama": (_llama, "score"),
+    "bert": (lambda: tiny("bert"), "classifier"),
+    "roberta": (_roberta, "classifier.out_proj"),
+}
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "peft"])
+@pytest.mark.parametrize("kind", HEADS)
+def test_features_of_transformers_own_classifiers(kind, adapted):
+    make, head = HEADS[kind]
+    model = make().eval()
+    if adapted:
+        model = get_peft_model(model, LoraConfig(r=2, task_type="SEQ_CLS"))
+    found = extract(model, tiny_tokenizer(), TEXTS, batch_size=2)
+    layer = (model.get_base_model() if adapted else model).get_submodule(head)
+    if hasattr(layer, "modules_to_save"):
+        layer = layer.modules_to_save["default"]
+    elif not hasattr(layer, "weight"):
+        layer = layer.out_proj.modules_to_save["default"]
+    torch.testing.assert_close(layer(found.features), found.logits, rtol=1e-4, atol=1e-5)
+    one = extract(model, tiny_tokenizer(), [TEXTS[3]])
+    torch.testing.assert_close(found.features[3:4], one.features, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.features[0], found.features[4], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found.features[0], found.features[1])
+
+
+def test_pooled_classifier(bert_folder):
+    model = PooledClassifier.from_backbone(bert_folder, 5).train()
+    found = extract(model, tiny_tokenizer(), TEXTS)
+    torch.testing.assert_close(model.score(found.features), found.logits)
+    assert model.training and not found.features.requires_grad
+
+
+def test_models_that_have_no_features():
+    with pytest.raises(ValueError, match="no linear layer makes this model's logits|has no config"):
+        extract(tiny("mlp"), tiny_tokenizer(), TEXTS)
+    with pytest.raises(ValueError, match="texts is empty"):
+        extract(tiny("bert"), tiny_tokenizer(), [])

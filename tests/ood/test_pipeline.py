@@ -1,0 +1,150 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""A classifier with a detector behind it: predictions, thresholds, one folder."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification
+from transformers.utils import hub
+
+from peft_ext import BottleneckConfig, PeqaConfig
+from peft_ext.ood.classifier import PooledClassifier
+from peft_ext.ood.data import load_setting, make_setting
+from peft_ext.ood.detectors import MSP, Mahalanobis
+from peft_ext.ood.pipeline import OODPipeline
+from peft_ext.ood.training import TrainingOptions, train
+from tests.ood.conftest import LABELS
+from tests.tiny_models import tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def data(data_dir):
+    return load_setting(make_setting("clinc150_oos"), data_dir)
+
+
+def _pipeline(model, data, detector="mahalanobis", **kwargs) -> OODPipeline:
+    return OODPipeline.fit(
+        model, tiny_tokenizer(), *data.train, data.validation[0], detector, label_names=data.labels, **kwargs
+    )  # fmt: skip
+
+
+MODELS = {
+    "pooled": lambda folder: PooledClassifier.from_backbone(folder, 6),
+    "pooled-lora": lambda folder: get_peft_model(
+        PooledClassifier.from_backbone(folder, 6), LoraConfig(task_type="SEQ_CLS")
+    ),
+    "pooled-bottleneck-cut": lambda folder: get_peft_model(
+        PooledClassifier.from_backbone(folder, 6, pooling="first", layers=1), BottleneckConfig(task_type="SEQ_CLS")
+    ),
+    "pooled-peqa": lambda folder: get_peft_model(
+        PooledClassifier.from_backbone(folder, 6), PeqaConfig(task_type="SEQ_CLS")
+    ),
+    "transformers": lambda folder: AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=6, ignore_mismatched_sizes=True
+    ),
+    "transformers-lora": lambda folder: get_peft_model(
+        AutoModelForSequenceClassification.from_pretrained(folder, num_labels=6, ignore_mismatched_sizes=True),
+        LoraConfig(task_type="SEQ_CLS"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_round_trip(kind, data, bert_folder, tmp_path):
+    pipeline = _pipeline(MODELS[kind](bert_folder), data)
+    texts = data.test[0] + data.outside
+    before = pipeline(texts)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    again = OODPipeline.from_pretrained(tmp_path / "pipeline")
+    assert type(again.model) is type(pipeline.model) and again.threshold == pipeline.threshold
+    for old, new in zip(before, again(texts)):
+        assert (new["label"], new["in_distribution"]) == (old["label"], old["in_distribution"])
+        assert new["score"] == pytest.approx(old["score"], rel=1e-3)
+
+
+def test_a_trained_pipeline_knows_what_it_knows(data, bert_folder):
+    model = PooledClassifier.from_backbone(bert_folder, 6)
+    trained = train(
+        model, tiny_tokenizer(), data, TrainingOptions(epochs=8, batch_size=8, head_learning_rate=1e-2), 1e-3, 0
+    )
+    assert trained.validation_accuracy > 0.9
+    pipeline = _pipeline(model, data, id_recall=0.9)
+    validation = pipeline(data.validation[0])
+    assert np.mean([row["in_distribution"] for row in validation]) >= 0.9
+    test, outside = pipeline(data.test[0]), pipeline(data.outside)
+    assert np.mean([row["label"] == data.labels[label] for row, label in zip(test, data.test[1])]) > 0.9
+    accepted = [np.mean([row["in_distribution"] for row in rows]) for rows in (test, outside)]
+    assert accepted[0] > accepted[1] + 0.3
+    one = pipeline(data.test[0][0])
+    assert set(one) == {"label", "score", "in_distribution"} and one["label"] in LABELS
+    assert isinstance(one["score"], float) and isinstance(one["in_distribution"], bool)
+
+
+def test_a_base_that_is_given(data, bert_folder, tmp_path):
+    """An adapter on a base that its config can't name, such as a calibrated one."""
+    adapted = get_peft_model(PooledClassifier.from_backbone(bert_folder, 6), LoraConfig(task_type="SEQ_CLS"))
+    adapted.peft_config["default"].base_model_name_or_path = "nowhere"
+    pipeline = _pipeline(adapted, data)
+    pipeline.save_pretrained(tmp_path)
+    base = PooledClassifier.from_backbone(bert_folder, 6)
+    again = OODPipeline.from_pretrained(tmp_path, model=base)
+    assert again(data.outside[0])["score"] == pytest.approx(pipeline(data.outside[0])["score"], rel=1e-4)
+
+
+def test_labels_come_from_the_config(data, bert_folder):
+    model = MODELS["transformers"](bert_folder)
+    model.config.id2label = dict(enumerate("abcdef"))
+    pipeline = OODPipeline(model, tiny_tokenizer(), MSP().fit(logits=torch.zeros(1, 6)), 0.0)
+    assert pipeline("w5")["label"] in set("abcdef") and pipeline("w5")["in_distribution"]
+
+
+def test_pushing_uploads_the_folder(data, bert_folder, tmp_path, monkeypatch):
+    """As any model of transformers: `push_to_hub` saves into a folder and uploads it."""
+    uploaded = {}
+
+    class Hub:
+        def create_repo(self, repo_id, **kwargs):
+            return SimpleNamespace(repo_id=repo_id)
+
+        def create_commit(self, repo_id, operations, **kwargs):
+            uploaded[repo_id] = {operation.path_in_repo for operation in operations}
+
+    monkeypatch.setattr(hub, "hf_api", Hub)
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *args, **kwargs: ModelCard("intents"))
+    _pipeline(MODELS["pooled"](bert_folder), data).push_to_hub("me/intents")
+    expected = {
+        "ood_pipeline.json",
+        "detector/detector.json",
+        "model/config.json",
+        "model/model.safetensors",
+        "README.md",
+    }
+    assert expected <= uploaded["me/intents"]
+
+
+def test_bad_input(data, bert_folder, tmp_path):
+    pipeline = _pipeline(MODELS["pooled"](bert_folder), data)
+    for inputs, match in (([], "empty"), (["w5", None], "None, a NoneType"), ([3], "3, a int")):
+        with pytest.raises(ValueError, match=match):
+            pipeline(inputs)
+    with pytest.raises(FileNotFoundError, match=r"ood_pipeline\.json"):
+        OODPipeline.from_pretrained(tmp_path)
+    pipeline.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "ood_pipeline.json").read_text())
+    (tmp_path / "ood_pipeline.json").write_text(json.dumps({**config, "format": 9}))
+    with pytest.raises(ValueError, match="format 9.*newer"):
+        OODPipeline.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="id_recall|recall=0"):
+        _pipeline(MODELS["pooled"](bert_folder), data, id_recall=0)
+    with pytest.raises(ValueError, match="numbers of examples differ"):
+        OODPipeline.fit(pipeline.model, tiny_tokenizer(), data.train[0], [0], data.validation[0])
+    other = Mahalanobis().fit(torch.randn(10, 7), labels=[0, 1] * 5)
+    with pytest.raises(ValueError, match="size 32.*fitted on features of size 7"):
+        OODPipeline(pipeline.model, tiny_tokenizer(), other, 0.0, data.labels)("w5")
