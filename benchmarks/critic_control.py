@@ -51,7 +51,7 @@ class Budget(NamedTuple):
     epochs: int = 6
     samples: Optional[int] = None  # a prompt's; the task's own number
     test_prompts: Optional[int] = None
-    rloo_steps: int = 40
+    rloo_steps: int = 16
     batch_size: int = 64
 
 

@@ -65,7 +65,7 @@ def _trainer(
         num_generations=GENERATIONS,
         max_steps=budget.rloo_steps,
         max_completion_length=task.new_tokens,
-        learning_rate=2e-4,
+        learning_rate=5e-4,
         beta=0.02,
         seed=args.seed,
         logging_steps=5,
