@@ -20,9 +20,10 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers import initialization as init
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from generation_ext.granularity.biased import biased_attention
 from generation_ext.granularity.cache import past_granularities
 from generation_ext.granularity.masks import check_mode, granularity_bias, granularity_mask
 
@@ -104,8 +105,24 @@ class GranularityHead(nn.Module):
         """z in [0, 1], float32 `[batch, tokens]` (float64 for float64)."""
         u = self.projection(hidden_states).squeeze(-1)
         u = u if u.dtype == torch.float64 else u.float()
-        # clamp passes gradients at its bound, relu does not
-        return torch.sigmoid(u) if self.config.link == "sigmoid" else torch.tanh(u / 2).clamp(min=0)
+        return torch.sigmoid(u) if self.config.link == "sigmoid" else _Rectified.apply(u)
+
+
+class _Rectified(torch.autograd.Function):
+    """max(0, tanh(u / 2)). Below 0, too, a gradient passes that asks for more: no token is lost because it fell to 0."""
+
+    @staticmethod
+    def forward(ctx: Any, u: torch.Tensor) -> torch.Tensor:
+        z = torch.tanh(u / 2)
+        ctx.save_for_backward(z)
+        return z.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        (z,) = ctx.saved_tensors
+        (gradient,) = gradients
+        passes = (z > 0) | (gradient < 0)
+        return gradient * passes * (1 - z * z) / 2
 
 
 class GranularityAttention(nn.Module):
@@ -280,7 +297,9 @@ def _mask(
         after = granularity_mask(tokens.queries, tokens.keys, distances, config.mode, config.max_length)[:, None]
         bias = torch.zeros_like(after)
     else:
-        bias = granularity_bias(tokens.queries, tokens.keys, distances, config.mode, config.max_length)[:, None]
+        # from z = 0, scope alone would never move
+        leak = float(config.mode == "S" and config.link == "rectified")
+        bias = granularity_bias(tokens.queries, tokens.keys, distances, config.mode, config.max_length, leak)[:, None]
     bias = bias.to(dtype)
     lowest = torch.finfo(dtype).min
     if attention_mask is None:
@@ -307,7 +326,10 @@ def _attend(
     """Plain attention of one's own model, `[batch, q, heads, size]`."""
     after, bias = _mask(module.granularity, tokens, attention_mask, query.dtype)
     if after is None:
-        output = nn.functional.scaled_dot_product_attention(query, key, value, bias, dropout)
+        if _learns(bias, dropout):
+            output = biased_attention(query, key, value, bias)
+        else:
+            output = nn.functional.scaled_dot_product_attention(query, key, value, bias, dropout)
     else:
         scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5 + bias
         weights = nn.functional.dropout(scores.softmax(-1) * after, dropout, module.training)
@@ -349,8 +371,23 @@ def _sdpa(
     if module.granularity.config.placement == "after":
         return _eager(module, query, key, value, attention_mask, **kwargs)
     _, bias = _mask(module.granularity, _tokens_of(module, key), attention_mask, query.dtype)
+    if _learns(bias, kwargs.get("dropout", 0.0)) and kwargs.get("position_bias") is None:
+        groups = query.shape[1] // key.shape[1]
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        return biased_attention(query, key, value, bias, kwargs.get("scaling")).transpose(1, 2).contiguous(), None
     kwargs["is_causal"] = False
     return sdpa_attention_forward(module, query, key, value, bias, **kwargs)
+
+
+def _learns(bias: torch.Tensor, dropout: float) -> bool:
+    """Whether SDPA would leave its fused kernel because of the bias alone."""
+    return (
+        bias.requires_grad
+        and torch.is_grad_enabled()
+        and bias.device.type == "cpu"
+        and not dropout
+        and not torch.compiler.is_compiling()
+    )
 
 
 def _tokens_of(module: Any, key: torch.Tensor) -> Tokens:

@@ -73,15 +73,24 @@ def granularity_mask(
 
 
 def granularity_bias(
-    queries: torch.Tensor, keys: torch.Tensor, distances: Optional[torch.Tensor], mode: str, max_length: int
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    distances: Optional[torch.Tensor],
+    mode: str,
+    max_length: int,
+    leak: float = 0.0,
 ) -> torch.Tensor:
     """`log(max(mask, FLOOR))` of [`granularity_mask`], to be added to the scores before the softmax, `[batch, q, k]`.
 
     The backward works the mask out again, so that nothing of that size is kept but the result.
+
+    Eq. 8's clamp has no gradient where it is saturated, and at z = 0 it is saturated for all pairs of a text shorter than
+    `max_length`. With `leak`, such a pair has one that asks to leave saturation, `leak / (1 + tokens to the scope's edge)` of
+    the full one: a surrogate, not the derivative. (Compiled graphs don't have it.)
     """
     if torch.compiler.is_compiling() or not (queries.requires_grad or keys.requires_grad):
         return granularity_mask(queries, keys, distances, mode, max_length).clamp_(min=FLOOR).log_()
-    return _Bias.apply(queries, keys, distances, mode, max_length)
+    return _Bias.apply(queries, keys, distances, mode, max_length, leak)
 
 
 class _Bias(torch.autograd.Function):
@@ -93,9 +102,10 @@ class _Bias(torch.autograd.Function):
         distances: Optional[torch.Tensor],
         mode: str,
         max_length: int,
+        leak: float,
     ) -> torch.Tensor:
         ctx.save_for_backward(queries, keys, distances)
-        ctx.mode, ctx.max_length = mode, max_length
+        ctx.mode, ctx.max_length, ctx.leak = mode, max_length, leak
         return granularity_mask(queries, keys, distances, mode, max_length).clamp_(min=FLOOR).log_()
 
     @staticmethod
@@ -116,8 +126,9 @@ class _Bias(torch.autograd.Function):
         mask: Any = near if alike is None else alike
         if mode in ("R*S", "R+S"):
             mask = alike * near if mode == "R*S" else (alike + near) / 2
-        # where the floor holds, the bias doesn't move
-        gradient = torch.where(mask >= FLOOR, gradient / mask.clamp(min=FLOOR), torch.zeros_like(gradient))
+        rises = gradient / mask.clamp(min=FLOOR)
+        # where the floor holds, the bias doesn't move; but a leak asks
+        gradient = rises if ctx.leak else torch.where(mask >= FLOOR, rises, torch.zeros_like(gradient))
         of_queries: Any = 0
         of_keys = torch.zeros_like(keys)
         if alike is not None:
@@ -130,10 +141,15 @@ class _Bias(torch.autograd.Function):
             of_queries = through * (gap - apart.clamp(min=0) - (1 - a) * here - a * below)
         if near is not None:
             through = gradient * alike if mode == "R*S" else gradient / 2 if mode == "R+S" else gradient
-            moves = (width - distances >= 0) & (width - distances <= 1)
+            room = width - distances
+            moves = ((room >= 0) & (room <= 1)).to(through.dtype)
+            if ctx.leak:
+                inside, outside = (room > 1) & (through > 0), (room < 0) & (through < 0)
+                moves = torch.where(inside, ctx.leak / room.clamp(min=1), moves)
+                moves = torch.where(outside, ctx.leak / (1 - room.clamp(max=0)), moves)
             rate = -math.log(ctx.max_length - EPSILON) * (width - EPSILON)
             of_queries = of_queries + through * moves * rate
-        return of_queries.sum(2), of_keys, None, None, None
+        return of_queries.sum(2), of_keys, None, None, None, None
 
 
 def _width(queries: torch.Tensor, max_length: int) -> torch.Tensor:

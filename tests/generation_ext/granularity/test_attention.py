@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from generation_ext.granularity import (
     load_granularities,
     recorded,
 )
+from generation_ext.granularity.attention import GranularityHead
 from generation_ext.granularity.masks import FLOOR, MODES
 from tests.generation_ext.text_models import model as tiny
 
@@ -310,6 +312,31 @@ def test_heads_learn_from_nothing(pretrained, name):
         lm(**batch, labels=batch["input_ids"])
     assert len(found) == sum(hasattr(module, "granularity") for module in lm.modules())
     assert max(z.max() for z in found.values()) > 0 and min(z.min() for z in found.values()) >= 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_learns_from_nothing(pretrained, mode):
+    """Texts much shorter than N: the scope is saturated for all of their pairs."""
+    lm = convert_to_granularity_attention(
+        copy.deepcopy(pretrained["llama"]), GranularityConfig(mode, link="rectified", initial=0.0, max_length=512)
+    )
+    batch = inputs("llama")
+    lm(**batch, labels=batch["input_ids"]).loss.backward()
+    for parameter in granularity_parameters(lm):
+        assert torch.isfinite(parameter.grad).all() and parameter.grad.abs().max() > 1e-6
+
+
+def test_no_token_is_lost_below_zero():
+    head = GranularityHead(2, GranularityConfig(link="rectified", initial=0.0))
+    states = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]])
+    with torch.no_grad():
+        head.projection.weight.copy_(torch.tensor([[-1.0, 1.0]]))
+    z = head(states)
+    torch.testing.assert_close(z, torch.tensor([[0.0, math.tanh(0.5), math.tanh(0.5)]]))
+    slope = (1 - math.tanh(0.5) ** 2) / 2
+    for asked, gradient in ((-1.0, [slope, slope, slope]), (1.0, [0.0, slope, slope])):
+        (found,) = torch.autograd.grad(head(states), head.projection.bias, torch.full((1, 3), asked))
+        torch.testing.assert_close(found.item(), asked * sum(gradient))
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(pretrained):

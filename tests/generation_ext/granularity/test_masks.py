@@ -98,6 +98,21 @@ def test_plain_attention_has_a_way_out(mode):
     assert (queries.grad < 0).all() and (keys.grad < 0).all()
 
 
+def test_a_leak_leads_out_of_a_saturated_scope():
+    """By hand: N = 9, one query, window 7^(1 - z) + 2; keys inside ask to shrink it, keys outside to widen it."""
+    keys = torch.zeros(1, 3)
+    for z, distances, asks in ((0.0, [0.0, 3.0, 6.0], 1.0), (1.0, [5.0, 6.0, 9.0], -1.0)):
+        for sign in (asks, -asks):
+            queries = torch.full((1, 1), z, requires_grad=True)
+            bias = granularity_bias(queries, keys, torch.tensor([distances]), "S", N, leak=0.5)
+            (bias * sign).sum().backward()
+            window = 7 ** (1 - z) + 2
+            edge = [abs(window - d - (z == 0)) for d in distances]
+            floor = 1.0 if z == 0 else FLOOR
+            expected = sum(0.5 / (1 + e) for e in edge) * sign * -math.log(7) * 7 ** (1 - z) / floor
+            torch.testing.assert_close(queries.grad.item(), expected if sign == asks else 0.0, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_logarithms_are_finite(dtype):
     ones = torch.ones(1, N, dtype=dtype)
