@@ -103,7 +103,8 @@ class GranularityHead(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """z in [0, 1], float32 `[batch, tokens]` (float64 for float64)."""
-        u = self.projection(hidden_states).squeeze(-1)
+        # a head may be float32 in a model of half precision
+        u = self.projection(hidden_states.to(self.projection.weight.dtype)).squeeze(-1)
         u = u if u.dtype == torch.float64 else u.float()
         return torch.sigmoid(u) if self.config.link == "sigmoid" else _Rectified.apply(u)
 

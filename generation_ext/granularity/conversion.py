@@ -76,12 +76,14 @@ def convert_to_granularity_attention(model: Model, config: Optional[GranularityC
         config = GranularityConfig(link="rectified", initial=0.0, max_length=_longest(model_config))
     implementation = check_implementation(model_config._attn_implementation)
     example = next(model.parameters())
+    # a step of AdamW is lost in a bfloat16 weight; PEFT keeps adapters in float32, too
+    dtype = torch.float64 if example.dtype == torch.float64 else torch.float32
     for name, module in attentions.items():
         cross = _is_cross(name, module)
         if cross and not config.cross_attention:
             continue
         add_granularity(module, _input_size(module), config, not cross and _is_causal(module, model_config))
-        module.granularity.to(device=example.device, dtype=_float_dtype(example))
+        module.granularity.to(device=example.device, dtype=dtype)
     for module in model.modules():
         each: Any = getattr(module, "config", None)
         if hasattr(each, "_attn_implementation"):
@@ -153,7 +155,3 @@ def _longest(config: Any) -> int:
         if isinstance(value, int) and value > 2:
             return value
     raise ValueError("the model's config names no longest text; pass config=GranularityConfig(max_length=..., ...).")
-
-
-def _float_dtype(example: torch.Tensor) -> torch.dtype:
-    return example.dtype if example.is_floating_point() else torch.float32

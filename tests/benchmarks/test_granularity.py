@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
 
+from tests.tiny_tokenizer import byte_tokenizer, save_tiny_model
+
 
 pytest.importorskip("nltk"), pytest.importorskip("matplotlib")
 
-from benchmarks import ga_attention, paraphrase  # noqa: E402
+from benchmarks import ga_attention, paraphrase, paraphrase_data, paraphrase_lora  # noqa: E402
 
 
 def test_ga_attention(tmp_path, capsys, monkeypatch):
@@ -27,36 +30,101 @@ def test_ga_attention(tmp_path, capsys, monkeypatch):
     assert output.read_text() == before, "finished rows were measured again"
 
 
-def test_paraphrase(tmp_path, capsys):
-    for name in (*paraphrase.SETS.values(), *paraphrase.TEST.values()):
-        path = tmp_path / name
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Pairs of both sets, a text of each in two pairs."""
+    folder = tmp_path_factory.mktemp("pairs")
+    for number, name in enumerate((*paraphrase_data.SETS.values(), *paraphrase_data.TEST.values())):
+        path = folder / name
         path.parent.mkdir(exist_ok=True)
-        pairs = [{"source": f"how do i {i} it", "target": f"what is the way to {i} it"} for i in range(24)]
+        pairs = [
+            {"source": f"how do i {number} {i} it", "target": f"what is the way to {number} {i // 2} it"}
+            for i in range(48)
+        ]
         path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return folder
+
+
+def test_paraphrase(data, tmp_path, capsys):
+    model = save_tiny_model(tmp_path / "model")
     output = tmp_path / "paraphrase.json"
-    arguments = ["--smoke", "--data-dir", str(tmp_path), "--output", str(output), "--work_dir", str(tmp_path / "work")]
-    arguments += ["--modes", "Transformer", "R*S", "--seeds", "0"]
+    arguments = ["--smoke", "--data-dir", str(data), "--output", str(output), "--work_dir", str(tmp_path / "work")]
+    arguments += ["--modes", "Transformer", "S", "R*S", "--seeds", "0", "--lora_model", str(model)]
+    arguments += ["--lora_dtype", "float32"]
     paraphrase.main(arguments)
     shown = capsys.readouterr().out
-    for text in ("| quora | BLEU-2 |", "| C-DNPG (R*S) |", "twitter: iBLEU of C-DNPG (R*S) above the Transformer"):
+    for text in (
+        "| quora | BLEU-2 |",
+        "| C-DNPG (R*S) |",
+        "its worst seed above",
+        "changes SmolLM2 + LoRA's iBLEU by",
+    ):
         assert text in shown
     assert output.with_suffix(".png").stat().st_size > 5000
+    assert (tmp_path / "paraphrase-sentence.png").stat().st_size > 5000
+    rows = [row["settings"] for row in json.loads(output.read_text())["rows"]]
+    assert [(row["data"], row["mode"]) for row in rows[:3]] == [("quora", m) for m in ("Transformer", "S", "R*S")]
+    # on the second set the Transformer and the better variant, then the language model
+    assert [row["data"] for row in rows[3:]] == ["twitter", "twitter", "quora", "quora"]
+    assert [row["mode"] for row in rows[5:]] == list(paraphrase_lora.LORAS)
     before = output.read_text()
     paraphrase.main(arguments)
     assert output.read_text() == before, "finished rows were measured again"
 
 
-def test_splits_have_no_pair_in_common(tmp_path):
-    pairs = [{"source": f"a {i}", "target": f"b {i}"} for i in range(60)]
-    path = tmp_path / paraphrase.SETS["twitter"]
-    path.parent.mkdir()
-    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+def test_the_variant_for_other_sets_is_chosen_on_validation_pairs(data, tmp_path):
+    arguments = ["--data-dir", str(data), "--output", str(tmp_path / "x.json"), "--work_dir", str(tmp_path / "work")]
+    study = paraphrase.Study(paraphrase._arguments([*arguments, "--seeds", "0"]))
+    for mode, validation, test in (("Transformer", 9.0, 9.0), ("R", 2.0, 8.0), ("S", 3.0, 1.0)):
+        row = paraphrase.Row("quora", mode, 0)
+        study.results.add(study.settings(row), {"validation iBLEU": validation, "metrics": {"iBLEU": test}})
+    assert study.best("quora") == "S"
+    assert [tuple(row) for row in study.plan()][5:9] == [
+        ("quora", "Transformer", 0),
+        ("quora", "S", 0),
+        ("twitter", "Transformer", 0),
+        ("twitter", "S", 0),
+    ]
 
-    class Study(paraphrase.Study):
-        def __init__(self):
-            self.args = type("Args", (), {"data_dir": tmp_path, "seed": 0})
-            self.budget = paraphrase.Budget(validation=7, test=9)
 
-    parts = Study().pairs("twitter")
-    assert {name: len(rows) for name, rows in parts.items()} == {"train": 44, "validation": 7, "test": 9}
-    assert len({row["source"] for rows in parts.values() for row in rows}) == 60
+def test_a_trained_model_is_not_taken_for_another(data, tmp_path):
+    def folder(*more):
+        arguments = [
+            "--data-dir",
+            str(data),
+            "--output",
+            str(tmp_path / "x.json"),
+            "--work_dir",
+            str(tmp_path / "work"),
+        ]
+        return paraphrase.Study(paraphrase._arguments([*arguments, *more]))._folder(paraphrase.Row("quora", "R", 0))
+
+    plain = folder()
+    assert folder() == plain == folder("--num_beams", "1")
+    for flag, value in (("--learning_rate", "1e-4"), ("--batch", "32"), ("--vocab", "500"), ("--seed", "1")):
+        assert folder(flag, value) != plain, flag
+
+
+@pytest.mark.parametrize("name", paraphrase_data.SETS)
+def test_splits_have_no_text_in_common(data, name):
+    parts = paraphrase_data.split_pairs(data, name, 7, 9, 0)
+    assert len(parts["validation"]) == 7 and len(parts["test"]) == 9 and len(parts["train"]) > 30 - 9
+    texts = {part: {text for pair in pairs for text in pair.values()} for part, pairs in parts.items()}
+    for one, other in itertools.combinations(texts, 2):
+        assert not texts[one] & texts[other], (one, other)
+    assert parts == paraphrase_data.split_pairs(data, name, 7, 9, 0)
+    assert parts["validation"] != paraphrase_data.split_pairs(data, name, 7, 9, 1)["validation"]
+
+
+def test_clusters():
+    pairs = [("a", "b"), ("c", "d"), ("B", "e"), ("f", "g"), ("g ", "c")]
+    found = paraphrase_data.clusters([{"source": one, "target": other} for one, other in pairs])
+    assert [[pair["source"] for pair in group] for group in found] == [["a", "B"], ["c", "f", "g "]]
+
+
+def test_prompts_carry_no_loss():
+    tokenizer = byte_tokenizer()
+    row = paraphrase_lora._encoded(tokenizer, {"source": "ab", "target": "cd"})
+    learned = [token for token, label in zip(row["input_ids"], row["labels"]) if label != -100]
+    assert row["labels"][-len(learned) :] == learned and learned[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(learned[:-1]) == " cd"
