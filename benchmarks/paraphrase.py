@@ -55,13 +55,14 @@ class Budget(NamedTuple):
     steps: int = 1000
     batch: int = 64
     learning_rate: float = 1e-3
+    dropout: float = 0.0
     validation: int = 500
     test: int = 1000
     num_beams: int = 4
     max_length: int = 20
 
 
-SMOKE = Budget(36, 40, 120, 3, 4, 1e-3, 4, 4, 2)
+SMOKE = Budget(36, 40, 120, 3, 4, 1e-3, 0.0, 4, 4, 2)
 
 
 class Row(NamedTuple):
@@ -180,6 +181,8 @@ class Study:
                 encoder_ffn_dim=budget.ffn,
                 decoder_ffn_dim=budget.ffn,
                 max_position_embeddings=budget.max_length,
+                dropout=budget.dropout,
+                attention_dropout=budget.dropout,
                 granularity_mode=None if row.mode == TRANSFORMER else row.mode,
             )
         )
