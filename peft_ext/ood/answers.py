@@ -1,5 +1,5 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""The study's two questions, answered from finished cells: paired differences in AUROC with bootstrap intervals."""
+"""The study's two questions, answered from finished cells: paired differences in AUROC with t intervals."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def size_answer(finished: Sequence[Any], detector: str = DETECTOR) -> tuple[str,
 
 
 def tuning_answer(finished: Sequence[Any], detector: str = DETECTOR) -> tuple[str, Rows]:
-    """How AUROC differs from full fine-tuning's: pairs of the same set, model and seed.
+    """How AUROC differs from full fine-tuning's: pairs of the same set, model and seed, each method's budgets averaged.
 
     Args:
         finished: `report.Finished` cells.
@@ -58,7 +58,11 @@ def tuning_answer(finished: Sequence[Any], detector: str = DETECTOR) -> tuple[st
     whole = {key[:3]: value for key, value in values.items() if key[3] == REFERENCE}
     rows = []
     for method in dict.fromkeys(row.cell.method for row in finished):
-        pairs = [value - whole[key[:3]] for key, value in values.items() if key[3] == method and key[:3] in whole]
+        by_budget: dict[Any, list[float]] = {}
+        for key, value in values.items():
+            if key[3] == method and key[:3] in whole:
+                by_budget.setdefault(key[:3], []).append(value - whole[key[:3]])
+        pairs = [sum(found) / len(found) for found in by_budget.values()]
         if method != REFERENCE and pairs:
             rows.append((METHODS[method].title, mean_interval(pairs), len(pairs)))
     if not rows:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.stats import t as student_t
 from sklearn.metrics import average_precision_score
 
 
@@ -135,16 +136,20 @@ def bootstrap(
     return Interval(float(measure(inside, outside)), float(low), float(high))
 
 
-def mean_interval(values: Any, *, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
-    """The mean of numbers with its percentile bootstrap interval.
+def mean_interval(values: Any, *, level: float = 0.95) -> Interval:
+    """The mean of a few numbers with its interval by Student's t; of a single number, the interval is everything.
+
+    (A bootstrap of two or three numbers is far too narrow.)
 
     Raises:
         ValueError: If there are none.
     """
     numbers = _scores(values, "values")
-    drawn = np.random.default_rng(seed).integers(len(numbers), size=(resamples, len(numbers)))
-    low, high = np.quantile(numbers[drawn].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(numbers.mean()), float(low), float(high))
+    mean = float(numbers.mean())
+    if len(numbers) == 1:
+        return Interval(mean, -np.inf, np.inf)
+    half = float(student_t.ppf((1 + level) / 2, len(numbers) - 1) * numbers.std(ddof=1) / np.sqrt(len(numbers)))
+    return Interval(mean, mean - half, mean + half)
 
 
 def _checked(id_scores: Any, ood_scores: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -17,6 +17,7 @@ from peft_ext.ood.detectors import make_detector
 from peft_ext.ood.grid import Cell, StudyConfig
 from peft_ext.ood.manifest import FAILED, SKIPPED, Manifest
 from peft_ext.ood.methods import METHODS
+from peft_ext.ood.metrics import Interval
 from peft_ext.ood.study import result_of
 
 
@@ -198,9 +199,13 @@ def _answers(finished: Sequence[Finished]) -> list[Table]:
         ("Do larger models detect better?", size_answer(finished)),
         ("Do the tuning methods differ?", tuning_answer(finished)),
     ):
-        table = [[name, f"{v.value:+.1%}", f"{v.low:+.1%} to {v.high:+.1%}", str(count)] for name, v, count in rows]
+        table = [[name, f"{v.value:+.1%}", _range(v, count), str(count)] for name, v, count in rows]
         parts.append(Table(title, text, headers, table))
     return parts
+
+
+def _range(interval: Interval, count: int) -> str:
+    return "of one pair, none" if count == 1 else f"{interval.low:+.1%} to {interval.high:+.1%}"
 
 
 def _unfinished(config: StudyConfig, finished: Sequence[Finished]) -> Table:

@@ -100,6 +100,11 @@ def test_mean_interval():
     value, low, high = metrics.mean_interval(numbers)
     assert value == pytest.approx(numbers.mean())
     assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
+    from scipy.stats import ttest_1samp
+
+    few = [0.1, 0.3, 0.2]
+    assert metrics.mean_interval(few)[1:] == pytest.approx(ttest_1samp(few, 0).confidence_interval(0.95))
+    assert metrics.mean_interval([0.5]) == (0.5, -np.inf, np.inf)
 
 
 @pytest.mark.parametrize("measure", metrics.MEASURES.values())
