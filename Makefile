@@ -87,6 +87,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.ga_attention
 	$(BIN)/python -m benchmarks.paraphrase
 	$(BIN)/python -m benchmarks.ood
+	$(BIN)/python -m benchmarks.ood_detectors
 	$(BIN)/python -m benchmarks.plan_memory
 
 clean:

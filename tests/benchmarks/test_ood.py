@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 
 pytest.importorskip("torch")
 
-from benchmarks import ood  # noqa: E402
-from peft_ext.ood.grid import read_config  # noqa: E402
+from benchmarks import ood, ood_detectors  # noqa: E402
+from peft_ext.ood.grid import DETECTORS, read_config  # noqa: E402
 from peft_ext.ood.methods import METHODS  # noqa: E402
 
 
@@ -34,3 +36,13 @@ def test_the_file():
     assert {cell.method for cell in first} == set(METHODS)
     assert [cell.id for cell in first] == [cell.id for cell in cells[:18]], "the first table doesn't come first"
     assert {cell.model.layers for cell in cells if "SmolLM2" in cell.model.name} == {10, 20, 30}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from Linux")
+def test_detectors(tmp_path, capsys):
+    command = ["--smoke", "--output", str(tmp_path / "found.json")]
+    ood_detectors.main(command)
+    shown = capsys.readouterr().out
+    assert all(f"| {name} |" in shown for name in DETECTORS) and "met" in shown
+    ood_detectors.main(command)
+    assert capsys.readouterr().out == shown, "finished rows were measured again"
