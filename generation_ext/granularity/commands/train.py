@@ -38,7 +38,7 @@ class TrainArguments(DataArguments):
 
     output_dir: Optional[str] = field(default=None, metadata={"help": "Run folder."})
     validation: Optional[str] = field(
-        default=None, metadata={"help": "Pairs to measure the loss on; the last 5 % of the data by default."}
+        default=None, metadata={"help": "Pairs to measure the loss on; the last twentieth of the data by default."}
     )
     mode: str = field(default="R*S", metadata={"help": "R, S, R*S, R+S, or none: a plain Transformer."})
     placement: str = field(default="before", metadata={"help": "before or after the softmax."})
