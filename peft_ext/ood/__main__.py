@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from typing import Optional
 
 from peft_ext.command_line import run_command
 
@@ -14,5 +16,11 @@ COMMANDS = {
 }
 
 
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run a command; returns the exit status, see `run_command`."""
+    argv = sys.argv[1:] if argv is None else argv
+    return run_command("python -m peft_ext.ood", "peft_ext.ood.commands", COMMANDS, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command("python -m peft_ext.ood", "peft_ext.ood.commands", COMMANDS, sys.argv[1:]))
+    sys.exit(main())
