@@ -1,0 +1,118 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Loads what writes texts: a model or a folder with an adapter, as it is or quantised, behind a backend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import PreTrainedTokenizerBase
+
+from peft_ext import PeqaConfig, calibrate
+from peft_ext.models import load_model, load_tokenizer
+from trl_ext.almost.demonstrations import USER
+from trl_ext.almost.generation import Backend, TransformersBackend, VLLMBackend
+from trl_ext.almost.prompts import STYLES, mining_prompt, seed_queries
+
+
+BACKENDS = ("transformers", "vllm")
+
+
+def load_backend(
+    model: Optional[str] = None,
+    bits: Optional[int] = None,
+    group_size: int = 64,
+    backend: str = "transformers",
+    batch_size: int = 32,
+    dtype: str = "auto",
+    **kwargs: Any,
+) -> Backend:
+    """What samples texts from a model.
+
+    Args:
+        model: See [`load_speaker`].
+        bits, group_size: Quantise it first, see [`quantized`]; with vLLM, quantise beforehand
+            (`peft-ext quantize`) and name the folder.
+        backend: `"transformers"` or `"vllm"`.
+        batch_size: Texts side by side.
+        dtype: Float type of the weights.
+        **kwargs: Passed to `from_pretrained` or `vllm.LLM`.
+
+    Raises:
+        ValueError: If the backend is unknown or can't quantise.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; choose one of {BACKENDS}.")
+    if backend == "vllm":
+        if bits is not None or model is None:
+            raise ValueError(
+                f"backend='vllm' takes a hub id or a folder (model={model!r}, bits={bits}); for a quantised rung, write a "
+                "packed checkpoint with `peft-ext quantize` and name its folder as the model."
+            )
+        return VLLMBackend(model, dtype=dtype, **kwargs)
+    loaded, tokenizer = load_speaker(model, dtype=dtype, **kwargs)
+    if bits is not None:
+        loaded = quantized(loaded, tokenizer, bits, group_size)
+    return TransformersBackend(loaded, tokenizer, batch_size)
+
+
+def load_speaker(
+    model: Optional[str] = None, dtype: str = "auto", **kwargs: Any
+) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+    """A causal language model in evaluation mode, on the accelerator if there is one, and its tokenizer.
+
+    Args:
+        model: What `peft_ext.models.load_model` takes, or a folder with an adapter of PEFT's.
+        dtype: Float type of the weights.
+        **kwargs: Passed to `from_pretrained`.
+    """
+    folder = None if model is None else Path(model).expanduser()
+    if folder is not None and (folder / "adapter_config.json").is_file():
+        base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+        with_tokenizer = (folder / "tokenizer_config.json").is_file()
+        loaded = PeftModel.from_pretrained(load_model(base, dtype=dtype, **kwargs), str(folder))
+        tokenizer = _folder_tokenizer(folder) if with_tokenizer else load_tokenizer(base)
+    else:
+        loaded, tokenizer = load_model(model, dtype=dtype, **kwargs), load_tokenizer(model)
+    if torch.cuda.is_available() and "device_map" not in kwargs:
+        loaded = loaded.to("cuda")
+    return loaded.eval(), tokenizer
+
+
+def quantized(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, bits: int, group_size: int = 64
+) -> torch.nn.Module:
+    """The model with weights of few bits, through PEQA's calibrated start on this package's own demonstrations.
+
+    Args:
+        model: A float model; changed.
+        tokenizer: Its tokenizer.
+        bits: Width of a weight.
+        group_size: Inputs that share a scale; widths that it doesn't divide take one scale per channel.
+    """
+    widths = [m.in_features for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    size = group_size if all(width % group_size == 0 for width in widths) else -1
+    config = PeqaConfig(bits=bits, group_size=size, init_method="calibrated", task_type="CAUSAL_LM")
+    tokens = tokenizer(_calibration_text(), verbose=False)["input_ids"]
+    length = min(512, getattr(model.config, "max_position_embeddings", 512) or 512)
+    device = model.get_input_embeddings().weight.device
+    blocks = [torch.tensor([tokens[i : i + length]], device=device) for i in range(0, len(tokens), length)]
+    calibrated = calibrate(model, config, [{"input_ids": block} for block in blocks], progressbar=False)
+    return get_peft_model(calibrated, config).merge_and_unload().eval()
+
+
+def _folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _calibration_text() -> str:
+    dialogues = [turn for style in STYLES.values() for pair in style.demonstrations for turn in pair]
+    turns = [turn for conversation in USER for turn in conversation]
+    return "\n\n".join([*dialogues, *turns, mining_prompt(seed_queries())])
