@@ -62,14 +62,15 @@ def as_messages(prompt: Prompt) -> list[dict[str, str]]:
     """
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, Sequence) or not all(isinstance(message, Mapping) for message in prompt):
+    messages = [message for message in prompt if isinstance(message, Mapping)] if isinstance(prompt, Sequence) else []
+    if not isinstance(prompt, Sequence) or len(messages) < len(prompt):
         raise TypeError(f"prompt={prompt!r} must be a string or a list of messages.")
-    if not prompt:
+    if not messages:
         raise ValueError("prompt has no messages.")
-    for message in prompt:
+    for message in messages:
         if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
             raise ValueError(f"message={dict(message)!r} must have a 'role' and a 'content', both strings.")
-    return [dict(message) for message in prompt]
+    return [dict(message) for message in messages]
 
 
 def dialogue(text: str) -> list[dict[str, str]]:
