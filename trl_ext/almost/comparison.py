@@ -128,7 +128,9 @@ def _summary(
     every = [outcome for both in outcomes.values() for outcome in both]
     lengths = np.array([[len(answers[key]), len(baseline[key])] for key in judged], dtype=np.float64)
     return {
-        **win_rate([float(np.mean(both)) for both in outcomes.values()], (lengths[:, 0] - lengths[:, 1]).tolist(), seed),
+        **win_rate(
+            [float(np.mean(both)) for both in outcomes.values()], (lengths[:, 0] - lengths[:, 1]).tolist(), seed
+        ),
         "wins": every.count(1.0),
         "ties": every.count(0.5),
         "losses": every.count(0.0),

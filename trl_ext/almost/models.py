@@ -4,6 +4,7 @@ these."""
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any, Optional, Union
 import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 import peft_ext  # noqa: F401 (registers the tuners that adapters may name)
 from peft_ext.files import written_whole
@@ -56,9 +58,28 @@ def load_chat_tokenizer(name: Optional[str] = None) -> PreTrainedTokenizerBase:
     base = base_of(name)
     has_own = (Path(name) / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(name) if base is None or has_own else load_chat_tokenizer(base)
-    if tokenizer.pad_token_id == tokenizer.eos_token_id and tokenizer.unk_token not in (None, tokenizer.eos_token):
-        tokenizer.pad_token = tokenizer.unk_token  # a classifier reads its score at the last token that is no padding
-    return with_chat_template(tokenizer)
+    return with_padding(with_chat_template(tokenizer))
+
+
+def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, or a copy if it pads with its end token, or not at all, and has another token to spare.
+
+    A classifier reads its score at the last token that is no padding, so where a text ends with its only padding token,
+    it is read one token earlier, in training as in use.
+
+    Raises:
+        ValueError: If there is no token to pad with.
+    """
+    spare = tokenizer.unk_token or tokenizer.eos_token
+    if spare is None and tokenizer.pad_token is None:
+        raise ValueError("tokenizer has no padding, unknown or end token; set tokenizer.pad_token.")
+    if tokenizer.pad_token is not None and (
+        tokenizer.pad_token != tokenizer.eos_token or spare == tokenizer.eos_token
+    ):
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = spare
+    return tokenizer
 
 
 def load_classifier(name: Optional[str] = None, *, dtype: Dtype = "float32", new_head: bool = True) -> Any:
@@ -89,7 +110,8 @@ def load_classifier(name: Optional[str] = None, *, dtype: Dtype = "float32", new
         raise ValueError(f"model={name!r} gives {config.num_labels} scores; a reward model gives one.")
     if not is_classifier and not new_head:
         raise ValueError(f"model={name!r} ({config.architectures}) has no head for a score; train a reward model.")
-    loaded = AutoModelForSequenceClassification.from_pretrained(source.name_or_path, num_labels=1, dtype=dtype)
+    with suppress_seqcls_warning():  # of a language model, that the head is new
+        loaded = AutoModelForSequenceClassification.from_pretrained(source.name_or_path, num_labels=1, dtype=dtype)
     return _named(loaded.eval(), name)
 
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_ext.almost.chat import Messages, Prompt, as_messages, chat_text, with_chat_template
-from trl_ext.almost.models import Dtype, load_chat_tokenizer, load_classifier
+from trl_ext.almost.models import Dtype, load_chat_tokenizer, load_classifier, with_padding
 
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,8 @@ class RewardModel:
         progressbar: Show one.
 
     Raises:
-        ValueError: If the model has more outputs than one, or a number is out of its range.
+        ValueError: If the model has more outputs than one, the tokenizer nothing to pad with, or a number is out of its
+            range.
 
     Example:
 
@@ -79,7 +80,7 @@ class RewardModel:
         for name, value in (("max_length", max_length), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
-        self.model, self.tokenizer = model.eval(), with_chat_template(tokenizer)
+        self.model, self.tokenizer = model.eval(), with_padding(with_chat_template(tokenizer))
         self.max_length, self.batch_size, self.progressbar = max_length, batch_size, progressbar
         # transformers finds the last token by it
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
