@@ -13,7 +13,13 @@ from typing import Any, Optional, Union
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 import peft_ext  # noqa: F401 (registers the tuners that adapters may name)
@@ -56,8 +62,12 @@ def load_chat_tokenizer(name: Optional[str] = None) -> PreTrainedTokenizerBase:
     """
     name = name or DEFAULT_MODEL
     base = base_of(name)
-    has_own = (Path(name) / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(name) if base is None or has_own else load_chat_tokenizer(base)
+    if base is None:
+        tokenizer = load_tokenizer(name)
+    elif (Path(name).expanduser() / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(Path(name).expanduser())
+    else:
+        tokenizer = load_chat_tokenizer(base)
     return with_padding(with_chat_template(tokenizer))
 
 

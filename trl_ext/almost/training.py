@@ -77,6 +77,8 @@ class StageDefaults:
     )
 
     def __post_init__(self):
+        if not self.output_dir:  # transformers would choose a folder by itself
+            raise ValueError("output_dir is missing: pass --output_dir, the folder to write the model to.")
         if self.bf16 is None and not torch.accelerator.is_available():
             self.bf16 = False  # TRL's own default is True, several times slower on a CPU
         super().__post_init__()  # type: ignore[misc]
@@ -145,9 +147,7 @@ def start(training_args: TrainingArguments, *others: Any) -> Optional[dict[str, 
         ValueError: If the folder holds a training with other settings; names them.
         OSError: If the folder can't be written.
     """
-    if not training_args.output_dir:
-        raise ValueError("output_dir is missing: pass --output_dir, the folder to write the model to.")
-    folder = Path(training_args.output_dir).expanduser()
+    folder = Path(str(training_args.output_dir)).expanduser()
     with training_args.main_process_first(desc="checking the output folder"):
         check_folder_writable(folder, "output_dir")
         settings = _settings(training_args, *others)
