@@ -118,9 +118,11 @@ def _word_probabilities(
     """`[texts, words]`: how probable each word is next."""
     if not texts:
         raise ValueError("rows is empty; there is nothing to evaluate.")
-    scorer = LabelScorer(model, tokenizer, Task("{text}", words))
     start = tokenizer.bos_token
     # the scorer puts the start token there itself where the tokenizer does
     twice = start is not None and tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
     plain = [text.removeprefix(str(start)) if twice else text for text in texts]
+    # a task strips its fields, so the white space that a chat format begins with goes into the template
+    space = plain[0][: len(plain[0]) - len(plain[0].lstrip())]
+    scorer = LabelScorer(model, tokenizer, Task(space + "{text}", words))
     return np.array([[math.exp(value) for value in row] for row in scorer.score(plain).log_probs])
