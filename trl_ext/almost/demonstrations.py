@@ -77,8 +77,8 @@ FAITHFUL: tuple[Demonstration, ...] = (
     (
         "Why is it hard to keep New Year's resolutions?",
         "Resolutions usually fail for reasons that have little to do with a weak will. Three of them matter most:\n\n"
-        "- The goal is too large or too vague. \"Get fit\" does not say what to do on a Tuesday evening, while \"walk for "
-        "twenty minutes after dinner\" does.\n"
+        '- The goal is too large or too vague. "Get fit" does not say what to do on a Tuesday evening, while "walk for '
+        'twenty minutes after dinner" does.\n'
         "- The surroundings stay the same. Habits are set off by places and times, so an unchanged day brings back the old "
         "behaviour.\n"
         "- A single lapse is taken as proof of failure. People who expect lapses, and go on the next day, do far better.\n\n"

@@ -236,7 +236,9 @@ class VLLMBackend:
         try:
             from vllm import LLM, SamplingParams
         except ImportError as error:
-            raise ImportError("backend='vllm' needs: pip install vllm; backend='transformers' needs nothing.") from error
+            raise ImportError(
+                "backend='vllm' needs: pip install vllm; backend='transformers' needs nothing."
+            ) from error
         self._llm = LLM(model=model, **{"enable_prefix_caching": True, **kwargs})
         self._params = SamplingParams
         self.tokenizer = self._llm.get_tokenizer()
@@ -257,7 +259,9 @@ class VLLMBackend:
             if all(map(done, places)):
                 continue
             prompts = [{"prompt_token_ids": tokens_of(self.tokenizer, requests[i].prompt)} for i in places]
-            outputs = self._llm.generate(prompts, [self._params_of(requests[i], sampling) for i in places], use_tqdm=False)
+            outputs = self._llm.generate(
+                prompts, [self._params_of(requests[i], sampling) for i in places], use_tqdm=False
+            )
             texts = [[sample.text for sample in output.outputs] for output in outputs]
             self.new_tokens += sum(len(sample.token_ids) for output in outputs for sample in output.outputs)
             yield list(zip(places, texts))
@@ -290,5 +294,3 @@ def _ends_texts(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> bo
 def _before_stop(text: str, stop: Sequence[str]) -> str:
     places = [place for place in (text.find(mark) for mark in stop) if place >= 0]
     return text[: min(places)] if places else text
-
-

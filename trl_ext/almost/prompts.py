@@ -80,7 +80,9 @@ def uses_chat(tokenizer: PreTrainedTokenizerBase, chat_format: str = AUTO) -> bo
     if chat_format not in FORMATS:
         raise ValueError(f"chat_format={chat_format!r} is unknown; choose one of {FORMATS}.")
     if chat_format == CHAT and tokenizer.chat_template is None:
-        raise ValueError("chat_format='chat' needs a chat template, and this tokenizer has none; use 'plain' or 'auto'.")
+        raise ValueError(
+            "chat_format='chat' needs a chat template, and this tokenizer has none; use 'plain' or 'auto'."
+        )
     return chat_format == CHAT or (chat_format == AUTO and tokenizer.chat_template is not None)
 
 

@@ -111,7 +111,9 @@ def can_share(traits: ModelTraits) -> bool:
     own = getattr(traits.model, "_can_set_attn_implementation", lambda: False)()
     plain = not getattr(config, "attn_logit_softcapping", None) and not hasattr(config, "attention_sink")
     kinds = {type(module).__name__ for module in traits.model.modules() if hasattr(module, "sinks")}
-    return bool(traits.kind == CAUSAL and traits.trees and set(traits.windows) == {FULL} and own and plain and not kinds)
+    return bool(
+        traits.kind == CAUSAL and traits.trees and set(traits.windows) == {FULL} and own and plain and not kinds
+    )
 
 
 class _RowLayer(DynamicLayer):
@@ -173,7 +175,9 @@ def _shared_attention(
     """An attention function of transformers' interface; `[R, heads, L, size]` -> `[R, L, heads, size]`."""
     cache = _CACHE.get()
     if cache is None:
-        raise ValueError(f"attn_implementation={ATTENTION!r} belongs to trl_ext's decoding; load the model with 'sdpa'.")
+        raise ValueError(
+            f"attn_implementation={ATTENTION!r} belongs to trl_ext's decoding; load the model with 'sdpa'."
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rows, heads, length, size = query.shape
     groups = key.shape[1]
