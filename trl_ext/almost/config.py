@@ -51,7 +51,8 @@ class QueriesConfig(GeneratorConfig):
     max_new_tokens: int = field(default=64, metadata={"help": "Most tokens of a query."})
     count: int = field(default=1000, metadata={"help": "How many queries to mine."})
     seeds: str = field(
-        default="", metadata={"help": "JSON lines with `query` or `instruction` to begin with; default: the package's."}
+        default="",
+        metadata={"help": "JSON lines with `query` or `instruction` to begin with; default: the package's."},
     )
     shots: int = field(default=10, metadata={"help": "Queries that are shown before a new one."})
     rouge_threshold: float = field(
@@ -59,7 +60,9 @@ class QueriesConfig(GeneratorConfig):
     )
     min_chars: int = field(default=30, metadata={"help": "A shorter query is dropped if no punctuation ends it."})
     max_chars: int = field(default=250, metadata={"help": "A longer query is dropped."})
-    patience: int = field(default=20, metadata={"help": "Stop with an error after so many batches without a new query."})
+    patience: int = field(
+        default=20, metadata={"help": "Stop with an error after so many batches without a new query."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,16 +102,12 @@ class ComparisonsConfig:
     )
     reward_batch_size: int = field(default=32, metadata={"help": "Answers that it scores side by side."})
     heldout_share: float = field(default=0.1, metadata={"help": "Share of the queries whose pairs are held out."})
-    second_share: float = field(
-        default=0.5, metadata={"help": "Share of the other queries whose pairs train the second, judging reward model."}
-    )
     conversational: bool = field(default=True, metadata={"help": "Write messages; otherwise plain texts."})
     seed: int = field(default=0, metadata={"help": "Seed of the split."})
 
     def __post_init__(self) -> None:
-        for name in ("heldout_share", "second_share"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1.")
+        if not 0 <= self.heldout_share < 1:
+            raise ValueError(f"heldout_share={self.heldout_share} must be at least 0 and below 1.")
 
 
 @dataclass

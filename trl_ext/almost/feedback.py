@@ -26,6 +26,7 @@ from trl_ext.almost.store import Row, RowFile, write_rows
 RewardFunction = Callable[[Sequence[Any], Sequence[str]], Sequence[float]]
 LoadBackend = Callable[[Rung], Backend]
 FEW_CHARS = 50
+COMPARISONS, HELDOUT = "comparisons.jsonl", "comparisons.heldout.jsonl"
 # Reasons of the heuristic filter.
 BAD = ("short", "ends open", "begins with well", "no full stop", "does not know", "another turn", "image")
 
@@ -115,7 +116,9 @@ def heuristic_filter(response: str) -> Optional[str]:
     return None if text.endswith((".", "!")) else "no full stop"
 
 
-def pair_up(ranks: Sequence[int], lengths: Sequence[int], everything: Sequence[int], length_aware: bool = True) -> list[Pair]:
+def pair_up(
+    ranks: Sequence[int], lengths: Sequence[int], everything: Sequence[int], length_aware: bool = True
+) -> list[Pair]:
     """Pairs of one query's answers.
 
     Each answer, from the best rank on, is preferred to the first of a lower rank that no better one has taken, if it isn't
@@ -189,29 +192,30 @@ def build_comparisons(
 
 
 def write_comparisons(rows: Sequence[Row], folder: Path, config: ComparisonsConfig) -> dict[str, int]:
-    """Split comparisons by query into `comparisons.jsonl`, `comparisons.second.jsonl` and `comparisons.heldout.jsonl`.
+    """Split comparisons by query into `comparisons.jsonl` and `comparisons.heldout.jsonl`.
+
+    Returns:
+        How many rows each has.
 
     Raises:
         ValueError: If a part that the config asks for would be empty.
     """
     queries = list(dict.fromkeys(row["query_id"] for row in rows))
     order = [queries[place] for place in np.random.default_rng(config.seed).permutation(len(queries))]
-    heldout = round(config.heldout_share * len(order))
-    second = heldout + round(config.second_share * (len(order) - heldout))
+    count = round(config.heldout_share * len(order))
+    heldout = set(order[:count])
+    if count == len(order) or (config.heldout_share and not count):
+        raise ValueError(
+            f"there are comparisons of {len(order)} queries only, too few to hold out heldout_share="
+            f"{config.heldout_share} of them; mine more queries."
+        )
     parts = {
-        "comparisons.heldout.jsonl": set(order[:heldout]),
-        "comparisons.second.jsonl": set(order[heldout:second]),
-        "comparisons.jsonl": set(order[second:]),
+        HELDOUT: [row for row in rows if row["query_id"] in heldout],
+        COMPARISONS: [row for row in rows if row["query_id"] not in heldout],
     }
-    shares = (config.heldout_share, config.second_share, 1.0)
-    for (name, part), share in zip(parts.items(), shares):
-        if share and not part:
-            raise ValueError(
-                f"{name} would be empty: there are comparisons of {len(order)} queries only, with heldout_share="
-                f"{config.heldout_share} and second_share={config.second_share}; mine more queries."
-            )
-        write_rows(folder / name, [row for row in rows if row["query_id"] in part])
-    return {name: sum(row["query_id"] in part for row in rows) for name, part in parts.items()}
+    for name, part in parts.items():
+        write_rows(folder / name, part)
+    return {name: len(part) for name, part in parts.items()}
 
 
 def _is_bad(response: str, asked: bool, counts: Counter[str]) -> bool:

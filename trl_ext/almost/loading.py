@@ -3,17 +3,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import get_peft_model
 from transformers import PreTrainedTokenizerBase
 
 from peft_ext import PeqaConfig, calibrate
-from peft_ext.models import load_model, load_tokenizer
+from peft_ext.models import DEFAULT_MODEL, load_tokenizer
 from trl_ext.almost.demonstrations import USER
 from trl_ext.almost.generation import Backend, TransformersBackend, VLLMBackend
+from trl_ext.almost.models import base_of, load_chat_tokenizer, load_policy
 from trl_ext.almost.prompts import STYLES, mining_prompt, seed_queries
 
 
@@ -64,21 +64,17 @@ def load_speaker(
     """A causal language model in evaluation mode, on the accelerator if there is one, and its tokenizer.
 
     Args:
-        model: What `peft_ext.models.load_model` takes, or a folder with an adapter of PEFT's.
+        model: See [`load_policy`].
         dtype: Float type of the weights.
         **kwargs: Passed to `from_pretrained`.
     """
-    folder = None if model is None else Path(model).expanduser()
-    if folder is not None and (folder / "adapter_config.json").is_file():
-        base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-        with_tokenizer = (folder / "tokenizer_config.json").is_file()
-        loaded = PeftModel.from_pretrained(load_model(base, dtype=dtype, **kwargs), str(folder))
-        tokenizer = _folder_tokenizer(folder) if with_tokenizer else load_tokenizer(base)
-    else:
-        loaded, tokenizer = load_model(model, dtype=dtype, **kwargs), load_tokenizer(model)
-    if torch.cuda.is_available() and "device_map" not in kwargs:
-        loaded = loaded.to("cuda")
-    return loaded.eval(), tokenizer
+    loaded = load_policy(model, dtype=dtype, **kwargs)
+    name = model or DEFAULT_MODEL
+    # without a template of its own a model has not been tuned to chat, and is shown the paper's plain dialogues
+    tokenizer = load_tokenizer(name) if base_of(name) is None else load_chat_tokenizer(name)
+    if torch.accelerator.is_available() and "device_map" not in kwargs:
+        loaded = loaded.to(torch.accelerator.current_accelerator())
+    return loaded, tokenizer
 
 
 def quantized(
@@ -101,15 +97,6 @@ def quantized(
     blocks = [torch.tensor([tokens[i : i + length]], device=device) for i in range(0, len(tokens), length)]
     calibrated = calibrate(model, config, [{"input_ids": block} for block in blocks], progressbar=False)
     return get_peft_model(calibrated, config).merge_and_unload().eval()
-
-
-def _folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def _calibration_text() -> str:

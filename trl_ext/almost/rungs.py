@@ -81,7 +81,9 @@ def parse_ladder(rungs: Sequence[Union[Rung, str, Mapping[str, Any]]]) -> list[R
     bare = [dataclasses.replace(rung, rank=None) for rung in ladder]
     for place, rung in enumerate(bare):
         if rung in bare[:place]:
-            raise ValueError(f"ladder: rungs {bare.index(rung)} and {place} are the same ({rung.name}); leave one out.")
+            raise ValueError(
+                f"ladder: rungs {bare.index(rung)} and {place} are the same ({rung.name}); leave one out."
+            )
     _warn_of_order(ladder)
     return ladder
 
@@ -119,4 +121,6 @@ def _warn_of_order(ladder: Sequence[Rung]) -> None:
             if (better.rank or 0) >= (worse.rank or 0) or better.model != worse.model or better.prompt != worse.prompt:
                 continue
             if better.shots <= worse.shots and (better.bits or 16) <= (worse.bits or 16):
-                logger.warning("ladder: %s stands above %s, which has as many shots and bits.", better.name, worse.name)
+                logger.warning(
+                    "ladder: %s stands above %s, which has as many shots and bits.", better.name, worse.name
+                )
