@@ -93,7 +93,7 @@ def quantized(
     config = PeqaConfig(bits=bits, group_size=size, init_method="calibrated", task_type="CAUSAL_LM")
     tokens = tokenizer(_calibration_text(), verbose=False)["input_ids"]
     length = min(512, getattr(model.config, "max_position_embeddings", 512) or 512)
-    device = model.get_input_embeddings().weight.device
+    device = next(model.parameters()).device
     blocks = [torch.tensor([tokens[i : i + length]], device=device) for i in range(0, len(tokens), length)]
     calibrated = calibrate(model, config, [{"input_ids": block} for block in blocks], progressbar=False)
     return get_peft_model(calibrated, config).merge_and_unload().eval()

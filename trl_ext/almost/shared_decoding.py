@@ -127,7 +127,7 @@ class _RowLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         end = self.length + key_states.shape[-2]
-        if not self.is_initialized:
+        if self.length == 0:
             rows, heads = key_states.shape[:2]
             self.keys = key_states.new_empty(rows, heads, max(self.room, end), key_states.shape[-1])
             self.values = value_states.new_empty(rows, heads, max(self.room, end), value_states.shape[-1])

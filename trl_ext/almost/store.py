@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -103,6 +104,32 @@ def write_rows(path: Union[str, os.PathLike], rows: Iterable[Mapping[str, Any]])
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         file.flush()
         os.fsync(file.fileno())
+
+
+def open_alone(path: Optional[str], config: Any) -> Path:
+    """The output file of a stage that runs by itself, once its config is beside it (`<name>.config.json`).
+
+    Args:
+        path: What the user passed.
+        config: A dataclass or a mapping.
+
+    Raises:
+        ValueError: If there is no path, or the file was begun with another config; names what differs.
+    """
+    if not path:
+        raise ValueError("output_file is missing: pass --output_file, the .jsonl file to write.")
+    target = Path(path).expanduser()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    values = _plain(dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config)  # type: ignore[arg-type]
+    beside = target.with_suffix(".config.json")
+    if beside.is_file():
+        changes = differences(json.loads(beside.read_text(encoding="utf-8")), values)
+        if changes:
+            listed = "; ".join(f"{key}: was {old}, is {new}" for key, old, new in changes)
+            raise ValueError(f"{str(target)!r} was begun with another config ({listed}); use another file.")
+    else:
+        write_json(beside, values)
+    return target
 
 
 class Run:
