@@ -123,6 +123,7 @@ class Pipeline:
             RuntimeError: If a training script fails.
             ValueError, OSError: As the stages.
         """
+        self.run_files.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.run_files.path(".lock"))
         try:
             lock.acquire(timeout=0)

@@ -138,12 +138,11 @@ class Run:
     `manifest/<stage>.json` holds a stage's config, the hashes of its inputs and outputs, and its counts.
 
     Args:
-        folder: Made if need be.
+        folder: Made when a stage begins.
     """
 
     def __init__(self, folder: Union[str, os.PathLike]) -> None:
         self.folder = Path(folder)
-        (self.folder / "manifest").mkdir(parents=True, exist_ok=True)
 
     def path(self, name: str) -> Path:
         """Where a file or folder of the run lies."""
@@ -226,6 +225,7 @@ class Run:
         return self.folder / "manifest" / f"{stage}.json"
 
     def _write(self, stage: str, value: dict[str, Any]) -> None:
+        self._manifest(stage).parent.mkdir(parents=True, exist_ok=True)
         write_json(self._manifest(stage), {"format": _FORMAT, "stage": stage, **value})
 
     def _other_folder(self) -> Path:
