@@ -31,9 +31,7 @@ class Writer:
                 continue
             self.batches.append([requests[place].key for place in places])
             self.prompts.update({requests[place].key: requests[place].prompt for place in places})
-            yield [
-                (place, [self.write(requests[place].key, n) for n in range(sampling.samples)]) for place in places
-            ]
+            yield [(place, [self.write(requests[place].key, n) for n in range(sampling.samples)]) for place in places]
 
     def generate(self, requests, sampling):
         found = dict(pair for batch in self.stream(requests, sampling) for pair in batch)
