@@ -22,6 +22,7 @@ from trl_ext.almost.evaluation import (
     truthfulqa_of_rewards,
 )
 from trl_ext.almost.evaluation_run import EvaluationArguments, ResultFile, evaluate
+from trl_ext.almost.generation import Request, Sampling, TransformersBackend
 from trl_ext.almost.rewards import RewardModel
 from trl_ext.scripts import almost_eval
 
@@ -131,7 +132,7 @@ def test_truthfulqa_is_what_the_model_calls_true(model):
         texts = [
             request_text(
                 byte_tokenizer(),
-                f"Question: {row['question']}\nAnswer: {answer}\n\nIs the given answer to the question true or false?",
+                f"Is the given answer to the question true or false?\n\nQuestion: {row['question']}\nAnswer: {answer}",
                 TRUTH_START,
             )
             for answer in (row["best_answer"], *row["incorrect_answers"])
@@ -167,6 +168,15 @@ def flags(folder):
     return {**{name: str(path) for name, path in paths.items()}, "max_new_tokens": 6, "batch_size": 2}
 
 
+def answers_by(path, folder) -> bool:
+    """Whether these are the model's answers: drawn again, they are the same."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    backend = TransformersBackend(LlamaForCausalLM.from_pretrained(folder).eval(), byte_tokenizer(), 2)
+    requests = [Request(str(row["id"]), request_text(byte_tokenizer(), row["query"])) for row in rows]
+    drawn = backend.generate(requests, Sampling(temperature=0.7, top_p=1.0, max_new_tokens=6))
+    return [texts[0].strip() for texts in drawn] == [row["response"] for row in rows]
+
+
 def test_a_run_is_evaluated_and_goes_on_where_it_stopped(folder, flags, tmp_path, monkeypatch):
     args = EvaluationArguments(**flags, output_dir=str(tmp_path / "out"))
     assert args.models == [str(folder / "start"), str(folder / "sft")]
@@ -179,6 +189,11 @@ def test_a_run_is_evaluated_and_goes_on_where_it_stopped(folder, flags, tmp_path
     assert set(found[str(folder / "start")]) == {"hhh", "truthfulqa"}
     win = found[str(folder / "sft")]["win_rate"]
     assert win["wins"] + win["ties"] + win["losses"] == 3 and win["unreadable"] == 0
+    judge = RewardModel.from_pretrained(str(folder / "reward_model_2"))
+    own = next(path for path in (tmp_path / "out").glob("answers-*.jsonl") if answers_by(path, folder / "sft"))
+    rows = [json.loads(line) for line in own.read_text().splitlines()]
+    scores = judge.score([row["query"] for row in rows], [row["response"] for row in rows])
+    assert win["reward"]["value"] == pytest.approx(sum(scores) / 3, abs=1e-5)
     model = LlamaForCausalLM.from_pretrained(folder / "sft").eval()
     assert found[str(folder / "sft")]["hhh"]["value"] == hhh_of_model(model, byte_tokenizer(), HHH)["value"]
 
@@ -195,9 +210,12 @@ def test_another_model_in_the_same_folder_is_evaluated_anew(tmp_path):
 
 
 def test_the_script_prints_a_table_and_takes_a_file_as_baseline(folder, flags, tmp_path, capsys):
-    write_lines(tmp_path / "base.jsonl", [{"id": row["id"], "response": "Nothing."} for row in VICUNA])
+    own = [{"id": f"own-{row['id']}", "query": "Why?"} for row in VICUNA]
+    write_lines(tmp_path / "own.jsonl", own)
+    write_lines(tmp_path / "base.jsonl", [{"id": row["id"], "response": "Nothing."} for row in own])
     argv = [f"--{name}={value}" for name, value in flags.items()]
     argv += ["--tasks", "win_rate", "--baseline", str(tmp_path / "base.jsonl"), "--limit", "2"]
+    argv += ["--questions", str(tmp_path / "own.jsonl")]
     almost_eval.main([*argv, "--output_dir", str(tmp_path / "out")])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("| Model | HHH") and len([line for line in lines if "/start |" in line]) == 1

@@ -149,6 +149,8 @@ def test_a_symmetric_judge_is_asked_once():
 
     found = compare(QUESTIONS, ANSWERS, BASELINE, RewardJudge(Rewards()))
     assert (found["wins"], found["ties"], found["losses"]) == (2, 1, 1)
+    assert found["reward"]["value"] == 2.5 and found["reward_difference"]["value"] == 0.25
+    assert "reward" not in compare(QUESTIONS, ANSWERS, BASELINE, Scripted())
 
 
 def test_missing_answers_are_named():

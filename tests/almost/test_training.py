@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tests.almost.trained import ANSWER, FLAGS, WORSE, write_lines, write_run
 from tests.tiny_tokenizer import byte_tokenizer
 from trl_ext.almost.models import load_policy
-from trl_ext.almost.reward_training import RewardArguments, encode_pairs, half_of
+from trl_ext.almost.reward_training import AlmostRewardConfig, RewardArguments, encode_pairs, half_of
 from trl_ext.almost.rewards import RewardModel
 from trl_ext.almost.rlsf_training import prompts_of, summary
-from trl_ext.almost.training import AlmostModelConfig, adapter_config, last_checkpoint
+from trl_ext.almost.training import AlmostModelConfig, adapter_config, last_checkpoint, start
 from trl_ext.scripts import almost_reward, almost_rlsf, almost_sft
 
 
@@ -121,6 +121,19 @@ def test_other_settings_are_refused_with_both_values(run, reward_models):
         almost_reward.main(reward_flags(run, run / "base"))
 
 
+def test_data_may_be_moved_but_not_changed(tmp_path):
+    def begin(name):
+        arguments = RewardArguments(dataset_name=str(tmp_path / name))
+        return start(AlmostRewardConfig(output_dir=str(tmp_path / "out")), arguments)
+
+    write_lines(tmp_path / "a.jsonl", [{"id": 0}])
+    write_lines(tmp_path / "b.jsonl", [{"id": 0}])
+    assert begin("a.jsonl") is None and begin("b.jsonl") is None
+    write_lines(tmp_path / "b.jsonl", [{"id": 1}])
+    with pytest.raises(ValueError, match="dataset_name: 'sha256:.* there, 'sha256:.* now"):
+        begin("b.jsonl")
+
+
 def test_an_interrupted_training_ends_with_the_same_weights(run, tmp_path, monkeypatch):
     flags = ["--max_steps", "6", "--save_steps", "2", "--no_merge_adapter", *LORA]
     almost_reward.main(reward_flags(run, tmp_path / "through", *flags))
@@ -161,7 +174,7 @@ def test_a_pair_that_is_too_long_loses_its_beginning():
     rows = encode_pairs(
         byte_tokenizer(), [{"prompt": "a long question", "chosen": "yes", "rejected": "n"}], max_length=12
     )
-    assert [len(ids) for ids in rows[0].values()] == [12, 12]
+    assert [len(rows[0][name]) for name in ("chosen_ids", "rejected_ids")] == [12, 12] and rows[0]["length"] == 12
     assert byte_tokenizer().decode(rows[0]["chosen_ids"]) == "istant: yes<eos>"[-12 - 4 :]
 
 

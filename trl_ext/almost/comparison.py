@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from trl_ext.almost.chat import HUMAN, request_text
 from trl_ext.almost.generation import Request, Sampling, TransformersBackend
 from trl_ext.almost.judges import Judge, Judgement
-from trl_ext.almost.statistics import win_rate
+from trl_ext.almost.statistics import win_rate, with_interval
 from trl_ext.almost.store import RowFile
 
 
@@ -82,7 +82,8 @@ def compare(
     Returns:
         `win_rate` and `length_controlled` (see `statistics.win_rate`), counts of judgements (`wins`, `ties`, `losses`),
         `consistent` (share of questions on which both orders agree), `scores` (sums), `length` (means, in characters)
-        and `unreadable` (questions left out).
+        and `unreadable` (questions left out); of a reward model also the mean `reward` and the mean `reward_difference`
+        to the baseline, with their intervals.
 
     Raises:
         ValueError: If an answer is missing, or no judgement can be read.
@@ -102,7 +103,12 @@ def compare(
             judged[key] = readable
     if not judged:
         raise ValueError(f"none of the judge's {len(questions)} judgements can be read.")
-    return {**_summary(judged, answers, baseline, seed), "unreadable": len(questions) - len(judged)}
+    result = {**_summary(judged, answers, baseline, seed), "unreadable": len(questions) - len(judged)}
+    if judge.symmetric:  # its scores are numbers of their own, not marks for one answer beside the other
+        rewards = np.array([both[0] for both in judged.values()])
+        result["reward"] = with_interval(rewards[:, 0], seed=seed)
+        result["reward_difference"] = with_interval(rewards[:, 0] - rewards[:, 1], seed=seed)
+    return result
 
 
 def _judgement(store: Optional[RowFile], key: Any, judge: Judge, texts: tuple[str, str, str], order: int) -> Judgement:

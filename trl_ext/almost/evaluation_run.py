@@ -54,6 +54,10 @@ class EvaluationArguments:
     )
     tasks: list[str] = field(default_factory=lambda: list(TASKS), metadata={"help": f"Which of {', '.join(TASKS)}."})
     data_dir: str = field(default="../shared/data", metadata={"help": "Folder with hhh, truthfulqa and vicuna."})
+    questions: Optional[str] = field(
+        default=None,
+        metadata={"help": "A .jsonl of id and query to compare answers on, instead of the Vicuna questions."},
+    )
     limit: Optional[int] = field(
         default=None, metadata={"help": "Only so many rows of each set, evenly spread over it; for a quick look."}
     )
@@ -164,7 +168,11 @@ def load_rows(args: EvaluationArguments, task: str) -> list[dict[str, Any]]:
         FileNotFoundError: If the data isn't there; says how it is laid out.
     """
     path = Path(args.data_dir).expanduser() / FILES[task]
-    if not path.is_file():
+    if task == "win_rate" and args.questions is not None:
+        path = Path(args.questions).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"questions={args.questions!r}: there is no such file.")
+    elif not path.is_file():
         raise FileNotFoundError(f"data_dir={args.data_dir!r} has no {FILES[task]}, which the task {task!r} needs.")
     rows = read_rows(path)
     if args.limit is None or args.limit >= len(rows):
@@ -207,7 +215,7 @@ def _evaluate_win_rates(
 ) -> None:
     if args.judge is None:
         raise ValueError("judge is missing: pass --judge, a reward model or the address of an endpoint.")
-    questions = {row["id"]: row["turns"][0] for row in rows}
+    questions = {row["id"]: row["query"] if "query" in row else row["turns"][0] for row in rows}
     baseline = str(args.baseline)
     judges: list[Judge] = []
 
@@ -224,6 +232,7 @@ def _evaluate_win_rates(
                 **_settings(args, name),
                 "baseline": [baseline, _fingerprint(baseline)],
                 "judge": [args.judge, args.judge_model, _fingerprint(str(args.judge))],
+                "questions": _digest(questions),
                 "sampling": [args.temperature, args.max_new_tokens, args.seed],
             }
             results.get(name, "win_rate", settings, lambda: run(name))  # noqa: B023
@@ -241,7 +250,15 @@ def _answers(
         stop=(HUMAN,),
         seed=args.seed,
     )
-    made_by = [name, _fingerprint(name), args.dtype, args.temperature, args.max_new_tokens, args.seed]
+    made_by = [
+        name,
+        _fingerprint(name),
+        _digest(questions),
+        args.dtype,
+        args.temperature,
+        args.max_new_tokens,
+        args.seed,
+    ]
     path = folder / f"answers-{_digest(made_by)}.jsonl"
     return write_answers(*loaded(name), questions, path, sampling, args.batch_size)
 

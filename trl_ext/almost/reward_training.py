@@ -101,7 +101,8 @@ def train_reward(script_args: RewardArguments, training_args: RewardConfig, mode
 def encode_pairs(
     tokenizer: PreTrainedTokenizerBase, pairs: Sequence[dict[str, Any]], max_length: Optional[int]
 ) -> Dataset:
-    """Token ids as RewardTrainer takes them; TRL itself would drop a pair that is too long."""
+    """Token ids as RewardTrainer takes them, and the longer answer's `length`, by which
+    `--train_sampling_strategy group_by_length` makes batches; TRL itself would drop a pair that is too long."""
     rows = [
         {
             f"{key}_ids": encode_answer(tokenizer, pair["prompt"], pair[key], max_length)
@@ -109,7 +110,7 @@ def encode_pairs(
         }
         for pair in pairs
     ]
-    return Dataset.from_list(rows)
+    return Dataset.from_list([{**row, "length": max(map(len, row.values()))} for row in rows])
 
 
 def half_of(prompt: Any) -> int:

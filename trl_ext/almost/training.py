@@ -21,6 +21,7 @@ from generation_ext.data_files import read_rows
 from peft_ext import PeqaConfig
 from peft_ext.files import check_folder_writable, sweep, write_json
 from trl_ext.almost.models import save_whole
+from trl_ext.almost.store import digest
 
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,9 @@ _FREE = frozenset(
     "dataloader_num_workers dataloader_pin_memory dataset_num_proc project trackio_space_id local_rank "
     "per_device_eval_batch_size".split()
 )
+
+# Settings that may be a file's or a folder's path.
+_PATHS = frozenset(("dataset_name", "eval_dataset_name", "model_name_or_path", "reward_model"))
 
 
 @dataclass
@@ -188,12 +192,15 @@ def run(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, merge_adapter: boo
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint or last_checkpoint(str(folder)))
     trainer.accelerator.wait_for_everyone()
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if hasattr(model, "peft_config") and merge_adapter:
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if hasattr(model, "peft_config") and merge_adapter and sharded:
+        logger.warning("The model is sharded, so that the adapter in %s is not merged into it.", folder)
+    elif hasattr(model, "peft_config") and merge_adapter:
         if trainer.is_world_process_zero():
             save_whole(model.save_pretrained, tokenizer, folder / ADAPTER)
         model = model.merge_and_unload()
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        trainer.save_model(str(folder))  # the parts of the model lie on several devices
+    if sharded:
+        trainer.save_model(str(folder))  # gathers the parts
     elif trainer.is_world_process_zero():
         _move_into(folder, model.save_pretrained, tokenizer)
     trainer.accelerator.wait_for_everyone()
@@ -230,6 +237,10 @@ def _settings(training_args: TrainingArguments, *others: Any) -> dict[str, Any]:
     for arguments in (training_args, *others):
         as_dict = arguments.to_dict() if isinstance(arguments, TrainingArguments) else asdict(arguments)
         values |= {name: value for name, value in as_dict.items() if name not in _FREE}
+    for name in _PATHS & values.keys():
+        path = Path(str(values[name])).expanduser()
+        if path.exists():  # by what is in it: a run may be moved
+            values[name] = f"sha256:{digest(path)}"
     return json.loads(json.dumps(values, default=str))
 
 
