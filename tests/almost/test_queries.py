@@ -94,6 +94,14 @@ def test_a_model_that_finds_nothing_is_an_error_with_the_counts(tmp_path, text, 
         mine_queries(Writer(lambda key, n: text), config, tmp_path / "q.jsonl")
 
 
+def test_several_texts_for_a_list(tmp_path):
+    writer = Writer(sentence)
+    config = QueriesConfig(count=10, batch_size=4, samples=2)
+    counts = mine_queries(writer, config, tmp_path / "q.jsonl")
+    assert len(writer.prompts) == 2 * len({key.split("/")[1] for key in writer.prompts})
+    assert counts["generated"] <= 2 * len(writer.prompts) and len(read_rows(tmp_path / "q.jsonl")) == 10
+
+
 def test_bad_config():
     for name in ("count", "shots", "batch_size"):
         with pytest.raises(ValueError, match=f"{name}=0"):
