@@ -21,6 +21,7 @@ from typing import Any, Optional
 import torch
 
 from benchmarks.almost_ablations import FILTERS, LADDERS, Ablations
+from benchmarks.almost_smoke import write_smoke
 from benchmarks.almost_speed import SPEED_STAGES, measure_speed
 from benchmarks.common import RESULTS, ROOT, Results, describe, log, markdown_table, verdict
 from benchmarks.in_context import default_data_dir
@@ -39,13 +40,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Measure what is missing, then print."""
     args = _parse(argv)
     torch.set_num_threads(args.threads)
-    config = load_recipe(
-        str(args.config),
-        args.set,
-        run_dir=str(args.work / "run"),
-        **({"model_name_or_path": args.model} if args.model else {}),
-    )
-    config.evaluation.setdefault("data_dir", str(args.data_dir))
+    if args.smoke:
+        args.config, args.data_dir = write_smoke(args.work)
+        args.speed_requests = 4
+    changes = {} if args.model is None else {"model_name_or_path": args.model}
+    config = load_recipe(str(args.config), args.set, run_dir=str(args.work / "run"), **changes)
     config.evaluation["data_dir"] = str(args.data_dir)
     study = Study(args, config)
     if not args.table:
@@ -291,8 +290,11 @@ def _parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument("--speed-requests", type=int, default=32)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--set", nargs="*", default=[], help="settings in place of the recipe's, as queries.count=100")
+    parser.add_argument("--smoke", action="store_true", help="a tiny random model and tiny data")
     parser.add_argument("--table", action="store_true", help="print what is stored, measure nothing")
     args = parser.parse_args(argv)
+    if args.data_dir is None and not (args.smoke or args.table):
+        parser.error("--data-dir is missing: a folder with hhh, truthfulqa and vicuna")
     args.work = args.work or args.output.with_suffix(".work")
     return args
 

@@ -4,10 +4,12 @@ the second reward model."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -151,7 +153,8 @@ class Ablations:
         path = output.parent / f"{stage}.yaml"
         block = {**self.config.block(stage), **changes, "output_dir": str(output)}
         path.write_text(yaml.safe_dump(block), encoding="utf-8")
-        importlib.import_module(f"trl_ext.scripts.{SCRIPTS[stage]}").main(["--config", str(path)])
+        with contextlib.redirect_stdout(sys.stderr):
+            importlib.import_module(f"trl_ext.scripts.{SCRIPTS[stage]}").main(["--config", str(path)])
 
     def _win_rate(self, folder: Path, model: Path, baseline: str) -> dict[str, Any]:
         block = {key: value for key, value in self.config.block(EVALUATION).items() if key not in ("run_dir", "start")}

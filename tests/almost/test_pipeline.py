@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import random
@@ -61,24 +60,8 @@ def recipe(base, run_dir, **changes):
     return AlmostConfig(**{**RECIPE, "model_name_or_path": base, "run_dir": str(run_dir), **changes})
 
 
-@pytest.fixture
-def in_process(monkeypatch):
-    """Training scripts run in this process; importing TRL takes longer than these trainings."""
-
-    def run(self, stage):
-        path = self.run_files.path("configs") / f"{stage}.yaml"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(yaml.safe_dump(self.config.block(stage)))
-        from trl_ext.almost.recipe import SCRIPTS
-
-        importlib.import_module(f"trl_ext.scripts.{SCRIPTS[stage]}").main(["--config", str(path)])
-        return self._script_counts(stage)
-
-    monkeypatch.setattr(Pipeline, "_script", run)
-
-
-def test_all_stages(base, tmp_path, in_process, capsys):
-    pipeline = Pipeline(recipe(base, tmp_path / "run", skip=["evaluation"]))
+def test_all_stages(base, tmp_path):
+    pipeline = Pipeline(recipe(base, tmp_path / "run", skip=["evaluation"], launcher="inline"))
     assert [line.status for line in plan(pipeline)] == ["to do"] * 9 and not (tmp_path / "run").exists()
     counts = pipeline.run()
     assert list(counts) == [stage for stage in STAGES if stage != "evaluation"]
@@ -96,7 +79,7 @@ def test_all_stages(base, tmp_path, in_process, capsys):
     )
     assert counts["self_play"]["conversations"] + counts["self_play"]["without an answer"] == 6
     assert counts["rlsf"]["steps"] == 2
-    again = Pipeline(recipe(base, tmp_path / "run", skip=["evaluation"]))
+    again = Pipeline(recipe(base, tmp_path / "run", skip=["evaluation"], launcher="inline"))
     assert {line.status for line in plan(again)} == {"done"}
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert again.run() == json.loads(json.dumps(counts))

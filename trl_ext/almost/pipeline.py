@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
+import importlib
 import json
 import logging
 import os
@@ -37,6 +39,7 @@ from trl_ext.almost.queries import mine_queries
 from trl_ext.almost.recipe import (
     COMPARISONS,
     EVALUATION,
+    INLINE,
     QUERIES,
     RESPONSES,
     REWARD,
@@ -161,14 +164,20 @@ class Pipeline:
         return files
 
     def _script(self, stage: str) -> dict[str, Any]:
-        """Run a training script in a process of its own, with its block as its YAML."""
+        """Run a training script with its block as its YAML, in a process of its own unless it is to run inline."""
         path = self.run_files.path("configs") / f"{stage}.yaml"
         path.parent.mkdir(exist_ok=True)
         with written_whole(path) as partial:
             partial.write_text(yaml.safe_dump(self.config.block(stage), sort_keys=False), encoding="utf-8")
+        if self.config.launcher == INLINE:
+            with contextlib.redirect_stdout(sys.stderr):
+                importlib.import_module(f"trl_ext.scripts.{SCRIPTS[stage]}").main(["--config", str(path)])
+            return self._script_counts(stage)
         start = shlex.split(self.config.launcher) or [sys.executable]
         command = [*start, "-m", f"trl_ext.scripts.{SCRIPTS[stage]}", "--config", str(path)]
-        ended = subprocess.run(command, check=False, preexec_fn=_end_with_parent if sys.platform == "linux" else None)
+        # what a script prints is progress here, so it goes to stderr
+        dies = _end_with_parent if sys.platform == "linux" else None
+        ended = subprocess.run(command, check=False, stdout=2, preexec_fn=dies)
         if ended.returncode:
             raise RuntimeError(
                 f"stage {stage!r} ended with status {ended.returncode}; what it said stands above. To run it alone: "

@@ -28,6 +28,8 @@ REWARD, REWARD_2, SELF_PLAY, SFT, RLSF, EVALUATION = (
     "rlsf",
     "evaluation",
 )
+# The launcher that starts no process.
+INLINE = "inline"
 # In the order in which they run.
 STAGES = (QUERIES, RLSF_QUERIES, RESPONSES, COMPARISONS, REWARD, REWARD_2, SELF_PLAY, SFT, RLSF, EVALUATION)
 OPTIONAL = (RLSF_QUERIES, REWARD_2, SFT, RLSF, EVALUATION)
@@ -69,7 +71,9 @@ class AlmostConfig:
     chat_format: str = field(default="auto", metadata={"help": "chat, plain or auto."})
     launcher: str = field(
         default="",
-        metadata={"help": "What starts the training scripts, such as 'accelerate launch'; default: python."},
+        metadata={
+            "help": "What starts the training scripts, such as 'accelerate launch'; 'inline': this process; default: python."
+        },
     )
     skip: list[str] = field(default_factory=list, metadata={"help": f"Stages to leave out, of {', '.join(OPTIONAL)}."})
     until: Optional[str] = field(default=None, metadata={"help": "Stop after this stage."})
