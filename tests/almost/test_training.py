@@ -128,7 +128,9 @@ def test_data_may_be_moved_but_not_changed(tmp_path):
 
     write_lines(tmp_path / "a.jsonl", [{"id": 0}])
     write_lines(tmp_path / "b.jsonl", [{"id": 0}])
-    assert begin("a.jsonl") is None and begin("b.jsonl") is None
+    assert begin("mistyped.jsonl") is None and begin("a.jsonl") is None, "nothing has been trained on it"
+    (tmp_path / "out" / "checkpoint-1").mkdir()
+    assert begin("b.jsonl") is None
     write_lines(tmp_path / "b.jsonl", [{"id": 1}])
     with pytest.raises(ValueError, match="dataset_name: 'sha256:.* there, 'sha256:.* now"):
         begin("b.jsonl")
@@ -225,6 +227,7 @@ def test_grpo_trains_the_whole_policy_against_a_frozen_copy(run, sft, reward_mod
     almost_rlsf.main(["--config", str(config), *rlsf_flags(run, sft, reward_models("whole"), tmp_path / "out")])
     kl = [entry["kl"] for entry in result(tmp_path / "out")["history"] if "kl" in entry]
     assert kl[0] == pytest.approx(0, abs=1e-6) and kl[-1] > 0.01
+    assert not (tmp_path / "out" / "start").exists(), "the frozen copy isn't needed any more"
     before, after = load_policy(str(sft)), AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (before.model.norm.weight - after.model.norm.weight).abs().max() > 1e-3
 
