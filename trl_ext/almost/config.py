@@ -55,6 +55,10 @@ class QueriesConfig(GeneratorConfig):
         metadata={"help": "JSON lines with `query` or `instruction` to begin with; default: the package's."},
     )
     shots: int = field(default=10, metadata={"help": "Queries that are shown before a new one."})
+    samples: int = field(
+        default=1,
+        metadata={"help": "Texts for each list; more cost less, since the list runs through the model once."},
+    )
     rouge_threshold: float = field(
         default=0.5, metadata={"help": "A query with ROUGE-L of at least this with any earlier one is dropped."}
     )
@@ -66,9 +70,10 @@ class QueriesConfig(GeneratorConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.count < 1 or self.shots < 1 or self.patience < 1:
+        if min(self.count, self.shots, self.patience, self.samples) < 1:
             raise ValueError(
-                f"count={self.count}, shots={self.shots} and patience={self.patience} must all be positive."
+                f"count={self.count}, shots={self.shots}, patience={self.patience} and samples={self.samples} must all be "
+                "positive."
             )
         if not 0 <= self.min_chars <= self.max_chars:
             raise ValueError(f"min_chars={self.min_chars} must be between 0 and max_chars={self.max_chars}.")

@@ -12,6 +12,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -123,6 +124,7 @@ class Pipeline:
             RuntimeError: If a training script fails.
             ValueError, OSError: As the stages.
         """
+        self.run_files.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.run_files.path(".lock"))
         try:
             lock.acquire(timeout=0)
@@ -144,9 +146,10 @@ class Pipeline:
             logger.info("%s: done already", stage)
             return
         logger.info("%s", stage)
+        start = time.monotonic()
         counts = self._script(stage) if stage in SCRIPTS else _DATA_STAGES[stage](self)
         gc.collect()
-        self.run_files.finish(stage, files.outputs, counts)
+        self.run_files.finish(stage, files.outputs, counts, time.monotonic() - start)
 
     def _files(self, stage: str) -> Files:
         files = FILES[stage]

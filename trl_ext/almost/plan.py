@@ -93,7 +93,12 @@ class _Estimate:
         if stage in (QUERIES, RLSF_QUERIES):
             config = self.config.data_config(stage)
             texts = round(config.count / ACCEPTED)
-            return config.count, texts * self.mining, texts * self.query, f"{texts:,} texts, {config.shots} shots each"
+            return (
+                config.count,
+                texts // config.samples * self.mining,
+                texts * self.query,
+                f"{texts:,} texts, {config.shots} shots each",
+            )
         if stage == RESPONSES:
             return self._responses()
         if stage == COMPARISONS:

@@ -54,8 +54,10 @@ def mine_queries(
             if len(miner.queries) == config.count:
                 break
             if number not in rounds:
-                texts = backend.generate(miner.requests(number), config.sampling(stop=MINING_STOPS))
-                rounds.append([{"id": number, "texts": [samples[0] for samples in texts]}])
+                texts = backend.generate(
+                    miner.requests(number), config.sampling(stop=MINING_STOPS, samples=config.samples)
+                )
+                rounds.append([{"id": number, "texts": [text for samples in texts for text in samples]}])
             miner.take(rounds.rows[number]["texts"])
             bar.update(len(miner.queries) - bar.n)
     write_rows(path, [{"id": number, "query": query} for number, query in enumerate(miner.queries)])
@@ -82,7 +84,7 @@ class Miner:
         """The lists of a batch, each with shots of its own from the seeds and the queries so far."""
         pool = [*self.seeds, *self.queries]
         requests = []
-        for place in range(self.config.batch_size):
+        for place in range(max(1, self.config.batch_size // self.config.samples)):
             generator = np.random.default_rng([self.config.seed, number, place])
             chosen = generator.choice(len(pool), size=min(self.config.shots, len(pool)), replace=False)
             prompt = mining_prompt([pool[index] for index in chosen])

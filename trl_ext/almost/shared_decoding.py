@@ -36,7 +36,7 @@ class Rows:
         prefix: What all texts begin with, see [`encode_prefix`]; empty where the model can't share it.
         prompts: For each text the tokens after the prefix; at least one.
         samples: Texts that go on from each prompt.
-        room: Most tokens that will be added to a text.
+        room: Tokens that will be added to a text; with more, memory is moved.
     """
 
     def __init__(
@@ -132,6 +132,8 @@ class _RowLayer(DynamicLayer):
             self.keys = key_states.new_empty(rows, heads, max(self.room, end), key_states.shape[-1])
             self.values = value_states.new_empty(rows, heads, max(self.room, end), value_states.shape[-1])
             self.is_initialized = True
+        elif end > self.keys.shape[-2]:
+            self.keys, self.values = _longer(self.keys, end), _longer(self.values, end)
         self.keys[:, :, self.length : end] = key_states
         self.values[:, :, self.length : end] = value_states
         self.length = end
@@ -140,6 +142,11 @@ class _RowLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         past = 0 if self.prefix_keys is None else self.prefix_keys.shape[-2]
         return past + self.length
+
+
+def _longer(buffer: torch.Tensor, needed: int) -> torch.Tensor:
+    room = buffer.new_empty(*buffer.shape[:2], 2 * needed - buffer.shape[-2], buffer.shape[-1])
+    return torch.cat([buffer, room], dim=-2)
 
 
 def _prefix_layers(

@@ -138,12 +138,11 @@ class Run:
     `manifest/<stage>.json` holds a stage's config, the hashes of its inputs and outputs, and its counts.
 
     Args:
-        folder: Made if need be.
+        folder: Made when a stage begins.
     """
 
     def __init__(self, folder: Union[str, os.PathLike]) -> None:
         self.folder = Path(folder)
-        (self.folder / "manifest").mkdir(parents=True, exist_ok=True)
 
     def path(self, name: str) -> Path:
         """Where a file or folder of the run lies."""
@@ -208,24 +207,30 @@ class Run:
         self._write(stage, {"config": _plain(config), "inputs": hashes, "outputs": {}, "counts": {}, "done": False})
         return True
 
-    def finish(self, stage: str, outputs: Iterable[str], counts: Optional[Mapping[str, Any]] = None) -> None:
+    def finish(
+        self, stage: str, outputs: Iterable[str], counts: Optional[Mapping[str, Any]] = None, seconds: float = 0.0
+    ) -> None:
         """Write down that a stage is done.
 
         Args:
             stage: One that has begun.
             outputs: Names of what it wrote.
             counts: What to tell of it.
+            seconds: How long its last, uninterrupted part took.
         """
         known = self.manifest(stage)
         if known is None:
             raise ValueError(f"stage={stage!r} has not begun.")
         hashes = {name: digest(self.path(name)) for name in outputs}
-        self._write(stage, {**known, "outputs": hashes, "counts": _plain(counts or {}), "done": True})
+        self._write(
+            stage, {**known, "outputs": hashes, "counts": _plain(counts or {}), "seconds": seconds, "done": True}
+        )
 
     def _manifest(self, stage: str) -> Path:
         return self.folder / "manifest" / f"{stage}.json"
 
     def _write(self, stage: str, value: dict[str, Any]) -> None:
+        self._manifest(stage).parent.mkdir(parents=True, exist_ok=True)
         write_json(self._manifest(stage), {"format": _FORMAT, "stage": stage, **value})
 
     def _other_folder(self) -> Path:
