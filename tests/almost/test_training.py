@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -136,22 +137,28 @@ def test_data_may_be_moved_but_not_changed(tmp_path):
         begin("b.jsonl")
 
 
-def test_an_interrupted_training_ends_with_the_same_weights(run, tmp_path, monkeypatch):
-    flags = ["--max_steps", "6", "--save_steps", "2", "--no_merge_adapter", *LORA]
-    almost_reward.main(reward_flags(run, tmp_path / "through", *flags))
-    step = Trainer.training_step
-    seen = []
+@contextlib.contextmanager
+def killed_at(number, monkeypatch):
+    """The training is broken off at its so manyth step."""
+    step, seen = Trainer.training_step, []
 
-    def killed(self, *args, **kwargs):
+    def training_step(self, *args, **kwargs):
         seen.append(self.state.global_step)
-        if len(seen) == 6:
+        if len(seen) == number:
             raise KeyboardInterrupt
         return step(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "training_step", killed)
+        patch.setattr(Trainer, "training_step", training_step)
         with pytest.raises(KeyboardInterrupt):
-            almost_reward.main(reward_flags(run, tmp_path / "cut", *flags))
+            yield
+
+
+def test_an_interrupted_training_ends_with_the_same_weights(run, tmp_path, monkeypatch):
+    flags = ["--max_steps", "6", "--save_steps", "2", "--no_merge_adapter", *LORA]
+    almost_reward.main(reward_flags(run, tmp_path / "through", *flags))
+    with killed_at(6, monkeypatch):
+        almost_reward.main(reward_flags(run, tmp_path / "cut", *flags))
     assert not (tmp_path / "cut" / "training.json").exists() and last_checkpoint(str(tmp_path / "cut")).endswith("-4")
     almost_reward.main(reward_flags(run, tmp_path / "cut", *flags))
     through, cut = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("through", "cut"))
@@ -219,6 +226,19 @@ def test_rloo_starts_from_the_sft_policy_and_is_held_to_it(run, sft, reward_mode
     with torch.no_grad():
         merged = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
         torch.testing.assert_close(apart(ids).logits, merged, atol=1e-4, rtol=1e-4)
+
+
+def test_an_interrupted_rlsf_goes_on_against_the_same_reference(run, sft, reward_models, tmp_path, monkeypatch):
+    through, cut = tmp_path / "through", tmp_path / "cut"
+    flags = ["--save_steps", "1", "--no_merge_adapter", *LORA]
+    almost_rlsf.main(rlsf_flags(run, sft, reward_models("lora"), through, *flags))
+    with killed_at(3, monkeypatch):
+        almost_rlsf.main(rlsf_flags(run, sft, reward_models("lora"), cut, *flags))
+    assert last_checkpoint(str(cut)).endswith("-2")
+    almost_rlsf.main(rlsf_flags(run, sft, reward_models("lora"), cut, *flags))
+    for name in ("reward", "kl"):
+        expected, found = ([entry[name] for entry in result(f)["history"] if name in entry] for f in (through, cut))
+        assert found == pytest.approx(expected, abs=1e-5)
 
 
 def test_grpo_trains_the_whole_policy_against_a_frozen_copy(run, sft, reward_models, tmp_path):
