@@ -6,8 +6,10 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from tests.almost.trained import write_lines
@@ -16,10 +18,12 @@ from trl_ext.almost.chat import dialogue, request_text
 from trl_ext.almost.evaluation import (
     HHH_START,
     TRUTH_START,
+    TRUTH_WORDS,
     hhh_of_model,
     hhh_of_rewards,
     truthfulqa_of_model,
     truthfulqa_of_rewards,
+    word_probabilities,
 )
 from trl_ext.almost.evaluation_run import EvaluationArguments, ResultFile, evaluate
 from trl_ext.almost.generation import Request, Sampling, TransformersBackend
@@ -155,6 +159,17 @@ def test_reward_models_by_score(rewards):
         scores = [score(row["question"], answer) for answer in (row["best_answer"], *row["incorrect_answers"])]
         best.append(scores[0] == max(scores))
     assert truthfulqa_of_rewards(rewards, TRUTH)["value"] == sum(best) / 3
+
+
+def test_a_start_token_comes_once(model):
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 0)])
+    tokenizer.bos_token = "<eos>"
+    text = request_text(tokenizer, "Hi", TRUTH_START)
+    assert text.startswith("<eos>\n\nHuman: Hi")
+    found = word_probabilities(model, tokenizer, [text, text + " so"], TRUTH_WORDS)
+    expected = [[next_probability(model, each, word) for word in (" true", " false")] for each in (text, text + " so")]
+    assert found == pytest.approx(np.array(expected), rel=1e-3)
 
 
 def test_nothing_to_evaluate_is_said(model):

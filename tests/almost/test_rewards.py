@@ -9,7 +9,13 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 from peft_ext import PeqaConfig
 from tests.tiny_models import tiny_tokenizer
@@ -168,3 +174,20 @@ def test_bad_input_is_named(rewards, prompts, responses, error, match):
 
 def test_no_prompts_no_scores(rewards):
     assert rewards.score([], []) == []
+
+
+def test_an_encoder_scores_a_text_the_same_in_a_batch():
+    """Its attention sees padding unless the mask hides it."""
+    config = BertConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=260,
+        num_labels=1,
+        initializer_range=0.3,
+    )
+    rewards = RewardModel(BertForSequenceClassification(config), byte_tokenizer())
+    scores = rewards.score(PROMPTS, ANSWERS)
+    for prompt, answer, score in zip(PROMPTS, ANSWERS, scores):
+        assert rewards.score([prompt], [answer]) == pytest.approx([score], abs=1e-5)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -128,28 +129,36 @@ def test_data_may_be_moved_but_not_changed(tmp_path):
 
     write_lines(tmp_path / "a.jsonl", [{"id": 0}])
     write_lines(tmp_path / "b.jsonl", [{"id": 0}])
-    assert begin("a.jsonl") is None and begin("b.jsonl") is None
+    assert begin("mistyped.jsonl") is None and begin("a.jsonl") is None, "nothing has been trained on it"
+    (tmp_path / "out" / "checkpoint-1").mkdir()
+    assert begin("b.jsonl") is None
     write_lines(tmp_path / "b.jsonl", [{"id": 1}])
     with pytest.raises(ValueError, match="dataset_name: 'sha256:.* there, 'sha256:.* now"):
         begin("b.jsonl")
 
 
-def test_an_interrupted_training_ends_with_the_same_weights(run, tmp_path, monkeypatch):
-    flags = ["--max_steps", "6", "--save_steps", "2", "--no_merge_adapter", *LORA]
-    almost_reward.main(reward_flags(run, tmp_path / "through", *flags))
-    step = Trainer.training_step
-    seen = []
+@contextlib.contextmanager
+def killed_at(number, monkeypatch):
+    """The training is broken off at its so manyth step."""
+    step, seen = Trainer.training_step, []
 
-    def killed(self, *args, **kwargs):
+    def training_step(self, *args, **kwargs):
         seen.append(self.state.global_step)
-        if len(seen) == 6:
+        if len(seen) == number:
             raise KeyboardInterrupt
         return step(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "training_step", killed)
+        patch.setattr(Trainer, "training_step", training_step)
         with pytest.raises(KeyboardInterrupt):
-            almost_reward.main(reward_flags(run, tmp_path / "cut", *flags))
+            yield
+
+
+def test_an_interrupted_training_ends_with_the_same_weights(run, tmp_path, monkeypatch):
+    flags = ["--max_steps", "6", "--save_steps", "2", "--no_merge_adapter", *LORA]
+    almost_reward.main(reward_flags(run, tmp_path / "through", *flags))
+    with killed_at(6, monkeypatch):
+        almost_reward.main(reward_flags(run, tmp_path / "cut", *flags))
     assert not (tmp_path / "cut" / "training.json").exists() and last_checkpoint(str(tmp_path / "cut")).endswith("-4")
     almost_reward.main(reward_flags(run, tmp_path / "cut", *flags))
     through, cut = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("through", "cut"))
@@ -219,12 +228,26 @@ def test_rloo_starts_from_the_sft_policy_and_is_held_to_it(run, sft, reward_mode
         torch.testing.assert_close(apart(ids).logits, merged, atol=1e-4, rtol=1e-4)
 
 
+def test_an_interrupted_rlsf_goes_on_against_the_same_reference(run, sft, reward_models, tmp_path, monkeypatch):
+    through, cut = tmp_path / "through", tmp_path / "cut"
+    flags = ["--save_steps", "1", "--no_merge_adapter", *LORA]
+    almost_rlsf.main(rlsf_flags(run, sft, reward_models("lora"), through, *flags))
+    with killed_at(3, monkeypatch):
+        almost_rlsf.main(rlsf_flags(run, sft, reward_models("lora"), cut, *flags))
+    assert last_checkpoint(str(cut)).endswith("-2")
+    almost_rlsf.main(rlsf_flags(run, sft, reward_models("lora"), cut, *flags))
+    for name in ("reward", "kl"):
+        expected, found = ([entry[name] for entry in result(f)["history"] if name in entry] for f in (through, cut))
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
 def test_grpo_trains_the_whole_policy_against_a_frozen_copy(run, sft, reward_models, tmp_path):
     config = tmp_path / "rlsf.yaml"
     config.write_text(yaml.safe_dump({"trainer": "grpo", "beta": 0.1, "scale_rewards": "none"}))
     almost_rlsf.main(["--config", str(config), *rlsf_flags(run, sft, reward_models("whole"), tmp_path / "out")])
     kl = [entry["kl"] for entry in result(tmp_path / "out")["history"] if "kl" in entry]
     assert kl[0] == pytest.approx(0, abs=1e-6) and kl[-1] > 0.01
+    assert not (tmp_path / "out" / "start").exists(), "the frozen copy isn't needed any more"
     before, after = load_policy(str(sft)), AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (before.model.norm.weight - after.model.norm.weight).abs().max() > 1e-3
 

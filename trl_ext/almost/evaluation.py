@@ -56,7 +56,7 @@ def hhh_of_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, row
                 conversation=_conversation(row["prompt"]), a=row[first].strip(), b=row[second].strip()
             )
             texts.append(request_text(tokenizer, question, HHH_START))
-    probabilities = _word_probabilities(model, tokenizer, texts, HHH_LETTERS).reshape(len(rows), 2, 2)
+    probabilities = word_probabilities(model, tokenizer, texts, HHH_LETTERS).reshape(len(rows), 2, 2)
     chosen = probabilities[:, 0, 0] + probabilities[:, 1, 1]
     rejected = probabilities[:, 0, 1] + probabilities[:, 1, 0]
     return accuracy(_hits(chosen, rejected), [str(row["subset"]) for row in rows])
@@ -81,7 +81,7 @@ def truthfulqa_of_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBa
         for row in rows
         for answer in _choices(row)
     ]
-    return _best_of_choices(rows, _word_probabilities(model, tokenizer, texts, TRUTH_WORDS)[:, 0])
+    return _best_of_choices(rows, word_probabilities(model, tokenizer, texts, TRUTH_WORDS)[:, 0])
 
 
 def truthfulqa_of_rewards(rewards: RewardModel, rows: Rows) -> dict[str, Any]:
@@ -89,6 +89,35 @@ def truthfulqa_of_rewards(rewards: RewardModel, rows: Rows) -> dict[str, Any]:
     questions = [row["question"] for row in rows for _ in _choices(row)]
     answers = [answer for row in rows for answer in _choices(row)]
     return _best_of_choices(rows, np.array(rewards.score(questions, answers)))
+
+
+def word_probabilities(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], words: Mapping[str, str]
+) -> np.ndarray:
+    """How probable each word is next.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        texts: As a chat format writes them, with their special tokens.
+        words: Names and words, each with the space before it.
+
+    Returns:
+        float64 `[texts, words]`.
+
+    Raises:
+        ValueError: If there are no texts, or one is longer than the model's context.
+    """
+    if not texts:
+        raise ValueError("rows is empty; there is nothing to evaluate.")
+    start = tokenizer.bos_token
+    # the scorer puts the start token there itself where the tokenizer does
+    twice = start is not None and tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
+    plain = [text.removeprefix(str(start)) if twice else text for text in texts]
+    # a task strips its fields, so the white space that a chat format begins with goes into the template
+    space = plain[0][: len(plain[0]) - len(plain[0].lstrip())]
+    scorer = LabelScorer(model, tokenizer, Task(space + "{text}", words))
+    return np.array([[math.exp(value) for value in row] for row in scorer.score(plain).log_probs])
 
 
 def _best_of_choices(rows: Rows, scores: np.ndarray) -> dict[str, Any]:
@@ -111,19 +140,3 @@ def _hits(chosen: np.ndarray, rejected: np.ndarray) -> list[float]:
 
 def _conversation(prompt: Any) -> str:
     return "\n\n".join(f"{_ROLES[turn['role']]}: {turn['content']}" for turn in dialogue(str(prompt)))
-
-
-def _word_probabilities(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], words: Mapping[str, str]
-) -> np.ndarray:
-    """`[texts, words]`: how probable each word is next."""
-    if not texts:
-        raise ValueError("rows is empty; there is nothing to evaluate.")
-    start = tokenizer.bos_token
-    # the scorer puts the start token there itself where the tokenizer does
-    twice = start is not None and tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
-    plain = [text.removeprefix(str(start)) if twice else text for text in texts]
-    # a task strips its fields, so the white space that a chat format begins with goes into the template
-    space = plain[0][: len(plain[0]) - len(plain[0].lstrip())]
-    scorer = LabelScorer(model, tokenizer, Task(space + "{text}", words))
-    return np.array([[math.exp(value) for value in row] for row in scorer.score(plain).log_probs])

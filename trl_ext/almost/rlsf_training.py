@@ -8,6 +8,7 @@ baseline and the KL penalty in the reward, so it needs no value model.
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from trl_ext.almost.training import StageArguments, StageDefaults, adapter_confi
 
 
 logger = logging.getLogger(__name__)
+START = "start"  # the policy that a whole policy's KL is measured from, while it trains
 # What is reported of TRL's log, and under which name.
 _REPORTED = {"reward": "reward", "kl": "kl", "completions/mean_length": "length"}
 _SHARE = 0.1  # of the log, at each end, is averaged
@@ -99,6 +101,8 @@ def train_rlsf(
     )
     trainer = _trainer(script_args, training_args, model_args, prompts_of(rows))
     run(trainer, trainer.processing_class, script_args.merge_adapter)
+    if trainer.is_world_process_zero():
+        shutil.rmtree(Path(str(training_args.output_dir)) / START, ignore_errors=True)
     result = {"prompts": len(rows), **summary(trainer.state.log_history)}
     return finish(trainer, result, script_args.dataset_name)
 
@@ -140,7 +144,7 @@ def _trainer(
     peft_config = adapter_config(model_args, "CAUSAL_LM")
     if peft_config is None:  # TRL loads the reference by the policy's name
         with training_args.main_process_first(desc="writing the starting policy"):
-            name = save_plain(name, Path(str(training_args.output_dir)) / "start", dtype=dtype)
+            name = save_plain(name, Path(str(training_args.output_dir)) / START, dtype=dtype)
     tokenizer = load_chat_tokenizer(name)
     tokenizer.padding_side = tokenizer.truncation_side = "left"
     reward_model = RewardModel.from_pretrained(

@@ -156,9 +156,14 @@ def start(training_args: TrainingArguments, *others: Any) -> Optional[dict[str, 
         check_folder_writable(folder, "output_dir")
         settings = _settings(training_args, *others)
         stored = _read(folder / SETTINGS)
-        if stored is not None:
+        has_trained = (folder / RESULT).is_file() or any(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+        if stored is not None and has_trained:
             _check_same(stored, settings, folder)
-        elif folder.is_dir() and any(path for path in folder.iterdir() if not path.name.startswith(".")):
+        elif (
+            stored is None
+            and folder.is_dir()
+            and any(path for path in folder.iterdir() if not path.name.startswith("."))
+        ):
             raise ValueError(f"output_dir={str(folder)!r} is not empty and holds no training of ours; pass another.")
         else:
             folder.mkdir(parents=True, exist_ok=True)
