@@ -97,7 +97,7 @@ def test_a_training_stage_is_its_script(base, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "trl_ext.almost.pipeline.subprocess.run", lambda command, **kwargs: calls.append(command) or Ended
     )
-    with pytest.raises(RuntimeError, match="stage 'reward_model' ended with status 3.*goes on from here"):
+    with pytest.raises(ChildProcessError, match="stage 'reward_model' ended with status 3.*goes on from here"):
         pipeline.run()
     (command,) = calls
     assert command[1:3] == ["-m", "trl_ext.scripts.almost_reward"]

@@ -83,14 +83,16 @@ class QueriesConfig(GeneratorConfig):
 class ResponsesConfig(GeneratorConfig):
     """Answers of every rung of a ladder."""
 
-    ladder: list[Any] = field(
+    ladder: list[str] = field(
         default_factory=lambda: [
             "prompt=faithful,shots=3",
             "prompt=hhh,shots=5",
             "prompt=hhh,shots=1",
             "prompt=hhh,shots=1,bits=3",
         ],
-        metadata={"help": "Rungs, best first, such as prompt=hhh,shots=3,bits=2,model=owner/name."},
+        metadata={
+            "help": "Rungs, best first, such as prompt=hhh,shots=3,bits=2,model=owner/name; in YAML mappings, too."
+        },
     )
 
 

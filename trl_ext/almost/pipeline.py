@@ -124,7 +124,7 @@ class Pipeline:
             The counts of each stage.
 
         Raises:
-            RuntimeError: If a training script fails.
+            ChildProcessError: If a training script fails.
             ValueError, OSError: As the stages.
         """
         self.run_files.folder.mkdir(parents=True, exist_ok=True)
@@ -179,7 +179,7 @@ class Pipeline:
         dies = _end_with_parent if sys.platform == "linux" else None
         ended = subprocess.run(command, check=False, stdout=2, preexec_fn=dies)
         if ended.returncode:
-            raise RuntimeError(
+            raise ChildProcessError(
                 f"stage {stage!r} ended with status {ended.returncode}; what it said stands above. To run it alone: "
                 f"{shlex.join(command)}. When it is mended, start the pipeline again; it goes on from here."
             )
