@@ -18,6 +18,8 @@ from generation_ext.in_context.model_traits import ENCODER_DECODER, ModelTraits,
 
 
 _CPU_ROWS, _ACCELERATOR_ROWS = 128, 1024
+# So many of the most probable tokens are sorted before the whole vocabulary is.
+_FIRST_SORTED = 512
 
 
 @dataclass(frozen=True)
@@ -200,22 +202,69 @@ class SeededSampling(LogitsProcessor):
 
     def __init__(self, decoding: Decoding, keys: Sequence[str]) -> None:
         self.decoding = decoding
-        self.generators = [np.random.Generator(np.random.PCG64(_seed(key))) for key in keys]
+        self.generators = [row_generator(key) for key in keys]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Args and result as of every logits processor: `[rows, vocabulary]`."""
-        count = min(self.decoding.top_k or scores.shape[-1], scores.shape[-1])
-        top, tokens = (scores.float() / self.decoding.temperature).topk(count, dim=-1)
-        probabilities = top.softmax(dim=-1).double()
-        cumulated = probabilities.cumsum(dim=-1)
-        if self.decoding.top_p < 1:
-            kept = cumulated - probabilities < self.decoding.top_p
-            cumulated = (probabilities * kept).cumsum(dim=-1)
-        drawn = torch.tensor([generator.random() for generator in self.generators], dtype=torch.float64)
-        threshold = drawn.to(scores.device)[:, None] * cumulated[:, -1:]
-        place = (cumulated <= threshold).sum(dim=-1, keepdim=True).clamp(max=count - 1)
-        chosen = tokens.gather(1, place)
-        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+        uniforms = [generator.random() for generator in self.generators]
+        decoding = self.decoding
+        chosen = draw_tokens(scores, uniforms, decoding.temperature, decoding.top_k, decoding.top_p)
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
+
+
+def row_generator(key: str) -> np.random.Generator:
+    """Random numbers that depend on a key alone."""
+    return np.random.Generator(np.random.PCG64(int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "big")))
+
+
+def draw_tokens(
+    scores: torch.Tensor, uniforms: Sequence[float], temperature: float, top_k: int = 0, top_p: float = 1.0
+) -> torch.Tensor:
+    """Draw every row's token with the row's own random number.
+
+    Args:
+        scores: Logits `[rows, vocabulary]`.
+        uniforms: For each row a number in [0, 1).
+        temperature, top_k, top_p: As of [`Decoding`].
+
+    Returns:
+        int64 `[rows]`.
+    """
+    scaled = scores.float() / temperature
+    vocabulary = scaled.shape[-1]
+    count = min(top_k or vocabulary, vocabulary)
+    if top_k or count <= _FIRST_SORTED:
+        top, tokens = scaled.topk(count, dim=-1)
+        return _inverse_cdf(top.softmax(dim=-1).double(), tokens, uniforms, top_p)[0]
+    # sorting a whole vocabulary takes longer than a step of a small model, and the drawn token is nearly always near
+    # the top
+    total = scaled.logsumexp(dim=-1, keepdim=True)
+    top, tokens = scaled.topk(_FIRST_SORTED, dim=-1)
+    chosen, found = _inverse_cdf((top - total).exp().double(), tokens, uniforms, top_p, whole=False)
+    if not found.all():
+        rest = (~found).nonzero()[:, 0]
+        top, tokens = scaled[rest].sort(dim=-1, descending=True)
+        probabilities = (top - total[rest]).exp().double()
+        chosen[rest] = _inverse_cdf(probabilities, tokens, [uniforms[row] for row in rest.tolist()], top_p)[0]
+    return chosen
+
+
+def _inverse_cdf(
+    probabilities: torch.Tensor, tokens: torch.Tensor, uniforms: Sequence[float], top_p: float, whole: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens `[rows]`, and whether the most probable ones that are here (not the `whole` vocabulary) tell which."""
+    cumulated = probabilities.cumsum(dim=-1)
+    drawn = torch.tensor(uniforms, dtype=torch.float64).to(probabilities.device)[:, None]
+    if top_p < 1:
+        found = cumulated[:, -1] >= top_p
+        kept = cumulated - probabilities < top_p
+        cumulated = (probabilities * kept).cumsum(dim=-1)
+        threshold = drawn * cumulated[:, -1:]
+    else:
+        threshold = drawn * (cumulated[:, -1:] if whole else 1.0)
+        found = threshold[:, 0] < cumulated[:, -1]
+    place = (cumulated <= threshold).sum(dim=-1, keepdim=True).clamp(max=tokens.shape[-1] - 1)
+    return tokens.gather(1, place)[:, 0], found
 
 
 def _seed(key: str) -> int:

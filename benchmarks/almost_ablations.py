@@ -1,0 +1,200 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""What of ALMoST's run is measured beyond the run: reward models of other filters and ladders, one sample against N, gains under
+the second reward model."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import yaml
+
+from trl_ext.almost.evaluation import hhh_of_rewards
+from trl_ext.almost.evaluation_run import EvaluationArguments, evaluate
+from trl_ext.almost.feedback import COMPARISONS as TRAINING_PAIRS
+from trl_ext.almost.feedback import HELDOUT, build_comparisons, write_comparisons
+from trl_ext.almost.loading import load_backend
+from trl_ext.almost.recipe import COMPARISONS, EVALUATION, RESPONSES, REWARD, SCRIPTS, SELF_PLAY, SFT, AlmostConfig
+from trl_ext.almost.rewards import RewardModel
+from trl_ext.almost.rungs import Rung, parse_ladder
+from trl_ext.almost.self_play import self_play
+from trl_ext.almost.statistics import with_interval
+from trl_ext.almost.store import Row, read_rows
+
+
+# Name -> changes of the recipe's comparisons; the as-is reward model comes on top.
+FILTERS: dict[str, dict[str, Any]] = {
+    "none": {"heuristic_filter": False, "length_aware": False},
+    "heuristic": {},
+    "heuristic and as-is": {},
+}
+LADDERS = ("shots", "bits", "shots and bits")
+_OF_THE_RUN = ("heuristic", "shots and bits")
+
+
+class Ablations:
+    """Trains and judges beside a run, from its queries and answers.
+
+    Args:
+        config: The run's recipe.
+        work: The folder of the run (`run`) and of what is trained here.
+        data_dir: With `hhh`, for reward models.
+        limit: Only so many rows of HHH.
+    """
+
+    def __init__(self, config: AlmostConfig, work: Path, data_dir: Path, limit: Optional[int]) -> None:
+        self.config, self.work, self.run, self.limit = config, work, Path(config.run_dir), limit
+        self.data_dir = data_dir
+
+    def filter(self, name: str) -> dict[str, Any]:
+        """A reward model of comparisons under other filters: pairs, accuracy on its held-out pairs and on HHH."""
+        settings = self.config.data_config(COMPARISONS)
+        settings = dataclasses.replace(settings, **FILTERS[name])
+        reward = self.second().score if "as-is" in name else None
+        return self._reward_model(name, self._answers(), self.config.data_config(RESPONSES).ladder, settings, reward)
+
+    def ladder(self, name: str) -> dict[str, Any]:
+        """A reward model of comparisons on a part of the ladder."""
+        ladder = parse_ladder(self.config.data_config(RESPONSES).ladder)
+        chosen = [place for place, rung in enumerate(ladder) if name == LADDERS[2] or _belongs(rung, ladder, name)]
+        rows = [{**row, "rung": chosen.index(row["rung"])} for row in self._answers() if row["rung"] in chosen]
+        return self._reward_model(
+            name, rows, [ladder[place] for place in chosen], self.config.data_config(COMPARISONS), None
+        )
+
+    def samples(self) -> dict[str, Any]:
+        """The best of N against the first answer, in the demonstrations and in what SFT makes of them."""
+        folder, config = self.work / "one sample", self.config.data_config(SELF_PLAY)
+        queries = read_rows(self.run / "queries.jsonl")
+        one = dataclasses.replace(config, samples=1)
+        backend = load_backend(one.model_name_or_path, backend=one.backend, batch_size=one.batch_size, dtype=one.dtype)
+        self_play(backend, one, queries, folder / "demonstrations.jsonl")
+        del backend
+        first = {row["id"]: row["messages"] for row in read_rows(folder / "demonstrations.jsonl")}
+        best = {row["id"]: row["messages"] for row in read_rows(self.run / "demonstrations.jsonl")}
+        shared = [key for key in best if key in first]
+        judge, scores = self.second(), {}
+        for title, talks in (("1", first), ("N", best)):
+            prompts, answers = [talks[key][:1] for key in shared], [talks[key][1]["content"] for key in shared]
+            scores[title] = judge.score(prompts, answers)
+        self._script(SFT, folder / "sft", dataset_name=str(folder / "demonstrations.jsonl"))
+        tuned = self._win_rate(folder / "evaluation", folder / "sft", self._start())
+        difference = with_interval([n - one for n, one in zip(scores["N"], scores["1"])])
+        rows = [
+            _row("first answers, best of 1", with_interval(scores["1"])),
+            _row(f"first answers, best of {config.samples}", with_interval(scores["N"]), difference),
+            _row("SFT on best of 1, over the start", tuned["reward"], tuned["reward_difference"], tuned["length"][0]),
+        ]
+        return {"rows": rows, "differences": {"best of N over best of 1": difference}}
+
+    def gains(self) -> dict[str, Any]:
+        """SFT and RLSF over the start, RLSF over SFT, under the second reward model; HHH and TruthfulQA; KL."""
+        static = json.loads((self.run / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))
+        sft, rlsf = (static[str(self.run / name)]["win_rate"] for name in ("sft", "rlsf"))
+        over = self.work / "rlsf over sft"
+        over.mkdir(parents=True, exist_ok=True)
+        for path in (self.run / "evaluation").glob("answers-*.jsonl"):
+            shutil.copy2(path, over)
+        above = self._win_rate(over, self.run / "rlsf", str(self.run / "sft"))
+        rows = [
+            _row("start", _shifted(sft), None, sft["length"][1]),
+            _row("SFT, over the start", sft["reward"], sft["reward_difference"], sft["length"][0]),
+            _row("RLSF, over the start", rlsf["reward"], rlsf["reward_difference"], rlsf["length"][0]),
+            _row("RLSF, over SFT", above["reward"], above["reward_difference"], above["length"][0]),
+        ]
+        training = json.loads((self.run / "rlsf" / "training.json").read_text(encoding="utf-8"))
+        return {
+            "rows": rows,
+            "differences": {
+                "SFT over the start": sft["reward_difference"],
+                "RLSF over SFT": above["reward_difference"],
+            },
+            "length_ratios": [each["length"][0] / each["length"][1] for each in (sft, rlsf)],
+            "static": {Path(name).name: _without_win_rate(tasks) for name, tasks in static.items()},
+            "kl": training.get("kl"),
+        }
+
+    def second(self) -> RewardModel:
+        """The reward model that was trained on other queries."""
+        return RewardModel.from_pretrained(str(self.run / "reward_model_2"), batch_size=32)
+
+    def _answers(self) -> list[Row]:
+        return read_rows(self.run / "responses.jsonl")
+
+    def _start(self) -> str:
+        return str(self.config.block(EVALUATION)["start"])
+
+    def _reward_model(
+        self, name: str, rows: Sequence[Row], ladder: Sequence[Rung], settings: Any, reward: Any
+    ) -> dict[str, Any]:
+        folder = self.run if name in _OF_THE_RUN else self.work / f"reward model, {name}"
+        if folder != self.run:
+            comparisons, _ = build_comparisons(rows, ladder, settings, reward)
+            write_comparisons(comparisons, folder, settings)
+            files = {"dataset_name": str(folder / TRAINING_PAIRS), "eval_dataset_name": str(folder / HELDOUT)}
+            self._script(REWARD, folder / "reward_model", **files)
+        model = RewardModel.from_pretrained(str(folder / "reward_model"), batch_size=32)
+        scores = model.score_pairs(read_rows(folder / HELDOUT))
+        hits = [(a > b) + 0.5 * (a == b) for a, b in zip(scores.chosen, scores.rejected)]
+        hhh = read_hhh(self.data_dir, self.limit)
+        training = json.loads((folder / "reward_model" / "training.json").read_text(encoding="utf-8"))
+        return {"pairs": training["pairs"], "heldout": with_interval(hits), "hhh": hhh_of_rewards(model, hhh)}
+
+    def _script(self, stage: str, output: Path, **changes: str) -> None:
+        """A training stage with other data, as the pipeline runs it."""
+        output.parent.mkdir(parents=True, exist_ok=True)
+        path = output.parent / f"{stage}.yaml"
+        block = {**self.config.block(stage), **changes, "output_dir": str(output)}
+        path.write_text(yaml.safe_dump(block), encoding="utf-8")
+        with contextlib.redirect_stdout(sys.stderr):
+            importlib.import_module(f"trl_ext.scripts.{SCRIPTS[stage]}").main(["--config", str(path)])
+
+    def _win_rate(self, folder: Path, model: Path, baseline: str) -> dict[str, Any]:
+        block = {key: value for key, value in self.config.block(EVALUATION).items() if key not in ("run_dir", "start")}
+        args = EvaluationArguments(
+            **{
+                **block,
+                "models": [str(model)],
+                "start": baseline,
+                "judge": str(self.run / "reward_model_2"),
+                "tasks": ["win_rate"],
+                "output_dir": str(folder),
+            }
+        )
+        return evaluate(args)[str(model)]["win_rate"]
+
+
+def read_hhh(data_dir: Path, limit: Optional[int]) -> list[Row]:
+    """HHH's pairs; `limit` of them from all over the file."""
+    text = (Path(data_dir) / "hhh" / "test.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    return rows if limit is None else rows[:: max(1, len(rows) // limit)][:limit]
+
+
+def _belongs(rung: Rung, ladder: Sequence[Rung], name: str) -> bool:
+    if name == "shots":
+        return rung.bits is None
+    quantised = next((each for each in ladder if each.bits is not None), None)
+    if quantised is None:
+        raise ValueError("the ladder has no rung with bits; the part 'ladders' compares with one.")
+    return (rung.prompt, rung.shots) == (quantised.prompt, quantised.shots)
+
+
+def _row(name: str, reward: Any, difference: Any = None, length: Optional[float] = None) -> dict[str, Any]:
+    return {"name": name, "reward": reward, "difference": difference, "length": length}
+
+
+def _shifted(result: Any) -> dict[str, Any]:
+    """The baseline's reward, which is the model's less the difference."""
+    return {"value": result["reward"]["value"] - result["reward_difference"]["value"], "interval": None}
+
+
+def _without_win_rate(tasks: Any) -> dict[str, Any]:
+    return {task: {key: r[key] for key in ("value", "interval")} for task, r in tasks.items() if task != "win_rate"}

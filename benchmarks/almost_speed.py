@@ -1,0 +1,101 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Tokens a second of ALMoST's stages that write texts, against a plain `generate` loop without a shared prefix."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from trl_ext.almost.generation import Request, Sampling, TransformersBackend, tokens_of
+from trl_ext.almost.loading import load_speaker
+from trl_ext.almost.prompts import (
+    ASSISTANT_STOPS,
+    MINING_STOPS,
+    assistant_prompt,
+    load_style,
+    mining_prompt,
+    seed_queries,
+)
+from trl_ext.almost.recipe import QUERIES, RESPONSES, SELF_PLAY, AlmostConfig
+from trl_ext.almost.rungs import parse_ladder
+
+
+SPEED_STAGES = (QUERIES, RESPONSES, SELF_PLAY)
+
+
+def measure_speed(config: AlmostConfig, stage: str, count: int) -> dict[str, float]:
+    """Tokens a second of both ways, on the same requests with the same limits, after a batch to warm up.
+
+    Args:
+        config: The recipe.
+        stage: `"queries"`, `"responses"` (its first rung) or `"self_play"` (first answers, N samples).
+        count: Requests.
+    """
+    settings = config.data_config(stage)
+    model, tokenizer = load_speaker(settings.model_name_or_path, dtype=settings.dtype)
+    backend = TransformersBackend(model, tokenizer, settings.batch_size)
+    requests, sampling = _work(config, stage, tokenizer, count)
+    few = Sampling(**{**sampling.__dict__, "max_new_tokens": 2})
+    backend.generate(requests[: settings.batch_size], few)
+    _plain(model, tokenizer, requests[: settings.batch_size], few, settings.batch_size)
+    backend = TransformersBackend(model, tokenizer, settings.batch_size)  # without the prefix of before
+    start = time.perf_counter()
+    backend.generate(requests, sampling)
+    ours = backend.new_tokens / (time.perf_counter() - start)
+    start = time.perf_counter()
+    tokens = _plain(model, tokenizer, requests, sampling, settings.batch_size)
+    return {"ours": ours, "plain": tokens / (time.perf_counter() - start)}
+
+
+def _work(config: AlmostConfig, stage: str, tokenizer: Any, count: int) -> tuple[list[Request], Sampling]:
+    settings, queries = config.data_config(stage), seed_queries()
+    queries = [queries[number % len(queries)] for number in range(count)]
+    if stage == QUERIES:
+        prompts = [mining_prompt((queries[n:] + queries[:n])[: settings.shots]) for n in range(len(queries))]
+        sampling = settings.sampling(stop=MINING_STOPS)
+    elif stage == RESPONSES:
+        rung = parse_ladder(settings.ladder)[0]
+        style, shots = load_style(rung.prompt), rung.shots
+        prompts = [assistant_prompt(tokenizer, query, style, shots, settings.chat_format) for query in queries]
+        sampling = settings.sampling(stop=ASSISTANT_STOPS)
+    else:
+        style = load_style(settings.prompt)
+        prompts = [
+            assistant_prompt(tokenizer, query, style, settings.shots, settings.chat_format) for query in queries
+        ]
+        sampling = settings.sampling(stop=ASSISTANT_STOPS, samples=settings.samples)
+    return [Request(str(n), prompt) for n, prompt in enumerate(prompts)], sampling
+
+
+@torch.no_grad()
+def _plain(model: Any, tokenizer: Any, requests: Sequence[Request], sampling: Sampling, batch_size: int) -> int:
+    """Batches in the order that they come in, the whole prompt in every row; returns how many tokens were written."""
+    torch.manual_seed(0)
+    tokens, size, device = 0, max(1, batch_size // sampling.samples), next(model.parameters()).device
+    ends = torch.tensor(sorted({*tokenizer.all_special_ids}), device=device)
+    for start in range(0, len(requests), size):
+        prompts = [tokens_of(tokenizer, request.prompt) for request in requests[start : start + size]]
+        longest = max(map(len, prompts))
+        pad = tokenizer.pad_token_id or 0
+        ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+        written = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=True,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_new_tokens=sampling.max_new_tokens,
+            num_return_sequences=sampling.samples,
+            stop_strings=list(sampling.stop) or None,
+            tokenizer=tokenizer,
+            eos_token_id=ends.tolist(),
+            pad_token_id=pad,
+        )[:, longest:]
+        over = torch.isin(written, ends).cumsum(dim=-1) > 0
+        tokens += int((~over).sum())
+    return tokens

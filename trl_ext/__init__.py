@@ -1,0 +1,2 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Recipes on top of TRL: ALMoST, alignment with synthetic feedback."""

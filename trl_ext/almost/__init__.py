@@ -1,0 +1,40 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""ALMoST (Kim et al. 2023): alignment with synthetic feedback, from a language model and a handful of demonstrations."""
+
+from trl_ext.almost.config import ComparisonsConfig, QueriesConfig, ResponsesConfig, SelfPlayConfig
+from trl_ext.almost.feedback import build_comparisons, heuristic_filter, write_comparisons, write_responses
+from trl_ext.almost.generation import Backend, Request, Sampling, TransformersBackend, VLLMBackend
+from trl_ext.almost.loading import load_backend
+from trl_ext.almost.pipeline import Pipeline
+from trl_ext.almost.queries import mine_queries
+from trl_ext.almost.recipe import AlmostConfig, load_recipe
+from trl_ext.almost.rewards import RewardModel
+from trl_ext.almost.rungs import Rung, parse_ladder
+from trl_ext.almost.self_play import reward_statistics, self_play
+
+
+__all__ = [
+    "AlmostConfig",
+    "Backend",
+    "ComparisonsConfig",
+    "Pipeline",
+    "QueriesConfig",
+    "Request",
+    "ResponsesConfig",
+    "RewardModel",
+    "Rung",
+    "Sampling",
+    "SelfPlayConfig",
+    "TransformersBackend",
+    "VLLMBackend",
+    "build_comparisons",
+    "heuristic_filter",
+    "load_backend",
+    "load_recipe",
+    "mine_queries",
+    "parse_ladder",
+    "reward_statistics",
+    "self_play",
+    "write_comparisons",
+    "write_responses",
+]

@@ -1,0 +1,296 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Samples texts for every stage: with transformers, many texts behind one prefix, or with vLLM where it is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from generation_ext.in_context.model_traits import CAUSAL, inference, traits_of
+from generation_ext.in_context.prefix_cache import EMPTY, SharedPrefix, common_prefix
+from generation_ext.in_context.sampling import draw_tokens, row_generator
+from trl_ext.almost.shared_decoding import Rows, can_share, prefix_of
+
+
+# A prefix of fewer tokens isn't worth a pass of its own.
+_SHORTEST_PREFIX = 8
+# A text is searched for stop strings every so many tokens.
+_STOP_STEPS = 4
+# When so few of a batch's texts go on, the finished ones are dropped.
+_LIVE_SHARE = 0.75
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How texts are drawn; the paper's temperature and nucleus.
+
+    Args:
+        temperature: Logits are divided by it.
+        top_p: Only the most probable tokens that have this much probability together.
+        top_k: Only so many of the most probable tokens; 0: all.
+        max_new_tokens: Most tokens of a text.
+        samples: Texts for each request.
+        stop: A text ends before the first of these that it holds.
+        seed: Together with a request's key, what a text's random numbers depend on.
+
+    Raises:
+        ValueError: If a number is out of its range.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 0.9
+    top_k: int = 0
+    max_new_tokens: int = 128
+    samples: int = 1
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} must be positive; a small one is nearly greedy.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1.")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must not be negative; 0 turns it off.")
+        if self.max_new_tokens < 1 or self.samples < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} and samples={self.samples} must be positive.")
+
+
+class Request(NamedTuple):
+    """A text to go on from; texts of one key, seed and model are the same."""
+
+    key: str
+    prompt: str
+
+
+# Places in the list of requests, and each one's texts.
+Batch = list[tuple[int, list[str]]]
+
+
+class Backend(Protocol):
+    """Something that samples texts."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def stream(
+        self, requests: Sequence[Request], sampling: Sampling, done: Callable[[int], bool] = ...
+    ) -> Iterator[Batch]:
+        """Texts of each request, batch by batch; batches whose requests are all `done` are left out, and what is in a
+        batch doesn't depend on it, so that an interrupted run goes on to the same texts."""
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[str]]:
+        """Texts of each request."""
+
+
+def _nothing_done(index: int) -> bool:
+    return False
+
+
+class TransformersBackend:
+    """Samples with a transformers model.
+
+    What all requests of a call begin with (the demonstrations) runs through the model once, and its keys and values are
+    read once a step for all rows; a request's own tokens run once for all its samples. Batches are of about equal length,
+    and finished texts leave theirs.
+
+    Every text has random numbers of its own. In another batch its logits may still differ by a rounding error, which
+    now and then draws another token.
+
+    Args:
+        model: A causal language model, or a `PeftModel` of one.
+        tokenizer: Its tokenizer.
+        batch_size: Texts that are written side by side.
+
+    Raises:
+        TypeError: If it is no causal language model.
+    """
+
+    def __init__(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32) -> None:
+        self.traits = traits_of(model)
+        if self.traits.kind != CAUSAL:
+            raise TypeError(f"model ({type(self.traits.model).__name__}) is no causal language model.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be positive.")
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.new_tokens = 0
+        ends = getattr(self.traits.model.generation_config, "eos_token_id", None)
+        self.ends = {*(ends if isinstance(ends, (list, tuple)) else [ends]), *tokenizer.all_special_ids} - {None}
+        self._prefix: SharedPrefix = EMPTY
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[str]]:
+        """Texts of each request; see [`Backend`]."""
+        found = dict(pair for batch in self.stream(requests, sampling) for pair in batch)
+        return [found[index] for index in range(len(requests))]
+
+    def stream(
+        self, requests: Sequence[Request], sampling: Sampling, done: Callable[[int], bool] = _nothing_done
+    ) -> Iterator[Batch]:
+        """Texts of each request, batch by batch; see [`Backend`].
+
+        Raises:
+            ValueError: If a prompt is empty, or leaves no room in the model's context.
+        """
+        prompts = [tokens_of(self.tokenizer, request.prompt) for request in requests]
+        self._check(requests, prompts, sampling)
+        if not prompts:
+            return
+        shared = common_prefix(prompts) if can_share(self.traits) and len(prompts) > 1 else []
+        if len(shared) < _SHORTEST_PREFIX:
+            shared = []
+        order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
+        size = max(1, self.batch_size // sampling.samples)
+        for start in range(0, len(order), size):
+            places = order[start : start + size]
+            if all(map(done, places)):
+                continue
+            with inference(self.traits.model):
+                prefix = self._run_prefix(shared)
+                texts = self._batch([prompts[i][len(shared) :] for i in places], places, requests, prefix, sampling)
+            yield list(zip(places, texts))
+
+    def _run_prefix(self, tokens: Sequence[int]) -> SharedPrefix:
+        if self._prefix.tokens != tuple(tokens):
+            self._prefix = prefix_of(self.traits, tokens)
+        return self._prefix
+
+    def _batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        places: Sequence[int],
+        requests: Sequence[Request],
+        prefix: SharedPrefix,
+        sampling: Sampling,
+    ) -> list[list[str]]:
+        count = sampling.samples
+        generators = [
+            row_generator(f"{sampling.seed}/{requests[place].key}/{number}")
+            for place in places
+            for number in range(count)
+        ]
+        rows = Rows(self.traits, prefix, prompts, count, room=sampling.max_new_tokens)
+        logits = rows.start()
+        written: list[list[int]] = [[] for _ in generators]
+        running, finished = list(range(len(generators))), set()
+        for step in range(sampling.max_new_tokens):
+            drawn = draw_tokens(
+                logits, [generators[i].random() for i in running], sampling.temperature, sampling.top_k, sampling.top_p
+            )
+            for index, token in zip(running, drawn.tolist()):
+                if index not in finished:
+                    if token in self.ends:
+                        finished.add(index)
+                    else:
+                        written[index].append(token)
+                        self.new_tokens += 1
+            if sampling.stop and step % _STOP_STEPS == _STOP_STEPS - 1:
+                finished |= {i for i in running if i not in finished and self._has_stop(written[i], sampling.stop)}
+            live = [place for place, index in enumerate(running) if index not in finished]
+            if not live or step == sampling.max_new_tokens - 1:
+                break
+            if len(live) <= _LIVE_SHARE * len(running):
+                kept = torch.tensor(live, device=drawn.device)
+                rows.keep(kept)
+                drawn, running = drawn[kept], [running[place] for place in live]
+            logits = rows.step(drawn)
+        texts = [_before_stop(self._text(tokens), sampling.stop) for tokens in written]
+        return [texts[i : i + count] for i in range(0, len(texts), count)]
+
+    def _has_stop(self, tokens: list[int], stop: Sequence[str]) -> bool:
+        # a token is at least a byte, so a stop string has ended within the last tokens if it is there at all
+        tail = self._text(tokens[-(max(len(s.encode()) for s in stop) + _STOP_STEPS) :])
+        return any(text in tail for text in stop)
+
+    def _text(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _check(self, requests: Sequence[Request], prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+        limit = self.traits.max_length
+        for request, prompt in zip(requests, prompts):
+            if not prompt:
+                raise ValueError(f"request {request.key!r} has an empty prompt.")
+            if limit is not None and len(prompt) + sampling.max_new_tokens > limit:
+                raise ValueError(
+                    f"request {request.key!r} has {len(prompt)} tokens, which with max_new_tokens="
+                    f"{sampling.max_new_tokens} is more than the model's {limit}; use fewer shots, shorter queries or a "
+                    "smaller max_new_tokens."
+                )
+
+
+class VLLMBackend:
+    """Samples with vLLM, which shares prefixes by itself.
+
+    Args:
+        model: A hub id or folder.
+        batch_size: Requests that are handed over, and come back, together.
+        **kwargs: Passed to `vllm.LLM`.
+
+    Raises:
+        ImportError: If vLLM isn't installed.
+    """
+
+    def __init__(self, model: str, batch_size: int = 512, **kwargs: Any) -> None:
+        try:
+            from vllm import LLM, SamplingParams
+        except ImportError as error:
+            raise ImportError(
+                "backend='vllm' needs: pip install vllm; backend='transformers' needs nothing."
+            ) from error
+        self._llm = LLM(model=model, **{"enable_prefix_caching": True, **kwargs})
+        self._params = SamplingParams
+        self.tokenizer = self._llm.get_tokenizer()
+        self.batch_size, self.new_tokens = batch_size, 0
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[str]]:
+        """Texts of each request; see [`Backend`]."""
+        found = dict(pair for batch in self.stream(requests, sampling) for pair in batch)
+        return [found[index] for index in range(len(requests))]
+
+    def stream(
+        self, requests: Sequence[Request], sampling: Sampling, done: Callable[[int], bool] = _nothing_done
+    ) -> Iterator[Batch]:
+        """Texts of each request, batch by batch; see [`Backend`]."""
+        size = max(1, self.batch_size // sampling.samples)
+        for start in range(0, len(requests), size):
+            places = range(start, min(start + size, len(requests)))
+            if all(map(done, places)):
+                continue
+            prompts = [{"prompt_token_ids": tokens_of(self.tokenizer, requests[i].prompt)} for i in places]
+            outputs = self._llm.generate(
+                prompts, [self._params_of(requests[i], sampling) for i in places], use_tqdm=False
+            )
+            texts = [[sample.text for sample in output.outputs] for output in outputs]
+            self.new_tokens += sum(len(sample.token_ids) for output in outputs for sample in output.outputs)
+            yield list(zip(places, texts))
+
+    def _params_of(self, request: Request, sampling: Sampling) -> Any:
+        return self._params(
+            n=sampling.samples,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k or -1,
+            max_tokens=sampling.max_new_tokens,
+            stop=list(sampling.stop) or None,
+            seed=int(row_generator(f"{sampling.seed}/{request.key}").integers(2**31)),
+        )
+
+
+def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """A prompt's tokens; with the tokenizer's start token, unless a chat template has written it already."""
+    start = tokenizer.bos_token
+    templated = bool(start) and text.startswith(str(start))
+    tokens = list(tokenizer(text, add_special_tokens=not templated, verbose=False)["input_ids"])
+    # a tokenizer that ends texts would have the model start another one
+    return tokens[:-1] if tokens and not templated and _ends_texts(tokenizer, tokens) else tokens
+
+
+def _ends_texts(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> bool:
+    return tokens[-1] == tokenizer.eos_token_id and len(tokenizer("", verbose=False)["input_ids"]) > 0
+
+
+def _before_stop(text: str, stop: Sequence[str]) -> str:
+    places = [place for place in (text.find(mark) for mark in stop) if place >= 0]
+    return text[: min(places)] if places else text

@@ -1,0 +1,176 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Judges of two answers to a question: a reward model, or a chat model behind an OpenAI-compatible endpoint."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Optional, Protocol
+
+from trl_ext.almost.rewards import RewardModel
+
+
+# Our own writing, after the shape of FastChat's: two scores on the first line, then the reasons.
+INSTRUCTION = (
+    "You compare the answers of two assistants to a user's question. Judge how helpful, correct, relevant and detailed "
+    "each is; neither the order of the answers nor their length by itself is a merit. Write two numbers from 1 to 10 on "
+    "the first line, the first assistant's score and the second's, with a space between them and nothing else. On the "
+    "next lines, give your reasons briefly."
+)
+QUESTION = "[Question]\n{question}\n\n[First assistant's answer]\n{first}\n\n[Second assistant's answer]\n{second}"
+_NUMBER = r"(\d+(?:\.\d+)?)"
+_SCORES = re.compile(rf"\W*{_NUMBER}[\s,;]+{_NUMBER}\W*")
+_TEMPORARY = (408, 409, 429, 500, 502, 503, 504)
+
+
+class Judgement(NamedTuple):
+    """Scores of the first and of the second answer; None where the judge gave none that can be read."""
+
+    first: Optional[float]
+    second: Optional[float]
+
+
+class Judge(Protocol):
+    """Something that scores two answers to each question.
+
+    Attributes:
+        symmetric: Whether the order of the answers can't matter.
+    """
+
+    symmetric: bool
+
+    def compare(self, question: str, first: str, second: str) -> Judgement:
+        """Scores of both answers."""
+
+
+class RewardJudge:
+    """A reward model as judge: the higher reward wins, whatever the order.
+
+    Args:
+        rewards: The reward model; for a fair comparison not the one that the answers were trained on.
+    """
+
+    symmetric = True
+
+    def __init__(self, rewards: RewardModel) -> None:
+        self.rewards = rewards
+
+    def compare(self, question: str, first: str, second: str) -> Judgement:
+        """Rewards of both answers."""
+        return Judgement(*self.rewards.score([question, question], [first, second]))
+
+
+class ChatJudge:
+    """A chat model behind an OpenAI-compatible endpoint (OpenAI, vLLM, llama.cpp, ...).
+
+    Args:
+        model: The model's name there.
+        base_url: Where the endpoint is, up to `/v1`.
+        api_key_variable: Environment variable that holds the key; unset, no key is sent.
+        temperature: Of the judge's sampling; the paper's.
+        max_tokens: Most tokens of a judgement.
+        attempts: Tries of a request that fails for the moment, or whose answer has no scores.
+        timeout: Seconds to wait for an answer.
+        pause: Seconds before the second try; doubles at each further one.
+
+    Raises:
+        ValueError: If `attempts` isn't positive or `base_url` is no http address.
+    """
+
+    symmetric = False
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str = "https://api.openai.com/v1",
+        *,
+        api_key_variable: str = "OPENAI_API_KEY",
+        temperature: float = 0.2,
+        max_tokens: int = 512,
+        attempts: int = 5,
+        timeout: float = 120.0,
+        pause: float = 1.0,
+    ) -> None:
+        if attempts < 1:
+            raise ValueError(f"attempts={attempts} must be at least 1.")
+        if not base_url.startswith(("http://", "https://")):
+            raise ValueError(f"base_url={base_url!r} must begin with http:// or https://.")
+        self.model, self.url = model, base_url.rstrip("/") + "/chat/completions"
+        self.api_key_variable, self.temperature, self.max_tokens = api_key_variable, temperature, max_tokens
+        self.attempts, self.timeout, self.pause = attempts, timeout, pause
+
+    def compare(self, question: str, first: str, second: str) -> Judgement:
+        """The judge's scores.
+
+        Raises:
+            ValueError: If the endpoint refuses the request, or keeps failing.
+        """
+        content = QUESTION.format(question=question, first=first, second=second)
+        messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": content}]
+        failure = ""
+        for attempt in range(self.attempts):
+            if attempt and failure:
+                time.sleep(self.pause * 2 ** (attempt - 1))
+            try:
+                failure, scores = "", parse_scores(self._ask(messages))
+            except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+                failure, scores = self._failure(error), None
+            if scores is not None:
+                return scores
+        if failure:
+            raise ValueError(f"base_url: {self.url} failed {self.attempts} times; at last: {failure}")
+        return Judgement(None, None)
+
+    def _ask(self, messages: Sequence[dict[str, str]]) -> str:
+        body = {
+            "model": self.model,
+            "messages": list(messages),
+            "temperature": self.temperature,
+            "max_tokens": self.max_tokens,
+        }
+        headers = {"Content-Type": "application/json"}
+        key = os.environ.get(self.api_key_variable)
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(self.url, json.dumps(body).encode("utf-8"), headers)
+        with urllib.request.urlopen(request, timeout=self.timeout) as response:
+            text = response.read().decode("utf-8", errors="replace")
+        return _content(text, self.url)
+
+    def _failure(self, error: Exception) -> str:
+        """What to say of an error that may pass.
+
+        Raises:
+            ValueError: If it won't.
+        """
+        if isinstance(error, urllib.error.HTTPError):
+            said = error.read().decode("utf-8", errors="replace")[:300]
+            if error.code not in _TEMPORARY:
+                raise ValueError(
+                    f"{self.url} refused model={self.model!r}: {error.code} {said}. The key is read from the environment "
+                    f"variable {self.api_key_variable}."
+                ) from error
+            return f"{error.code} {said}"
+        return str(error)
+
+
+def parse_scores(text: str) -> Optional[Judgement]:
+    """The two scores that are the first line of a judgement; None if that is anything else, or one is outside 1 to 10."""
+    line = next((line for line in text.splitlines() if line.strip()), "")
+    found = _SCORES.fullmatch(line)
+    numbers = [float(number) for number in found.groups()] if found else []
+    return Judgement(*numbers) if numbers and all(1 <= number <= 10 for number in numbers) else None
+
+
+def _content(text: str, url: str) -> str:
+    try:
+        answer: Any = json.loads(text)["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{url} gave no chat completion: {text[:300]!r}") from error
+    return str(answer or "")

@@ -1,0 +1,275 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""A recipe: one YAML with a block for each stage, checked as a whole before anything runs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import yaml
+from trl import TrlParser
+
+from trl_ext.almost.config import ComparisonsConfig, QueriesConfig, ResponsesConfig, SelfPlayConfig
+from trl_ext.almost.rungs import parse_ladder
+
+
+QUERIES, RLSF_QUERIES, RESPONSES, COMPARISONS = "queries", "rlsf_queries", "responses", "comparisons"
+REWARD, REWARD_2, SELF_PLAY, SFT, RLSF, EVALUATION = (
+    "reward_model",
+    "reward_model_2",
+    "self_play",
+    "sft",
+    "rlsf",
+    "evaluation",
+)
+# The launcher that starts no process.
+INLINE = "inline"
+# In the order in which they run.
+STAGES = (QUERIES, RLSF_QUERIES, RESPONSES, COMPARISONS, REWARD, REWARD_2, SELF_PLAY, SFT, RLSF, EVALUATION)
+OPTIONAL = (RLSF_QUERIES, REWARD_2, SFT, RLSF, EVALUATION)
+# The stages that train run as a script of their own.
+SCRIPTS = {
+    REWARD: "almost_reward",
+    REWARD_2: "almost_reward",
+    SFT: "almost_sft",
+    RLSF: "almost_rlsf",
+    EVALUATION: "almost_eval",
+}
+DATA_CONFIGS: dict[str, type] = {
+    QUERIES: QueriesConfig,
+    RLSF_QUERIES: QueriesConfig,
+    RESPONSES: ResponsesConfig,
+    COMPARISONS: ComparisonsConfig,
+    SELF_PLAY: SelfPlayConfig,
+}
+# A block that is like another but for what it says itself.
+_LIKE = {RLSF_QUERIES: QUERIES, REWARD_2: REWARD}
+
+
+def _block(stage: str) -> Any:
+    return field(default_factory=dict, metadata={"help": f"Settings of the stage {stage}; a mapping, in YAML."})
+
+
+@dataclass
+class AlmostConfig:
+    """A run of the whole recipe. Its blocks are settings of the stages' own scripts."""
+
+    run_dir: str = field(metadata={"help": "The folder of the run; an interrupted run there goes on."})
+    model_name_or_path: Optional[str] = field(
+        default=None, metadata={"help": "Of all stages whose block names no other; default: SmolLM2-135M-Instruct."}
+    )
+    seed: int = field(default=0, metadata={"help": "Of all stages whose block names no other."})
+    backend: str = field(default="transformers", metadata={"help": "Who generates: transformers or vllm."})
+    batch_size: int = field(default=32, metadata={"help": "Texts that are written side by side."})
+    dtype: str = field(default="auto", metadata={"help": "Float type of the models that write."})
+    chat_format: str = field(default="auto", metadata={"help": "chat, plain or auto."})
+    launcher: str = field(
+        default="",
+        metadata={
+            "help": "What starts the training scripts, such as 'accelerate launch'; 'inline': this process; default: python."
+        },
+    )
+    skip: list[str] = field(default_factory=list, metadata={"help": f"Stages to leave out, of {', '.join(OPTIONAL)}."})
+    until: Optional[str] = field(default=None, metadata={"help": "Stop after this stage."})
+    queries: dict[str, Any] = _block(QUERIES)
+    rlsf_queries: dict[str, Any] = _block(RLSF_QUERIES)
+    responses: dict[str, Any] = _block(RESPONSES)
+    comparisons: dict[str, Any] = _block(COMPARISONS)
+    reward_model: dict[str, Any] = _block(REWARD)
+    reward_model_2: dict[str, Any] = _block(REWARD_2)
+    self_play: dict[str, Any] = _block(SELF_PLAY)
+    sft: dict[str, Any] = _block(SFT)
+    rlsf: dict[str, Any] = _block(RLSF)
+    evaluation: dict[str, Any] = _block(EVALUATION)
+
+    def __post_init__(self) -> None:
+        for name in self.skip:
+            if name not in OPTIONAL:
+                raise ValueError(f"skip={name!r} is no stage that can be left out; these can: {OPTIONAL}.")
+        if RLSF_QUERIES in self.skip and RLSF not in self.skip:
+            self.skip = [*self.skip, RLSF]
+        if SFT in self.skip and RLSF not in self.skip:
+            raise ValueError("skip='sft' leaves 'rlsf' without a model to start from; skip both.")
+        if self.until is not None and self.until not in STAGES:
+            raise ValueError(f"until={self.until!r} is no stage; choose one of {STAGES}.")
+        for stage in STAGES:
+            value = getattr(self, stage) or {}
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{stage}={value!r} must be a mapping of settings, as in the recipes.")
+            setattr(self, stage, dict(value))
+
+    @property
+    def stages(self) -> list[str]:
+        """What runs, in order."""
+        names = [stage for stage in STAGES if stage not in self.skip]
+        return names if self.until is None else [s for s in names if STAGES.index(s) <= STAGES.index(self.until)]
+
+    def block(self, stage: str) -> dict[str, Any]:
+        """A stage's settings, with what the recipe says for all stages filled in."""
+        like = _LIKE.get(stage)
+        values: dict[str, Any] = {**(getattr(self, like) if like else {}), **getattr(self, stage)}
+        values.setdefault("seed", self.seed + (1 if like else 0))
+        if stage in DATA_CONFIGS:
+            known = {each.name for each in dataclasses.fields(DATA_CONFIGS[stage])}
+            for name in ("model_name_or_path", "backend", "batch_size", "dtype", "chat_format"):
+                if name in known:
+                    values.setdefault(name, getattr(self, name))
+            return values
+        folder = Path(self.run_dir)
+        for name, value in _wiring(self, stage, folder).items():
+            values.setdefault(name, value)
+        return values
+
+    def data_config(self, stage: str) -> Any:
+        """The settings of a stage that writes texts, as its dataclass.
+
+        Raises:
+            ValueError: If a key is unknown or a value out of its range; names the stage.
+        """
+        kind, values = DATA_CONFIGS[stage], self.block(stage)
+        known = [each.name for each in dataclasses.fields(kind)]
+        unknown = [name for name in values if name not in known]
+        if unknown:
+            raise ValueError(f"{stage}: {unknown[0]!r} is no setting of this stage; it has {known}.")
+        numbers = {each.name: each.type for each in dataclasses.fields(kind) if each.type in ("float", "int")}
+        try:
+            # YAML reads 1e-5 as a text
+            values = {
+                n: float(v) if numbers.get(n) == "float" and isinstance(v, str) else v for n, v in values.items()
+            }
+            return kind(**values)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{stage}: {error}") from error
+
+
+def load_recipe(path: str, overrides: Sequence[str] = (), **values: Any) -> AlmostConfig:
+    """A recipe from its YAML.
+
+    Args:
+        path: The file.
+        overrides: `"queries.count=100"`: values, in YAML's syntax, in place of the file's.
+        **values: Top-level keys in place of the file's, such as `run_dir`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no mapping, or has an unknown key.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"config={path!r}: there is no such file.")
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"config={path!r} must hold a mapping.")
+    content.update({name: value for name, value in values.items() if value is not None})
+    known = [each.name for each in dataclasses.fields(AlmostConfig)]
+    unknown = [name for name in content if name not in known]
+    if unknown:
+        raise ValueError(f"config={path!r} has a key {unknown[0]!r}; the keys are {known}.")
+    return override(AlmostConfig(**content), overrides)
+
+
+def override(config: AlmostConfig, overrides: Sequence[str]) -> AlmostConfig:
+    """The recipe with other values.
+
+    Raises:
+        ValueError: If one is no `key=value` or `stage.key=value` of this recipe.
+    """
+    known = [each.name for each in dataclasses.fields(AlmostConfig)]
+    values = {name: getattr(config, name) for name in known}
+    for text in overrides:
+        key, sign, value = text.partition("=")
+        stage, dot, name = key.partition(".")
+        if not sign or stage not in known or (stage in STAGES) != bool(dot):
+            raise ValueError(f"set={text!r} must look like queries.count=100 or batch_size=16; stages are {STAGES}.")
+        parsed = yaml.safe_load(value)
+        values[stage] = {**values[stage], name: parsed} if dot else parsed
+    return AlmostConfig(**values)
+
+
+def check_recipe(config: AlmostConfig) -> None:
+    """Parse every block as its stage will.
+
+    Raises:
+        ValueError: Names the stage and what is wrong.
+    """
+    for stage in config.stages:
+        if stage in DATA_CONFIGS:
+            parsed = config.data_config(stage)
+            if stage == RESPONSES:
+                parse_ladder(parsed.ladder)
+        elif stage == EVALUATION:
+            _check_fields(stage, config.block(stage))
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / f"{stage}.yaml"
+                path.write_text(yaml.safe_dump(config.block(stage)), encoding="utf-8")
+                parse_script(stage, str(path))
+
+
+def parse_script(stage: str, path: str) -> tuple[Any, ...]:
+    """A training script's dataclasses from its YAML.
+
+    Raises:
+        ValueError: Names the stage and what is wrong.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return TrlParser(_kinds(stage)(path), prog=stage).parse_args_and_config(["--config", path])
+    except SystemExit as error:  # argparse
+        raise ValueError(f"{stage}: {said.getvalue().strip().splitlines()[-1]}") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{stage}: {error}") from error
+
+
+def _kinds(stage: str) -> Callable[[str], tuple[type, ...]]:
+    from trl_ext.almost.reward_training import AlmostRewardConfig, RewardArguments
+    from trl_ext.almost.rlsf_training import RLSF_CONFIGS, RLSFArguments
+    from trl_ext.almost.sft_training import AlmostSFTConfig, SFTArguments
+    from trl_ext.almost.training import AlmostModelConfig
+    from trl_ext.scripts.almost_rlsf import trainer_of
+
+    if stage in (REWARD, REWARD_2):
+        return lambda path: (RewardArguments, AlmostRewardConfig, AlmostModelConfig)
+    if stage == SFT:
+        return lambda path: (SFTArguments, AlmostSFTConfig, AlmostModelConfig)
+    return lambda path: (RLSFArguments, RLSF_CONFIGS[trainer_of(["--config", path])], AlmostModelConfig)
+
+
+def _check_fields(stage: str, values: Mapping[str, Any]) -> None:
+    """The evaluation looks into the run, which isn't there yet; so its names alone can be checked."""
+    from trl_ext.almost.evaluation_run import EvaluationArguments
+
+    known = [each.name for each in dataclasses.fields(EvaluationArguments)]
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        raise ValueError(f"{stage}: {unknown[0]!r} is no setting of this stage; it has {known}.")
+    EvaluationArguments(**{**values, "run_dir": None, "output_dir": values.get("output_dir") or "evaluation"})
+
+
+def _wiring(config: AlmostConfig, stage: str, run: Path) -> dict[str, Any]:
+    """Where a training stage's inputs and outputs lie."""
+    model = config.model_name_or_path or "smollm2-135m-instruct"
+    if stage == EVALUATION:
+        return {"run_dir": str(run), "start": model}
+    common = {"output_dir": str(run / stage), "model_name_or_path": model}
+    if stage in (REWARD, REWARD_2):
+        heldout = config.comparisons.get("heldout_share", ComparisonsConfig.heldout_share)
+        data = {"dataset_name": str(run / "comparisons.jsonl"), "half": 0}
+        if REWARD_2 not in config.skip:
+            data["half"] = 1 if stage == REWARD else 2
+        return {**common, **data, **({"eval_dataset_name": str(run / "comparisons.heldout.jsonl")} if heldout else {})}
+    if stage == SFT:
+        return {**common, "dataset_name": str(run / "demonstrations.jsonl")}
+    return {
+        "output_dir": str(run / stage),
+        "model_name_or_path": str(run / SFT),
+        "dataset_name": str(run / "rlsf_queries.jsonl"),
+        "reward_model": str(run / REWARD),
+    }

@@ -1,0 +1,233 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Steps of many texts behind one prefix: its keys and values are stored once and read once for all rows of a step.
+
+Attention over a prefix and over a row's own tokens are computed apart and joined by their softmax's sums, which is exact
+(Juravsky et al. 2024, "Hydragen"). A cache that repeats the prefix for each row is read, and copied, row by row instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, Optional
+
+import torch
+from transformers import AttentionInterface, DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
+
+from generation_ext.attention import FULL
+from generation_ext.in_context.model_traits import CAUSAL, ModelTraits
+from generation_ext.in_context.prefix_cache import EMPTY, SharedPrefix, encode_prefix
+
+
+ATTENTION = "almost_shared_prefix"
+# Scores of so many pairs of tokens are computed at once.
+_MOST_SCORES = 1 << 25
+_CACHE: ContextVar[Optional[Cache]] = ContextVar("almost_cache", default=None)
+
+
+class Rows:
+    """Texts that are written side by side.
+
+    Args:
+        traits: A causal model.
+        prefix: What all texts begin with, see [`encode_prefix`]; empty where the model can't share it.
+        prompts: For each text the tokens after the prefix; at least one.
+        samples: Texts that go on from each prompt.
+        room: Tokens that will be added to a text; with more, memory is moved.
+    """
+
+    def __init__(
+        self,
+        traits: ModelTraits,
+        prefix: SharedPrefix,
+        prompts: Sequence[Sequence[int]],
+        samples: int = 1,
+        room: int = 64,
+    ) -> None:
+        self.traits, self.prefix, self.samples = traits, prefix, samples
+        self.shares = can_share(traits)
+        if len(prefix) and not self.shares:
+            raise ValueError("prefix must be empty, since this model's attention can't be taken apart.")
+        longest, device = max(map(len, prompts)), traits.device
+        self.tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
+        lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=device)
+        # [rows, own tokens]: which of a row's own columns are its text
+        self.mask = torch.arange(longest, device=device) >= longest - lengths
+        # what comes next stands here
+        self.positions = lengths + len(prefix)
+        if self.shares:
+            layers = [_RowLayer(*layer, room=longest + room) for layer in _prefix_layers(traits, prefix)]
+            self.cache = Cache(layers=layers)
+        else:
+            self.cache = DynamicCache(config=traits.model.config)
+        self._last_only = "logits_to_keep" in inspect.signature(traits.model.forward).parameters
+
+    def start(self) -> torch.Tensor:
+        """Run the prompts; logits `[prompts * samples, vocabulary]` of what comes next."""
+        positions = (self.mask.cumsum(-1) - 1).clamp(min=0) + len(self.prefix)
+        logits = self._run(self.tokens, positions)
+        if self.samples > 1:
+            self.cache.batch_repeat_interleave(self.samples)
+            self.mask = self.mask.repeat_interleave(self.samples, dim=0)
+            self.positions = self.positions.repeat_interleave(self.samples, dim=0)
+        return logits.repeat_interleave(self.samples, dim=0)
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Add a token `[rows]` to each text; logits `[rows, vocabulary]` of what comes next."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
+        logits = self._run(tokens[:, None], self.positions)
+        self.positions = self.positions + 1
+        return logits
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Drop all texts but these (indices)."""
+        self.cache.batch_select_indices(rows)
+        self.mask, self.positions = self.mask[rows], self.positions[rows]
+
+    def _run(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        inputs: dict[str, Any] = {"input_ids": tokens, "use_cache": True, self.traits.cache_argument: self.cache}
+        if self._last_only:
+            inputs["logits_to_keep"] = 1
+        if self.traits.positions:
+            inputs["position_ids"] = positions
+        if not self.shares:
+            return self.traits.model(**inputs, attention_mask=self.mask.long()).logits[:, -1]
+        count = tokens.shape[1]
+        causal = torch.ones(count, self.mask.shape[1], dtype=torch.bool, device=tokens.device)
+        visible = causal.tril(self.mask.shape[1] - count) & self.mask[:, None]
+        # a padding token sees itself, so that no softmax is over nothing
+        visible = visible | torch.eye(self.mask.shape[1], dtype=torch.bool, device=tokens.device)[-count:]
+        with _attention(self.traits, self.cache):
+            return self.traits.model(**inputs, attention_mask=visible[:, None]).logits[:, -1]
+
+
+def can_share(traits: ModelTraits) -> bool:
+    """Whether a model's attention can be taken apart: full attention that goes through transformers' interface, without a
+    cap or a sink in it."""
+    config = traits.model.config.get_text_config(decoder=True)
+    own = getattr(traits.model, "_can_set_attn_implementation", lambda: False)()
+    plain = not getattr(config, "attn_logit_softcapping", None) and not hasattr(config, "attention_sink")
+    kinds = {type(module).__name__ for module in traits.model.modules() if hasattr(module, "sinks")}
+    return bool(
+        traits.kind == CAUSAL and traits.trees and set(traits.windows) == {FULL} and own and plain and not kinds
+    )
+
+
+class _RowLayer(DynamicLayer):
+    """The rows' own keys and values in a buffer with room to grow; a prefix's beside them."""
+
+    def __init__(self, prefix_keys: Optional[torch.Tensor], prefix_values: Optional[torch.Tensor], room: int) -> None:
+        super().__init__()
+        self.prefix_keys, self.prefix_values, self.room, self.length = prefix_keys, prefix_values, room, 0
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        end = self.length + key_states.shape[-2]
+        if self.length == 0:
+            rows, heads = key_states.shape[:2]
+            self.keys = key_states.new_empty(rows, heads, max(self.room, end), key_states.shape[-1])
+            self.values = value_states.new_empty(rows, heads, max(self.room, end), value_states.shape[-1])
+            self.is_initialized = True
+        elif end > self.keys.shape[-2]:
+            self.keys, self.values = _longer(self.keys, end), _longer(self.values, end)
+        self.keys[:, :, self.length : end] = key_states
+        self.values[:, :, self.length : end] = value_states
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_seq_length(self) -> int:
+        past = 0 if self.prefix_keys is None else self.prefix_keys.shape[-2]
+        return past + self.length
+
+
+def _longer(buffer: torch.Tensor, needed: int) -> torch.Tensor:
+    room = buffer.new_empty(*buffer.shape[:2], 2 * needed - buffer.shape[-2], buffer.shape[-1])
+    return torch.cat([buffer, room], dim=-2)
+
+
+def _prefix_layers(
+    traits: ModelTraits, prefix: SharedPrefix
+) -> list[tuple[Optional[torch.Tensor], Optional[torch.Tensor]]]:
+    if len(prefix):
+        return list(zip(prefix.keys, prefix.values))
+    return [(None, None)] * traits.model.config.get_text_config(decoder=True).num_hidden_layers
+
+
+@contextlib.contextmanager
+def _attention(traits: ModelTraits, cache: Cache) -> Iterator[None]:
+    """For one forward pass, the model's attention is ours."""
+    config = traits.model.config.get_text_config(decoder=True)
+    before, token = config._attn_implementation, _CACHE.set(cache)
+    config._attn_implementation = ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+        _CACHE.reset(token)
+
+
+def _shared_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Optional[torch.Tensor],
+    scaling: Optional[float] = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """An attention function of transformers' interface; `[R, heads, L, size]` -> `[R, L, heads, size]`."""
+    cache = _CACHE.get()
+    if cache is None:
+        raise ValueError(
+            f"attn_implementation={ATTENTION!r} belongs to trl_ext's decoding; load the model with 'sdpa'."
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rows, heads, length, size = query.shape
+    groups = key.shape[1]
+    # query heads of one group beside each other, as grouped-query attention wants it
+    asked = query.reshape(rows, groups, heads // groups * length, size)
+    hidden = None if attention_mask is None else ~attention_mask.repeat(1, 1, heads // groups, 1)
+    own, own_sums = _attend(asked, key, value, scale, hidden)
+    layer = cache.layers[module.layer_idx]
+    if layer.prefix_keys is not None:
+        flat = asked.transpose(0, 1).reshape(1, groups, -1, size)
+        past, past_sums = _attend_in_pieces(flat, layer.prefix_keys, layer.prefix_values, scale)
+        past = past.reshape(groups, rows, -1, size).transpose(0, 1)
+        past_sums = past_sums.reshape(groups, rows, -1, 1).transpose(0, 1)
+        share = torch.sigmoid(past_sums - own_sums).to(own.dtype)
+        own = torch.lerp(own, past, share)
+    return own.reshape(rows, heads, length, size).transpose(1, 2).contiguous(), None
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, hidden: Optional[torch.Tensor] = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What attention gives, and the logarithm `[..., 1]` of its softmax's sum."""
+    scores = (query * scale) @ key.transpose(-1, -2)
+    scores = scores.float()
+    if hidden is not None:
+        scores.masked_fill_(hidden, -torch.inf)
+    most = scores.amax(dim=-1, keepdim=True)
+    weights = scores.sub_(most).exp_()
+    sums = weights.sum(dim=-1, keepdim=True)
+    return (weights.to(value.dtype) @ value) / sums.to(value.dtype), sums.log() + most
+
+
+def _attend_in_pieces(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    size = max(1, _MOST_SCORES // (key.shape[1] * key.shape[2]))
+    pieces = [_attend(piece, key, value, scale) for piece in query.split(size, dim=2)]
+    return torch.cat([piece for piece, _ in pieces], dim=2), torch.cat([sums for _, sums in pieces], dim=2)
+
+
+def prefix_of(traits: ModelTraits, tokens: Sequence[int]) -> SharedPrefix:
+    """Run a model over a prefix once; empty where its attention can't be taken apart."""
+    return encode_prefix(traits, tokens) if can_share(traits) else EMPTY
+
+
+AttentionInterface.register(ATTENTION, _shared_attention)

@@ -1,0 +1,267 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""What the three training stages share: adapters from flags, data, resuming, and a folder that is complete or says so."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import torch
+from peft import PeftConfig
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import ModelConfig, ScriptArguments, get_peft_config
+
+from generation_ext.data_files import read_rows
+from peft_ext import PeqaConfig
+from peft_ext.files import check_folder_writable, sweep, write_json
+from trl_ext.almost.models import save_whole
+from trl_ext.almost.store import digest
+
+
+logger = logging.getLogger(__name__)
+SETTINGS, RESULT, ADAPTER = "settings.json", "training.json", "adapter"
+# Settings under which a training may go on that was started under others.
+_FREE = frozenset(
+    "output_dir overwrite_output_dir report_to run_name logging_dir logging_steps logging_strategy push_to_hub "
+    "hub_model_id hub_token hub_private_repo hub_strategy hub_revision hub_always_push save_steps save_strategy "
+    "save_total_limit disable_tqdm resume_from_checkpoint log_level log_level_replica log_on_each_node "
+    "dataloader_num_workers dataloader_pin_memory dataset_num_proc project trackio_space_id local_rank "
+    "per_device_eval_batch_size".split()
+)
+
+# Settings that may be a file's or a folder's path.
+_PATHS = frozenset(("dataset_name", "eval_dataset_name", "model_name_or_path", "reward_model"))
+
+
+@dataclass
+class AlmostModelConfig(ModelConfig):
+    """TRL's ModelConfig, and PEQA: `--use_peft` trains LoRA, `--peqa_bits` the scales of a quantised model, neither the
+    whole model."""
+
+    peqa_bits: Optional[int] = field(
+        default=None, metadata={"help": "Quantise the model to 2, 3, 4 or 8 bits and train its scales (PEQA)."}
+    )
+    peqa_group_size: int = field(
+        default=-1, metadata={"help": "Inputs that share a scale under PEQA; -1: all of an output channel's."}
+    )
+    peqa_init_method: str = field(
+        default="minmax", metadata={"help": "Where PEQA's integers come from: 'minmax' or 'mse'."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.peqa_bits is not None and self.use_peft:
+            raise ValueError(
+                f"use_peft=True is LoRA and peqa_bits={self.peqa_bits} is PEQA; a model gets one adapter: leave out one."
+            )
+        if self.peqa_init_method not in ("minmax", "mse"):
+            raise ValueError(
+                f"peqa_init_method={self.peqa_init_method!r} must be 'minmax' or 'mse'; for a calibrated start quantise "
+                "the model first (peft-ext quantize) and pass that folder as --model_name_or_path."
+            )
+
+
+@dataclass
+class StageDefaults:
+    """Defaults of every stage's training arguments; goes before TRL's config in the list of bases."""
+
+    output_dir: Optional[str] = field(default=None, metadata={"help": "The folder to write the model to."})
+    save_total_limit: Optional[int] = field(default=1, metadata={"help": "Checkpoints to keep while training."})
+    report_to: Union[None, str, list[str]] = field(
+        default="none", metadata={"help": "Where to report to ('wandb', 'trackio', ...); none by default."}
+    )
+    bf16: Optional[bool] = field(
+        default=None, metadata={"help": "bfloat16 mixed precision; by default where there is an accelerator."}
+    )
+
+    def __post_init__(self):
+        if not self.output_dir:  # transformers would choose a folder by itself
+            raise ValueError("output_dir is missing: pass --output_dir, the folder to write the model to.")
+        if self.bf16 is None and not torch.accelerator.is_available():
+            self.bf16 = False  # TRL's own default is True, several times slower on a CPU
+        super().__post_init__()  # type: ignore[misc]
+
+
+@dataclass
+class StageArguments(ScriptArguments):
+    """TRL's ScriptArguments; `dataset_name` may be a file of JSON lines, as the earlier stages write it."""
+
+    eval_dataset_name: Optional[str] = field(
+        default=None, metadata={"help": "Held-out data: a .jsonl file, or a data set of the hub."}
+    )
+    merge_adapter: bool = field(
+        default=True,
+        metadata={"help": "Write LoRA merged, as a model that every tool loads, and the adapter beside it."},
+    )
+
+
+def adapter_config(model_args: ModelConfig, task_type: str) -> Optional[PeftConfig]:
+    """The adapter that the flags ask for; None: the whole model is trained.
+
+    Args:
+        model_args: The flags.
+        task_type: PEFT's: `"SEQ_CLS"` or `"CAUSAL_LM"`.
+    """
+    bits = getattr(model_args, "peqa_bits", None)
+    if bits is not None:
+        return PeqaConfig(
+            bits=bits,
+            group_size=getattr(model_args, "peqa_group_size", -1),
+            init_method=getattr(model_args, "peqa_init_method", "minmax"),
+            task_type=task_type,
+        )
+    model_args.lora_task_type = task_type
+    return get_peft_config(model_args)
+
+
+def load_data(name: Optional[str], argument: str, config: Optional[str] = None, split: str = "train") -> list[dict]:
+    """Rows of a .jsonl file or of a data set of the hub.
+
+    Raises:
+        ValueError: If the argument is missing or there are no rows.
+        FileNotFoundError: If there is no such file.
+    """
+    if not name:
+        raise ValueError(f"{argument} is missing: pass --{argument}, a .jsonl file or a data set of the hub.")
+    if name.endswith(".jsonl"):
+        return read_rows(Path(name).expanduser())
+    from datasets import load_dataset
+
+    return list(load_dataset(name, name=config, split=split))
+
+
+def start(training_args: TrainingArguments, *others: Any) -> Optional[dict[str, Any]]:
+    """Check the output folder before any long work.
+
+    Args:
+        training_args: Says the folder.
+        *others: The stage's further arguments.
+
+    Returns:
+        What a finished training with these very settings has measured; None: train, from the last checkpoint if there is
+        one.
+
+    Raises:
+        ValueError: If the folder holds a training with other settings; names them.
+        OSError: If the folder can't be written.
+    """
+    folder = Path(str(training_args.output_dir)).expanduser()
+    with training_args.main_process_first(desc="checking the output folder"):
+        check_folder_writable(folder, "output_dir")
+        settings = _settings(training_args, *others)
+        stored = _read(folder / SETTINGS)
+        has_trained = (folder / RESULT).is_file() or any(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+        if stored is not None and has_trained:
+            _check_same(stored, settings, folder)
+        elif (
+            stored is None
+            and folder.is_dir()
+            and any(path for path in folder.iterdir() if not path.name.startswith("."))
+        ):
+            raise ValueError(f"output_dir={str(folder)!r} is not empty and holds no training of ours; pass another.")
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / SETTINGS, settings)
+        sweep(folder)
+    result = _read(folder / RESULT)
+    if result is not None:
+        logger.warning("%s is finished already; nothing is trained.", folder)
+    return result
+
+
+def last_checkpoint(folder: str) -> Optional[str]:
+    """The newest checkpoint that is complete; those that a kill left incomplete are removed."""
+    found = sorted(Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.split("-")[-1]))
+    while found:
+        # the Trainer writes it last
+        if _read(found[-1] / "trainer_state.json") is not None:
+            return str(found[-1])
+        logger.warning("%s is incomplete (a kill while it was written) and is removed.", found[-1])
+        shutil.rmtree(found.pop(), ignore_errors=True)
+    return None
+
+
+def run(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, merge_adapter: bool) -> Any:
+    """Train from the last checkpoint, and write the model whole; returns the model as it was written.
+
+    A LoRA is written merged into `output_dir`, and by itself into its folder `adapter`; PEQA's scales, merged, make a
+    packed checkpoint. With `merge_adapter=False`, `output_dir` holds the adapter.
+    """
+    folder = Path(str(trainer.args.output_dir))
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint or last_checkpoint(str(folder)))
+    trainer.accelerator.wait_for_everyone()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if hasattr(model, "peft_config") and merge_adapter and sharded:
+        logger.warning("The model is sharded, so that the adapter in %s is not merged into it.", folder)
+    elif hasattr(model, "peft_config") and merge_adapter:
+        if trainer.is_world_process_zero():
+            save_whole(model.save_pretrained, tokenizer, folder / ADAPTER)
+        model = model.merge_and_unload()
+    if sharded:
+        trainer.save_model(str(folder))  # gathers the parts
+    elif trainer.is_world_process_zero():
+        _move_into(folder, model.save_pretrained, tokenizer)
+    trainer.accelerator.wait_for_everyone()
+    return model
+
+
+def finish(trainer: Trainer, result: Mapping[str, Any], dataset_name: Optional[str]) -> dict[str, Any]:
+    """Push if asked to, write the result, which marks the folder as complete, and drop the checkpoints."""
+    folder = Path(str(trainer.args.output_dir))
+    result = {**result, "steps": trainer.state.global_step, "history": trainer.state.log_history}
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(dataset_name=dataset_name)
+    if trainer.is_world_process_zero():
+        write_json(folder / RESULT, result)
+        for checkpoint in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+    if hasattr(trainer, "end"):  # since transformers 5.18: finishes trackers and the process group
+        trainer.end()
+    return result
+
+
+def _move_into(folder: Path, save: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a model beside the folder's checkpoints: each file is there whole or not at all."""
+    partial = folder / ".model-partial-"
+    shutil.rmtree(partial, ignore_errors=True)
+    save_whole(save, tokenizer, partial)
+    for path in partial.iterdir():
+        path.replace(folder / path.name)
+    partial.rmdir()
+
+
+def _settings(training_args: TrainingArguments, *others: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for arguments in (training_args, *others):
+        as_dict = arguments.to_dict() if isinstance(arguments, TrainingArguments) else asdict(arguments)
+        values |= {name: value for name, value in as_dict.items() if name not in _FREE}
+    for name in _PATHS & values.keys():
+        path = Path(str(values[name])).expanduser()
+        if path.exists():  # by what is in it: a run may be moved
+            values[name] = f"sha256:{digest(path)}"
+    return json.loads(json.dumps(values, default=str))
+
+
+def _check_same(stored: Mapping[str, Any], settings: Mapping[str, Any], folder: Path) -> None:
+    names = sorted({*stored, *settings})
+    changed = [name for name in names if stored.get(name) != settings.get(name)]
+    if changed:
+        lines = [f"{name}: {stored.get(name)!r} there, {settings.get(name)!r} now" for name in changed]
+        raise ValueError(
+            f"output_dir={str(folder)!r} holds a training with other settings ({'; '.join(lines)}). Pass these to "
+            f"continue it, or another folder, for example --output_dir {folder}-2."
+        )
+
+
+def _read(path: Path) -> Optional[dict[str, Any]]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None

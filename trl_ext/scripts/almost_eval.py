@@ -1,0 +1,55 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Evaluates a run of ALMoST, or any models: HHH alignment, TruthfulQA MC1, win rate on the Vicuna questions.
+
+```bash
+python -m trl_ext.scripts.almost_eval --run_dir run --data_dir ../shared/data
+python -m trl_ext.scripts.almost_eval --models run/rlsf --tasks win_rate --output_dir out \
+    --judge https://api.openai.com/v1 --judge_model gpt-4o
+```
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from peft_ext.command_line import parse, run_command
+from trl_ext.almost.evaluation_run import EvaluationArguments, evaluate
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse the flags (and the YAML of `--config`), evaluate, and print a table."""
+    (args,) = parse(argv, EvaluationArguments, program="almost_eval")
+    print(table(evaluate(args)))
+    print(f"\n{args.output_dir}/evaluation.json has all of it.")
+
+
+def table(results: dict[str, Any]) -> str:
+    """Results as a Markdown table."""
+    lines = [
+        "| Model | HHH | TruthfulQA MC1 | win rate | length-controlled | length |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, tasks in results.items():
+        win = tasks.get("win_rate", {})
+        cells = [
+            _percent(tasks.get("hhh")),
+            _percent(tasks.get("truthfulqa")),
+            _percent(win.get("win_rate")),
+            _percent(win.get("length_controlled")),
+            "{:.0f} / {:.0f}".format(*win["length"]) if win else "-",
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _percent(result: Any) -> str:
+    if not result:
+        return "-"
+    low, high = result["interval"]
+    return f"{100 * result['value']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("trl_ext.scripts", "trl_ext.scripts", {"almost_eval": ""}, ["almost_eval", *sys.argv[1:]]))

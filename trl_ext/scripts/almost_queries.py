@@ -1,0 +1,46 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Mines queries for ALMoST: a model continues a list of ten, filters keep what is well formed and new.
+
+```bash
+python -m trl_ext.scripts.almost_queries --count 1000 --output_file run/queries.jsonl
+```
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Optional
+
+from peft_ext.command_line import parse, run_command
+from trl_ext.almost.config import QueriesConfig
+from trl_ext.almost.loading import load_backend
+from trl_ext.almost.queries import mine_queries
+from trl_ext.almost.store import open_alone, read_rows
+
+
+@dataclass
+class QueriesArguments(QueriesConfig):
+    """Where queries go."""
+
+    output_file: Optional[str] = field(default=None, metadata={"help": "The .jsonl file to write; needed."})
+    avoid: Optional[list[str]] = field(
+        default=None, metadata={"help": "Files of queries that new ones must not be close to, either."}
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse the flags (and the YAML of `--config`), mine, and say what the filters dropped."""
+    (args,) = parse(argv, QueriesArguments, program="almost_queries")
+    path = open_alone(args.output_file, args)
+    avoid = [row["query"] for file in args.avoid or [] for row in read_rows(file)]
+    backend = load_backend(args.model_name_or_path, backend=args.backend, batch_size=args.batch_size, dtype=args.dtype)
+    for name, count in mine_queries(backend, args, path, avoid).items():
+        print(f"{name}: {count}")
+
+
+if __name__ == "__main__":
+    sys.exit(
+        run_command("trl_ext.scripts", "trl_ext.scripts", {"almost_queries": ""}, ["almost_queries", *sys.argv[1:]])
+    )

@@ -1,0 +1,29 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Fine-tunes a model on ALMoST's demonstrations.
+
+```bash
+accelerate launch -m trl_ext.scripts.almost_sft \\
+    --model_name_or_path smollm2-135m-instruct --use_peft --learning_rate 2e-4 \\
+    --dataset_name run/demonstrations.jsonl \\
+    --output_dir run/sft
+```
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from peft_ext.command_line import parse, run_command
+from trl_ext.almost.sft_training import AlmostSFTConfig, SFTArguments, train_sft
+from trl_ext.almost.training import AlmostModelConfig
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse the flags (and the YAML of `--config`), and train."""
+    result = train_sft(*parse(argv, SFTArguments, AlmostSFTConfig, AlmostModelConfig, program="almost_sft"))
+    print(f"{result['demonstrations']} demonstrations, {result['steps']} steps")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("trl_ext.scripts", "trl_ext.scripts", {"almost_sft": ""}, ["almost_sft", *sys.argv[1:]]))
