@@ -86,6 +86,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.palp --timing
 	$(BIN)/python -m benchmarks.ga_attention
 	$(BIN)/python -m benchmarks.paraphrase
+	$(BIN)/python -m benchmarks.almost > benchmarks/almost_smollm2.md
 	$(BIN)/python -m benchmarks.ood
 	$(BIN)/python -m benchmarks.ood_detectors
 	$(BIN)/python -m benchmarks.plan_memory
