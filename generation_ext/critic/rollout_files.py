@@ -8,13 +8,12 @@ kept; they are many times larger, and one forward pass gives them again.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Optional, Union
 
 from generation_ext.critic.rollouts import Rollout
+from peft_ext.files import append_lines
 
 
 _FIELDS = ("prompt", "completion", "prompt_ids", "completion_ids", "reward", "control_code", "columns")
@@ -22,7 +21,7 @@ _NEEDED = ("prompt", "completion", "prompt_ids", "completion_ids", "reward")
 
 
 class RolloutWriter:
-    """Appends roll-outs to a JSON-lines file. A kill costs at most the lines of one call.
+    """Appends roll-outs to a JSON-lines file. A kill or a full disk costs at most the lines of one call.
 
     Args:
         path: Made with its folder if need be. If it is there, its whole lines stay and a torn last one is cut off.
@@ -33,28 +32,10 @@ class RolloutWriter:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _cut(self.path, keep)
-        self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, rollouts: Iterable[Rollout]) -> None:
         """Append roll-outs, and wait until the system has them on disk."""
-        self._file.write("".join(json.dumps(_plain(rollout), ensure_ascii=False) + "\n" for rollout in rollouts))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file; what was written is there already."""
-        self._file.close()
-
-    def __enter__(self) -> RolloutWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: Optional[type[BaseException]],
-        error: Optional[BaseException],
-        traceback: Optional[TracebackType],
-    ) -> None:
-        self.close()
+        append_lines(self.path, (json.dumps(_plain(rollout), ensure_ascii=False) for rollout in rollouts))
 
 
 def read_rollouts(path: Union[str, Path]) -> list[Rollout]:

@@ -383,6 +383,7 @@ def _base(model: Any) -> Any:
 
 
 def device_of(model: nn.Module) -> torch.device:
+    """Where a model's weights are."""
     return next(model.parameters()).device
 
 
@@ -407,6 +408,11 @@ def _up_to_end(tokens: list[int], end: set[int]) -> list[int]:
 
 
 def decoder_start(base: Any) -> int:
+    """The token that an encoder-decoder model's decoder begins with.
+
+    Raises:
+        ValueError: If neither of its configs names one.
+    """
     for config in (base.generation_config, base.config):
         for name in ("decoder_start_token_id", "bos_token_id"):
             token = getattr(config, name, None)

@@ -9,8 +9,7 @@ rollouts/iteration-0003-000.safetensors the critic's values of their states as t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
@@ -76,14 +75,11 @@ class RunFiles:
         rollouts = read_rollouts(path)[:count]
         return rollouts if len(rollouts) == count else rollouts[: len(rollouts) // batch_size * batch_size]
 
-    @contextmanager
-    def writer(self, iteration: int, keep: int) -> Iterator[Callable[[list[Rollout]], None]]:
+    def writer(self, iteration: int, keep: int) -> Callable[[list[Rollout]], None]:
         """A function that appends roll-outs to an iteration's file, after the first `keep` ones."""
         if not self.writes:
-            yield lambda rollouts: None
-            return
-        with RolloutWriter(self._path(iteration, "jsonl"), keep=keep) as writer:
-            yield writer.write
+            return lambda rollouts: None
+        return RolloutWriter(self._path(iteration, "jsonl"), keep=keep).write
 
     def keep_values(self, iteration: int, values: torch.Tensor) -> None:
         """Write the values `[roll-outs, states]` that an iteration begins with; its targets depend on them."""

@@ -306,10 +306,10 @@ class CriticTrainer(Trainer):
         rollouts = self._files.rollouts(iteration, len(rows), size) if self._resuming else []
         if len(rollouts) == len(rows):
             return rollouts
-        with self._files.writer(iteration, keep=len(rollouts)) as write:
-            for batch in self._sampled(rows, seed, len(rollouts), f"roll-outs {iteration + 1}"):
-                write(batch)
-                rollouts += batch
+        write = self._files.writer(iteration, keep=len(rollouts))
+        for batch in self._sampled(rows, seed, len(rollouts), f"roll-outs {iteration + 1}"):
+            write(batch)
+            rollouts += batch
         return rollouts
 
     def _sampled(self, rows: list[dict[str, Any]], seed: int, done: int, title: str) -> Iterator[list[Rollout]]:

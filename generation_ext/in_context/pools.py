@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Optional, Union
 import numpy as np
 
 from generation_ext.in_context.prompts import Example, Task
+from peft_ext.files import append_lines
 
 
 _FORMAT = 1
@@ -116,8 +117,7 @@ class PoolFile:
             self._append({"index": index, "example": pool.example, "samples": pool.samples})
 
     def _append(self, value: Mapping[str, Any]) -> None:
-        with open(str(self.path), "a", encoding="utf-8") as file:
-            file.write(json.dumps(value, ensure_ascii=False) + "\n")
+        append_lines(Path(str(self.path)), [json.dumps(value, ensure_ascii=False)])
 
     def _read(self) -> None:
         path = self.path

@@ -265,7 +265,3 @@ def _inverse_cdf(
         found = threshold[:, 0] < cumulated[:, -1]
     place = (cumulated <= threshold).sum(dim=-1, keepdim=True).clamp(max=tokens.shape[-1] - 1)
     return tokens.gather(1, place)[:, 0], found
-
-
-def _seed(key: str) -> int:
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "big")

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from tests.almost.trained import write_lines
+from tests.almost.writers import save_long_model
 from tests.tiny_tokenizer import byte_tokenizer
 from trl_ext.almost.chat import dialogue, request_text
 from trl_ext.almost.evaluation import (
@@ -45,34 +46,13 @@ TRUTH = [
 VICUNA = [{"id": i, "category": "generic", "turns": [f"Question {i}?"]} for i in (1, 2, 3)]
 
 
-def save_model(folder, seed: int, scores: bool = False):
-    torch.manual_seed(seed)
-    tokenizer = byte_tokenizer()
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=1024,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=0,
-        num_labels=1,
-    )
-    model = AutoModelForSequenceClassification.from_config(config) if scores else LlamaForCausalLM(config)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluation")
     for seed, name in enumerate(("start", "sft")):
-        save_model(folder / name, seed)
+        save_long_model(folder / name, seed)
     for seed, name in enumerate(("reward_model", "reward_model_2"), start=7):
-        save_model(folder / name, seed, scores=True)
+        save_long_model(folder / name, seed, scores=True)
     for name, rows in (("hhh/test", HHH), ("truthfulqa/test", TRUTH), ("vicuna/questions", VICUNA)):
         write_lines(folder / "data" / f"{name}.jsonl", rows)
     return folder

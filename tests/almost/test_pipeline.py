@@ -12,7 +12,6 @@ import pytest
 import yaml
 
 from tests.almost.writers import save_long_model
-from trl_ext.almost import store
 from trl_ext.almost.pipeline import FILES, Pipeline
 from trl_ext.almost.plan import plan
 from trl_ext.almost.recipe import STAGES, AlmostConfig, check_recipe, load_recipe, override
@@ -131,7 +130,7 @@ def killed_after(count, work):
                 left[0] -= len(data)
                 return write(handle, data)
 
-            store.os.write = counted
+            os.write = counted
             work()
         except BaseException:
             os._exit(1)
@@ -195,6 +194,21 @@ def test_a_wrong_block_is_found_before_anything_runs(base, tmp_path, changes, me
     with pytest.raises(ValueError, match=message):
         Pipeline(recipe(base, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({}, "evaluation: data_dir is missing.*--set evaluation.data_dir=FOLDER, or --skip evaluation"),
+        ({"data_dir": "/nowhere"}, "evaluation: data_dir='/nowhere' has no hhh/test.jsonl"),
+        ({"tasks": ["win_rate"], "questions": "/no.jsonl"}, "evaluation: questions='/no.jsonl'"),
+    ],
+)
+def test_missing_evaluation_data_is_found_before_anything_runs(base, tmp_path, block, message):
+    pipeline = Pipeline(recipe(base, tmp_path / "run", evaluation=block))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        pipeline.run()
+    assert not (tmp_path / "run" / "queries.jsonl").exists()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from tests.tiny_tokenizer import byte_tokenizer
 
@@ -45,12 +45,12 @@ def sentence(key: str, number: int = 0, words: int = 12) -> str:
     return " ".join(chosen).capitalize() + "."
 
 
-def save_long_model(folder: Path) -> Path:
-    """A tiny Llama on bytes with room for 4,096 of them, and its tokenizer."""
+def save_long_model(folder: Path, seed: int = 0, scores: bool = False) -> Path:
+    """A tiny Llama on bytes with room for 4,096 of them, and its tokenizer; with `scores`, one that gives a score."""
     tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(folder)
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         config = LlamaConfig(
             hidden_size=32,
             intermediate_size=48,
@@ -62,6 +62,8 @@ def save_long_model(folder: Path) -> Path:
             initializer_range=0.2,
             eos_token_id=tokenizer.eos_token_id,
             bos_token_id=None,
+            num_labels=1,
         )
-        LlamaForCausalLM(config).save_pretrained(folder)
+        model = AutoModelForSequenceClassification.from_config(config) if scores else LlamaForCausalLM(config)
+        model.save_pretrained(folder)
     return folder

@@ -53,7 +53,7 @@ class EvaluationArguments:
         default=None, metadata={"help": "Reward models whose HHH and TruthfulQA accuracy is measured."}
     )
     tasks: list[str] = field(default_factory=lambda: list(TASKS), metadata={"help": f"Which of {', '.join(TASKS)}."})
-    data_dir: str = field(default="../shared/data", metadata={"help": "Folder with hhh, truthfulqa and vicuna."})
+    data_dir: Optional[str] = field(default=None, metadata={"help": "Folder with hhh, truthfulqa and vicuna."})
     questions: Optional[str] = field(
         default=None,
         metadata={"help": "A .jsonl of id and query to compare answers on, instead of the Vicuna questions."},
@@ -165,19 +165,36 @@ def load_rows(args: EvaluationArguments, task: str) -> list[dict[str, Any]]:
     """A task's rows, or `limit` of them from all over the file.
 
     Raises:
-        FileNotFoundError: If the data isn't there; says how it is laid out.
+        ValueError, FileNotFoundError: As [`data_path`].
     """
-    path = Path(args.data_dir).expanduser() / FILES[task]
+    rows = read_rows(data_path(args, task))
+    if args.limit is None or args.limit >= len(rows):
+        return rows
+    return [rows[number * len(rows) // args.limit] for number in range(args.limit)]
+
+
+def data_path(args: EvaluationArguments, task: str) -> Path:
+    """Where a task's rows lie.
+
+    Raises:
+        ValueError: If nothing says where.
+        FileNotFoundError: If they aren't there; says how the data is laid out.
+    """
     if task == "win_rate" and args.questions is not None:
         path = Path(args.questions).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"questions={args.questions!r}: there is no such file.")
-    elif not path.is_file():
+        return path
+    if args.data_dir is None:
+        own = ", or --questions" if task == "win_rate" else ""
+        raise ValueError(
+            f"data_dir is missing: the task {task!r} needs a folder with {FILES[task]}; pass --data_dir{own}, or leave the "
+            "task out of --tasks."
+        )
+    path = Path(args.data_dir).expanduser() / FILES[task]
+    if not path.is_file():
         raise FileNotFoundError(f"data_dir={args.data_dir!r} has no {FILES[task]}, which the task {task!r} needs.")
-    rows = read_rows(path)
-    if args.limit is None or args.limit >= len(rows):
-        return rows
-    return [rows[number * len(rows) // args.limit] for number in range(args.limit)]
+    return path
 
 
 class _Loaded:

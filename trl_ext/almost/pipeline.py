@@ -50,6 +50,7 @@ from trl_ext.almost.recipe import (
     SELF_PLAY,
     SFT,
     AlmostConfig,
+    check_evaluation_data,
     check_recipe,
 )
 from trl_ext.almost.rewards import RewardModel
@@ -127,6 +128,8 @@ class Pipeline:
             ChildProcessError: If a training script fails.
             ValueError, OSError: As the stages.
         """
+        if EVALUATION in self.config.stages and not self.is_done(EVALUATION):
+            check_evaluation_data(self.config)
         self.run_files.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.run_files.path(".lock"))
         try:

@@ -204,7 +204,7 @@ def check_recipe(config: AlmostConfig) -> None:
             if stage == RESPONSES:
                 parse_ladder(parsed.ladder)
         elif stage == EVALUATION:
-            _check_fields(stage, config.block(stage))
+            _evaluation_arguments(config)
         else:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / f"{stage}.yaml"
@@ -242,15 +242,34 @@ def _kinds(stage: str) -> Callable[[str], tuple[type, ...]]:
     return lambda path: (RLSFArguments, RLSF_CONFIGS[trainer_of(["--config", path])], AlmostModelConfig)
 
 
-def _check_fields(stage: str, values: Mapping[str, Any]) -> None:
-    """The evaluation looks into the run, which isn't there yet; so its names alone can be checked."""
+def check_evaluation_data(config: AlmostConfig) -> None:
+    """Look for the evaluation's data, which is wanted after hours of other stages.
+
+    Raises:
+        ValueError, FileNotFoundError: If it isn't there; names the setting, and how to leave the stage out.
+    """
+    from trl_ext.almost.evaluation_run import data_path
+
+    arguments = _evaluation_arguments(config)
+    try:
+        for task in arguments.tasks:
+            data_path(arguments, task)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(
+            f"evaluation: {error} In a recipe: --set evaluation.data_dir=FOLDER, or --skip {EVALUATION} to leave it out."
+        ) from error
+
+
+def _evaluation_arguments(config: AlmostConfig) -> Any:
+    """The evaluation looks into the run, which isn't there yet; so it is parsed without."""
     from trl_ext.almost.evaluation_run import EvaluationArguments
 
+    values = config.block(EVALUATION)
     known = [each.name for each in dataclasses.fields(EvaluationArguments)]
     unknown = [name for name in values if name not in known]
     if unknown:
-        raise ValueError(f"{stage}: {unknown[0]!r} is no setting of this stage; it has {known}.")
-    EvaluationArguments(**{**values, "run_dir": None, "output_dir": values.get("output_dir") or "evaluation"})
+        raise ValueError(f"{EVALUATION}: {unknown[0]!r} is no setting of this stage; it has {known}.")
+    return EvaluationArguments(**{**values, "run_dir": None, "output_dir": values.get("output_dir") or "evaluation"})
 
 
 def _wiring(config: AlmostConfig, stage: str, run: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from peft_ext.files import write_json, written_whole
+from peft_ext.files import append_lines, write_json, written_whole
 
 
 logger = logging.getLogger(__name__)
@@ -55,14 +55,9 @@ class RowFile:
         new = {row["id"]: row for row in rows if row["id"] not in self.rows}
         if not new:
             return 0
-        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new.values()).encode("utf-8")
-        size = self.path.stat().st_size if self.path.is_file() else 0
         try:
-            with open(self.path, "ab", buffering=0) as file:
-                _write_all(file.fileno(), data)
-                os.fsync(file.fileno())
+            append_lines(self.path, (json.dumps(row, ensure_ascii=False) for row in new.values()))
         except OSError as error:
-            self._cut(size)
             raise OSError(
                 error.errno,
                 f"{error.strerror}: {len(new)} new rows of {str(self.path)!r} could not be written. The {len(self)} rows "
@@ -77,10 +72,6 @@ class RowFile:
         if ordered != list(self.rows.values()):
             self.rows = {row["id"]: row for row in ordered}
             write_rows(self.path, ordered)
-
-    def _cut(self, size: int) -> None:
-        if self.path.is_file() and self.path.stat().st_size > size:
-            os.truncate(self.path, size)
 
 
 def read_rows(path: Union[str, os.PathLike]) -> list[Row]:
@@ -276,11 +267,6 @@ def differences(old: Any, new: Any, at: str = "") -> list[tuple[str, str, str]]:
 def _plain(value: Any) -> Any:
     """As it comes back from JSON."""
     return json.loads(json.dumps(value))
-
-
-def _write_all(handle: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(handle, data) :]
 
 
 def _read(path: Path, repair: bool) -> dict[Any, Row]:

@@ -2,7 +2,7 @@
 """Evaluates a run of ALMoST, or any models: HHH alignment, TruthfulQA MC1, win rate on the Vicuna questions.
 
 ```bash
-python -m trl_ext.scripts.almost_eval --run_dir run --data_dir ../shared/data
+python -m trl_ext.scripts.almost_eval --run_dir run --data_dir data  # with hhh, truthfulqa, vicuna
 python -m trl_ext.scripts.almost_eval --models run/rlsf --tasks win_rate --output_dir out \
     --judge https://api.openai.com/v1 --judge_model gpt-4o
 ```

@@ -250,9 +250,9 @@ def test_files_give_back_what_was_written(tmp_path):
     rollouts = some_rollouts()
     rollouts[2].reward = None
     path = tmp_path / "new folder" / "rollouts.jsonl"
-    with RolloutWriter(path) as writer:
-        writer.write(rollouts[:2])
-        writer.write(rollouts[2:])
+    writer = RolloutWriter(path)
+    writer.write(rollouts[:2])
+    writer.write(rollouts[2:])
     assert read_rollouts(path) == rollouts
     assert read_rollouts(path.parent) == rollouts
     assert len(path.read_text(encoding="utf-8").splitlines()) == 4
@@ -263,30 +263,29 @@ def test_every_write_is_on_disk_before_the_next(tmp_path):
     rollouts = some_rollouts()
     writer = RolloutWriter(tmp_path / "r.jsonl")
     writer.write(rollouts[:2])
-    assert read_rollouts(tmp_path / "r.jsonl") == rollouts[:2]  # not closed
-    writer.close()
+    assert read_rollouts(tmp_path / "r.jsonl") == rollouts[:2]
 
 
 @pytest.mark.parametrize("lost", [1, 10, 60])
 def test_a_torn_line_is_passed_over_and_cut_off(tmp_path, lost):
     rollouts = some_rollouts()
     path = tmp_path / "r.jsonl"
-    with RolloutWriter(path) as writer:
-        writer.write(rollouts[:3])
+    writer = RolloutWriter(path)
+    writer.write(rollouts[:3])
     path.write_bytes(path.read_bytes()[:-lost])
     assert read_rollouts(path) == rollouts[:2]
-    with RolloutWriter(path) as writer:
-        writer.write(rollouts[2:])
+    writer = RolloutWriter(path)
+    writer.write(rollouts[2:])
     assert read_rollouts(path) == rollouts
 
 
 def test_keep_cuts_off_further_lines(tmp_path):
     rollouts = some_rollouts()
     path = tmp_path / "r.jsonl"
-    with RolloutWriter(path) as writer:
-        writer.write(rollouts)
-    with RolloutWriter(path, keep=1) as writer:
-        writer.write(rollouts[3:])
+    writer = RolloutWriter(path)
+    writer.write(rollouts)
+    writer = RolloutWriter(path, keep=1)
+    writer.write(rollouts[3:])
     assert read_rollouts(path) == [rollouts[0], rollouts[3]]
 
 
@@ -303,8 +302,8 @@ def test_keep_cuts_off_further_lines(tmp_path):
 )
 def test_damaged_files_are_named(tmp_path, change, message):
     path = tmp_path / "r.jsonl"
-    with RolloutWriter(path) as writer:
-        writer.write(some_rollouts()[:2])
+    writer = RolloutWriter(path)
+    writer.write(some_rollouts()[:2])
     first, second = path.read_text(encoding="utf-8").splitlines()
     line = change if isinstance(change, str) else json.dumps({**json.loads(second), **change})
     path.write_text(f"{first}\n{line}\n", encoding="utf-8")
