@@ -17,7 +17,7 @@ from typing import Any, Optional
 import yaml
 
 from trl_ext.almost.evaluation import hhh_of_rewards
-from trl_ext.almost.evaluation_run import EvaluationArguments, evaluate
+from trl_ext.almost.evaluation_run import EvaluationArguments, evaluate, load_rows
 from trl_ext.almost.feedback import COMPARISONS as TRAINING_PAIRS
 from trl_ext.almost.feedback import HELDOUT, build_comparisons, write_comparisons
 from trl_ext.almost.loading import load_backend
@@ -141,9 +141,9 @@ class Ablations:
             files = {"dataset_name": str(folder / TRAINING_PAIRS), "eval_dataset_name": str(folder / HELDOUT)}
             self._script(REWARD, folder / "reward_model", **files)
         model = RewardModel.from_pretrained(str(folder / "reward_model"), batch_size=32)
-        scores = model.score_pairs(read_rows(folder / HELDOUT))
-        hits = [(a > b) + 0.5 * (a == b) for a, b in zip(scores.chosen, scores.rejected)]
-        hhh = read_hhh(self.data_dir, self.limit)
+        hits = model.score_pairs(read_rows(folder / HELDOUT)).hits
+        data = EvaluationArguments(data_dir=str(self.data_dir), limit=self.limit, output_dir=str(self.work))
+        hhh = load_rows(data, "hhh")
         training = json.loads((folder / "reward_model" / "training.json").read_text(encoding="utf-8"))
         return {"pairs": training["pairs"], "heldout": with_interval(hits), "hhh": hhh_of_rewards(model, hhh)}
 
@@ -169,13 +169,6 @@ class Ablations:
             }
         )
         return evaluate(args)[str(model)]["win_rate"]
-
-
-def read_hhh(data_dir: Path, limit: Optional[int]) -> list[Row]:
-    """HHH's pairs; `limit` of them from all over the file."""
-    text = (Path(data_dir) / "hhh" / "test.jsonl").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in text.splitlines()]
-    return rows if limit is None else rows[:: max(1, len(rows) // limit)][:limit]
 
 
 def _belongs(rung: Rung, ladder: Sequence[Rung], name: str) -> bool:

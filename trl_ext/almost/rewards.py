@@ -34,10 +34,14 @@ class PairScores(NamedTuple):
     rejected: list[float]
 
     @property
+    def hits(self) -> list[float]:
+        """For each pair, 1 if the better answer has the higher reward, 0.5 for a tie."""
+        return [float((a > b) + 0.5 * (a == b)) for a, b in zip(self.chosen, self.rejected)]
+
+    @property
     def accuracy(self) -> float:
-        """Share of pairs whose better answer has the higher reward; a tie counts half."""
-        wins = [(a > b) + 0.5 * (a == b) for a, b in zip(self.chosen, self.rejected)]
-        return sum(wins) / len(wins)
+        """Mean of the hits."""
+        return sum(self.hits) / len(self.hits)
 
 
 class RewardModel:
