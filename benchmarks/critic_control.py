@@ -214,7 +214,8 @@ class Study:
     # ---- figures
 
     def measure(self, texts: Texts) -> dict[str, Any]:
-        """Success by every judge, perplexity, diversity, repetition, and some texts."""
+        """Success by every judge, perplexity, diversity, repetition, and some continuations (prompts are not ours to pass
+        on)."""
         whole = [prompt + self._decode(tokens) for prompt, tokens in zip(texts.prompts, texts.continuations)]
         tokens = self.tokenizer(texts.prompts).input_ids
         count = sum(map(len, texts.continuations))
@@ -227,7 +228,10 @@ class Study:
             "seconds_per_token": texts.seconds / max(count, 1),
             "texts": len(whole),
             "length": count / len(whole),
-            "examples": [f"[{code}] {text}" if code else text for code, text in list(zip(texts.codes, whole))[:6]],
+            "examples": [
+                f"[{code}] ...{text}" if code else f"...{text}"
+                for code, text in zip(texts.codes[:6], map(self._decode, texts.continuations))
+            ],
         }
 
     def _reward(self, texts: list[str], codes: list[Optional[str]]) -> float:

@@ -43,6 +43,8 @@ from peft_ext.files import written_whole
 
 TRANSFORMER = "Transformer"
 GAIN, TIME = 2.0, 1.3
+# Whose granularities are drawn.
+SENTENCE = "what is the best way to learn a language in a short time?"
 MEASURES = ("BLEU-2", "BLEU-4", "iBLEU", "ROUGE-L", "METEOR", "corpus BLEU")
 
 
@@ -128,7 +130,7 @@ class Study:
             log(f"{row}: iBLEU {result['metrics']['iBLEU']:.2f}, {result['seconds']:.0f} s")
 
     def measure(self, row: Row) -> dict[str, Any]:
-        """Metrics on test and validation pairs, loss, CPU seconds of training, z by layer, examples."""
+        """Metrics on test and validation pairs, loss, CPU seconds of training, z by layer."""
         pairs = self.pairs(row.data)
         folder, tokenizer = self._folder(row), self.tokenizer(row.data, pairs["train"])
         if not folder.is_dir():
@@ -141,9 +143,10 @@ class Study:
         result = {**training, "metrics": metrics, "validation iBLEU": validation["iBLEU"]}
         if row.mode != TRANSFORMER:
             result["granularities"] = _granularities(model, tokenizer, sources[:64])
-            tokens, z = sentence_granularities(model, tokenizer, sources[0])
+            tokens, z = sentence_granularities(model, tokenizer, SENTENCE)
             result["sentence"] = {"tokens": tokens, "granularities": z.tolist()}
-        return {**result, "examples": [list(each) for each in zip(sources[:5], found[:5], targets[:5])]}
+        self._keep_examples(row, sources, found, targets)
+        return result
 
     def measure_lora(self, row: Row) -> dict[str, Any]:
         """The same for SmolLM2."""
@@ -153,8 +156,13 @@ class Study:
         raw, training = lora_paraphrases(row.mode, pairs["train"], test, self.lora, row.seed)
         found = as_decoded(tokenizer, raw)
         sources, targets = _columns(tokenizer, test)
-        examples = [list(each) for each in zip(sources[:5], found[:5], targets[:5])]
-        return {**training, "metrics": paraphrase_metrics(found, targets, sources), "examples": examples}
+        self._keep_examples(row, sources, found, targets)
+        return {**training, "metrics": paraphrase_metrics(found, targets, sources)}
+
+    def _keep_examples(self, row: Row, *columns: list[str]) -> None:
+        """In the work folder, since the sets' texts are not ours to pass on."""
+        path = self._folder(row).with_suffix(".examples.json")
+        path.write_text(json.dumps(list(zip(*(column[:20] for column in columns))), indent=1), encoding="utf-8")
 
     def tokenizer(self, data: str, pairs: list[dict[str, str]]) -> Any:
         """A set's tokenizer, trained on its training pairs."""

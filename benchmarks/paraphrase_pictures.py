@@ -35,7 +35,7 @@ def bars_and_granularities(found: Mapping[str, Mapping[str, Sequence[Mapping[str
     middle = (len(found) - 1) * width / 2
     bars.set_xticks([place + middle for place in range(len(names))], names, rotation=25, ha="right")
     bars.set_ylabel("iBLEU")
-    bars.legend()
+    bars.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(found), frameon=False)
     first = next(iter(found.values()), {})
     known = {name: rows[0]["granularities"] for name, rows in first.items() if "granularities" in rows[0]}
     for place, layers in enumerate(known.values()):
@@ -48,7 +48,7 @@ def bars_and_granularities(found: Mapping[str, Mapping[str, Sequence[Mapping[str
     spread.set_xticks(range(len(known)), list(known))
     spread.set(ylabel="z of the encoder's tokens", ylim=(0, 1))
     if known:
-        spread.legend(loc="upper right")
+        spread.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=8, frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
