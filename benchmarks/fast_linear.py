@@ -24,7 +24,8 @@ def fast_linear() -> Iterator[None]:
     plain = torch.nn.functional.linear
 
     def linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
-        if x.dtype != torch.float32 or weight.dtype != torch.float32 or not x.numel():
+        plain_dtype = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        if not plain_dtype or not x.numel():
             return plain(x, weight, bias)
         y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
         return y if bias is None else y + bias

@@ -85,7 +85,7 @@ def rows_of(
         if not number:
             found += [Row(name, method, FULL, seed) for name in names for method in (LP, PALP_T, MINILM)]
             found += [Row(name, PALP_T, 16, seed, head) for name in HEAD_SETS for head in ("svm", "gda", "knn", "mlp")]
-            found += [Row(name, LORA, shots, seed) for shots in (FULL, 16) for name in lora_sets]
+            found += [Row(name, LORA, shots, seed) for shots in (FULL, *SHOTS[::-1]) for name in lora_sets]
     if full_demonstrations:
         found += [Row(name, PALP_D, FULL, seeds[0]) for name in shown]
     return [row for row in found if row.name in names]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
@@ -27,8 +28,10 @@ def size_answer(finished: Sequence[Any], detector: str = DETECTOR) -> tuple[str,
         A sentence, and for each step the mean difference, its interval and the number of pairs.
     """
     sizes = {row.cell.model.name: row.result["backbone_parameters"] for row in finished}
-    ordered = sorted(sizes, key=lambda name: sizes[name])
     values = {_key(row): v for row in finished if (v := _auroc(row, detector)) is not None}
+    # models that no other one shares a cell with say nothing about size
+    seen = Counter(key[1:] for key in values)
+    ordered = sorted({key[0] for key in values if seen[key[1:]] > 1}, key=lambda name: sizes[name])
     rows = []
     for small, large in [*zip(ordered, ordered[1:]), *([(ordered[0], ordered[-1])] if len(ordered) > 2 else [])]:
         pairs = [

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -83,8 +83,8 @@ class StudyConfig:
         methods: Names (see `methods.METHODS`).
         budgets: Shares of the backbone's parameters.
         seeds: Seeds; the first one searches learning rates.
-        grids: Mappings with any of the five fields above: cells are run in the grids' order, each once. Without them, there
-            is one grid of everything.
+        grids: Mappings with any of the five fields above, and with fields of `training` that differ there: cells are run in
+            the grids' order, each once. Without them, there is one grid of everything.
         detectors: Names, or mappings with arguments.
         training: See `training.TrainingOptions`.
         data_dir: Where the known data sets' folders lie.
@@ -110,8 +110,6 @@ class StudyConfig:
             known = [f.name for f in fields(TrainingOptions)]
             _check_known("training", self.training, known)
             self.training = TrainingOptions(**self.training)
-        for name in self.training.learning_rates:
-            get_method(name)
         for spec in self.detectors:
             make_detector(spec)
         self.cells()
@@ -125,7 +123,8 @@ class StudyConfig:
         axes = ("sets", "models", "methods", "budgets", "seeds")
         found: dict[str, Cell] = {}
         for number, grid in enumerate(self.grids or [{}]):
-            _check_known(f"grid {number + 1}", grid, axes)
+            _check_known(f"grid {number + 1}", grid, (*axes, "training"))
+            training = self._training(f"grid {number + 1}", grid.get("training", {}))
             sets, models, methods, budgets, seeds = (
                 _listed(axis, grid.get(axis, getattr(self, axis))) for axis in axes
             )
@@ -136,17 +135,25 @@ class StudyConfig:
                         for method in methods:
                             sizes = budgets if get_method(method).config is not None else [None]
                             for budget in sizes:
-                                cell = Cell(setting, model, method, budget, int(seed), self.training)
+                                cell = Cell(setting, model, method, budget, int(seed), training)
                                 found.setdefault(cell.id, cell)
         return list(found.values())
 
     def searching_cell(self, cell: Cell) -> Optional[Cell]:
         """The cell that chooses the learning rate for this one; None if there is nothing to choose, or it does itself."""
-        rates = self.training.learning_rates.get(cell.method, ())
+        rates = cell.training.learning_rates.get(cell.method, ())
         if len(rates) < 2:
             return None
-        first = next(other for other in self.cells() if other.key == cell.key)
+        first = next(other for other in self.cells() if (other.key, other.training) == (cell.key, cell.training))
         return None if first.id == cell.id else first
+
+    def _training(self, where: str, changes: Any) -> TrainingOptions:
+        """How a grid's cells are trained."""
+        _check_known(f"{where}: training", changes, [f.name for f in fields(TrainingOptions)])
+        training = replace(self.training, **changes)
+        for name in training.learning_rates:
+            get_method(name)
+        return training
 
 
 def read_config(path: Union[str, Path], **overrides: Any) -> StudyConfig:

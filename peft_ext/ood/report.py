@@ -93,12 +93,15 @@ def value_of(row: Finished, detector: str, measure: str) -> Optional[float]:
 
 def _summary(config: StudyConfig, finished: Sequence[Finished]) -> Table:
     cells = config.cells()
-    options = config.training
+    epochs, batches = (
+        " or ".join(map(str, sorted({getattr(cell.training, name) for cell in cells})))
+        for name in ("epochs", "batch_size")
+    )
     text = (
         f"{len(finished)} of {len(cells)} cells are finished. AUROC: the chance that an in-distribution text scores higher than "
         "an out-of-distribution one. All numbers are mean ± standard deviation over seeds, in percent; nothing outside "
-        f"the distribution is trained on or selected by. At most {options.epochs} epochs, best epoch by validation accuracy, "
-        f"batches of {options.batch_size}."
+        f"the distribution is trained on or selected by. At most {epochs} epochs, best epoch by validation accuracy, "
+        f"batches of {batches}."
     )
     cuts = {row.cell.setting.name: row.result["examples"] for row in finished}
     rows = [[name, *(f"{count:,}" for count in parts.values())] for name, parts in cuts.items()]

@@ -185,6 +185,7 @@ def test_the_command_line(write, tmp_path, run_module):
         ({"models": [{"path": "x", "pooling": "max"}]}, ValueError, "pooling='max'"),
         ({"seeds": []}, ValueError, "seeds=.* must be a list with at least one"),
         ({"grids": [{"seed": [1]}]}, ValueError, "grid 1: 'seed' is unknown"),
+        ({"grids": [{}, {"training": {"epoch": 3}}]}, ValueError, "grid 2: training: 'epoch' is unknown.*epochs"),
         ({"model": ["x"]}, ValueError, "'model' is unknown"),
         ({"output_dir": ""}, ValueError, "no output_dir"),
     ],
@@ -205,6 +206,29 @@ def test_grids_run_in_order_and_each_cell_once(write):
     assert not {cell.id for cell in changed.cells()} & {cell.id for cell in config.cells()}
 
 
+def test_a_grid_trains_in_its_own_way(write):
+    rates = {"lora": [1e-3]}
+    config = write(grids=[{"seeds": [5]}, {"seeds": [5, 6], "training": {"epochs": 2, "learning_rates": rates}}])
+    found = [(cell.seed, cell.training.epochs, cell.training.batch_size) for cell in config.cells()]
+    assert found == [(5, 1, 16)] * 2 + [(5, 2, 16)] * 2 + [(6, 2, 16)] * 2
+    assert [dict(cell.training.learning_rates) for cell in config.cells()] == [{}] * 2 + [rates] * 4
+    assert "At most 1 or 2 epochs" in make_tables(config, [])[0].text
+
+
+def test_a_search_stays_within_its_grid(write):
+    """The first seed searches anew where training differs."""
+    rates = {"lora": [1e-3, 1e-2]}
+    config = write(
+        methods=["lora"],
+        seeds=[3, 4],
+        training={**TRAINING, "learning_rates": rates},
+        grids=[{}, {"training": {"epochs": 2}}],
+    )
+    first, second, third, fourth = config.cells()
+    assert config.searching_cell(first) is config.searching_cell(third) is None
+    assert config.searching_cell(second) == first and config.searching_cell(fourth) == third
+
+
 def test_answers_from_known_numbers(write):
     """Larger is better by 0.1 in every pair; LoRA is below full fine-tuning by 0.02 in every pair."""
     config = write(
@@ -222,6 +246,9 @@ def test_answers_from_known_numbers(write):
     sentence, rows = size_answer(finished)
     assert sentence.startswith("Yes") and rows[0][0] == "small to large"
     assert rows[0][1] == pytest.approx((0.1, 0.1, 0.1)) and rows[0][2] == 4
+    elsewhere = write(models=[{"name": "huge", "path": "c"}], sets=["snips_leave_2_out"]).cells()[0]
+    alone = Finished(elsewhere, {**finished[0].result, "backbone_parameters": 5_000})
+    assert size_answer([*finished, alone]) == (sentence, rows), "a model without peers in its sets was compared"
     sentence, rows = tuning_answer(finished)
     assert "Worse than full fine-tuning: LoRA" in sentence
     assert rows[0][1] == pytest.approx((-0.02, -0.02, -0.02)) and rows[0][2] == 4
