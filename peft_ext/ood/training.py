@@ -225,6 +225,7 @@ def _arguments(folder: str, options: TrainingOptions, learning_rate: float, seed
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
         "seed": seed,
+        "use_cpu": not torch.accelerator.is_available(),  # without it, bf16 is refused on a CPU
         "remove_unused_columns": False,
         "label_names": ["labels"],
     }
