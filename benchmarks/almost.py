@@ -101,7 +101,7 @@ class Study:
         return {"counts": _short(counts), "seconds": seconds, "samples": self._answers(pipeline)}
 
     def _answers(self, pipeline: Pipeline) -> list[dict[str, str]]:
-        """Three questions with the answers before and after."""
+        """Answers to three questions, before and after; the questions, a data set's, by their ids."""
         files = sorted(
             pipeline.run_files.path("evaluation").glob("answers-*.jsonl"), key=lambda path: path.stat().st_mtime_ns
         )
@@ -110,7 +110,7 @@ class Study:
             return []
         shown = list(answers[0])[:: max(1, len(answers[0]) // 3)][:3]
         return [
-            {"question": answers[0][key]["query"], **{str(n): rows[key]["response"] for n, rows in enumerate(answers)}}
+            {"question": str(key), **{str(n): rows[key]["response"] for n, rows in enumerate(answers)}}
             for key in shown
         ]
 
@@ -219,7 +219,7 @@ class Study:
         names = ["start", "sft", "rlsf"]
         blocks = []
         for sample in run["samples"]:
-            lines = [f"**{sample['question']}**"]
+            lines = [f"**Vicuna's question {sample['question']}**"]
             lines += [
                 f"- {name}: {' '.join(sample[str(n)].split())[:400]}"
                 for n, name in enumerate(names)

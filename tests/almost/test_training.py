@@ -210,6 +210,15 @@ def test_sft_merged_is_the_adapter_on_its_base(run, sft):
         assert (load_policy(str(run / "base"))(ids).logits - merged).abs().max() > 0.1
 
 
+def test_bfloat16_products_leave_the_weights_in_float32(run, sft):
+    """Also on a CPU, where transformers wants to be told so."""
+    almost_sft.main(sft_flags(run, run / "sft-bf16", "--bf16", "True", *LORA))
+    losses, plain = ([e["loss"] for e in result(f)["history"] if "loss" in e] for f in (run / "sft-bf16", sft))
+    assert losses != plain and losses == pytest.approx(plain, rel=0.05)
+    weights = load_file(run / "sft-bf16" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+
+
 def test_rloo_starts_from_the_sft_policy_and_is_held_to_it(run, sft, reward_models, capsys):
     """KL is zero at the first step only if the disabled LoRA is the SFT policy, not its base."""
     folder = run / "rlsf"

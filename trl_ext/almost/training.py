@@ -77,14 +77,19 @@ class StageDefaults:
         default="none", metadata={"help": "Where to report to ('wandb', 'trackio', ...); none by default."}
     )
     bf16: Optional[bool] = field(
-        default=None, metadata={"help": "bfloat16 mixed precision; by default where there is an accelerator."}
+        default=None,
+        metadata={
+            "help": "bfloat16 mixed precision; by default where there is an accelerator, and worth it on newer CPUs."
+        },
     )
 
     def __post_init__(self):
         if not self.output_dir:  # transformers would choose a folder by itself
             raise ValueError("output_dir is missing: pass --output_dir, the folder to write the model to.")
         if self.bf16 is None and not torch.accelerator.is_available():
-            self.bf16 = False  # TRL's own default is True, several times slower on a CPU
+            self.bf16 = False  # TRL's own default is True, several times slower on CPUs without bfloat16 products
+        if self.bf16 and not torch.accelerator.is_available():
+            self.use_cpu = True  # transformers refuses bf16 otherwise
         super().__post_init__()  # type: ignore[misc]
 
 
