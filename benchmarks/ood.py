@@ -3,7 +3,7 @@
 MiniLM-L6 found in its package and float layers by oneDNN (which changes no result).
 
     python -m benchmarks.ood --data-dir path/to/folder-with-clinc150-banking77-snips
-    python -m benchmarks.ood --table
+    python -m benchmarks.ood --table --report benchmarks/ood.md
 
 Resumes; a second process with the same flags works beside the first.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -21,6 +22,7 @@ from benchmarks.common import RESULTS, log, verdict
 from benchmarks.fast_linear import fast_linear
 from benchmarks.in_context import smoke_model
 from benchmarks.sentence_encoder import encoder_path
+from peft_ext.files import written_whole
 from peft_ext.ood.grid import StudyConfig, read_config
 from peft_ext.ood.methods import METHODS
 from peft_ext.ood.report import write_report
@@ -41,6 +43,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--output", help="folder of results and report (benchmarks/results/ood)")
     parser.add_argument("--smoke", action="store_true", help="tiny random models and texts, to see that it runs")
     parser.add_argument("--table", action="store_true", help="print what is stored, measure nothing")
+    parser.add_argument("--report", type=Path, help="write the report with the verdicts here, too")
     parser.add_argument("--retry", action="store_true", help="run failed and skipped cells once more")
     arguments = parser.parse_args(argv)
     output = Path(arguments.output or RESULTS / ("ood-smoke" if arguments.smoke else "ood"))
@@ -51,8 +54,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     if not arguments.table:
         with fast_linear():
             run(config, retry=arguments.retry, log=log)
-    print(write_report(config).read_text(encoding="utf-8"))
-    print("\n".join(verdicts(config)))
+    text = "\n".join([write_report(config).read_text(encoding="utf-8"), "## To reach", "", *verdicts(config)])
+    print(text)
+    if arguments.report is not None:
+        plots = os.path.relpath(output / "plots", arguments.report.parent)
+        with written_whole(arguments.report) as path:
+            path.write_text(text.replace("](plots/", f"]({Path(plots).as_posix()}/") + "\n", encoding="utf-8")
 
 
 def verdicts(config: StudyConfig) -> list[str]:

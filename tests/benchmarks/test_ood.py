@@ -23,7 +23,10 @@ def test_smoke(tmp_path, capsys):
         assert f"| tiny | {method.title} |" in shown
     assert "not measured" not in shown and "validation accuracy, LoRA, CLINC150" in shown
     before = (tmp_path / "manifest.jsonl").read_text()
-    ood.main(["--smoke", "--output", str(tmp_path)])
+    report = tmp_path / "docs" / "report.md"
+    report.parent.mkdir()
+    ood.main(["--smoke", "--output", str(tmp_path), "--report", str(report)])
+    assert "](../plots/roc_" in (text := report.read_text()) and text.replace("](../", "](") == shown
     assert (tmp_path / "manifest.jsonl").read_text() == before, "finished cells were run again"
     assert capsys.readouterr().out == shown
 
