@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -23,7 +23,7 @@ def draw(config: StudyConfig, finished: Sequence[Any], folder: Path) -> list[Pat
 
     Args:
         config: The study.
-        finished: `report.Finished` cells.
+        finished: `report.Finished` cells; scores, which are large, may be missing: then their plots are left out.
         folder: Made if need be.
 
     Raises:
@@ -41,12 +41,20 @@ def draw(config: StudyConfig, finished: Sequence[Any], folder: Path) -> list[Pat
     for name in dict.fromkeys(row.cell.setting.name for row in finished):
         rows = [row for row in finished if row.cell.setting.name == name]
         paths.append(_sizes(rows, detector, folder / f"sizes_{name}.png"))
-        example = rows[0]
+        example = _example(config, rows)
+        if example is None:
+            continue
         scores = load_file(scores_path(config, example.cell))
         caption = f"{name}, {example.cell.model.name}, {METHODS[example.cell.method].title}"
         paths.append(_histograms(scores, names, caption, folder / f"scores_{name}.png"))
         paths.append(_roc(scores, names, caption, folder / f"roc_{name}.png"))
     return paths
+
+
+def _example(config: StudyConfig, rows: Sequence[Any]) -> Optional[Any]:
+    """Whose scores are drawn: the first cell that trained more than a head; None if no scores are kept."""
+    kept = [row for row in rows if scores_path(config, row.cell).is_file()]
+    return next((row for row in kept if row.cell.method != "linear"), kept[0] if kept else None)
 
 
 def _sizes(rows: Sequence[Any], detector: str, target: Path) -> Path:

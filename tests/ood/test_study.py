@@ -81,6 +81,11 @@ def test_every_method_and_the_report(write, tmp_path):
     )
     assert all(f"plots/{name}" in text and f"plots/{name}" in page for name in plots)
     assert _run(config) == {"done": 0, "failed": 0, "skipped": 0}, "finished cells were run again"
+    for cell in config.cells():
+        if cell.setting.name == "clinc150_near":
+            study.scores_path(config, cell).unlink()
+    text = write_report(config).read_text()
+    assert "roc_clinc150_oos.png" in text and "sizes_clinc150_near.png" in text and "roc_clinc150_near" not in text
 
 
 def test_a_failing_cell_stops_no_other(write, tmp_path, monkeypatch):
