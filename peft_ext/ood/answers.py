@@ -11,8 +11,8 @@ from peft_ext.ood.methods import METHODS
 from peft_ext.ood.metrics import Interval, mean_interval
 
 
-# The detector whose numbers answer: the study's own choice, and not one of the logits alone.
-DETECTOR = "mahalanobis"
+# The detectors whose numbers answer: the study's own choice, which sees features, and the usual one, which sees logits.
+DETECTOR, SECOND_DETECTOR = "mahalanobis", "msp"
 REFERENCE = "full"
 Rows = list[tuple[str, Interval, int]]
 

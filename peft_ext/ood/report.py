@@ -12,7 +12,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from peft_ext.files import written_whole
-from peft_ext.ood.answers import size_answer, tuning_answer
+from peft_ext.ood.answers import DETECTOR, SECOND_DETECTOR, size_answer, tuning_answer
 from peft_ext.ood.detectors import make_detector
 from peft_ext.ood.grid import Cell, StudyConfig
 from peft_ext.ood.manifest import FAILED, SKIPPED, Manifest
@@ -197,13 +197,15 @@ def _competitions(finished: Sequence[Finished]) -> list[list[Finished]]:
 
 def _answers(finished: Sequence[Finished]) -> list[Table]:
     headers = ["", "Difference in AUROC", "95 % interval", "Pairs"]
+    measured = {name for row in finished for name in row.result["detectors"]}
     parts = []
-    for title, (text, rows) in (
-        ("Do larger models detect better?", size_answer(finished)),
-        ("Do the tuning methods differ?", tuning_answer(finished)),
-    ):
-        table = [[name, f"{v.value:+.1%}", _range(v, count), str(count)] for name, v, count in rows]
-        parts.append(Table(title, text, headers, table))
+    for detector in [name for name in (DETECTOR, SECOND_DETECTOR) if name in measured] or [DETECTOR]:
+        for title, (text, rows) in (
+            (f"Do larger models detect better? ({detector})", size_answer(finished, detector)),
+            (f"Do the tuning methods differ? ({detector})", tuning_answer(finished, detector)),
+        ):
+            table = [[name, f"{v.value:+.1%}", _range(v, count), str(count)] for name, v, count in rows]
+            parts.append(Table(title, text, headers, table))
     return parts
 
 
