@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import html
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -19,9 +20,6 @@ from peft_ext.ood.manifest import FAILED, SKIPPED, Manifest
 from peft_ext.ood.methods import METHODS
 from peft_ext.ood.metrics import Interval
 from peft_ext.ood.study import result_of
-
-
-Key = tuple[str, str, str, Optional[float]]
 
 
 class Finished(NamedTuple):
@@ -78,12 +76,13 @@ def make_tables(config: StudyConfig, finished: Sequence[Finished]) -> list[Table
     return parts
 
 
-def grouped(rows: Iterable[Finished]) -> dict[Key, list[Finished]]:
+def grouped(rows: Iterable[Finished]) -> list[list[Finished]]:
     """Cells that differ in the seed only, together."""
-    groups: dict[Key, list[Finished]] = {}
+    groups: dict[str, list[Finished]] = {}
     for row in rows:
-        groups.setdefault(row.cell.key, []).append(row)
-    return groups
+        same = {name: value for name, value in row.cell.settings().items() if name != "seed"}
+        groups.setdefault(json.dumps(same, sort_keys=True), []).append(row)
+    return list(groups.values())
 
 
 def value_of(row: Finished, detector: str, measure: str) -> Optional[float]:
@@ -112,7 +111,7 @@ def _summary(config: StudyConfig, finished: Sequence[Finished]) -> Table:
 def _accuracy_table(name: str, rows: Sequence[Finished]) -> Table:
     headers = ["Model", "Method", "Budget", "Size", "Trained", "Rate", "Validation accuracy", "ID accuracy", "Seeds"]
     table = []
-    for group in grouped(rows).values():
+    for group in grouped(rows):
         first = group[0].result
         share = first["parameters"] / first["backbone_parameters"]
         size = "" if first["size"] is None else f"{first['size_name']} {first['size']}"
@@ -126,7 +125,7 @@ def _accuracy_table(name: str, rows: Sequence[Finished]) -> Table:
 
 def _measure_table(title: str, rows: Sequence[Finished], detectors: Sequence[str], measure: str) -> Table:
     table = []
-    for group in grouped(rows).values():
+    for group in grouped(rows):
         cells = []
         for detector in detectors:
             values = [v for row in group if (v := value_of(row, detector, measure)) is not None]

@@ -17,7 +17,7 @@ from peft_ext.ood.answers import size_answer, tuning_answer
 from peft_ext.ood.grid import read_config
 from peft_ext.ood.manifest import Manifest
 from peft_ext.ood.methods import METHODS
-from peft_ext.ood.report import Finished, make_tables, write_report
+from peft_ext.ood.report import Finished, grouped, make_tables, write_report
 from tests.conftest import ROOT, _environment
 
 
@@ -218,6 +218,7 @@ def test_a_grid_trains_in_its_own_way(write):
     assert found == [(5, 1, 16)] * 2 + [(5, 2, 16)] * 2 + [(6, 2, 16)] * 2
     assert [dict(cell.training.learning_rates) for cell in config.cells()] == [{}] * 2 + [rates] * 4
     assert "At most 1 or 2 epochs" in make_tables(config, [])[0].text
+    assert [len(group) for group in grouped([Finished(cell, {}) for cell in config.cells()])] == [1, 1, 2, 2]
 
 
 def test_a_search_stays_within_its_grid(write):
