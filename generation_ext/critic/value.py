@@ -5,7 +5,6 @@ hidden states."""
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import string
 from collections.abc import Iterator
@@ -16,10 +15,19 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
+from generation_ext.language_model import (
+    backbone,
+    base_fingerprint,
+    base_name,
+    embedding_weight,
+    hidden_size,
+    text_config,
+    token_embedding,
+)
+
 
 HEADS = ("linear", "mlp")
 _PLACEHOLDERS = {"code", "prompt"}
-_SAMPLED_ROWS = 64
 
 
 class CriticModelConfig(PretrainedConfig):
@@ -167,13 +175,13 @@ class Critic(PreTrainedModel):
             ValueError: If an argument is out of its range, or no layer has one of the LoRA's names.
             TypeError: If `model` is not a language model of transformers.
         """
-        embedding = _token_embedding(model)
+        embedding = token_embedding(model)
         layers: dict[str, list[int]] = {}
         if lora_rank:
             layers = _lora_layers(model, lora_target_modules)
         config = CriticModelConfig(
-            hidden_size=_hidden_size(model),
-            base_model_name_or_path=_base_name(model),
+            hidden_size=hidden_size(model),
+            base_model_name_or_path=base_name(model),
             base_model_fingerprint=base_fingerprint(model),
             head=head,
             mlp_size=mlp_size,
@@ -183,15 +191,15 @@ class Critic(PreTrainedModel):
             lora_layers=layers,
             action_values=action_values,
             action_rank=action_rank,
-            embedding_size=_embedding_weight(embedding).shape[1],
-            vocab_size=_embedding_weight(embedding).shape[0],
+            embedding_size=embedding_weight(embedding).shape[1],
+            vocab_size=embedding_weight(embedding).shape[0],
             control_codes=control_codes,
             prompt_template=prompt_template,
         )
-        critic = cls(config).to(_embedding_weight(embedding).device).eval()
+        critic = cls(config).to(embedding_weight(embedding).device).eval()
         if action_values:
             # embeddings differ in size by orders of magnitude between models
-            sample = _embedding_weight(embedding)[:4096].detach().float()
+            sample = embedding_weight(embedding)[:4096].detach().float()
             critic.embedding_scale.fill_(1.0 / sample.square().mean().sqrt().clamp(min=1e-6))
         return critic.attach(model)
 
@@ -234,7 +242,7 @@ class Critic(PreTrainedModel):
         if not self._embedding:
             raise ValueError("the action-value head reads the language model's embeddings: call attach(model) first.")
         states = self._standardised(hidden)
-        tokens = _embedding_weight(self._embedding[0])[candidates].to(states.dtype) * self.embedding_scale
+        tokens = embedding_weight(self._embedding[0])[candidates].to(states.dtype) * self.embedding_scale
         mapped = self.action_map(states if self.action_down is None else self.action_down(states))
         match = (tokens @ mapped.unsqueeze(-1)).squeeze(-1) / math.sqrt(mapped.shape[-1])
         own = self._value_logit(states) + self.action_bias(states).squeeze(-1).float()
@@ -286,8 +294,8 @@ class Critic(PreTrainedModel):
         """
         config = self.config
         own = f"the critic belongs to {config.base_model_name_or_path or 'a model without a name'!r}"
-        other = f"this model is {_base_name(model) or 'one without a name'!r}"
-        size = _hidden_size(model)
+        other = f"this model is {base_name(model) or 'one without a name'!r}"
+        size = hidden_size(model)
         if size != config.hidden_size:
             raise ValueError(
                 f"{own} with hidden states of {config.hidden_size}, but {other} with {size}; load that model, or "
@@ -300,7 +308,7 @@ class Critic(PreTrainedModel):
                     f"{own} (fingerprint {config.base_model_fingerprint}), but {other} (fingerprint {fingerprint}): "
                     "its hidden states mean something else; load that model, or train a critic for this one."
                 )
-        elif config.base_model_name_or_path and _base_name(model) not in (None, config.base_model_name_or_path):
+        elif config.base_model_name_or_path and base_name(model) not in (None, config.base_model_name_or_path):
             raise ValueError(
                 f"{own}, but {other}; if they are the same, set the critic's config.base_model_name_or_path to None."
             )
@@ -314,7 +322,7 @@ class Critic(PreTrainedModel):
             ValueError: As [`check_model`][Critic.check_model].
         """
         self.check_model(model)
-        self._embedding = [_token_embedding(model)]
+        self._embedding = [token_embedding(model)]
         return self
 
     @contextlib.contextmanager
@@ -393,89 +401,11 @@ class Critic(PreTrainedModel):
                 init.zeros_(up)
 
 
-def backbone(model: nn.Module) -> nn.Module:
-    """The module whose forward gives the last hidden state that the output head reads: of a causal model everything
-    below its head, of an encoder-decoder model the decoder. PEFT's wrappers are looked through.
-
-    Raises:
-        TypeError: If `model` is not a language model of transformers.
-    """
-    base = _unwrapped(model)
-    if not hasattr(base, "get_decoder"):
-        raise TypeError(f"model is a {type(base).__name__}; it must be a language model of transformers.")
-    decoder = base.get_decoder()
-    if decoder is None or decoder is base:
-        raise TypeError(
-            f"model is a {type(base).__name__} without an output head above it; load it as a language model, such as "
-            "AutoModelForCausalLM or AutoModelForSeq2SeqLM."
-        )
-    return decoder
-
-
-def base_fingerprint(model: nn.Module) -> str:
-    """A short name of a language model's architecture and weights, such as `"llama-30x576-0b1a5c4d2e8f"`.
-
-    It hashes the signs of the first rows of the token embeddings (which quantisation, adapters and a cast to another float
-    type leave as they are) and the shape of the model. Two fine-tunes of one model have different ones where training
-    moved the embeddings.
-    """
-    config = _text_config(model)
-    shape = [
-        str(getattr(config, name, None))
-        for name in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    ]
-    digest = hashlib.sha256("/".join(shape).encode())
-    weight = _embedding_weight(_token_embedding(model))
-    if weight.device.type != "meta":
-        # the first rows are the same after the vocabulary was extended
-        signs = torch.signbit(weight.detach()[:_SAMPLED_ROWS].float()).to("cpu", torch.uint8)
-        digest.update(bytes(signs.flatten().tolist()))
-    layers = getattr(config, "num_hidden_layers", None)
-    return f"{config.model_type}-{layers}x{_hidden_size(model)}-{digest.hexdigest()[:12]}"
-
-
-def _unwrapped(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _text_config(model: nn.Module) -> PretrainedConfig:
-    return _unwrapped(model).config.get_text_config(decoder=True)
-
-
-def _base_name(model: nn.Module) -> Optional[str]:
-    config = getattr(_unwrapped(model), "config", None)
-    return getattr(config, "_name_or_path", None) or None
-
-
-def _hidden_size(model: nn.Module) -> int:
-    """Width of the output head's input; OPT's differs from its config's hidden size."""
-    config = _text_config(model)
-    for module in (_unwrapped(model).get_output_embeddings(), getattr(_unwrapped(model), "lm_head", None)):
-        features = getattr(module, "in_features", None)
-        if isinstance(features, int):
-            return features
-    return config.hidden_size
-
-
-def _token_embedding(model: nn.Module) -> nn.Module:
-    base = _unwrapped(model)
-    if not hasattr(base, "get_input_embeddings"):
-        raise TypeError(f"model is a {type(model).__name__}; it must be a language model of transformers.")
-    return base.get_input_embeddings()
-
-
-def _embedding_weight(embedding: nn.Module) -> torch.Tensor:
-    """The base model's own weight, under whatever adapter lies on it."""
-    for wrapper in ("original_module", "base_layer"):
-        embedding = getattr(embedding, wrapper, embedding)
-    return embedding.weight  # type: ignore[return-value]
-
-
 def _lora_layers(model: nn.Module, targets: Optional[list[str]]) -> dict[str, list[int]]:
     """Name -> inputs and outputs of the layers of the backbone that a LoRA goes on."""
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
-    endings = targets if targets is not None else DEFAULTS.get(_text_config(model).model_type)
+    endings = targets if targets is not None else DEFAULTS.get(text_config(model).model_type)
     layers: dict[str, list[int]] = {}
     for name, module in backbone(model).named_modules():
         inside_adapter = any(part in ("base_layer", "original_module") or "lora_" in part for part in name.split("."))
