@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft import get_peft_model
 
-from trl_ext.almost.generation import Request, Sampling, TransformersBackend, tokens_of
+from trl_ext.almost.generation import Request, TransformersBackend, tokens_of
 from trl_ext.almost.loading import load_speaker
+from trl_ext.almost.models import load_chat_tokenizer, load_policy
 from trl_ext.almost.prompts import (
     ASSISTANT_STOPS,
     MINING_STOPS,
@@ -19,11 +21,14 @@ from trl_ext.almost.prompts import (
     mining_prompt,
     seed_queries,
 )
-from trl_ext.almost.recipe import QUERIES, RESPONSES, SELF_PLAY, AlmostConfig
+from trl_ext.almost.recipe import QUERIES, RESPONSES, RLSF, SELF_PLAY, AlmostConfig
+from trl_ext.almost.rlsf_generation import merged_copy
 from trl_ext.almost.rungs import parse_ladder
+from trl_ext.almost.token_sampling import Sampling
+from trl_ext.almost.training import AlmostModelConfig, adapter_config
 
 
-SPEED_STAGES = (QUERIES, RESPONSES, SELF_PLAY)
+SPEED_STAGES = (QUERIES, RESPONSES, SELF_PLAY, RLSF)
 
 
 def measure_speed(config: AlmostConfig, stage: str, count: int) -> dict[str, float]:
@@ -31,9 +36,11 @@ def measure_speed(config: AlmostConfig, stage: str, count: int) -> dict[str, flo
 
     Args:
         config: The recipe.
-        stage: `"queries"`, `"responses"` (its first rung) or `"self_play"` (first answers, N samples).
+        stage: `"queries"`, `"responses"` (its first rung), `"self_play"` (first answers, N samples) or `"rlsf"` (as it trains).
         count: Requests.
     """
+    if stage == RLSF:
+        return _measure_rlsf(config, count)
     settings = config.data_config(stage)
     model, tokenizer = load_speaker(settings.model_name_or_path, dtype=settings.dtype)
     backend = TransformersBackend(model, tokenizer, settings.batch_size)
@@ -47,6 +54,38 @@ def measure_speed(config: AlmostConfig, stage: str, count: int) -> dict[str, flo
     ours = backend.new_tokens / (time.perf_counter() - start)
     start = time.perf_counter()
     tokens = _plain(model, tokenizer, requests, sampling, settings.batch_size)
+    return {"ours": ours, "plain": tokens / (time.perf_counter() - start)}
+
+
+def _measure_rlsf(config: AlmostConfig, count: int) -> dict[str, float]:
+    """Answers while a policy trains: by its merged copy, which is made anew, and through its adapter, as TRL does."""
+    block = config.block(RLSF)
+    tokenizer = load_chat_tokenizer(config.model_name_or_path)
+    model_args = AlmostModelConfig(
+        **{key: block[key] for key in ("use_peft", "lora_r", "lora_target_modules") if key in block}
+    )
+    policy = get_peft_model(load_policy(config.model_name_or_path), adapter_config(model_args, "CAUSAL_LM"))
+    dtype = torch.bfloat16 if block.get("bf16") else None
+    sampling = Sampling(top_p=1.0, max_new_tokens=block["max_completion_length"], samples=block["num_generations"])
+    prompts = [
+        list(
+            tokenizer.apply_chat_template([{"role": "user", "content": query}], add_generation_prompt=True)[
+                "input_ids"
+            ]
+        )
+        for query in (seed_queries() * count)[: count // sampling.samples]
+    ]
+    asked = [prompt for prompt in prompts for _ in range(sampling.samples)]
+    keys = [str(number) for number in range(len(asked))]
+    start = time.perf_counter()
+    backend = TransformersBackend(merged_copy(policy, dtype), tokenizer)
+    backend.write_tokens(asked, keys, sampling)
+    ours = backend.new_tokens / (time.perf_counter() - start)
+    policy.eval()
+    start = time.perf_counter()
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        one = Sampling(**{**sampling.__dict__, "samples": 1})
+        tokens = _plain_tokens(policy, tokenizer, asked, one, len(asked))
     return {"ours": ours, "plain": tokens / (time.perf_counter() - start)}
 
 
@@ -70,14 +109,19 @@ def _work(config: AlmostConfig, stage: str, tokenizer: Any, count: int) -> tuple
     return [Request(str(n), prompt) for n, prompt in enumerate(prompts)], sampling
 
 
-@torch.no_grad()
 def _plain(model: Any, tokenizer: Any, requests: Sequence[Request], sampling: Sampling, batch_size: int) -> int:
+    prompts = [tokens_of(tokenizer, request.prompt) for request in requests]
+    return _plain_tokens(model, tokenizer, prompts, sampling, max(1, batch_size // sampling.samples))
+
+
+@torch.no_grad()
+def _plain_tokens(model: Any, tokenizer: Any, every: Sequence[Sequence[int]], sampling: Sampling, size: int) -> int:
     """Batches in the order that they come in, the whole prompt in every row; returns how many tokens were written."""
     torch.manual_seed(0)
-    tokens, size, device = 0, max(1, batch_size // sampling.samples), next(model.parameters()).device
+    tokens, device = 0, next(model.parameters()).device
     ends = torch.tensor(sorted({*tokenizer.all_special_ids}), device=device)
-    for start in range(0, len(requests), size):
-        prompts = [tokens_of(tokenizer, request.prompt) for request in requests[start : start + size]]
+    for start in range(0, len(every), size):
+        prompts = [list(prompt) for prompt in every[start : start + size]]
         longest = max(map(len, prompts))
         pad = tokenizer.pad_token_id or 0
         ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)

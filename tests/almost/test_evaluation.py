@@ -27,8 +27,9 @@ from trl_ext.almost.evaluation import (
     word_probabilities,
 )
 from trl_ext.almost.evaluation_run import EvaluationArguments, ResultFile, evaluate
-from trl_ext.almost.generation import Request, Sampling, TransformersBackend
+from trl_ext.almost.generation import Request, TransformersBackend
 from trl_ext.almost.rewards import RewardModel
+from trl_ext.almost.token_sampling import Sampling
 from trl_ext.scripts import almost_eval
 
 

@@ -9,8 +9,9 @@ import torch
 from generation_ext.in_context.model_traits import traits_of
 from generation_ext.in_context.sampling import Decoding, SeededSampling, draw_tokens, row_generator
 from tests.generation_ext.text_models import CAUSAL, model, tokenizer, tokenizer_for
-from trl_ext.almost.generation import Request, Sampling, TransformersBackend, VLLMBackend, tokens_of
+from trl_ext.almost.generation import Request, TransformersBackend, VLLMBackend, tokens_of
 from trl_ext.almost.shared_decoding import Rows, can_share, prefix_of
+from trl_ext.almost.token_sampling import Sampling
 
 
 SHARED = "A person asks, and an assistant answers in kind words. "
@@ -103,7 +104,7 @@ def test_stop_strings_and_ends(monkeypatch):
     assert stopped == [[text.split(mark)[0] for text in texts] for texts in free] != free
     drawn = [4, 5, words.eos_token_id, 6, 7]
     monkeypatch.setattr(
-        "trl_ext.almost.generation.draw_tokens", lambda logits, *rest: torch.full((len(logits),), drawn.pop(0))
+        "trl_ext.almost.token_sampling.draw_tokens", lambda logits, *rest: torch.full((len(logits),), drawn.pop(0))
     )
     assert backend.generate(REQUESTS[:1], Sampling(max_new_tokens=5)) == [[words.decode([4, 5])]]
 

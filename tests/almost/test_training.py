@@ -12,11 +12,15 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer
 
+from generation_ext.in_context.model_traits import inference
+from generation_ext.in_context.sampling import row_generator
 from tests.almost.trained import ANSWER, FLAGS, WORSE, write_lines, write_run
 from tests.tiny_tokenizer import byte_tokenizer
+from trl_ext.almost import rlsf_generation
 from trl_ext.almost.models import load_policy
 from trl_ext.almost.reward_training import AlmostRewardConfig, RewardArguments, encode_pairs, half_of
 from trl_ext.almost.rewards import RewardModel
+from trl_ext.almost.rlsf_generation import MergedGRPOTrainer, MergedRLOOTrainer, _MergedGeneration, merged_copy
 from trl_ext.almost.rlsf_training import prompts_of, summary
 from trl_ext.almost.training import AlmostModelConfig, adapter_config, last_checkpoint, start
 from trl_ext.scripts import almost_reward, almost_rlsf, almost_sft
@@ -259,6 +263,66 @@ def test_grpo_trains_the_whole_policy_against_a_frozen_copy(run, sft, reward_mod
     assert not (tmp_path / "out" / "start").exists(), "the frozen copy isn't needed any more"
     before, after = load_policy(str(sft)), AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (before.model.norm.weight - after.model.norm.weight).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("trainer", "adapter"), [("rloo", "lora"), ("rloo", "peqa"), ("grpo", "lora"), ("rloo", "whole")]
+)
+def test_a_merged_copy_writes_what_the_policy_would(run, sft, reward_models, tmp_path, monkeypatch, trainer, adapter):
+    """All answers of all steps, against the whole text through the policy itself for every token."""
+    seen = []
+
+    def write(self, prompts, *args):
+        written = _MergedGeneration._generate_single_turn(self, prompts, *args)
+        step, tokens = self.state.global_step, written[0] if trainer == "grpo" else written
+        policy = self.accelerator.unwrap_model(self.model_wrapped)
+        with inference(policy):
+            expected = [
+                plain_sample(policy, ids, f"{self.args.seed}/rlsf/{step}/0/0/{n}", self.eos_token_ids, length=6)
+                for n, ids in enumerate(prompts)
+            ]
+        assert tokens == expected
+        seen.append(step)
+        return written
+
+    for each in (MergedRLOOTrainer, MergedGRPOTrainer):
+        monkeypatch.setattr(each, "_generate_single_turn", write)
+    flags = ["--trainer", trainer, "--merged_generation", "True", "--num_generations", "2", *ADAPTERS[adapter]]
+    almost_rlsf.main(rlsf_flags(run, sft, reward_models("lora"), tmp_path, *flags))
+    assert seen == [0, 1, 2]
+    weights = load_file(tmp_path / "model.safetensors")
+    assert {weight.dtype for weight in weights.values() if weight.is_floating_point()} == {torch.float32}
+
+
+def test_a_merged_copy_is_of_the_training_s_type(run, sft, reward_models, tmp_path, monkeypatch):
+    copies = []
+    monkeypatch.setattr(rlsf_generation, "merged_copy", lambda *args: copies.append(merged_copy(*args)) or copies[-1])
+    flags = ["--merged_generation", "True", "--bf16", "True", *LORA]
+    almost_rlsf.main(rlsf_flags(run, sft, reward_models("lora"), tmp_path, *flags))
+    assert len(copies) == 3
+    assert {p.dtype for p in copies[0].parameters()} == {torch.bfloat16}
+    assert not any("lora" in name for name, _ in copies[0].named_parameters())
+    assert not torch.equal(copies[0].model.layers[0].mlp.up_proj.weight, copies[2].model.layers[0].mlp.up_proj.weight)
+
+
+@pytest.mark.parametrize("flags", [["--repetition_penalty", "1.2"], ["--min_p", "0.1"]])
+def test_settings_of_trl_s_own_generation_are_refused(run, sft, reward_models, tmp_path, flags):
+    with pytest.raises(ValueError, match=f"{flags[0][2:]}={flags[1]} doesn't go with merged_generation"):
+        almost_rlsf.main(
+            rlsf_flags(run, sft, reward_models("lora"), tmp_path / "out", "--merged_generation", "True", *flags, *LORA)
+        )
+    assert not (tmp_path / "out").exists()
+
+
+@torch.no_grad()
+def plain_sample(model, prompt, seed, ends, length) -> list[int]:
+    """The whole text through the model for every token."""
+    generator, written = row_generator(seed), []
+    while len(written) < length and not (written and written[-1] in ends):
+        logits = model(input_ids=torch.tensor([[*prompt, *written]]), use_cache=False).logits[0, -1].double()
+        written.append(int((logits.softmax(-1).sort(descending=True).values.cumsum(-1) <= generator.random()).sum()))
+        written[-1] = int(logits.argsort(descending=True)[written[-1]])
+    return written
 
 
 def test_a_reward_of_nan_stops_rlsf(run, sft, reward_models, tmp_path):

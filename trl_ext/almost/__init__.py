@@ -3,7 +3,7 @@
 
 from trl_ext.almost.config import ComparisonsConfig, QueriesConfig, ResponsesConfig, SelfPlayConfig
 from trl_ext.almost.feedback import build_comparisons, heuristic_filter, write_comparisons, write_responses
-from trl_ext.almost.generation import Backend, Request, Sampling, TransformersBackend, VLLMBackend
+from trl_ext.almost.generation import Backend, Request, TransformersBackend, VLLMBackend
 from trl_ext.almost.loading import load_backend
 from trl_ext.almost.pipeline import Pipeline
 from trl_ext.almost.queries import mine_queries
@@ -11,6 +11,7 @@ from trl_ext.almost.recipe import AlmostConfig, load_recipe
 from trl_ext.almost.rewards import RewardModel
 from trl_ext.almost.rungs import Rung, parse_ladder
 from trl_ext.almost.self_play import reward_statistics, self_play
+from trl_ext.almost.token_sampling import Sampling
 
 
 __all__ = [

@@ -14,10 +14,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from trl_ext.almost.chat import HUMAN, request_text
-from trl_ext.almost.generation import Request, Sampling, TransformersBackend
+from trl_ext.almost.generation import Request, TransformersBackend
 from trl_ext.almost.judges import Judge, Judgement
 from trl_ext.almost.statistics import win_rate, with_interval
 from trl_ext.almost.store import RowFile
+from trl_ext.almost.token_sampling import Sampling
 
 
 # Of the answer and of the baseline.

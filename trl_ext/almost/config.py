@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from trl_ext.almost.generation import Sampling
 from trl_ext.almost.prompts import AUTO, FORMATS
+from trl_ext.almost.token_sampling import Sampling
 
 
 @dataclass

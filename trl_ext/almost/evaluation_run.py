@@ -24,10 +24,10 @@ from trl_ext.almost.evaluation import (
     truthfulqa_of_model,
     truthfulqa_of_rewards,
 )
-from trl_ext.almost.generation import Sampling
 from trl_ext.almost.judges import ChatJudge, Judge, RewardJudge
 from trl_ext.almost.models import load_chat_tokenizer, load_policy
 from trl_ext.almost.rewards import RewardModel
+from trl_ext.almost.token_sampling import Sampling
 
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -12,52 +13,13 @@ from transformers import PreTrainedTokenizerBase
 
 from generation_ext.in_context.model_traits import CAUSAL, inference, traits_of
 from generation_ext.in_context.prefix_cache import EMPTY, SharedPrefix, common_prefix
-from generation_ext.in_context.sampling import draw_tokens, row_generator
-from trl_ext.almost.shared_decoding import Rows, can_share, prefix_of
+from generation_ext.in_context.sampling import row_generator
+from trl_ext.almost.shared_decoding import can_share, prefix_of
+from trl_ext.almost.token_sampling import STOP_STEPS, Sampling, sample_tokens
 
 
 # A prefix of fewer tokens isn't worth a pass of its own.
 _SHORTEST_PREFIX = 8
-# A text is searched for stop strings every so many tokens.
-_STOP_STEPS = 4
-# When so few of a batch's texts go on, the finished ones are dropped.
-_LIVE_SHARE = 0.75
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How texts are drawn; the paper's temperature and nucleus.
-
-    Args:
-        temperature: Logits are divided by it.
-        top_p: Only the most probable tokens that have this much probability together.
-        top_k: Only so many of the most probable tokens; 0: all.
-        max_new_tokens: Most tokens of a text.
-        samples: Texts for each request.
-        stop: A text ends before the first of these that it holds.
-        seed: Together with a request's key, what a text's random numbers depend on.
-
-    Raises:
-        ValueError: If a number is out of its range.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 0.9
-    top_k: int = 0
-    max_new_tokens: int = 128
-    samples: int = 1
-    stop: tuple[str, ...] = ()
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature} must be positive; a small one is nearly greedy.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1.")
-        if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k} must not be negative; 0 turns it off.")
-        if self.max_new_tokens < 1 or self.samples < 1:
-            raise ValueError(f"max_new_tokens={self.max_new_tokens} and samples={self.samples} must be positive.")
 
 
 class Request(NamedTuple):
@@ -138,9 +100,7 @@ class TransformersBackend:
         self._check(requests, prompts, sampling)
         if not prompts:
             return
-        shared = common_prefix(prompts) if can_share(self.traits) and len(prompts) > 1 else []
-        if len(shared) < _SHORTEST_PREFIX:
-            shared = []
+        shared = self._shared(prompts)
         order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
         size = max(1, self.batch_size // sampling.samples)
         for start in range(0, len(order), size):
@@ -151,6 +111,31 @@ class TransformersBackend:
                 prefix = self._run_prefix(shared)
                 texts = self._batch([prompts[i][len(shared) :] for i in places], places, requests, prefix, sampling)
             yield list(zip(places, texts))
+
+    def write_tokens(
+        self, prompts: Sequence[Sequence[int]], keys: Sequence[str], sampling: Sampling
+    ) -> list[list[int]]:
+        """New tokens of one text for each prompt, all side by side, with the token that ends it, if the model does.
+
+        Args:
+            prompts: Tokens; equal ones beside each other run once.
+            keys: Together with the seed, what each text's random numbers depend on.
+            sampling: `samples` and `stop` don't matter here.
+        """
+        shared = self._shared(prompts)
+        rests = [tuple(prompt[len(shared) :]) for prompt in prompts]
+        groups = [(rest, len(list(same))) for rest, same in groupby(rests)]
+        if len({count for _, count in groups}) == 1:
+            rests = [rest for rest, _ in groups]
+        generators = [row_generator(f"{sampling.seed}/{key}") for key in keys]
+        with inference(self.traits.model):
+            written = sample_tokens(self.traits, self._run_prefix(shared), rests, generators, sampling, self.ends)
+        self.new_tokens += sum(map(len, written))
+        return written
+
+    def _shared(self, prompts: Sequence[Sequence[int]]) -> Sequence[int]:
+        shared = common_prefix(prompts) if can_share(self.traits) and len(prompts) > 1 else []
+        return shared if len(shared) >= _SHORTEST_PREFIX else []
 
     def _run_prefix(self, tokens: Sequence[int]) -> SharedPrefix:
         if self._prefix.tokens != tuple(tokens):
@@ -171,40 +156,19 @@ class TransformersBackend:
             for place in places
             for number in range(count)
         ]
-        rows = Rows(self.traits, prefix, prompts, count, room=sampling.max_new_tokens)
-        logits = rows.start()
-        written: list[list[int]] = [[] for _ in generators]
-        running, finished = list(range(len(generators))), set()
-        for step in range(sampling.max_new_tokens):
-            drawn = draw_tokens(
-                logits, [generators[i].random() for i in running], sampling.temperature, sampling.top_k, sampling.top_p
-            )
-            for index, token in zip(running, drawn.tolist()):
-                if index not in finished:
-                    if token in self.ends:
-                        finished.add(index)
-                    else:
-                        written[index].append(token)
-                        self.new_tokens += 1
-            if sampling.stop and step % _STOP_STEPS == _STOP_STEPS - 1:
-                finished |= {i for i in running if i not in finished and self._has_stop(written[i], sampling.stop)}
-            live = [place for place, index in enumerate(running) if index not in finished]
-            if not live or step == sampling.max_new_tokens - 1:
-                break
-            if len(live) <= _LIVE_SHARE * len(running):
-                kept = torch.tensor(live, device=drawn.device)
-                rows.keep(kept)
-                drawn, running = drawn[kept], [running[place] for place in live]
-            logits = rows.step(drawn)
+        over = partial(self._has_stop, stop=sampling.stop) if sampling.stop else None
+        written = sample_tokens(self.traits, prefix, prompts, generators, sampling, self.ends, over)
+        written = [tokens[:-1] if tokens[-1] in self.ends else tokens for tokens in written]
+        self.new_tokens += sum(map(len, written))
         texts = [_before_stop(self._text(tokens), sampling.stop) for tokens in written]
         return [texts[i : i + count] for i in range(0, len(texts), count)]
 
-    def _has_stop(self, tokens: list[int], stop: Sequence[str]) -> bool:
+    def _has_stop(self, tokens: Sequence[int], stop: Sequence[str]) -> bool:
         # a token is at least a byte, so a stop string has ended within the last tokens if it is there at all
-        tail = self._text(tokens[-(max(len(s.encode()) for s in stop) + _STOP_STEPS) :])
+        tail = self._text(tokens[-(max(len(s.encode()) for s in stop) + STOP_STEPS) :])
         return any(text in tail for text in stop)
 
-    def _text(self, tokens: list[int]) -> str:
+    def _text(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _check(self, requests: Sequence[Request], prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
