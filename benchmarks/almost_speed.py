@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import get_peft_model
 
+from trl_ext.almost.chat import request_text
 from trl_ext.almost.generation import Request, TransformersBackend, tokens_of
 from trl_ext.almost.loading import load_speaker
 from trl_ext.almost.models import load_chat_tokenizer, load_policy
@@ -64,15 +65,12 @@ def _measure_rlsf(config: AlmostConfig, count: int) -> dict[str, float]:
     model_args = AlmostModelConfig(
         **{key: block[key] for key in ("use_peft", "lora_r", "lora_target_modules") if key in block}
     )
-    policy = get_peft_model(load_policy(config.model_name_or_path), adapter_config(model_args, "CAUSAL_LM"))
+    policy, adapter = load_policy(config.model_name_or_path), adapter_config(model_args, "CAUSAL_LM")
+    policy = policy if adapter is None else get_peft_model(policy, adapter)
     dtype = torch.bfloat16 if block.get("bf16") else None
     sampling = Sampling(top_p=1.0, max_new_tokens=block["max_completion_length"], samples=block["num_generations"])
     prompts = [
-        list(
-            tokenizer.apply_chat_template([{"role": "user", "content": query}], add_generation_prompt=True)[
-                "input_ids"
-            ]
-        )
+        tokens_of(tokenizer, request_text(tokenizer, query))
         for query in (seed_queries() * count)[: count // sampling.samples]
     ]
     asked = [prompt for prompt in prompts for _ in range(sampling.samples)]

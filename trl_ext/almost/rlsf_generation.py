@@ -26,7 +26,7 @@ class _MergedGeneration:
     _written = (-1, 0)  # the step, and the batches that were written in it
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)  # type: ignore[safe-super]
+        super().__init__(*args, **kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
                 "merged_generation copies the policy, which FSDP and DeepSpeed have in pieces; leave it out, or launch without "
