@@ -123,7 +123,11 @@ class Ablations:
 
     def second(self) -> RewardModel:
         """The reward model that was trained on other queries."""
-        return RewardModel.from_pretrained(str(self.run / "reward_model_2"), batch_size=32)
+        return self._load(self.run / "reward_model_2")
+
+    def _load(self, folder: Path) -> RewardModel:
+        dtype = self.config.evaluation.get("dtype", "float32")
+        return RewardModel.from_pretrained(str(folder), dtype=dtype, batch_size=32)
 
     def _answers(self) -> list[Row]:
         return read_rows(self.run / "responses.jsonl")
@@ -140,7 +144,7 @@ class Ablations:
             write_comparisons(comparisons, folder, settings)
             files = {"dataset_name": str(folder / TRAINING_PAIRS), "eval_dataset_name": str(folder / HELDOUT)}
             self._script(REWARD, folder / "reward_model", **files)
-        model = RewardModel.from_pretrained(str(folder / "reward_model"), batch_size=32)
+        model = self._load(folder / "reward_model")
         hits = model.score_pairs(read_rows(folder / HELDOUT)).hits
         data = EvaluationArguments(data_dir=str(self.data_dir), limit=self.limit, output_dir=str(self.work))
         hhh = load_rows(data, "hhh")

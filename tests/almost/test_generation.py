@@ -9,6 +9,7 @@ import torch
 from generation_ext.in_context.model_traits import traits_of
 from generation_ext.in_context.sampling import Decoding, SeededSampling, draw_tokens, row_generator
 from tests.generation_ext.text_models import CAUSAL, model, tokenizer, tokenizer_for
+from trl_ext.almost import shared_decoding
 from trl_ext.almost.generation import Request, TransformersBackend, VLLMBackend, tokens_of
 from trl_ext.almost.shared_decoding import Rows, can_share, prefix_of
 from trl_ext.almost.token_sampling import Sampling
@@ -70,7 +71,8 @@ def test_what_is_done_is_left_out_and_the_rest_is_the_same():
 
 @pytest.mark.parametrize("name", CAUSAL)
 @torch.no_grad()
-def test_logits_of_rows_that_come_and_go(name):
+def test_logits_of_rows_that_come_and_go(name, monkeypatch):
+    monkeypatch.setattr(shared_decoding, "_BUFFER_STEP", 4)  # room is made anew on the way
     lm = model(name)
     traits = traits_of(lm)
     generator = torch.Generator().manual_seed(0)
@@ -78,7 +80,7 @@ def test_logits_of_rows_that_come_and_go(name):
     prefix, prompts = draw(20), [draw(5), draw(9), draw(2)]
     shares = can_share(traits)
     begun = prompts if shares else [prefix + prompt for prompt in prompts]
-    rows = Rows(traits, prefix_of(traits, prefix if shares else []), begun, samples=2, room=2)
+    rows = Rows(traits, prefix_of(traits, prefix if shares else []), begun, samples=2)
     texts = [prefix + prompt for prompt in prompts for _ in range(2)]
     logits = rows.start()
     for step in range(5):  # more than there is room for at first

@@ -128,6 +128,7 @@ class SelfPlayConfig(GeneratorConfig):
     user_max_new_tokens: int = field(default=64, metadata={"help": "Most tokens of what the person says."})
     count: Optional[int] = field(default=None, metadata={"help": "Conversations; default: one for each query."})
     reward_batch_size: int = field(default=32, metadata={"help": "Answers that are scored side by side."})
+    reward_dtype: str = field(default="float32", metadata={"help": "Float type of the reward model."})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import yaml
 from filelock import FileLock, Timeout
@@ -28,7 +28,6 @@ from trl_ext.almost.feedback import (
 )
 from trl_ext.almost.feedback import (
     HELDOUT,
-    RewardFunction,
     build_comparisons,
     write_comparisons,
     write_responses,
@@ -237,7 +236,9 @@ def _responses(pipeline: Pipeline) -> dict[str, Any]:
 
 def _comparisons(pipeline: Pipeline) -> dict[str, Any]:
     config = pipeline.config.data_config(COMPARISONS)
-    reward = _reward_model(config.as_is_reward_model, config.reward_batch_size) if config.as_is_reward_model else None
+    reward = None
+    if config.as_is_reward_model:
+        reward = RewardModel.from_pretrained(config.as_is_reward_model, batch_size=config.reward_batch_size).score
     ladder = pipeline.config.data_config(RESPONSES).ladder
     rows, counts = build_comparisons(pipeline.rows("responses.jsonl"), ladder, config, reward)
     return {**counts, **write_comparisons(rows, pipeline.run_files.folder, config)}
@@ -247,7 +248,12 @@ def _self_play(pipeline: Pipeline) -> dict[str, Any]:
     config = pipeline.config.data_config(SELF_PLAY)
     backend, reward = pipeline.backend(SELF_PLAY), None
     if config.samples > 1:
-        reward = _reward_model(str(pipeline.run_files.path("reward_model")), config.reward_batch_size, backend)
+        reward = RewardModel.from_pretrained(
+            str(pipeline.run_files.path("reward_model")),
+            dtype=config.reward_dtype,
+            policy_tokenizer=backend.tokenizer,
+            batch_size=config.reward_batch_size,
+        ).score
     path = pipeline.run_files.path("demonstrations.jsonl")
     return self_play(backend, config, pipeline.rows("queries.jsonl"), path, reward)
 
@@ -259,11 +265,6 @@ _DATA_STAGES: dict[str, Callable[[Pipeline], dict[str, Any]]] = {
     COMPARISONS: _comparisons,
     SELF_PLAY: _self_play,
 }
-
-
-def _reward_model(name: str, batch_size: int, backend: Optional[Backend] = None) -> RewardFunction:
-    tokenizer = None if backend is None else backend.tokenizer
-    return RewardModel.from_pretrained(name, policy_tokenizer=tokenizer, batch_size=batch_size).score
 
 
 def _end_with_parent() -> None:

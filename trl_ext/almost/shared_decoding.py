@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, Optional
@@ -25,6 +26,8 @@ from generation_ext.in_context.prefix_cache import EMPTY, SharedPrefix, encode_p
 ATTENTION = "almost_shared_prefix"
 # Scores of so many pairs of tokens are computed at once.
 _MOST_SCORES = 1 << 25
+# The rows' own keys and values get room for so many more tokens at once.
+_BUFFER_STEP = 64
 _CACHE: ContextVar[Optional[Cache]] = ContextVar("almost_cache", default=None)
 
 
@@ -36,7 +39,6 @@ class Rows:
         prefix: What all texts begin with, see [`encode_prefix`]; empty where the model can't share it.
         prompts: For each text the tokens after the prefix; at least one.
         samples: Texts that go on from each prompt.
-        room: Tokens that will be added to a text; with more, memory is moved.
     """
 
     def __init__(
@@ -45,7 +47,6 @@ class Rows:
         prefix: SharedPrefix,
         prompts: Sequence[Sequence[int]],
         samples: int = 1,
-        room: int = 64,
     ) -> None:
         self.traits, self.prefix, self.samples = traits, prefix, samples
         self.shares = can_share(traits)
@@ -59,8 +60,7 @@ class Rows:
         # what comes next stands here
         self.positions = lengths + len(prefix)
         if self.shares:
-            layers = [_RowLayer(*layer, room=longest + room) for layer in _prefix_layers(traits, prefix)]
-            self.cache = Cache(layers=layers)
+            self.cache = Cache(layers=[_RowLayer(*layer) for layer in _prefix_layers(traits, prefix)])
         else:
             self.cache = DynamicCache(config=traits.model.config)
         self._last_only = "logits_to_keep" in inspect.signature(traits.model.forward).parameters
@@ -100,6 +100,7 @@ class Rows:
         visible = causal.tril(self.mask.shape[1] - count) & self.mask[:, None]
         # a padding token sees itself, so that no softmax is over nothing
         visible = visible | torch.eye(self.mask.shape[1], dtype=torch.bool, device=tokens.device)[-count:]
+        visible = torch.nn.functional.pad(visible, (0, _buffer_length(self.mask.shape[1]) - self.mask.shape[1]))
         with _attention(self.traits, self.cache):
             return self.traits.model(**inputs, attention_mask=visible[:, None]).logits[:, -1]
 
@@ -117,35 +118,42 @@ def can_share(traits: ModelTraits) -> bool:
 
 
 class _RowLayer(DynamicLayer):
-    """The rows' own keys and values in a buffer with room to grow; a prefix's beside them."""
+    """The rows' own keys and values at the beginning of a buffer; a prefix's beside them.
 
-    def __init__(self, prefix_keys: Optional[torch.Tensor], prefix_values: Optional[torch.Tensor], room: int) -> None:
+    Attention reads the buffer whole, its end hidden: products of bfloat16 with a slice of it, which isn't contiguous, take
+    ten times as long on a CPU.
+    """
+
+    def __init__(self, prefix_keys: Optional[torch.Tensor], prefix_values: Optional[torch.Tensor]) -> None:
         super().__init__()
-        self.prefix_keys, self.prefix_values, self.room, self.length = prefix_keys, prefix_values, room, 0
+        self.prefix_keys, self.prefix_values, self.length = prefix_keys, prefix_values, 0
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        end = self.length + key_states.shape[-2]
         if self.length == 0:
-            rows, heads = key_states.shape[:2]
-            self.keys = key_states.new_empty(rows, heads, max(self.room, end), key_states.shape[-1])
-            self.values = value_states.new_empty(rows, heads, max(self.room, end), value_states.shape[-1])
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
             self.is_initialized = True
-        elif end > self.keys.shape[-2]:
+        end = self.length + key_states.shape[-2]
+        if end > self.keys.shape[-2]:
             self.keys, self.values = _longer(self.keys, end), _longer(self.values, end)
         self.keys[:, :, self.length : end] = key_states
         self.values[:, :, self.length : end] = value_states
         self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return self.keys, self.values
 
     def get_seq_length(self) -> int:
         past = 0 if self.prefix_keys is None else self.prefix_keys.shape[-2]
         return past + self.length
 
 
+def _buffer_length(needed: int) -> int:
+    return math.ceil(needed / _BUFFER_STEP) * _BUFFER_STEP
+
+
 def _longer(buffer: torch.Tensor, needed: int) -> torch.Tensor:
-    room = buffer.new_empty(*buffer.shape[:2], 2 * needed - buffer.shape[-2], buffer.shape[-1])
+    # zeros, as what is hidden is still multiplied by a weight of zero
+    room = buffer.new_zeros(*buffer.shape[:2], _buffer_length(needed) - buffer.shape[-2], buffer.shape[-1])
     return torch.cat([buffer, room], dim=-2)
 
 

@@ -79,7 +79,7 @@ def sample_tokens(
         ends: Tokens that end a text.
         over: Whether a text, by its tokens so far, has ended in another way; asked every `STOP_STEPS` tokens.
     """
-    rows = Rows(traits, prefix, prompts, len(generators) // len(prompts), room=sampling.max_new_tokens)
+    rows = Rows(traits, prefix, prompts, len(generators) // len(prompts))
     logits = rows.start()
     written: list[list[int]] = [[] for _ in generators]
     running, finished = list(range(len(generators))), set()

@@ -50,7 +50,10 @@ def main(argv: Sequence[str]) -> None:
     reward = None
     if args.samples > 1:
         reward = RewardModel.from_pretrained(
-            args.reward_model, policy_tokenizer=backend.tokenizer, batch_size=args.reward_batch_size
+            args.reward_model,
+            dtype=args.reward_dtype,
+            policy_tokenizer=backend.tokenizer,
+            batch_size=args.reward_batch_size,
         ).score
     counts = self_play(backend, args, queries, path, reward)
     best = counts.pop("best of")
