@@ -1,9 +1,9 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""The report's plots: AUROC against model size, histograms of scores, ROC curves."""
+"""The report's plots: AUROC against model size, or against the budget, histograms of scores, ROC curves."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -40,7 +40,10 @@ def draw(config: StudyConfig, finished: Sequence[Any], folder: Path) -> list[Pat
     paths = []
     for name in dict.fromkeys(row.cell.setting.name for row in finished):
         rows = [row for row in finished if row.cell.setting.name == name]
-        paths.append(_sizes(rows, detector, folder / f"sizes_{name}.png"))
+        if len({row.result["backbone_parameters"] for row in rows}) > 1 or len(_budgets(rows)) < 2:
+            paths.append(_against_size(rows, detector, folder / f"sizes_{name}.png"))
+        else:
+            paths.append(_against_budget(rows, detector, folder / f"budgets_{name}.png"))
         example = _example(config, rows)
         if example is None:
             continue
@@ -57,22 +60,55 @@ def _example(config: StudyConfig, rows: Sequence[Any]) -> Optional[Any]:
     return next((row for row in kept if row.cell.method != "linear"), kept[0] if kept else None)
 
 
-def _sizes(rows: Sequence[Any], detector: str, target: Path) -> Path:
+def _budgets(rows: Sequence[Any]) -> set[float]:
+    return {row.cell.budget for row in rows} - {None}
+
+
+def _against_size(rows: Sequence[Any], detector: str, target: Path) -> Path:
     figure, axes = _figure(1)
-    axis = axes[0]
+    several = len(_budgets(rows)) > 1
+    for method, budget in dict.fromkeys((row.cell.method, row.cell.budget) for row in rows):
+        chosen = [row for row in rows if (row.cell.method, row.cell.budget) == (method, budget)]
+        title = METHODS[method].title + (f", {budget:.1%}" if several and budget is not None else "")
+        _curve(axes[0], chosen, detector, lambda row: row.result["backbone_parameters"], title)
+    return _save_curves(figure, axes[0], rows, detector, "parameters of the model", target)
+
+
+def _against_budget(rows: Sequence[Any], detector: str, target: Path) -> Path:
+    """Methods without a budget are drawn from side to side."""
+    figure, axes = _figure(1)
+    ends = min(_budgets(rows)), max(_budgets(rows))
     for method in dict.fromkeys(row.cell.method for row in rows):
-        points: dict[int, list[float]] = {}
-        for row in rows:
-            value = row.result["detectors"].get(detector, {}).get("auroc")
-            if row.cell.method == method and value is not None:
-                points.setdefault(row.result["backbone_parameters"], []).append(value)
-        sizes = sorted(points)
-        means, deviations = ([function(points[size]) for size in sizes] for function in (np.mean, np.std))
-        axis.errorbar(sizes, means, yerr=deviations, marker="o", capsize=3, label=METHODS[method].title)
-    axis.set(
-        xscale="log", xlabel="parameters of the model", ylabel=f"AUROC, {detector}", title=rows[0].cell.setting.name
-    )
-    axis.legend(fontsize=8)
+        chosen = [row for row in rows if row.cell.method == method]
+        if chosen[0].cell.budget is None:
+            values = _values(chosen, detector, lambda row: 0).get(0)
+            if values:
+                title = METHODS[method].title
+                axes[0].plot([100 * end for end in ends], [np.mean(values)] * 2, linestyle="--", label=title)
+        else:
+            _curve(axes[0], chosen, detector, lambda row: 100 * row.cell.budget, METHODS[method].title)
+    return _save_curves(figure, axes[0], rows, detector, "trained parameters, % of the model's", target)
+
+
+def _curve(axis: Any, rows: Sequence[Any], detector: str, place: Callable[[Any], float], title: str) -> None:
+    points = _values(rows, detector, place)
+    places = sorted(points)
+    means, deviations = ([function(points[x]) for x in places] for function in (np.mean, np.std))
+    axis.errorbar(places, means, yerr=deviations, marker="o", capsize=3, label=title)
+
+
+def _values(rows: Sequence[Any], detector: str, place: Callable[[Any], float]) -> dict[float, list[float]]:
+    points: dict[float, list[float]] = {}
+    for row in rows:
+        value = row.result["detectors"].get(detector, {}).get("auroc")
+        if value is not None:
+            points.setdefault(place(row), []).append(value)
+    return points
+
+
+def _save_curves(figure: Any, axis: Any, rows: Sequence[Any], detector: str, label: str, target: Path) -> Path:
+    axis.set(xscale="log", xlabel=label, ylabel=f"AUROC, {detector}", title=rows[0].cell.setting.name)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return _save(figure, target)
 
 

@@ -88,6 +88,15 @@ def test_every_method_and_the_report(write, tmp_path):
     assert "roc_clinc150_oos.png" in text and "sizes_clinc150_near.png" in text and "roc_clinc150_near" not in text
 
 
+def test_one_size_under_several_budgets_is_drawn_against_the_budget(write, tmp_path):
+    config = write(budgets=[0.05, 0.1], methods=["linear", "lora"], detectors=["msp"])
+    assert _run(config) == {"done": 3, "failed": 0, "skipped": 0}
+    text = write_report(config).read_text()
+    name = config.cells()[0].setting.name
+    assert f"plots/budgets_{name}.png" in text and f"plots/sizes_{name}.png" not in text
+    assert (tmp_path / "out" / "plots" / f"budgets_{name}.png").is_file()
+
+
 def test_a_failing_cell_stops_no_other(write, tmp_path, monkeypatch):
     config = write(
         models=[{"name": "missing", "path": str(tmp_path / "nowhere")}, *write().models], detectors=["msp", "knn"]
