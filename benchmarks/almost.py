@@ -34,6 +34,12 @@ RECIPE = ROOT / "trl_ext" / "recipes" / "smollm2-135m.yaml"
 # The targets.
 HELDOUT, HHH, LENGTH, SPEED, HOURS = 0.70, 0.55, 1.5, 1.5, 3.0
 PARTS = ("run", "filters", "ladders", "samples", "gains", "speed")
+# Stages that come after what a part measures.
+_LATER = {
+    "filters": ("self_play", "sft", "rlsf", "rlsf_queries"),
+    "ladders": ("self_play", "sft", "rlsf", "rlsf_queries"),
+    "samples": ("rlsf", "rlsf_queries"),
+}
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -67,7 +73,8 @@ class Study:
 
     def settings(self, part: str, name: str = "") -> dict[str, Any]:
         """Everything that a row depends on."""
-        blocks = {key: value for key, value in vars(self.config).items() if key not in ("run_dir", "evaluation")}
+        left_out = ("run_dir", "evaluation", *_LATER.get(part, ()))
+        blocks = {key: value for key, value in vars(self.config).items() if key not in left_out}
         return {"part": part, "name": name, "recipe": blocks, "limit": self.args.limit}
 
     def fill(self) -> None:
