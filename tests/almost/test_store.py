@@ -91,6 +91,21 @@ def test_a_finished_stage_is_skipped_and_an_unfinished_one_goes_on(tmp_path):
     assert run.begin("stage", {"a": 1}, ["in.jsonl"]), "what it wrote is gone"
 
 
+def test_the_time_before_an_interruption_counts(tmp_path):
+    run = Run(tmp_path)
+    for seconds in (40, 2):  # two parts that a kill ended
+        assert run.begin("a", {"x": 1})
+        (tmp_path / "a.jsonl").write_text("{}\n")
+        begun = (tmp_path / "manifest" / "a.json").stat().st_mtime
+        os.utime(tmp_path / "a.jsonl", (begun + seconds, begun + seconds))
+    assert run.begin("a", {"x": 1})
+    run.finish("a", ["a.jsonl"], seconds=5.0)
+    assert run.manifest("a")["seconds"] == pytest.approx(47, abs=0.1)
+    (tmp_path / "a.jsonl").unlink()
+    assert run.begin("a", {"x": 1})
+    assert run.manifest("a")["seconds"] == 0, "it starts over"
+
+
 def test_another_config_is_refused_with_what_differs(tmp_path):
     run = Run(tmp_path / "run")
     run.begin("stage", {"a": 1, "deep": {"b": 2.5, "gone": True}})

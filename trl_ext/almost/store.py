@@ -195,7 +195,8 @@ class Run:
                 )
             if known["done"] and all(self.path(name).exists() for name in known["outputs"]):
                 return False
-        self._write(stage, {"config": _plain(config), "inputs": hashes, "outputs": {}, "counts": {}, "done": False})
+        begun = {"config": _plain(config), "inputs": hashes, "outputs": {}, "counts": {}, "done": False}
+        self._write(stage, {**begun, "seconds": self._spent(stage, known)})
         return True
 
     def finish(
@@ -207,15 +208,29 @@ class Run:
             stage: One that has begun.
             outputs: Names of what it wrote.
             counts: What to tell of it.
-            seconds: How long its last, uninterrupted part took.
+            seconds: How long its last, uninterrupted part took; what came before it is added.
         """
         known = self.manifest(stage)
         if known is None:
             raise ValueError(f"stage={stage!r} has not begun.")
         hashes = {name: digest(self.path(name)) for name in outputs}
         self._write(
-            stage, {**known, "outputs": hashes, "counts": _plain(counts or {}), "seconds": seconds, "done": True}
+            stage,
+            {
+                **known,
+                "outputs": hashes,
+                "counts": _plain(counts or {}),
+                "seconds": known.get("seconds", 0.0) + seconds,
+                "done": True,
+            },
         )
+
+    def _spent(self, stage: str, known: Optional[dict[str, Any]]) -> float:
+        """How long a stage ran before it was interrupted: until the newest file of the run, as stages run one by one."""
+        if known is None or known["done"]:
+            return 0.0
+        newest = max(path.stat().st_mtime for path in self.folder.rglob("*") if path.is_file())
+        return known.get("seconds", 0.0) + newest - self._manifest(stage).stat().st_mtime
 
     def _manifest(self, stage: str) -> Path:
         return self.folder / "manifest" / f"{stage}.json"
