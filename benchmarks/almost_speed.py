@@ -92,7 +92,7 @@ def _work(config: AlmostConfig, stage: str, tokenizer: Any, count: int) -> tuple
     queries = [queries[number % len(queries)] for number in range(count)]
     if stage == QUERIES:
         prompts = [mining_prompt((queries[n:] + queries[:n])[: settings.shots]) for n in range(len(queries))]
-        sampling = settings.sampling(stop=MINING_STOPS)
+        sampling = settings.sampling(stop=MINING_STOPS, samples=settings.samples)
     elif stage == RESPONSES:
         rung = parse_ladder(settings.ladder)[0]
         style, shots = load_style(rung.prompt), rung.shots
