@@ -182,6 +182,8 @@ def test_two_processes_do_not_share_a_run(base, tmp_path):
     [
         ({"queries": {"counts": 3}}, "queries: 'counts' is no setting"),
         ({"queries": {"count": 0}}, "queries: count=0"),
+        ({"queries": {"dtype": "float8x"}}, "queries: dtype='float8x' is no float type"),
+        ({"self_play": {"reward_dtype": "int8"}}, "self_play: reward_dtype='int8' is no float type"),
         ({"responses": {"ladder": ["shots=1"]}}, "at least two ranks"),
         ({"sft": {"learning_rat": 1}}, "sft: .*learning_rat"),
         ({"rlsf": {"trainer": "ppo"}}, "rlsf: trainer='ppo'"),

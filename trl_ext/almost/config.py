@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+import torch
+
 from trl_ext.almost.prompts import AUTO, FORMATS
 from trl_ext.almost.token_sampling import Sampling
 
@@ -33,6 +35,7 @@ class GeneratorConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be positive.")
+        check_dtype("dtype", self.dtype)
         if self.chat_format not in FORMATS:
             raise ValueError(f"chat_format={self.chat_format!r} is unknown; choose one of {FORMATS}.")
         self.sampling()
@@ -139,3 +142,15 @@ class SelfPlayConfig(GeneratorConfig):
             )
         if self.count is not None and self.count < 1:
             raise ValueError(f"count={self.count} must be positive, or not be given.")
+        check_dtype("reward_dtype", self.reward_dtype)
+
+
+def check_dtype(argument: str, name: str) -> None:
+    """Refuse what is neither `"auto"` nor the name of a float type, before hours of a run lead to it.
+
+    Raises:
+        ValueError: Names the argument.
+    """
+    dtype = getattr(torch, name, None)
+    if name != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"{argument}={name!r} is no float type; choose 'bfloat16', 'float16', 'float32' or 'auto'.")
