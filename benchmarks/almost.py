@@ -26,7 +26,7 @@ from benchmarks.almost_speed import SPEED_STAGES, measure_speed
 from benchmarks.common import RESULTS, ROOT, Results, describe, log, markdown_table, verdict
 from benchmarks.in_context import default_data_dir
 from trl_ext.almost.pipeline import Pipeline
-from trl_ext.almost.recipe import AlmostConfig, load_recipe
+from trl_ext.almost.recipe import STAGES, AlmostConfig, load_recipe
 from trl_ext.almost.store import read_rows
 
 
@@ -74,6 +74,8 @@ class Study:
     def settings(self, part: str, name: str = "") -> dict[str, Any]:
         """Everything that a row depends on."""
         left_out = ("run_dir", "evaluation", *_LATER.get(part, ()))
+        if part == "speed":
+            left_out = tuple(stage for stage in (*STAGES, "run_dir") if stage != name)
         blocks = {key: value for key, value in vars(self.config).items() if key not in left_out}
         return {"part": part, "name": name, "recipe": blocks, "limit": self.args.limit}
 
@@ -117,7 +119,7 @@ class Study:
             return []
         shown = list(answers[0])[:: max(1, len(answers[0]) // 3)][:3]
         return [
-            {"question": str(key), **{str(n): rows[key]["response"] for n, rows in enumerate(answers)}}
+            {"question": str(key), **{str(n): rows[key]["responses"][0] for n, rows in enumerate(answers)}}
             for key in shown
         ]
 

@@ -170,7 +170,7 @@ def answers_by(path, folder) -> bool:
     backend = TransformersBackend(LlamaForCausalLM.from_pretrained(folder).eval(), byte_tokenizer(), 2)
     requests = [Request(str(row["id"]), request_text(byte_tokenizer(), row["query"])) for row in rows]
     drawn = backend.generate(requests, Sampling(temperature=0.7, top_p=1.0, max_new_tokens=6))
-    return [texts[0].strip() for texts in drawn] == [row["response"] for row in rows]
+    return [[text.strip() for text in texts] for texts in drawn] == [row["responses"] for row in rows]
 
 
 def test_a_run_is_evaluated_and_goes_on_where_it_stopped(folder, flags, tmp_path, monkeypatch):
@@ -188,7 +188,7 @@ def test_a_run_is_evaluated_and_goes_on_where_it_stopped(folder, flags, tmp_path
     judge = RewardModel.from_pretrained(str(folder / "reward_model_2"))
     own = next(path for path in (tmp_path / "out").glob("answers-*.jsonl") if answers_by(path, folder / "sft"))
     rows = [json.loads(line) for line in own.read_text().splitlines()]
-    scores = judge.score([row["query"] for row in rows], [row["response"] for row in rows])
+    scores = judge.score([row["query"] for row in rows], [row["responses"][0] for row in rows])
     assert win["reward"]["value"] == pytest.approx(sum(scores) / 3, abs=1e-5)
     model = LlamaForCausalLM.from_pretrained(folder / "sft").eval()
     assert found[str(folder / "sft")]["hhh"]["value"] == hhh_of_model(model, byte_tokenizer(), HHH)["value"]
@@ -196,6 +196,16 @@ def test_a_run_is_evaluated_and_goes_on_where_it_stopped(folder, flags, tmp_path
     monkeypatch.setattr("trl_ext.almost.evaluation_run.load_policy", None)
     monkeypatch.setattr(RewardModel, "from_pretrained", None)
     assert evaluate(args) == found, "everything is there already, so that no model is loaded"
+
+
+def test_several_answers_to_each_question(folder, flags, tmp_path):
+    given = {**flags, "tasks": ["win_rate"], "output_dir": str(tmp_path / "out")}
+    found = evaluate(EvaluationArguments(**given, samples=3))[str(folder / "sft")]["win_rate"]
+    assert found["wins"] + found["ties"] + found["losses"] == 3 * 3 and found["win_rate"]["n"] == 3
+    for path in (tmp_path / "out").glob("answers-*.jsonl"):
+        assert all(len(row["responses"]) == 3 for row in map(json.loads, path.read_text().splitlines()))
+    one = evaluate(EvaluationArguments(**given))[str(folder / "sft")]["win_rate"]
+    assert one["wins"] + one["ties"] + one["losses"] == 3, "another number of answers is another result"
 
 
 def test_another_model_in_the_same_folder_is_evaluated_anew(tmp_path):
@@ -225,6 +235,7 @@ def test_the_script_prints_a_table_and_takes_a_file_as_baseline(folder, flags, t
     [
         ({"tasks": ["mmlu"]}, ValueError, "'mmlu' is unknown"),
         ({"limit": 0}, ValueError, "limit=0"),
+        ({"samples": 0}, ValueError, "samples=0"),
         ({"run_dir": None}, ValueError, "output_dir is missing"),
         ({"run_dir": "/nowhere"}, FileNotFoundError, "run_dir='/nowhere'"),
         ({"judge": "https://x/v1"}, ValueError, "--judge_model"),

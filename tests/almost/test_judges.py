@@ -10,8 +10,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from trl_ext.almost.comparison import compare
-from trl_ext.almost.judges import ChatJudge, Judgement, RewardJudge, parse_scores
+from trl_ext.almost.judges import ChatJudge, Comparison, Judgement, RewardJudge, parse_scores
 from trl_ext.almost.store import read_rows
+
+
+ASKED = Comparison("q", "a", "b")
 
 
 @pytest.fixture
@@ -45,7 +48,7 @@ def test_a_chat_judge_asks_and_reads_scores(endpoint, monkeypatch):
     monkeypatch.setenv("MY_KEY", "secret")
     endpoint.replies = [(200, "8 6.5\nThe first is more to the point.")]
     judge = ChatJudge("some-judge", endpoint.url + "/", api_key_variable="MY_KEY")
-    assert judge.compare("Why {x}?", "because", "dunno") == Judgement(8, 6.5)
+    assert judge.compare([Comparison("Why {x}?", "because", "dunno")]) == [Judgement(8, 6.5)]
     ((path, headers, body),) = endpoint.requests
     assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer secret"
     assert body["model"] == "some-judge" and body["temperature"] == 0.2
@@ -55,23 +58,23 @@ def test_a_chat_judge_asks_and_reads_scores(endpoint, monkeypatch):
 
 def test_failures_that_pass_and_unreadable_answers_are_tried_again(endpoint):
     endpoint.replies = [(503, "busy"), (200, "Both are fine."), (200, "3 4")]
-    assert ChatJudge("j", endpoint.url, pause=0).compare("q", "a", "b") == Judgement(3, 4)
+    assert ChatJudge("j", endpoint.url, pause=0).compare([ASKED]) == [Judgement(3, 4)]
     assert len(endpoint.requests) == 3
     endpoint.replies = [(200, "Both are fine.")]
-    assert ChatJudge("j", endpoint.url, attempts=2, pause=0).compare("q", "a", "b") == Judgement(None, None)
+    assert ChatJudge("j", endpoint.url, attempts=2, pause=0).compare([ASKED]) == [Judgement(None, None)]
 
 
 def test_failures_that_last_are_told(endpoint):
     endpoint.replies = [(500, "broken")]
     with pytest.raises(ValueError, match="failed 3 times; at last: 500 .*broken"):
-        ChatJudge("j", endpoint.url, attempts=3, pause=0).compare("q", "a", "b")
+        ChatJudge("j", endpoint.url, attempts=3, pause=0).compare([ASKED])
     endpoint.replies = [(401, "no such key")]
     endpoint.requests.clear()
     with pytest.raises(ValueError, match="refused model='j': 401 .*no such key.*OPENAI_API_KEY"):
-        ChatJudge("j", endpoint.url, pause=0).compare("q", "a", "b")
+        ChatJudge("j", endpoint.url, pause=0).compare([ASKED])
     assert len(endpoint.requests) == 1
     with pytest.raises(ValueError, match="failed 1 times"):
-        ChatJudge("j", "http://127.0.0.1:9", attempts=1, timeout=5).compare("q", "a", "b")
+        ChatJudge("j", "http://127.0.0.1:9", attempts=1, timeout=5).compare([ASKED])
     with pytest.raises(ValueError, match="base_url='ftp"):
         ChatJudge("j", "ftp://x")
 
@@ -98,20 +101,22 @@ class Scripted:
     """A judge of given scores: the longer answer is worth more, and the first place `bonus` more."""
 
     symmetric = False
+    batch_size = 3
 
     def __init__(self, bonus: float = 0.0, unreadable: str = "-") -> None:
         self.bonus, self.unreadable, self.asked = bonus, unreadable, 0
 
-    def compare(self, question, first, second):
-        self.asked += 1
-        if self.unreadable in question:
-            return Judgement(None, None)
-        return Judgement(len(first) + self.bonus, len(second))
+    def compare(self, comparisons):
+        self.asked += len(comparisons)
+        return [
+            Judgement(None, None) if self.unreadable in question else Judgement(len(first) + self.bonus, len(second))
+            for question, first, second in comparisons
+        ]
 
 
 QUESTIONS = {1: "one", 2: "two", 3: "three", 4: "four"}
-ANSWERS = {1: "aaaa", 2: "aa", 3: "aaa", 4: "a"}
-BASELINE = {1: "b", 2: "bb", 3: "bb", 4: "bbbb"}
+ANSWERS = {1: ["aaaa"], 2: ["aa"], 3: ["aaa"], 4: ["a"]}
+BASELINE = {1: ["b"], 2: ["bb"], 3: ["bb"], 4: ["bbbb"]}
 
 
 def test_both_orders_are_judged_and_ties_count_half():
@@ -139,7 +144,7 @@ def test_judgements_are_kept_and_made_anew_for_other_answers(tmp_path):
     first = compare(QUESTIONS, ANSWERS, BASELINE, judge, path)
     assert judge.asked == 8 and len(read_rows(path)) == 8
     assert compare(QUESTIONS, ANSWERS, BASELINE, judge, path) == first and judge.asked == 8
-    assert compare(QUESTIONS, {**ANSWERS, 4: "aaaaaa"}, BASELINE, judge, path)["wins"] == 6 and judge.asked == 10
+    assert compare(QUESTIONS, {**ANSWERS, 4: ["aaaaaa"]}, BASELINE, judge, path)["wins"] == 6 and judge.asked == 10
 
 
 def test_a_symmetric_judge_is_asked_once():
@@ -153,9 +158,40 @@ def test_a_symmetric_judge_is_asked_once():
     assert "reward" not in compare(QUESTIONS, ANSWERS, BASELINE, Scripted())
 
 
+def test_several_answers_are_compared_one_by_one_and_averaged_by_question(tmp_path):
+    answers, baseline = {1: ["aaaa", "a"], 2: ["aa", "aa"]}, {1: ["b", "bb"], 2: ["bb", "b"]}
+    questions, path = {1: "one", 2: "two"}, tmp_path / "judgements.jsonl"
+    found = compare(questions, answers, baseline, Scripted(), path)
+    assert (found["wins"], found["ties"], found["losses"]) == (4, 2, 2)
+    assert found["win_rate"]["value"] == (0.5 + 0.75) / 2 and found["win_rate"]["n"] == 2
+    assert found["length"] == [2.25, 1.5] and found["scores"] == [2 * 9, 2 * 6]
+    assert len(read_rows(path)) == 8
+    one = compare(questions, answers, {1: ["b"], 2: ["bb"]}, Scripted())
+    assert (one["wins"], one["ties"]) == (2, 6), "one answer of the baseline is every answer's"
+    with pytest.raises(ValueError, match="question 2 has 3 answers and 2 of the baseline"):
+        compare(questions, {**answers, 2: ["a", "a", "a"]}, baseline, Scripted())
+
+
+def test_a_reward_judge_averages_a_question_s_rewards_and_scores_a_text_once():
+    asked = []
+
+    class Rewards:
+        def score(self, prompts, responses):
+            asked.extend(responses)
+            return [float(len(response)) for response in responses]
+
+    answers, baseline = {1: ["aaaa", "a"], 2: ["aa", "aaaaaa"]}, {1: ["b"], 2: ["bb"]}
+    found = compare({1: "one", 2: "two"}, answers, baseline, RewardJudge(Rewards()))
+    assert found["reward"] == {**found["reward"], "value": (2.5 + 4) / 2, "n": 2}
+    assert found["reward_difference"]["value"] == (1.5 + 2) / 2
+    assert sorted(asked) == ["a", "aa", "aaaa", "aaaaaa", "b", "bb"]
+
+
 def test_missing_answers_are_named():
     with pytest.raises(ValueError, match=r"baseline lacks question 4 \(1 of 4"):
         compare(QUESTIONS, ANSWERS, {key: BASELINE[key] for key in (1, 2, 3)}, Scripted())
+    with pytest.raises(ValueError, match="answers lacks question 4"):
+        compare(QUESTIONS, {**ANSWERS, 4: []}, BASELINE, Scripted())
 
 
 def test_a_chat_judge_in_both_orders(endpoint):

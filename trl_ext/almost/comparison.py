@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_ext.almost.chat import HUMAN, request_text
 from trl_ext.almost.generation import Request, TransformersBackend
-from trl_ext.almost.judges import Judge, Judgement
+from trl_ext.almost.judges import Comparison, Judge, Judgement
 from trl_ext.almost.statistics import win_rate, with_interval
 from trl_ext.almost.store import RowFile
 from trl_ext.almost.token_sampling import Sampling
@@ -23,6 +23,8 @@ from trl_ext.almost.token_sampling import Sampling
 
 # Of the answer and of the baseline.
 Scores = tuple[float, float]
+# Ids, and the answers to each question.
+Answers = Mapping[Any, Sequence[str]]
 
 
 def write_answers(
@@ -32,19 +34,19 @@ def write_answers(
     path: Path,
     sampling: Optional[Sampling] = None,
     batch_size: int = 16,
-) -> dict[Any, str]:
+) -> dict[Any, list[str]]:
     """A model's answers to questions, written to a file of rows as they come; those that are there aren't made again.
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
         questions: Ids and questions.
-        path: A .jsonl file of `id`, `query` and `response`.
-        sampling: How to draw; None: the paper's temperature 0.7 and at most 1,024 tokens.
+        path: A .jsonl file of `id`, `query` and `responses`.
+        sampling: How to draw, and how many to each; None: one, at the paper's temperature 0.7, of at most 1,024 tokens.
         batch_size: Answers that are written side by side.
 
     Returns:
-        The ids and answers.
+        The ids, each with its answers.
     """
     sampling = sampling or Sampling(temperature=0.7, top_p=1.0, max_new_tokens=1024, stop=(HUMAN,))
     rows = RowFile(path)
@@ -53,96 +55,152 @@ def write_answers(
     requests = [Request(str(key), request_text(tokenizer, questions[key])) for key in keys]
     with tqdm(total=len(keys), desc="Answers", initial=len(rows)) as bar:
         for batch in backend.stream(requests, sampling, done=lambda index: keys[index] in rows):
-            made = [{"id": keys[i], "query": questions[keys[i]], "response": texts[0].strip()} for i, texts in batch]
+            made = [
+                {"id": keys[i], "query": questions[keys[i]], "responses": [text.strip() for text in texts]}
+                for i, texts in batch
+            ]
             bar.update(rows.append(made))
-    return {key: rows.rows[key]["response"] for key in keys}
+    return {key: rows.rows[key]["responses"] for key in keys}
 
 
 def compare(
     questions: Mapping[Any, str],
-    answers: Mapping[Any, str],
-    baseline: Mapping[Any, str],
+    answers: Answers,
+    baseline: Answers,
     judge: Judge,
     path: Optional[Path] = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Judge answers against a baseline's.
 
-    Each question is judged in both orders (once, if the judge says that the order can't matter). A question's win is the
-    share of its judgements that prefer the answer, a tie counting half; questions without a readable judgement in each
-    order are left out and counted.
+    A question's n-th answer is compared with its baseline's n-th, in both orders (once, if the judge says that the order
+    can't matter). A question's win is the share of its judgements that prefer the answer, a tie counting half; questions
+    without a readable judgement in each order are left out and counted. Intervals are over questions.
 
     Args:
         questions: Ids and questions.
-        answers: Ids and answers.
-        baseline: Ids and the baseline's answers.
+        answers: Ids, each with its answers.
+        baseline: Ids, each with the baseline's answers: as many, or one that all are compared with.
         judge: Who judges.
         path: A .jsonl file to keep judgements in; those that are there aren't asked for again.
         seed: Of the bootstrap.
 
     Returns:
         `win_rate` and `length_controlled` (see `statistics.win_rate`), counts of judgements (`wins`, `ties`, `losses`),
-        `consistent` (share of questions on which both orders agree), `scores` (sums), `length` (means, in characters)
+        `consistent` (share of comparisons whose orders agree), `scores` (sums), `length` (means, in characters)
         and `unreadable` (questions left out); of a reward model also the mean `reward` and the mean `reward_difference`
         to the baseline, with their intervals.
 
     Raises:
-        ValueError: If an answer is missing, or no judgement can be read.
+        ValueError: If an answer is missing, a question has another number of answers than its baseline, or no judgement
+            can be read.
     """
-    for name, given in (("answers", answers), ("baseline", baseline)):
-        missing = [key for key in questions if key not in given]
-        if missing:
-            raise ValueError(f"{name} lacks question {missing[0]!r} ({len(missing)} of {len(questions)} are missing).")
-    store = RowFile(path) if path is not None else None
-    judged: dict[Any, list[Scores]] = {}
-    for key in tqdm(questions, desc="Judging"):
-        texts = (questions[key], answers[key], baseline[key])
-        orders = range(1 if judge.symmetric else 2)
-        both = [_judgement(store, key, judge, texts, order) for order in orders]
-        readable = [(own, other) for own, other in both if own is not None and other is not None]
-        if len(readable) == len(both):
-            judged[key] = readable
+    pairs = {key: _pairs(key, answers, baseline) for key in _complete(questions, answers, baseline)}
+    orders = range(1 if judge.symmetric else 2)
+    asked = [
+        _Asked(key, number, order, questions[key], *texts)
+        for key in questions
+        for number, texts in enumerate(pairs[key])
+        for order in orders
+    ]
+    found = _judgements(asked, judge, RowFile(path) if path is not None else None)
+    judged: dict[Any, list[list[Scores]]] = {}
+    for key in questions:
+        scores = [
+            [
+                (own, other)
+                for own, other in (found[key, number, order] for order in orders)
+                if None not in (own, other)
+            ]
+            for number in range(len(pairs[key]))
+        ]
+        if all(len(both) == len(orders) for both in scores):
+            judged[key] = scores
     if not judged:
         raise ValueError(f"none of the judge's {len(questions)} judgements can be read.")
-    result = {**_summary(judged, answers, baseline, seed), "unreadable": len(questions) - len(judged)}
+    result = {**_summary(judged, pairs, seed), "unreadable": len(questions) - len(judged)}
     if judge.symmetric:  # its scores are numbers of their own, not marks for one answer beside the other
-        rewards = np.array([both[0] for both in judged.values()])
+        rewards = np.array([np.mean([both[0] for both in scores], axis=0) for scores in judged.values()])
         result["reward"] = with_interval(rewards[:, 0], seed=seed)
         result["reward_difference"] = with_interval(rewards[:, 0] - rewards[:, 1], seed=seed)
     return result
 
 
-def _judgement(store: Optional[RowFile], key: Any, judge: Judge, texts: tuple[str, str, str], order: int) -> Judgement:
+class _Asked(NamedTuple):
+    """One judgement: of which answer to which question, in which order."""
+
+    key: Any
+    number: int
+    order: int
+    question: str
+    answer: str
+    baseline: str
+
+    @property
+    def name(self) -> str:
+        # other answers get other judgements
+        digest = hashlib.sha256("\0".join((self.question, self.answer, self.baseline)).encode("utf-8")).hexdigest()
+        return f"{self.key}/{self.order}/{digest[:16]}"
+
+    @property
+    def shown(self) -> Comparison:
+        texts = (self.baseline, self.answer) if self.order else (self.answer, self.baseline)
+        return Comparison(self.question, *texts)
+
+
+def _complete(questions: Mapping[Any, str], answers: Answers, baseline: Answers) -> Mapping[Any, str]:
+    for name, given in (("answers", answers), ("baseline", baseline)):
+        missing = [key for key in questions if not given.get(key)]
+        if missing:
+            raise ValueError(f"{name} lacks question {missing[0]!r} ({len(missing)} of {len(questions)} are missing).")
+    return questions
+
+
+def _pairs(key: Any, answers: Answers, baseline: Answers) -> list[tuple[str, str]]:
+    own, other = list(answers[key]), list(baseline[key])
+    if len(other) not in (1, len(own)):
+        raise ValueError(
+            f"question {key!r} has {len(own)} answers and {len(other)} of the baseline; give as many, or one of the baseline."
+        )
+    return list(zip(own, other * len(own) if len(other) == 1 else other))
+
+
+def _judgements(
+    asked: Sequence[_Asked], judge: Judge, store: Optional[RowFile]
+) -> dict[tuple[Any, int, int], Judgement]:
     """Scores of the answer and of the baseline, in this order, whichever was shown first."""
-    digest = hashlib.sha256("\0".join(texts).encode("utf-8")).hexdigest()[:16]
-    name = f"{key}/{order}/{digest}"  # other answers get other judgements
-    if store is not None and name in store:
-        return Judgement(*store.rows[name]["scores"])
-    question, answer, baseline = texts
-    shown = (baseline, answer) if order else (answer, baseline)
-    scores = judge.compare(question, *shown)
-    if order:
-        scores = Judgement(scores.second, scores.first)
-    if store is not None:
-        store.append([{"id": name, "scores": list(scores)}])
-    return scores
+    known = {} if store is None else {one.name: store.rows[one.name]["scores"] for one in asked if one.name in store}
+    missing = list({one.name: one for one in asked if one.name not in known}.values())
+    with tqdm(total=len(asked), initial=len(asked) - len(missing), desc="Judging") as bar:
+        for start in range(0, len(missing), judge.batch_size):
+            batch = missing[start : start + judge.batch_size]
+            scores = judge.compare([one.shown for one in batch])
+            made = {one.name: list(pair[::-1] if one.order else pair) for one, pair in zip(batch, scores)}
+            known.update(made)
+            if store is not None:
+                store.append([{"id": name, "scores": pair} for name, pair in made.items()])
+            bar.update(len(batch))
+    return {(one.key, one.number, one.order): Judgement(*known[one.name]) for one in asked}
 
 
 def _summary(
-    judged: Mapping[Any, Sequence[Scores]], answers: Mapping[Any, str], baseline: Mapping[Any, str], seed: int
+    judged: Mapping[Any, Sequence[Sequence[Scores]]], pairs: Mapping[Any, Sequence[tuple[str, str]]], seed: int
 ) -> dict[str, Any]:
-    outcomes = {key: [_outcome(scores) for scores in both] for key, both in judged.items()}
-    every = [outcome for both in outcomes.values() for outcome in both]
-    lengths = np.array([[len(answers[key]), len(baseline[key])] for key in judged], dtype=np.float64)
+    outcomes = {key: [[_outcome(pair) for pair in both] for both in scores] for key, scores in judged.items()}
+    compared = [both for scores in outcomes.values() for both in scores]
+    every = [outcome for both in compared for outcome in both]
+    lengths = np.array([np.mean([list(map(len, texts)) for texts in pairs[key]], axis=0) for key in judged])
     return {
         **win_rate(
-            [float(np.mean(both)) for both in outcomes.values()], (lengths[:, 0] - lengths[:, 1]).tolist(), seed
+            [float(np.mean(scores)) for scores in outcomes.values()], (lengths[:, 0] - lengths[:, 1]).tolist(), seed
         ),
         "wins": every.count(1.0),
         "ties": every.count(0.5),
         "losses": every.count(0.0),
-        "consistent": float(np.mean([len(set(both)) == 1 for both in outcomes.values()])),
-        "scores": [float(sum(scores[side] for both in judged.values() for scores in both)) for side in (0, 1)],
+        "consistent": float(np.mean([len(set(both)) == 1 for both in compared])),
+        "scores": [
+            float(sum(pair[side] for scores in judged.values() for both in scores for pair in both)) for side in (0, 1)
+        ],
         "length": lengths.mean(axis=0).tolist(),
     }
 

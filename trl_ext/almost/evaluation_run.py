@@ -63,7 +63,9 @@ class EvaluationArguments:
     )
     baseline: Optional[str] = field(
         default=None,
-        metadata={"help": "What the win rate is against: a model, or a .jsonl of id and response. Default: --start."},
+        metadata={
+            "help": "What the win rate is against: a model, or a .jsonl of id and response (or responses). Default: --start."
+        },
     )
     start: str = field(default=DEFAULT_MODEL, metadata={"help": "The model before alignment; evaluated, too."})
     judge: Optional[str] = field(
@@ -75,6 +77,9 @@ class EvaluationArguments:
     judge_model: Optional[str] = field(default=None, metadata={"help": "The judge's name at that endpoint."})
     judge_key_variable: str = field(
         default="OPENAI_API_KEY", metadata={"help": "Environment variable with the endpoint's key."}
+    )
+    samples: int = field(
+        default=1, metadata={"help": "Answers to each question that are judged; more make the intervals narrower."}
     )
     temperature: float = field(default=0.7, metadata={"help": "Of the answers that are judged."})
     max_new_tokens: int = field(default=1024, metadata={"help": "Most tokens of an answer."})
@@ -93,6 +98,8 @@ class EvaluationArguments:
             raise ValueError(f"tasks: {unknown[0]!r} is unknown; choose from {TASKS}.")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit={self.limit} must be at least 1.")
+        if self.samples < 1:
+            raise ValueError(f"samples={self.samples} must be at least 1.")
         if self.run_dir is not None:
             self._fill(Path(self.run_dir).expanduser())
         if not self.output_dir:
@@ -250,22 +257,24 @@ def _evaluate_win_rates(
                 "baseline": [baseline, _fingerprint(baseline)],
                 "judge": [args.judge, args.judge_model, _fingerprint(str(args.judge))],
                 "questions": _digest(questions),
-                "sampling": [args.temperature, args.max_new_tokens, args.seed],
+                "sampling": [args.temperature, args.max_new_tokens, args.seed, args.samples],
             }
             results.get(name, "win_rate", settings, lambda: run(name))  # noqa: B023
 
 
 def _answers(
     args: EvaluationArguments, loaded: _Loaded, name: str, questions: dict[Any, str], folder: Path
-) -> dict[Any, str]:
+) -> dict[Any, list[str]]:
     if name.endswith(".jsonl"):
-        return {row["id"]: row["response"] for row in read_rows(Path(name).expanduser())}
+        rows = read_rows(Path(name).expanduser())
+        return {row["id"]: row["responses"] if "responses" in row else [row["response"]] for row in rows}
     sampling = Sampling(
         temperature=args.temperature,
         top_p=1.0,
         max_new_tokens=args.max_new_tokens,
         stop=(HUMAN,),
         seed=args.seed,
+        samples=args.samples,
     )
     made_by = [
         name,
@@ -275,6 +284,7 @@ def _answers(
         args.temperature,
         args.max_new_tokens,
         args.seed,
+        args.samples,
     ]
     path = folder / f"answers-{_digest(made_by)}.jsonl"
     return write_answers(*loaded(name), questions, path, sampling, args.batch_size)

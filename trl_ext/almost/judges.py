@@ -36,17 +36,27 @@ class Judgement(NamedTuple):
     second: Optional[float]
 
 
+class Comparison(NamedTuple):
+    """A question and the two answers to compare, in the order in which a judge sees them."""
+
+    question: str
+    first: str
+    second: str
+
+
 class Judge(Protocol):
     """Something that scores two answers to each question.
 
     Attributes:
         symmetric: Whether the order of the answers can't matter.
+        batch_size: How many comparisons to ask for at once; what it has said is kept after each time.
     """
 
     symmetric: bool
+    batch_size: int
 
-    def compare(self, question: str, first: str, second: str) -> Judgement:
-        """Scores of both answers."""
+    def compare(self, comparisons: Sequence[Comparison]) -> list[Judgement]:
+        """Scores of both answers, for each comparison."""
 
 
 class RewardJudge:
@@ -57,13 +67,16 @@ class RewardJudge:
     """
 
     symmetric = True
+    batch_size = 64  # its texts are sorted by length, so that more of them are padded less
 
     def __init__(self, rewards: RewardModel) -> None:
         self.rewards = rewards
 
-    def compare(self, question: str, first: str, second: str) -> Judgement:
+    def compare(self, comparisons: Sequence[Comparison]) -> list[Judgement]:
         """Rewards of both answers."""
-        return Judgement(*self.rewards.score([question, question], [first, second]))
+        texts = list(dict.fromkeys((each.question, text) for each in comparisons for text in each[1:]))
+        scores = dict(zip(texts, self.rewards.score([question for question, _ in texts], [text for _, text in texts])))
+        return [Judgement(*(scores[each.question, text] for text in each[1:])) for each in comparisons]
 
 
 class ChatJudge:
@@ -84,6 +97,7 @@ class ChatJudge:
     """
 
     symmetric = False
+    batch_size = 1
 
     def __init__(
         self,
@@ -105,13 +119,16 @@ class ChatJudge:
         self.api_key_variable, self.temperature, self.max_tokens = api_key_variable, temperature, max_tokens
         self.attempts, self.timeout, self.pause = attempts, timeout, pause
 
-    def compare(self, question: str, first: str, second: str) -> Judgement:
+    def compare(self, comparisons: Sequence[Comparison]) -> list[Judgement]:
         """The judge's scores.
 
         Raises:
             ValueError: If the endpoint refuses the request, or keeps failing.
         """
-        content = QUESTION.format(question=question, first=first, second=second)
+        return [self._scores(each) for each in comparisons]
+
+    def _scores(self, comparison: Comparison) -> Judgement:
+        content = QUESTION.format(**comparison._asdict())
         messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": content}]
         failure = ""
         for attempt in range(self.attempts):
