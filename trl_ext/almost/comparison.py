@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -106,14 +106,7 @@ def compare(
     found = _judgements(asked, judge, RowFile(path) if path is not None else None)
     judged: dict[Any, list[list[Scores]]] = {}
     for key in questions:
-        scores = [
-            [
-                (own, other)
-                for own, other in (found[key, number, order] for order in orders)
-                if None not in (own, other)
-            ]
-            for number in range(len(pairs[key]))
-        ]
+        scores = [_readable(found[key, number, order] for order in orders) for number in range(len(pairs[key]))]
         if all(len(both) == len(orders) for both in scores):
             judged[key] = scores
     if not judged:
@@ -181,6 +174,10 @@ def _judgements(
                 store.append([{"id": name, "scores": pair} for name, pair in made.items()])
             bar.update(len(batch))
     return {(one.key, one.number, one.order): Judgement(*known[one.name]) for one in asked}
+
+
+def _readable(judgements: Iterable[Judgement]) -> list[Scores]:
+    return [(own, other) for own, other in judgements if own is not None and other is not None]
 
 
 def _summary(
