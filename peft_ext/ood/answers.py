@@ -1,5 +1,6 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""The study's two questions, answered from finished cells: paired differences in AUROC with t intervals."""
+"""The study's two questions and ours, on quantising, answered from finished cells: paired differences in AUROC with t
+intervals."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from peft_ext.ood.metrics import Interval, mean_interval
 
 # The detectors whose numbers answer: the study's own choice, which sees features, and the usual one, which sees logits.
 DETECTOR, SECOND_DETECTOR = "mahalanobis", "msp"
-REFERENCE = "full"
+# What is compared with, and what it is called within a sentence.
+REFERENCE, UNPACKED_REFERENCE = ("full", "full fine-tuning"), ("lora", "LoRA")
 Rows = list[tuple[str, Interval, int]]
 
 
@@ -57,31 +59,50 @@ def tuning_answer(finished: Sequence[Any], detector: str = DETECTOR) -> tuple[st
     Returns:
         A sentence, and for each method the mean difference, its interval and the number of pairs.
     """
+    return _against(finished, detector, REFERENCE, list(METHODS))
+
+
+def quantisation_answer(finished: Sequence[Any], detector: str = DETECTOR) -> tuple[str, Rows]:
+    """How AUROC on a packed base differs from LoRA's: pairs of the same set, model, seed and budget; budgets averaged.
+
+    Args:
+        finished: `report.Finished` cells.
+        detector: Whose AUROC.
+
+    Returns:
+        A sentence, and for each method the mean difference, its interval and the number of pairs.
+    """
+    packed = [name for name, method in METHODS.items() if method.packed]
+    return _against(finished, detector, UNPACKED_REFERENCE, packed)
+
+
+def _against(
+    finished: Sequence[Any], detector: str, against: tuple[str, str], methods: Sequence[str]
+) -> tuple[str, Rows]:
+    reference, title = against
     values = {_key(row): v for row in finished if (v := _auroc(row, detector)) is not None}
-    whole = {key[:3]: value for key, value in values.items() if key[3] == REFERENCE}
+    known = {(*key[:3], key[4]): value for key, value in values.items() if key[3] == reference}
     rows = []
-    for method in dict.fromkeys(row.cell.method for row in finished):
+    for method in dict.fromkeys(row.cell.method for row in finished if row.cell.method in methods):
         by_budget: dict[Any, list[float]] = {}
         for key, value in values.items():
-            if key[3] == method and key[:3] in whole:
-                by_budget.setdefault(key[:3], []).append(value - whole[key[:3]])
+            other = known.get((*key[:3], key[4]), known.get((*key[:3], None)))
+            if key[3] == method and other is not None:
+                by_budget.setdefault(key[:3], []).append(value - other)
         pairs = [sum(found) / len(found) for found in by_budget.values()]
-        if method != REFERENCE and pairs:
+        if method != reference and pairs:
             rows.append((METHODS[method].title, mean_interval(pairs), len(pairs)))
     if not rows:
-        return "There is no method to compare with full fine-tuning yet.", []
+        return f"There is no method to compare with {title} yet.", []
     rows.sort(key=lambda row: -row[1].value)
     better = [name for name, interval, _ in rows if interval.low > 0]
     worse = [name for name, interval, _ in rows if interval.high < 0]
     sentence = "; ".join(
-        f"{what} full fine-tuning: {', '.join(names)}"
+        f"{what} {title}: {', '.join(names)}"
         for what, names in (("better than", better), ("worse than", worse))
         if names
     )
-    return (
-        f"{sentence[:1].upper()}{sentence[1:] or 'No method differs from full fine-tuning'} (detector {detector}).",
-        rows,
-    )
+    return f"{sentence[:1].upper()}{sentence[1:] or f'No method differs from {title}'} (detector {detector}).", rows
 
 
 def _key(row: Any) -> tuple[Any, ...]:

@@ -71,7 +71,9 @@ def _against_size(rows: Sequence[Any], detector: str, target: Path) -> Path:
         chosen = [row for row in rows if (row.cell.method, row.cell.budget) == (method, budget)]
         title = METHODS[method].title + (f", {budget:.1%}" if several and budget is not None else "")
         _curve(axes[0], chosen, detector, lambda row: row.result["backbone_parameters"], title)
-    return _save_curves(figure, axes[0], rows, detector, "parameters of the model", target)
+    sizes = {row.result["backbone_parameters"] for row in rows}
+    ticks = {size: f"{size / 1e6:.4g}M" for size in sizes}
+    return _save_curves(figure, axes[0], rows, detector, "parameters of the model", ticks, target)
 
 
 def _against_budget(rows: Sequence[Any], detector: str, target: Path) -> Path:
@@ -87,7 +89,8 @@ def _against_budget(rows: Sequence[Any], detector: str, target: Path) -> Path:
                 axes[0].plot([100 * end for end in ends], [np.mean(values)] * 2, linestyle="--", label=title)
         else:
             _curve(axes[0], chosen, detector, lambda row: 100 * row.cell.budget, METHODS[method].title)
-    return _save_curves(figure, axes[0], rows, detector, "trained parameters, % of the model's", target)
+    ticks = {100 * budget: f"{100 * budget:g}" for budget in _budgets(rows)}
+    return _save_curves(figure, axes[0], rows, detector, "trained parameters, % of the model's", ticks, target)
 
 
 def _curve(axis: Any, rows: Sequence[Any], detector: str, place: Callable[[Any], float], title: str) -> None:
@@ -106,8 +109,12 @@ def _values(rows: Sequence[Any], detector: str, place: Callable[[Any], float]) -
     return points
 
 
-def _save_curves(figure: Any, axis: Any, rows: Sequence[Any], detector: str, label: str, target: Path) -> Path:
+def _save_curves(
+    figure: Any, axis: Any, rows: Sequence[Any], detector: str, label: str, ticks: dict[float, str], target: Path
+) -> Path:
     axis.set(xscale="log", xlabel=label, ylabel=f"AUROC, {detector}", title=rows[0].cell.setting.name)
+    axis.set_xticks(list(ticks), list(ticks.values()))
+    axis.set_xticks([], minor=True)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return _save(figure, target)
 

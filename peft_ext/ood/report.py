@@ -13,7 +13,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from peft_ext.files import written_whole
-from peft_ext.ood.answers import DETECTOR, SECOND_DETECTOR, size_answer, tuning_answer
+from peft_ext.ood.answers import DETECTOR, SECOND_DETECTOR, quantisation_answer, size_answer, tuning_answer
 from peft_ext.ood.detectors import make_detector
 from peft_ext.ood.grid import Cell, StudyConfig
 from peft_ext.ood.manifest import FAILED, SKIPPED, Manifest
@@ -202,6 +202,7 @@ def _answers(finished: Sequence[Finished]) -> list[Table]:
         for title, (text, rows) in (
             (f"Do larger models detect better? ({detector})", size_answer(finished, detector)),
             (f"Do the tuning methods differ? ({detector})", tuning_answer(finished, detector)),
+            (f"What does quantising the base do? ({detector})", quantisation_answer(finished, detector)),
         ):
             table = [[name, f"{v.value:+.1%}", _range(v, count), str(count)] for name, v, count in rows]
             parts.append(Table(title, text, headers, table))

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from peft_ext.ood import metrics, study
 from peft_ext.ood.__main__ import COMMANDS
-from peft_ext.ood.answers import size_answer, tuning_answer
+from peft_ext.ood.answers import quantisation_answer, size_answer, tuning_answer
 from peft_ext.ood.grid import read_config
 from peft_ext.ood.manifest import Manifest
 from peft_ext.ood.methods import METHODS
@@ -272,4 +272,19 @@ def test_answers_from_known_numbers(write):
     assert tables["clinc150_oos: AUROC"].rows[0][5] == "80.5 ± 0.7"
     ranks = {row[0]: row[3] for row in tables["Ranks of the methods"].rows}
     assert ranks == {"Full fine-tuning": "1.0", "LoRA": "2.0"}
+    assert quantisation_answer(finished) == ("There is no method to compare with LoRA yet.", [])
     assert size_answer(finished[:1])[1] == [] and "no two models" in size_answer(finished[:1])[0]
+
+
+def test_quantising_is_measured_against_lora_of_the_same_budget(write):
+    """PEQA is 0.01 below LoRA at the small budget, 0.03 at the large one, where both are 0.1 better."""
+    config = write(methods=["full", "lora", "peqa_4bit"], budgets=[0.001, 0.01], seeds=[0, 1])
+    finished = []
+    for cell in config.cells():
+        value = 0.8 + 0.1 * (cell.budget == 0.01)
+        if cell.method == "peqa_4bit":
+            value -= 0.01 if cell.budget == 0.001 else 0.03
+        finished.append(Finished(cell, {"backbone_parameters": 1, "detectors": {"mahalanobis": {"auroc": value}}}))
+    sentence, rows = quantisation_answer(finished)
+    assert sentence == "Worse than LoRA: PEQA, 4 bits (detector mahalanobis)." and len(rows) == 1
+    assert rows[0][1] == pytest.approx((-0.02, -0.02, -0.02)) and rows[0][2] == 2
