@@ -86,11 +86,19 @@ class Ablations:
             scores[title] = judge.score(prompts, answers)
         self._script(SFT, folder / "sft", dataset_name=str(folder / "demonstrations.jsonl"))
         tuned = self._win_rate(folder / "evaluation", folder / "sft", self._start())
+        self._copy_answers(folder / "evaluation")
+        above = self._win_rate(folder / "evaluation", self.run / "sft", str(folder / "sft"))
         difference = with_interval([n - one for n, one in zip(scores["N"], scores["1"])])
         rows = [
             _row("first answers, best of 1", with_interval(scores["1"])),
             _row(f"first answers, best of {config.samples}", with_interval(scores["N"]), difference),
             _row("SFT on best of 1, over the start", tuned["reward"], tuned["reward_difference"], tuned["length"][0]),
+            _row(
+                f"SFT on best of {config.samples}, over SFT on best of 1",
+                above["reward"],
+                above["reward_difference"],
+                above["length"][0],
+            ),
         ]
         return {"rows": rows, "differences": {"best of N over best of 1": difference}}
 
@@ -99,9 +107,7 @@ class Ablations:
         static = json.loads((self.run / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))
         sft, rlsf = (static[str(self.run / name)]["win_rate"] for name in ("sft", "rlsf"))
         over = self.work / "rlsf over sft"
-        over.mkdir(parents=True, exist_ok=True)
-        for path in (self.run / "evaluation").glob("answers-*.jsonl"):
-            shutil.copy2(path, over)
+        self._copy_answers(over)
         above = self._win_rate(over, self.run / "rlsf", str(self.run / "sft"))
         rows = [
             _row("start", _shifted(sft), None, sft["length"][1]),
@@ -120,6 +126,12 @@ class Ablations:
             "static": {Path(name).name: _without_win_rate(tasks) for name, tasks in static.items()},
             "kl": training.get("kl"),
         }
+
+    def _copy_answers(self, folder: Path) -> None:
+        """The run's answers to where they would be written anew."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in (self.run / "evaluation").glob("answers-*.jsonl"):
+            shutil.copy2(path, folder)
 
     def second(self) -> RewardModel:
         """The reward model that was trained on other queries."""
