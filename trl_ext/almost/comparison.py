@@ -95,7 +95,8 @@ def compare(
         ValueError: If an answer is missing, a question has another number of answers than its baseline, or no judgement
             can be read.
     """
-    pairs = {key: _pairs(key, answers, baseline) for key in _complete(questions, answers, baseline)}
+    _check_complete(questions, answers, baseline)
+    pairs = {key: _pairs(key, answers, baseline) for key in questions}
     orders = range(1 if judge.symmetric else 2)
     asked = [
         _Asked(key, number, order, questions[key], *texts)
@@ -141,12 +142,11 @@ class _Asked(NamedTuple):
         return Comparison(self.question, *texts)
 
 
-def _complete(questions: Mapping[Any, str], answers: Answers, baseline: Answers) -> Mapping[Any, str]:
+def _check_complete(questions: Mapping[Any, str], answers: Answers, baseline: Answers) -> None:
     for name, given in (("answers", answers), ("baseline", baseline)):
         missing = [key for key in questions if not given.get(key)]
         if missing:
             raise ValueError(f"{name} lacks question {missing[0]!r} ({len(missing)} of {len(questions)} are missing).")
-    return questions
 
 
 def _pairs(key: Any, answers: Answers, baseline: Answers) -> list[tuple[str, str]]:
