@@ -53,7 +53,7 @@ def run(tmp_path_factory) -> Run:
     splits = load_text(PYTHON_DOCS)
     train = token_blocks(tokenizer, splits.train, 128)
     train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))]
-    held_out = token_blocks(tokenizer, splits.held_out, 128)[:6]
+    held_out = token_blocks(tokenizer, splits.held_out, 128)[:8]
     rounded = perplexity(get_peft_model(load_model(dtype=torch.float32), PeqaConfig(bits=3)), held_out)
 
     config = PeqaConfig(bits=3, init_method="calibrated", task_type="CAUSAL_LM")
