@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
+import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase, set_seed
 
@@ -42,6 +43,9 @@ def run(
 ) -> dict[str, int]:
     """Work off all cells that are neither finished nor in another process's hands.
 
+    Processes that a launcher started together (`accelerate launch`, torchrun) train each cell together, on batches of their
+    number times `batch_size`; the first of them writes.
+
     Args:
         config: The study.
         retry: Run cells that failed, or were skipped, once more.
@@ -52,7 +56,7 @@ def run(
         How many cells this call saw to each end: `{"done": ..., "failed": ..., "skipped": ...}`.
     """
     log = log or _log
-    state = PartialState()
+    state = processes()
     manifest = Manifest(config.output_dir)
     cells = {cell.id: cell for cell in config.cells()}
     again = {job for job, event in manifest.last().items() if retry and event["status"] in (FAILED, SKIPPED)}
@@ -72,6 +76,11 @@ def run(
         if claim:
             claim.finish(status, **more)
         gc.collect()
+
+
+def processes() -> PartialState:
+    """The processes that a launcher started together; without a word, accelerate takes each for itself on a CPU."""
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def result_of(config: StudyConfig, cell: Cell) -> Optional[dict[str, Any]]:
@@ -108,9 +117,9 @@ def _waits(config: StudyConfig, manifest: Manifest, cells: Mapping[str, Cell]) -
 
 
 def _shared(job: Optional[str], waiting: bool) -> tuple[Optional[str], bool]:
-    """The main process's decision, in all processes of `accelerate launch`."""
+    """The main process's decision, in all processes of a launcher."""
     values: list[Any] = [job, waiting]
-    if PartialState().num_processes > 1:
+    if processes().num_processes > 1:
         broadcast_object_list(values)
     return values[0], values[1]
 
@@ -146,11 +155,8 @@ def _run_cell(config: StudyConfig, cell: Cell) -> tuple[dict[str, Any], dict[str
     model, solution, trained, rate, searched = _best(config, cell, tokenizer, data)
     seconds = {"training": round(time.time() - start, 1)}
     start = time.time()
-    features = {
-        part: extract(model, tokenizer, texts, max_length=cell.training.max_length,
-                      batch_size=cell.training.eval_batch_size)
-        for part, texts in zip(_PARTS, (data.train[0], data.validation[0], data.test[0], data.outside))
-    }  # fmt: skip
+    parts = zip(_PARTS, (data.train[0], data.validation[0], data.test[0], data.outside))
+    features = {part: _extract(model, tokenizer, texts, cell) for part, texts in parts}
     seconds["features"] = round(time.time() - start, 1)
     start = time.time()
     detectors, scores = _detect(config, features, data.train[1])
@@ -210,9 +216,11 @@ def _prepared(cell: Cell, tokenizer: PreTrainedTokenizerBase, data: Data) -> tup
     spec = cell.model
     model = PooledClassifier.from_backbone(spec.path, len(data.labels), spec.pooling, spec.layers)
     model.config.pad_token_id = tokenizer.pad_token_id
+    device = processes().device
+    model.to(device)
     solution = solve(cell.method, model.config, cell.budget)
     packed = get_method(cell.method).packed
-    batches = [calibration_batch(tokenizer, data, cell.training)] if packed else []
+    batches = [calibration_batch(tokenizer, data, cell.training).to(device)] if packed else []
     adapted = apply(cell.method, model, solution.size, batches)
     if solution.size is not None and trained_parameters(adapted) != solution.parameters:
         solution = Solution(solution.size, trained_parameters(adapted))
@@ -222,11 +230,19 @@ def _prepared(cell: Cell, tokenizer: PreTrainedTokenizerBase, data: Data) -> tup
 def _train(model: Any, cell: Cell, tokenizer: PreTrainedTokenizerBase, data: Data, rate: float) -> Trained:
     if cell.method != "linear":
         return train(model, tokenizer, data, cell.training, rate, cell.seed)
-    parts = [
-        extract(model, tokenizer, texts, max_length=cell.training.max_length, batch_size=cell.training.eval_batch_size)
-        for texts in (data.train[0], data.validation[0])
-    ]
+    parts = [_extract(model, tokenizer, texts, cell) for texts in (data.train[0], data.validation[0])]
     return probe(model.score, parts[0], data.train[1], parts[1], data.validation[1])
+
+
+def _extract(model: Any, tokenizer: PreTrainedTokenizerBase, texts: list[str], cell: Cell) -> Features:
+    """Each process of a launcher takes its share; all have all features in the end."""
+    options = {"max_length": cell.training.max_length, "batch_size": cell.training.eval_batch_size}
+    state = processes()
+    if state.num_processes == 1 or len(texts) < state.num_processes:
+        return extract(model, tokenizer, texts, **options)
+    with state.split_between_processes(texts) as share:
+        found = gather_object([extract(model, tokenizer, share, **options)])
+    return Features(*(torch.cat(tensors) for tensors in zip(*found)))
 
 
 def _detect(
@@ -263,5 +279,5 @@ def _data(setting: Setting, data_dir: Optional[str]) -> Data:
 
 
 def _log(message: str) -> None:
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         print(f"[{time.strftime('%H:%M:%S')}] {message}", file=sys.stderr, flush=True)

@@ -15,6 +15,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 from transformers import (
+    BatchEncoding,
     DataCollatorWithPadding,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -131,13 +132,13 @@ def probe(
     return Trained(best[0], 0)
 
 
-def calibration_batch(tokenizer: PreTrainedTokenizerBase, data: Data, options: TrainingOptions) -> dict[str, Any]:
+def calibration_batch(tokenizer: PreTrainedTokenizerBase, data: Data, options: TrainingOptions) -> BatchEncoding:
     """Model inputs from training texts, evenly spread over them; padded on the right, which calibration passes over."""
     texts = data.train[0][:: max(1, len(data.train[0]) // options.calibration_examples)]
     batch = tokenizer(
         texts, truncation=True, max_length=options.max_length, padding=True, padding_side="right", return_tensors="pt"
     )
-    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+    return BatchEncoding({name: batch[name] for name in ("input_ids", "attention_mask")})
 
 
 class _Texts(torch.utils.data.Dataset):

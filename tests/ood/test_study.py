@@ -168,6 +168,31 @@ def test_results_do_not_depend_on_the_order_or_the_worker(write, tmp_path):
     )
 
 
+def test_a_launchers_processes_train_a_cell_together(write, tmp_path, run_module):
+    config = write(methods=["linear", "full"], detectors=["msp", "mahalanobis"])
+    arguments = (
+        "--standalone",
+        "--nproc_per_node",
+        2,
+        "-m",
+        "peft_ext.ood",
+        "run",
+        "--config",
+        tmp_path / "study.yaml",
+    )
+    out = run_module("torch.distributed.run", *arguments)
+    assert out.count("2 done, 0 failed, 0 skipped") == 1
+    events = [json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]
+    assert len(events) == 4 and len({event["process"] for event in events}) == 1
+    alone = write(methods=["linear"], detectors=["msp", "mahalanobis"], output_dir=str(tmp_path / "alone"))
+    assert _run(alone)["done"] == 1
+    one, two = (study.result_of(c, c.cells()[0]) for c in (alone, config))
+    assert one["examples"] == two["examples"] and one["id_accuracy"] == two["id_accuracy"]
+    assert one["detectors"]["mahalanobis"]["auroc"] == pytest.approx(
+        two["detectors"]["mahalanobis"]["auroc"], abs=0.01
+    )
+
+
 def test_features_are_kept_if_asked(write):
     config = write(methods=["linear"], keep_features=True)
     _run(config)

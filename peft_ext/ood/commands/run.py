@@ -9,7 +9,7 @@ from pathlib import Path
 from peft_ext.files import check_folder_writable
 from peft_ext.ood.commands.arguments import config_of, parser
 from peft_ext.ood.report import write_report
-from peft_ext.ood.study import run
+from peft_ext.ood.study import processes, run
 
 
 def main(argv: Sequence[str]) -> None:
@@ -24,5 +24,7 @@ def main(argv: Sequence[str]) -> None:
     config = config_of(arguments)
     check_folder_writable(Path(config.output_dir), "output_dir")
     counts = run(config, retry=arguments.retry)
+    if not processes().is_main_process:
+        return
     print(", ".join(f"{count} {status}" for status, count in counts.items()))
     print(f"report: {write_report(config)}")
