@@ -236,7 +236,7 @@ def _train(model: Any, cell: Cell, tokenizer: PreTrainedTokenizerBase, data: Dat
 
 def _extract(model: Any, tokenizer: PreTrainedTokenizerBase, texts: list[str], cell: Cell) -> Features:
     """Each process of a launcher takes its share; all have all features in the end."""
-    options = {"max_length": cell.training.max_length, "batch_size": cell.training.eval_batch_size}
+    options: dict[str, Any] = {"max_length": cell.training.max_length, "batch_size": cell.training.eval_batch_size}
     state = processes()
     if state.num_processes == 1 or len(texts) < state.num_processes:
         return extract(model, tokenizer, texts, **options)
