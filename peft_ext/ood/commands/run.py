@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from transformers.utils import logging
+
 from peft_ext.files import check_folder_writable
 from peft_ext.ood.commands.arguments import config_of, parser
 from peft_ext.ood.report import write_report
@@ -23,6 +25,8 @@ def main(argv: Sequence[str]) -> None:
     arguments = flags.parse_args(argv)
     config = config_of(arguments)
     check_folder_writable(Path(config.output_dir), "output_dir")
+    logging.disable_progress_bar()  # a hundred cells load a hundred times; `run` logs a line for each
+    logging.set_verbosity_error()
     counts = run(config, retry=arguments.retry)
     if not processes().is_main_process:
         return
