@@ -197,7 +197,11 @@ def _competitions(finished: Sequence[Finished]) -> list[list[Finished]]:
 def _answers(finished: Sequence[Finished]) -> list[Table]:
     headers = ["", "Difference in AUROC", "95 % interval", "Pairs"]
     measured = {name for row in finished for name in row.result["detectors"]}
-    parts = []
+    caution = (
+        "Differences between cells that differ in nothing else, with t intervals over these pairs: as if they were independent, "
+        "which seeds of one set and model are not, and about these sets and models, not about others."
+    )
+    parts = [Table("Answers", caution, headers, [])]
     for detector in [name for name in (DETECTOR, SECOND_DETECTOR) if name in measured] or [DETECTOR]:
         for title, (text, rows) in (
             (f"Do larger models detect better? ({detector})", size_answer(finished, detector)),
