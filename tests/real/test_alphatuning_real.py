@@ -16,7 +16,7 @@ from tests.cases import assert_same
 
 pytestmark = pytest.mark.real
 
-LAYERS = 6
+LAYERS = 4
 ALPHAS = LAYERS * (576 + 192 + 192 + 576 + 1536 + 1536 + 576)
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -49,7 +49,7 @@ def test_calibrate_tune_save_and_load(tmp_path):
     assert start < 0.5 * greedy
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for step in range(4):
+    for step in range(3):
         batch = train[8 + 4 * step : 12 + 4 * step]
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
