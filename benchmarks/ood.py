@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
+from transformers.utils import logging
+
 from benchmarks.common import RESULTS, log, verdict
 from benchmarks.fast_linear import fast_linear
 from benchmarks.in_context import smoke_model
@@ -52,6 +54,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     else:
         config = _with_minilm(read_config(arguments.config, output_dir=str(output), data_dir=arguments.data_dir))
     if not arguments.table:
+        logging.disable_progress_bar()
         with fast_linear():
             run(config, retry=arguments.retry, log=log)
     text = "\n".join([write_report(config).read_text(encoding="utf-8"), "## To reach", "", *verdicts(config)])

@@ -16,7 +16,7 @@ def run_command(program: str, package: str, commands: Mapping[str, str], argv: S
 
     Args:
         program: What the user typed, for messages.
-        package: Where each command is a module of its name with a `main(argv)`.
+        package: Where each command is a module of its name with a `main(argv)`; a status that it returns is ours.
         commands: Name -> what it does.
         argv: The command, and its arguments.
     """
@@ -29,7 +29,7 @@ def run_command(program: str, package: str, commands: Mapping[str, str], argv: S
         return 2
     try:
         # imported here: what a command stands on takes seconds, --help should not
-        importlib.import_module(f"{package}.{argv[0]}").main(argv[1:])
+        return importlib.import_module(f"{package}.{argv[0]}").main(argv[1:]) or 0
     except (ValueError, TypeError, OSError, ImportError) as error:
         if isinstance(error, TypeError) and not _is_refusal(error, package.split(".")[0]):
             raise
@@ -41,7 +41,6 @@ def run_command(program: str, package: str, commands: Mapping[str, str], argv: S
         # safetensors has one class for everything; what the system refused (a full disk) has its number in the message
         message = str(error) if "os error" in str(error) else f"a file is damaged: {error}"
         return _failed(program, argv[0], message)
-    return 0
 
 
 def usage(program: str, commands: Mapping[str, str]) -> str:

@@ -213,6 +213,14 @@ def test_the_command_line(write, tmp_path, run_module, capsys):
     assert "error: config=" in error and "no such file" in error and "Traceback" not in error
 
 
+def test_the_command_line_tells_of_failed_cells(write, tmp_path, capsys):
+    write(models=[{"name": "missing", "path": str(tmp_path / "nowhere")}], methods=["linear"], detectors=["msp"])
+    arguments = ["run", "--config", str(tmp_path / "study.yaml")]
+    for _ in range(2):  # the second call runs nothing; the study is as incomplete as before
+        assert main(arguments) == 1
+        assert "1 cell of the study failed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "match"),
     [

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,12 +11,13 @@ from transformers.utils import logging
 
 from peft_ext.files import check_folder_writable
 from peft_ext.ood.commands.arguments import config_of, parser
+from peft_ext.ood.manifest import FAILED, Manifest
 from peft_ext.ood.report import write_report
 from peft_ext.ood.study import processes, run
 
 
-def main(argv: Sequence[str]) -> None:
-    """Run what is left, then write the report.
+def main(argv: Sequence[str]) -> int:
+    """Run what is left, then write the report; returns 1 if a cell of the study has failed, in this run or before.
 
     Raises:
         ValueError, TypeError, OSError: If the file or the output folder can't be used.
@@ -28,7 +30,12 @@ def main(argv: Sequence[str]) -> None:
     logging.disable_progress_bar()  # a hundred cells load a hundred times; `run` logs a line for each
     logging.set_verbosity_error()
     counts = run(config, retry=arguments.retry)
-    if not processes().is_main_process:
-        return
-    print(", ".join(f"{count} {status}" for status, count in counts.items()))
-    print(f"report: {write_report(config)}")
+    events = Manifest(config.output_dir).last()
+    failed = [cell.id for cell in config.cells() if events.get(cell.id, {}).get("status") == FAILED]
+    if processes().is_main_process:
+        print(", ".join(f"{count} {status}" for status, count in counts.items()))
+        print(f"report: {write_report(config)}")
+        if failed:
+            count = f"{len(failed)} cell" + "s" * (len(failed) > 1)
+            print(f"{count} of the study failed: reasons are in the report, --retry runs them again", file=sys.stderr)
+    return 1 if failed else 0
