@@ -15,7 +15,7 @@ help:
 	@echo "make style      let ruff mend what it can"
 	@echo "make notebooks  execute the notebooks"
 	@echo "make sanitize   run the kernel's tests on a build with address and undefined-behaviour sanitisers (g++)"
-	@echo "make bench      run the benchmarks behind README's tables (hours)"
+	@echo "make bench      run the benchmarks behind the figures (hours)"
 	@echo "make clean      remove .venv, runs and caches"
 
 $(READY): pyproject.toml

@@ -333,7 +333,7 @@ def find_split(folder: Path, name: str) -> Path:
             return folder / f"{stem}.txt"
     raise FileNotFoundError(
         f"data-dir={str(folder)!r} has no {' or '.join(f'{stem}.txt' for stem in SPLITS[name])}; pass a folder with "
-        "train.txt, valid.txt and test.txt (wikitext-2, for the README's table) as --data-dir or in PEFT_EXT_DATA."
+        "train.txt, valid.txt and test.txt (wikitext-2, for the table in peqa.md) as --data-dir or in PEFT_EXT_DATA."
     )
 
 
