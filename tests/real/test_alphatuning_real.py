@@ -8,9 +8,8 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from peft_ext import AlphaTuningConfig, calibrate
-from peft_ext.models import load_model, load_tokenizer
+from peft_ext.models import load_model
 from peft_ext.perplexity import perplexity
-from peft_ext.text import PYTHON_DOCS, load_text, token_blocks
 from tests.cases import assert_same
 
 
@@ -31,17 +30,11 @@ def config(init_method: str) -> AlphaTuningConfig:
     )
 
 
-def test_calibrate_tune_save_and_load(tmp_path):
-    try:
-        model = load_model(dtype=torch.float32)
-    except ImportError as error:
-        pytest.skip(f"needs the default model: {error}")
-    tokenizer, splits = load_tokenizer(), load_text(PYTHON_DOCS)
-    train = token_blocks(tokenizer, splits.train, 128)
-    held_out = token_blocks(tokenizer, splits.held_out, 128)[:6]
-    greedy = perplexity(get_peft_model(load_model(dtype=torch.float32), config("greedy")), held_out)
+def test_calibrate_tune_save_and_load(smollm2, blocks, tmp_path):
+    train, held_out = blocks.train, blocks.held_out[:6]
+    greedy = perplexity(get_peft_model(smollm2(), config("greedy")), held_out)
 
-    calibrated = config("calibrated")
+    model, calibrated = smollm2(), config("calibrated")
     calibrate(model, calibrated, [{"input_ids": train[:8]}], progressbar=False)
     model = get_peft_model(model, calibrated)
     assert model.get_nb_trainable_parameters()[0] == ALPHAS

@@ -15,9 +15,7 @@ from peft import get_peft_model
 from peft_ext import PeqaConfig, calibrate
 from peft_ext.checkpoint.gguf import export_gguf
 from peft_ext.checkpoint.saving import make_saveable
-from peft_ext.models import load_model, load_tokenizer
 from peft_ext.quant.conversion import dequantize_layers, packed_layers
-from peft_ext.text import PYTHON_DOCS, load_text, token_blocks
 
 
 pytestmark = pytest.mark.real
@@ -37,14 +35,6 @@ def llama_cpp():
 
 
 @pytest.fixture(scope="module")
-def tokenizer(llama_cpp):
-    try:
-        return load_tokenizer()
-    except ImportError as error:
-        pytest.skip(f"needs the default model: {error}")
-
-
-@pytest.fixture(scope="module")
 def prompts(tokenizer) -> list[str]:
     chat = [{"role": "user", "content": "Name three uses of a brick."}]
     return [
@@ -55,12 +45,11 @@ def prompts(tokenizer) -> list[str]:
 
 
 @pytest.mark.parametrize("kwargs", FORMATS.values(), ids=FORMATS)
-def test_llama_cpp_writes_the_same_text(kwargs, llama_cpp, tokenizer, prompts, tmp_path):
+def test_llama_cpp_writes_the_same_text(kwargs, llama_cpp, smollm2, tokenizer, blocks, prompts, tmp_path):
     config = PeqaConfig(target_modules="all-linear", **kwargs)
-    model = load_model(dtype=torch.float32)
+    model = smollm2()
     if config.init_method == "calibrated":
-        train = token_blocks(tokenizer, load_text(PYTHON_DOCS).train, 128)
-        calibrate(model, config, [{"input_ids": train[:8]}], progressbar=False)
+        calibrate(model, config, [{"input_ids": blocks.train[:8]}], progressbar=False)
     model = get_peft_model(model, config).merge_and_unload().eval()
     packed = export_gguf(model, tokenizer, tmp_path / "packed.gguf")
     # what the file holds: scales in float16

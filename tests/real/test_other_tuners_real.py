@@ -8,24 +8,17 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from peft_ext import PeqaConfig
-from peft_ext.models import load_model, load_tokenizer
 from peft_ext.perplexity import perplexity
 from peft_ext.quant.conversion import packed_layers
-from peft_ext.text import PYTHON_DOCS, load_text, token_blocks
 
 
 pytestmark = pytest.mark.real
 
 
-def test_lora_on_three_bits(tmp_path):
-    try:
-        model = load_model(dtype=torch.float32)
-    except ImportError as error:
-        pytest.skip(f"needs the default model: {error}")
-    splits = load_text(PYTHON_DOCS)
-    train, held_out = (token_blocks(load_tokenizer(), text, 128) for text in (splits.train, splits.held_out))
+def test_lora_on_three_bits(smollm2, blocks, tmp_path):
+    train, held_out = blocks
     train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))]
-    base = get_peft_model(model, PeqaConfig(bits=3, group_size=64)).unload()
+    base = get_peft_model(smollm2(), PeqaConfig(bits=3, group_size=64)).unload()
     packed = packed_layers(base)
     assert len(packed) == 210
     start = perplexity(base, held_out[:8])

@@ -11,10 +11,9 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from peft_ext import PeqaConfig, calibrate
-from peft_ext.models import load_model, load_tokenizer
+from peft_ext.models import load_model
 from peft_ext.perplexity import perplexity
 from peft_ext.quant.linear import PackedLinear
-from peft_ext.text import PYTHON_DOCS, load_text, token_blocks
 from tests.cases import adapter_parameters, assert_same
 
 
@@ -42,20 +41,14 @@ class Run(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Run:
+def run(smollm2, tokenizer, blocks, tmp_path_factory) -> Run:
     """Calibrate on a few blocks, train a few steps, save the adapter and the packed base."""
-    try:
-        model = load_model(dtype=torch.float32)
-    except ImportError as error:
-        pytest.skip(f"needs the default model: {error}")
     torch.manual_seed(0)
-    tokenizer = load_tokenizer()
-    splits = load_text(PYTHON_DOCS)
-    train = token_blocks(tokenizer, splits.train, 128)
-    train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))]
-    held_out = token_blocks(tokenizer, splits.held_out, 128)[:8]
-    rounded = perplexity(get_peft_model(load_model(dtype=torch.float32), PeqaConfig(bits=3)), held_out)
+    train = blocks.train[torch.randperm(len(blocks.train), generator=torch.Generator().manual_seed(0))]
+    held_out = blocks.held_out[:8]
+    rounded = perplexity(get_peft_model(smollm2(), PeqaConfig(bits=3)), held_out)
 
+    model = smollm2()
     config = PeqaConfig(bits=3, init_method="calibrated", task_type="CAUSAL_LM")
     calibrate(model, config, [{"input_ids": train[:8]}], progressbar=False)
     model = get_peft_model(model, config)
