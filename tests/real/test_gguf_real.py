@@ -29,7 +29,7 @@ FORMATS = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # before the model's, so that nothing is read where this skips
 def llama_cpp():
     return pytest.importorskip("llama_cpp", reason="needs llama.cpp: pip install llama-cpp-python")
 
