@@ -54,7 +54,14 @@ def run(
 
     Returns:
         How many cells this call saw to each end: `{"done": ..., "failed": ..., "skipped": ...}`.
+
+    Raises:
+        FileNotFoundError: If the study's `data_dir` is no folder: without this, its sets would be looked for on the hub.
     """
+    if config.data_dir and not Path(config.data_dir).is_dir():
+        raise FileNotFoundError(
+            f"data_dir={config.data_dir!r} is no folder; leave it out to read the sets from the hub."
+        )
     log = log or _log
     state = processes()
     manifest = Manifest(config.output_dir)

@@ -211,6 +211,8 @@ def test_the_command_line(write, tmp_path, run_module, capsys):
     assert main(["run", "--config", str(tmp_path / "nothing.yaml")]) == 2
     error = capsys.readouterr().err
     assert "error: config=" in error and "no such file" in error and "Traceback" not in error
+    assert main(["run", *arguments, "--data_dir", str(tmp_path / "typo")]) == 2
+    assert "typo' is no folder" in capsys.readouterr().err
 
 
 def test_the_command_line_tells_of_failed_cells(write, tmp_path, capsys):
