@@ -1,0 +1,228 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Rows of JSON-lines and CSV files: complete ones, and ones that grow and survive a kill.
+
+A file is split at the byte `\\n` alone and each line decoded afterwards: JSON strings may hold U+2028, U+2029 or U+0085
+unescaped, which `str.splitlines` takes for ends of lines.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Optional, Union
+
+from peft_ext.files import append_lines, written_whole
+
+
+logger = logging.getLogger(__name__)
+Row = dict[str, Any]
+PathLike = Union[str, os.PathLike]
+
+
+def read_rows(path: PathLike) -> list[Row]:
+    """The rows of a complete `.jsonl` or `.csv` file, such as a user's data.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it has another ending, has no rows, or a line is no object; names file and line.
+    """
+    path = Path(path)
+    if path.suffix not in (".csv", ".jsonl"):
+        raise ValueError(f"{path}: must end in .jsonl or .csv.")
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(path)!r}: there is no such file.")
+    if path.suffix == ".csv":
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows: list[Row] = list(csv.DictReader(file))
+    else:
+        rows = [_parsed(line, path) for line in _lines(path)]
+    if not rows:
+        raise ValueError(f"{path} has no rows.")
+    return rows
+
+
+def write_rows(path: PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a `.csv` file, or JSON lines, whole or not at all; its folder is made. Rows of CSV have the same fields."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
+        if path.suffix == ".csv":
+            rows = list(rows)
+            writer = csv.DictWriter(file, list(rows[0]) if rows else [])
+            writer.writeheader()
+            writer.writerows(rows)
+        else:
+            file.writelines(json_line(row) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_grown_rows(path: PathLike, cut: bool = False, skip_damaged: bool = False) -> list[Row]:
+    """The rows of a JSON-lines file that a process appends to; none if the file isn't there.
+
+    A last line that is damaged or has no end, as a kill leaves it, doesn't count.
+
+    Args:
+        path: The file.
+        cut: Take such a last line off the file, with a warning that shows it; for the process that appends.
+        skip_damaged: Pass over other damaged lines, too.
+
+    Raises:
+        ValueError: If a line before the last is no object; names file and line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return []
+    rows = []
+    for line in _lines(path):
+        try:
+            if not line.ended:
+                raise ValueError("the line has no end")
+            rows.append(_parsed(line, path))
+        except ValueError as error:
+            if line.last:
+                if cut:
+                    _cut_torn(path, line)
+                break
+            if not skip_damaged:
+                raise ValueError(f"{error} The file is damaged.") from None
+    return rows
+
+
+def append_rows(path: PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append rows as JSON lines, all or none of them, and wait until the system has them on disk.
+
+    Raises:
+        OSError: If they can't be written, as on a full disk; the file is as it was.
+    """
+    append_lines(Path(path), map(json_line, rows))
+
+
+def keep_rows(path: PathLike, count: Optional[int]) -> None:
+    """Cut a file off after its first `count` whole lines; None: after its last whole line."""
+    path = Path(path)
+    if path.is_file():
+        whole = path.read_bytes().split(b"\n")[:-1][:count]
+        os.truncate(path, sum(len(line) + 1 for line in whole))
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """A row as JSON, without the line's end."""
+    return json.dumps(row, ensure_ascii=False)
+
+
+class RowFile:
+    """Rows of a JSON-lines file, told apart by a field; what was appended stays, whatever happens next.
+
+    A damaged last line, which a kill in the middle of writing leaves, is cut off with a warning that shows it.
+
+    Args:
+        path: The file; need not exist, its folder is made.
+        key: The field.
+
+    Raises:
+        ValueError: If a line before the last is no JSON object with that field, or one occurs twice.
+    """
+
+    def __init__(self, path: PathLike, key: str = "id") -> None:
+        self.path, self.key = Path(path), key
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows: dict[Any, Row] = by_key(read_grown_rows(self.path, cut=True), self.path, key)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self.rows
+
+    def append(self, rows: Iterable[Row]) -> int:
+        """Append rows that aren't there yet, and wait until the system has them on disk.
+
+        Returns:
+            How many were new.
+
+        Raises:
+            OSError: If the disk is full; the rows of earlier calls stay, and none of this call's does.
+        """
+        new = {row[self.key]: row for row in rows if row[self.key] not in self.rows}
+        if not new:
+            return 0
+        try:
+            append_rows(self.path, new.values())
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{error.strerror}: {len(new)} new rows of {str(self.path)!r} could not be written. The {len(self)} rows "
+                "before them are kept; make room and start the run again, it goes on from there",
+            ) from error
+        self.rows.update(new)
+        return len(new)
+
+    def sort(self, key: Callable[[Row], Any]) -> None:
+        """Rewrite the file in an order that doesn't depend on how often the run was interrupted."""
+        ordered = sorted(self.rows.values(), key=key)
+        if ordered != list(self.rows.values()):
+            self.rows = {row[self.key]: row for row in ordered}
+            write_rows(self.path, ordered)
+
+
+def by_key(rows: Iterable[Row], path: PathLike, key: str = "id") -> dict[Any, Row]:
+    """Rows of a file by a field.
+
+    Raises:
+        ValueError: If a row lacks it, or it occurs twice; names the file.
+    """
+    found: dict[Any, Row] = {}
+    for number, row in enumerate(rows, start=1):
+        if key not in row:
+            raise ValueError(f"{path}, row {number} is no object with an {key}; the file is damaged.")
+        if row[key] in found:
+            raise ValueError(f"{path}, row {number}: {key} {row[key]!r} occurs twice; the file is damaged.")
+        found[row[key]] = row
+    return found
+
+
+class _Line(NamedTuple):
+    """A line that isn't blank: its number from 1, where it starts, whether it ends with `\\n`, whether it is the last."""
+
+    content: bytes
+    number: int
+    start: int
+    ended: bool
+    last: bool
+
+
+def _lines(path: Path) -> Iterator[_Line]:
+    content = path.read_bytes()
+    pieces = content.split(b"\n")
+    start = 0
+    for number, piece in enumerate(pieces, start=1):
+        end = start + len(piece) + 1
+        if piece.strip():
+            yield _Line(piece, number, start, ended=number < len(pieces), last=end >= len(content))
+        start = end
+
+
+def _parsed(line: _Line, path: Path) -> Row:
+    where = f"{path}, line {line.number}"
+    try:
+        # a byte-order mark, which editors on Windows put first
+        value = json.loads(line.content.decode("utf-8-sig" if line.number == 1 else "utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{where} is no JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is no object.")
+    return value
+
+
+def _cut_torn(path: Path, line: _Line) -> None:
+    logger.warning(
+        "%s: the last line is damaged (a kill while it was written?) and is dropped; its row is made again. It was: %r",
+        path,
+        line.content[:200].decode("utf-8", errors="replace"),
+    )
+    os.truncate(path, line.start)
