@@ -36,7 +36,7 @@ class Difference(NamedTuple):
 def differences(old: Any, new: Any, at: str = "") -> list[Difference]:
     """Where two settings differ, by dotted keys."""
     if not isinstance(old, dict) or not isinstance(new, dict):
-        return [] if old == new else [Difference(at, json.dumps(old), json.dumps(new))]
+        return [] if old == new else [Difference(at, json.dumps(old, default=str), json.dumps(new, default=str))]
     result = []
     for key in dict.fromkeys([*old, *new]):
         below = f"{at}.{key}" if at else str(key)
