@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from generation_ext.critic.generate import critic_generate
 from generation_ext.critic.processor import CriticLogitsProcessor
 from generation_ext.critic.value import Critic, CriticModelConfig
-from generation_ext.language_model import backbone, base_fingerprint
+from peft_ext.language_model import backbone, base_fingerprint
 
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache, QuantizedCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
-from generation_ext.attention import CACHE_NAMES, cache_name, takes_masks, windows_of
+from peft_ext.language_model import CACHE_NAMES, cache_name, takes_masks, windows_of
 
 
 _TREE_CACHES = (Cache, DynamicCache, StaticCache)

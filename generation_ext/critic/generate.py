@@ -14,10 +14,10 @@ from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput, logits_process
 
-from generation_ext.attention import CACHE_NAMES
 from generation_ext.critic.candidates import Branches, Prefix, Room, branch, unwatched
 from generation_ext.critic.processor import CriticLogitsProcessor
 from generation_ext.critic.value import Critic, backbone
+from peft_ext.language_model import CACHE_NAMES
 
 
 # What generate appends after a user's own processors.

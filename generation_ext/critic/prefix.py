@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 
-from generation_ext.attention import CACHE_NAMES
 from generation_ext.critic.candidates import Backbone, Prefix, can_branch, is_running
+from peft_ext.language_model import CACHE_NAMES
 
 
 _CROSS = ("encoder_hidden_states", "encoder_attention_mask")

@@ -14,7 +14,7 @@ from transformers import LogitsProcessor
 from generation_ext.critic.candidates import Backbone, Branches, Prefix, branch
 from generation_ext.critic.prefix import Encoder, Watcher
 from generation_ext.critic.value import Critic
-from generation_ext.language_model import backbone
+from peft_ext.language_model import backbone
 
 
 MODES = ("exact", "action-value")

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
-from generation_ext.language_model import (
+from peft_ext.language_model import (
     backbone,
     base_fingerprint,
     base_name,

@@ -10,7 +10,7 @@ from typing import Optional, TypeVar
 
 import torch
 
-from generation_ext.in_context.model_traits import ModelTraits
+from peft_ext.language_model import LanguageModel
 
 
 Batch = list[list[int]]  # for each row the indices of its trees
@@ -39,7 +39,7 @@ class Planner:
 
     def __init__(
         self,
-        traits: ModelTraits,
+        traits: LanguageModel,
         memory_limit: Optional[int],
         prefix_length: int = 0,
         branches: int = 1,

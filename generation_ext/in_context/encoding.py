@@ -8,9 +8,9 @@ from typing import NamedTuple, Optional
 
 from transformers import PreTrainedTokenizerBase
 
-from generation_ext.in_context.model_traits import CAUSAL, ENCODER_DECODER, ModelTraits
 from generation_ext.in_context.prompts import Task
 from generation_ext.in_context.token_tree import ROOT, TokenTree
+from peft_ext.language_model import CAUSAL, ENCODER_DECODER, LanguageModel
 
 
 _PROBE = "x"
@@ -24,7 +24,7 @@ class TextEncoder:
 
     Args:
         tokenizer: The model's tokenizer; needs no padding token.
-        kind: The kind of model, see `ModelTraits.kind`.
+        kind: The kind of model, see `LanguageModel.kind`.
 
     Raises:
         ValueError: If the tokenizer makes nothing of a letter.
@@ -102,7 +102,7 @@ class LabelTokens(NamedTuple):
         tree.reads += [after, *range(start, len(tree))]
 
 
-def label_tokens(task: Task, encoder: TextEncoder, traits: ModelTraits) -> LabelTokens:
+def label_tokens(task: Task, encoder: TextEncoder, traits: LanguageModel) -> LabelTokens:
     """A task's label words as tokens that go on after its template.
 
     Raises:

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, Optional
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from generation_ext.in_context.model_traits import ModelTraits
 from generation_ext.in_context.token_tree import PackedRows, TokenTree, pack, unfold
+from peft_ext.language_model import LanguageModel
 
 
 class SharedPrefix(NamedTuple):
@@ -48,11 +48,11 @@ def common_prefix(texts: Sequence[Sequence[int]]) -> list[int]:
     return list(first[: min(length, shortest - 1)])
 
 
-def encode_prefix(traits: ModelTraits, tokens: Sequence[int]) -> SharedPrefix:
+def encode_prefix(traits: LanguageModel, tokens: Sequence[int]) -> SharedPrefix:
     """Run a causal model over a prefix once.
 
     Args:
-        traits: The model, see [`traits_of`].
+        traits: The model, see [`language_model`].
         tokens: Token ids; may be empty.
 
     Returns:
@@ -67,7 +67,7 @@ def encode_prefix(traits: ModelTraits, tokens: Sequence[int]) -> SharedPrefix:
 
 
 def layout(
-    traits: ModelTraits, trees: Sequence[TokenTree], rows: Optional[Sequence[Sequence[int]]] = None
+    traits: LanguageModel, trees: Sequence[TokenTree], rows: Optional[Sequence[Sequence[int]]] = None
 ) -> PackedRows:
     """Lay trees out as the model takes them: packed into `rows` (by default one each), or a row for each leaf."""
     if not traits.trees:
@@ -76,7 +76,7 @@ def layout(
 
 
 def run_backbone(
-    traits: ModelTraits, rows: PackedRows, prefix: SharedPrefix, cache: Optional[Cache] = None, **kwargs: Any
+    traits: LanguageModel, rows: PackedRows, prefix: SharedPrefix, cache: Optional[Cache] = None, **kwargs: Any
 ) -> Any:
     """Hidden states of packed rows after a shared prefix.
 
@@ -93,7 +93,7 @@ def run_backbone(
     return traits.backbone(**_inputs(traits, rows, prefix, cache), **kwargs)
 
 
-def read_logits(traits: ModelTraits, rows: PackedRows, prefix: SharedPrefix) -> torch.Tensor:
+def read_logits(traits: LanguageModel, rows: PackedRows, prefix: SharedPrefix) -> torch.Tensor:
     """Logits `[N, vocabulary]` at `rows.places`; the output head sees these tokens alone."""
     places = rows.places.to(traits.device)
     with NarrowedHead(traits, places):
@@ -111,7 +111,7 @@ class NarrowedHead:
         places: int64 `[N, 2]`: rows and columns; the model's logits become `[1, N, vocabulary]`.
     """
 
-    def __init__(self, traits: ModelTraits, places: torch.Tensor) -> None:
+    def __init__(self, traits: LanguageModel, places: torch.Tensor) -> None:
         self.head = traits.model.get_output_embeddings()
         if self.head is None:
             raise TypeError(f"model ({type(traits.model).__name__}) has no output head; load it as a language model.")
@@ -146,7 +146,7 @@ class _SharedLayer(DynamicLayer):
         return keys, torch.cat([self.values.expand(past), value_states], dim=-2)
 
 
-def _inputs(traits: ModelTraits, rows: PackedRows, prefix: SharedPrefix, cache: Optional[Cache]) -> dict[str, Any]:
+def _inputs(traits: LanguageModel, rows: PackedRows, prefix: SharedPrefix, cache: Optional[Cache]) -> dict[str, Any]:
     device = traits.device
     if len(prefix):
         cache = prefix.cache()
@@ -167,14 +167,14 @@ def _flat_mask(rows: PackedRows, prefix_length: int) -> torch.Tensor:
     return torch.cat([own.new_ones(len(own), prefix_length), own], dim=1)
 
 
-def _masks(traits: ModelTraits, rows: PackedRows, visible: torch.Tensor, prefix_length: int) -> Any:
+def _masks(traits: LanguageModel, rows: PackedRows, visible: torch.Tensor, prefix_length: int) -> Any:
     """A 4D mask; a dict of them for a model that mixes kinds of attention."""
     masks = {kind: _mask(traits, rows, visible, prefix_length, window) for kind, window in traits.windows.items()}
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
 def _mask(
-    traits: ModelTraits, rows: PackedRows, visible: torch.Tensor, prefix_length: int, window: Optional[int]
+    traits: LanguageModel, rows: PackedRows, visible: torch.Tensor, prefix_length: int, window: Optional[int]
 ) -> torch.Tensor:
     """`[R, 1, L, prefix + L]`: bool, or for eager attention floats to be added."""
     device = traits.device

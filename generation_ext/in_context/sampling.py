@@ -14,7 +14,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 
 from generation_ext.in_context.batching import Planner, check_memory_limit, free_bytes
 from generation_ext.in_context.encoding import TextEncoder
-from generation_ext.in_context.model_traits import ENCODER_DECODER, ModelTraits, inference
+from peft_ext.language_model import ENCODER_DECODER, LanguageModel, inference
 
 
 _CPU_ROWS, _ACCELERATOR_ROWS = 128, 1024
@@ -75,7 +75,7 @@ class Sampler:
 
     def __init__(
         self,
-        traits: ModelTraits,
+        traits: LanguageModel,
         encoder: TextEncoder,
         tokenizer: PreTrainedTokenizerBase,
         decoding: Decoding,

@@ -14,12 +14,12 @@ from transformers import PreTrainedTokenizerBase
 
 from generation_ext.in_context.batching import Batch, Planner, check_memory_limit, run_in_batches
 from generation_ext.in_context.encoding import TextEncoder, label_tokens
-from generation_ext.in_context.model_traits import ENCODER, ENCODER_DECODER, inference, traits_of
 from generation_ext.in_context.overflow import OVERFLOW, Fitted, fit
 from generation_ext.in_context.prefix_cache import EMPTY, common_prefix, encode_prefix, layout, read_logits
 from generation_ext.in_context.prompts import Example, Task
 from generation_ext.in_context.seq2seq import read_label_logits
 from generation_ext.in_context.token_tree import TokenTree
+from peft_ext.language_model import ENCODER, ENCODER_DECODER, inference, language_model
 
 
 Demonstration = tuple[Example, str]
@@ -85,7 +85,7 @@ class LabelScorer:
 
     Raises:
         TypeError, ValueError: If an argument is out of its range, the model is of a kind that can't be scored (see
-            [`traits_of`]), or labels are no or the same tokens to the tokenizer.
+            [`language_model`]), or labels are no or the same tokens to the tokenizer.
 
     Example:
 
@@ -116,7 +116,7 @@ class LabelScorer:
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length={max_length} must be positive, or None for what the model's config says.")
         check_memory_limit(memory_limit)
-        self.traits = traits_of(model)
+        self.traits = language_model(model)
         if self.traits.kind == ENCODER:
             raise ValueError(
                 f"model ({type(self.traits.model).__name__}) is an encoder, which gives no text a probability; use a "

@@ -14,12 +14,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from generation_ext.in_context.model_traits import ENCODER_DECODER
 from generation_ext.in_context.overflow import BOTH, DROP, TRUNCATE
 from generation_ext.in_context.pools import Pool, PoolFile, draw
 from generation_ext.in_context.prompts import Example, Task
 from generation_ext.in_context.sampling import Decoding, Sampler
 from generation_ext.in_context.scoring import Demonstration, LabelScorer, LabelScores
+from peft_ext.language_model import ENCODER_DECODER
 
 
 class SelfGeneratedICL:

@@ -12,12 +12,12 @@ import torch
 from transformers.modeling_outputs import BaseModelOutput
 
 from generation_ext.in_context.encoding import LabelTokens
-from generation_ext.in_context.model_traits import ModelTraits
 from generation_ext.in_context.prefix_cache import NarrowedHead
 from generation_ext.in_context.token_tree import TokenTree, unfold
+from peft_ext.language_model import LanguageModel
 
 
-def read_label_logits(traits: ModelTraits, texts: Sequence[Sequence[int]], labels: LabelTokens) -> torch.Tensor:
+def read_label_logits(traits: LanguageModel, texts: Sequence[Sequence[int]], labels: LabelTokens) -> torch.Tensor:
     """Logits of all states of the labels.
 
     Args:
@@ -47,7 +47,7 @@ def read_label_logits(traits: ModelTraits, texts: Sequence[Sequence[int]], label
     return output.logits[0]
 
 
-def _start_token(traits: ModelTraits) -> int:
+def _start_token(traits: LanguageModel) -> int:
     config, generation = traits.model.config, getattr(traits.model, "generation_config", None)
     for holder in (config, generation):
         for name in ("decoder_start_token_id", "bos_token_id"):

@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase
 
 from generation_ext.in_context.batching import Batch, Planner, check_memory_limit, run_in_batches
 from generation_ext.in_context.encoding import TextEncoder
-from generation_ext.in_context.model_traits import CAUSAL, inference, traits_of
 from generation_ext.in_context.prefix_cache import (
     EMPTY,
     SharedPrefix,
@@ -27,6 +26,7 @@ from generation_ext.in_context.prefix_cache import (
 )
 from generation_ext.in_context.token_tree import PackedRows, TokenTree, unfold
 from generation_ext.probing.feature_file import FeatureFile, digest
+from peft_ext.language_model import CAUSAL, inference, language_model
 
 
 POOLING = ("last", "mean")
@@ -54,7 +54,7 @@ class FeatureExtractor:
 
     Raises:
         TypeError, ValueError: If an argument is out of its range, or the model is of a kind that a prefix can't be
-            shared in (see [`traits_of`]).
+            shared in (see [`language_model`]).
 
     Example:
 
@@ -84,7 +84,7 @@ class FeatureExtractor:
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length={max_length} must be positive, or None for what the model's config says.")
         check_memory_limit(memory_limit)
-        self.traits = traits_of(model)
+        self.traits = language_model(model)
         layers = self.traits.model.config.get_text_config().num_hidden_layers
         if not isinstance(layer, int) or not -layers - 1 <= layer <= layers:
             raise ValueError(

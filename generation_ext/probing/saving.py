@@ -13,9 +13,9 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from generation_ext.in_context.prompts import Task
-from generation_ext.language_model import base_fingerprint
 from generation_ext.probing.heads import HEADS
 from peft_ext.files import written_whole
+from peft_ext.language_model import base_fingerprint
 
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from generation_ext.in_context.model_traits import traits_of
 from generation_ext.in_context.sampling import Decoding, SeededSampling, draw_tokens, row_generator
+from peft_ext.language_model import language_model
 from tests.generation_ext.text_models import CAUSAL, model, tokenizer, tokenizer_for
 from trl_ext.almost import shared_decoding
 from trl_ext.almost.generation import Request, TransformersBackend, VLLMBackend, tokens_of
@@ -74,7 +74,7 @@ def test_what_is_done_is_left_out_and_the_rest_is_the_same():
 def test_logits_of_rows_that_come_and_go(name, monkeypatch):
     monkeypatch.setattr(shared_decoding, "_BUFFER_STEP", 4)  # room is made anew on the way
     lm = model(name)
-    traits = traits_of(lm)
+    traits = language_model(lm)
     generator = torch.Generator().manual_seed(0)
     draw = lambda count: torch.randint(3, 250, (count,), generator=generator).tolist()  # noqa: E731
     prefix, prompts = draw(20), [draw(5), draw(9), draw(2)]

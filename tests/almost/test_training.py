@@ -12,8 +12,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer
 
-from generation_ext.in_context.model_traits import inference
 from generation_ext.in_context.sampling import row_generator
+from peft_ext.language_model import inference
 from tests.almost.trained import ANSWER, FLAGS, WORSE, write_lines, write_run
 from tests.tiny_tokenizer import byte_tokenizer
 from trl_ext.almost import rlsf_generation

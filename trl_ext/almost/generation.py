@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from generation_ext.in_context.model_traits import CAUSAL, inference, traits_of
 from generation_ext.in_context.prefix_cache import EMPTY, SharedPrefix, common_prefix
 from generation_ext.in_context.sampling import row_generator
+from peft_ext.language_model import CAUSAL, inference, language_model
 from trl_ext.almost.shared_decoding import can_share, prefix_of
 from trl_ext.almost.token_sampling import STOP_STEPS, Sampling, sample_tokens
 
@@ -72,7 +72,7 @@ class TransformersBackend:
     """
 
     def __init__(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32) -> None:
-        self.traits = traits_of(model)
+        self.traits = language_model(model)
         if self.traits.kind != CAUSAL:
             raise TypeError(f"model ({type(self.traits.model).__name__}) is no causal language model.")
         if batch_size < 1:

@@ -18,9 +18,8 @@ import torch
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from generation_ext.attention import FULL
-from generation_ext.in_context.model_traits import CAUSAL, ModelTraits
 from generation_ext.in_context.prefix_cache import EMPTY, SharedPrefix, encode_prefix
+from peft_ext.language_model import CAUSAL, FULL, LanguageModel
 
 
 ATTENTION = "almost_shared_prefix"
@@ -43,7 +42,7 @@ class Rows:
 
     def __init__(
         self,
-        traits: ModelTraits,
+        traits: LanguageModel,
         prefix: SharedPrefix,
         prompts: Sequence[Sequence[int]],
         samples: int = 1,
@@ -105,7 +104,7 @@ class Rows:
             return self.traits.model(**inputs, attention_mask=visible[:, None]).logits[:, -1]
 
 
-def can_share(traits: ModelTraits) -> bool:
+def can_share(traits: LanguageModel) -> bool:
     """Whether a model's attention can be taken apart: full attention that goes through transformers' interface, without a
     cap or a sink in it."""
     config = traits.model.config.get_text_config(decoder=True)
@@ -158,7 +157,7 @@ def _longer(buffer: torch.Tensor, needed: int) -> torch.Tensor:
 
 
 def _prefix_layers(
-    traits: ModelTraits, prefix: SharedPrefix
+    traits: LanguageModel, prefix: SharedPrefix
 ) -> list[tuple[Optional[torch.Tensor], Optional[torch.Tensor]]]:
     if len(prefix):
         return list(zip(prefix.keys, prefix.values))
@@ -166,7 +165,7 @@ def _prefix_layers(
 
 
 @contextlib.contextmanager
-def _attention(traits: ModelTraits, cache: Cache) -> Iterator[None]:
+def _attention(traits: LanguageModel, cache: Cache) -> Iterator[None]:
     """For one forward pass, the model's attention is ours."""
     config = traits.model.config.get_text_config(decoder=True)
     before, token = config._attn_implementation, _CACHE.set(cache)
@@ -233,7 +232,7 @@ def _attend_in_pieces(
     return torch.cat([piece for piece, _ in pieces], dim=2), torch.cat([sums for _, sums in pieces], dim=2)
 
 
-def prefix_of(traits: ModelTraits, tokens: Sequence[int]) -> SharedPrefix:
+def prefix_of(traits: LanguageModel, tokens: Sequence[int]) -> SharedPrefix:
     """Run a model over a prefix once; empty where its attention can't be taken apart."""
     return encode_prefix(traits, tokens) if can_share(traits) else EMPTY
 

@@ -10,9 +10,9 @@ from typing import Optional
 import numpy as np
 import torch
 
-from generation_ext.in_context.model_traits import ModelTraits
 from generation_ext.in_context.prefix_cache import SharedPrefix
 from generation_ext.in_context.sampling import draw_tokens
+from peft_ext.language_model import LanguageModel
 from trl_ext.almost.shared_decoding import Rows
 
 
@@ -59,7 +59,7 @@ class Sampling:
 
 
 def sample_tokens(
-    traits: ModelTraits,
+    traits: LanguageModel,
     prefix: SharedPrefix,
     prompts: Sequence[Sequence[int]],
     generators: Sequence[np.random.Generator],

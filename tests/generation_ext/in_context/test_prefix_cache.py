@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from generation_ext.in_context.batching import Planner, run_in_batches
-from generation_ext.in_context.model_traits import inference, traits_of
 from generation_ext.in_context.prefix_cache import EMPTY, common_prefix, encode_prefix, layout, read_logits
 from generation_ext.in_context.token_tree import TokenTree, pack, unfold
+from peft_ext.language_model import inference, language_model
 from tests.generation_ext.text_models import CAUSAL, model
 
 
@@ -33,7 +33,7 @@ def forest() -> list[TokenTree]:
 @pytest.mark.parametrize("name", CAUSAL)
 @pytest.mark.parametrize("prefix", [[], list(range(100, 140))], ids=["no prefix", "prefix"])
 def test_every_path_stands_alone(name, prefix):
-    traits, trees = traits_of(model(name)), forest()
+    traits, trees = language_model(model(name)), forest()
     with inference(model(name)):
         rows = layout(traits, trees, [[0, 2], [1]])
         found = read_logits(traits, rows, encode_prefix(traits, prefix))
@@ -50,7 +50,7 @@ def test_every_path_stands_alone(name, prefix):
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_a_prefix_is_not_copied_and_not_changed(name):
-    traits = traits_of(model(name))
+    traits = language_model(model(name))
     with inference(model(name)):
         prefix = encode_prefix(traits, list(range(60)))
         before = [keys.clone() for keys in prefix.keys]
@@ -82,7 +82,7 @@ def test_layouts():
 
 @pytest.mark.parametrize("prefix", [0, 300])
 def test_batches_are_whole_sorted_and_within_the_limit(prefix):
-    traits = traits_of(model("llama"))
+    traits = language_model(model("llama"))
     lengths = [7, 300, 20, 20, 90, 1, 45, 260, 12] * 20
     for limit in (10**6, 10**7, 10**9):
         planner = Planner(traits, limit, prefix)
@@ -98,7 +98,7 @@ def test_batches_are_whole_sorted_and_within_the_limit(prefix):
 
 
 def test_memory_runs_out_for_good():
-    traits = traits_of(model("llama"))
+    traits = language_model(model("llama"))
 
     def fail(batch):
         raise torch.OutOfMemoryError("out of memory")
@@ -108,4 +108,4 @@ def test_memory_runs_out_for_good():
 
 
 def test_empty_prefix():
-    assert encode_prefix(traits_of(model("llama")), []) is EMPTY and len(EMPTY) == 0
+    assert encode_prefix(language_model(model("llama")), []) is EMPTY and len(EMPTY) == 0

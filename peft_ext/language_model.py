@@ -1,0 +1,422 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""What has to be known of a language model, whatever wraps it: its parts, its kind, its attention, and which model it is."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple, Optional
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+
+CAUSAL, ENCODER_DECODER, ENCODER = "causal", "encoder-decoder", "encoder"
+# What a forward pass calls its cache: since transformers 5.23, and before.
+CACHE_NAMES = ("cache", "past_key_values")
+FULL, SLIDING = "full_attention", "sliding_attention"
+_TAKES_MASKS = ("sdpa", "eager")
+# Of the embeddings, for the fingerprint; of every tensor of the base, for the identity.
+_SAMPLED_ROWS, _SAMPLED_NUMBERS = 64, 1024
+
+
+def unwrapped(model: Any) -> Any:
+    """The model under PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def text_config(model: nn.Module) -> PretrainedConfig:
+    """Of a model of several parts, the config of what writes text."""
+    return unwrapped(model).config.get_text_config(decoder=True)
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The module whose forward gives the last hidden state that the output head reads: of a causal model everything
+    below its head, of an encoder-decoder model the decoder. PEFT's wrappers are looked through.
+
+    Raises:
+        TypeError: If `model` is not a language model of transformers.
+    """
+    base = unwrapped(model)
+    if not hasattr(base, "get_decoder"):
+        raise TypeError(f"model is a {type(base).__name__}; it must be a language model of transformers.")
+    decoder = base.get_decoder()
+    if decoder is None or decoder is base:
+        raise TypeError(
+            f"model is a {type(base).__name__} without an output head above it; load it as a language model, such as "
+            "AutoModelForCausalLM or AutoModelForSeq2SeqLM."
+        )
+    return decoder
+
+
+def token_embedding(model: nn.Module) -> nn.Module:
+    """What makes vectors of the input's tokens.
+
+    Raises:
+        TypeError: If `model` is not a language model of transformers.
+    """
+    base = unwrapped(model)
+    if not hasattr(base, "get_input_embeddings"):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a language model of transformers.")
+    return base.get_input_embeddings()
+
+
+def embedding_weight(embedding: nn.Module) -> torch.Tensor:
+    """The base model's own weight, under whatever adapter lies on it."""
+    for wrapper in ("original_module", "base_layer"):
+        embedding = getattr(embedding, wrapper, embedding)
+    return embedding.weight  # type: ignore[return-value]
+
+
+def hidden_size(model: nn.Module) -> int:
+    """Width of the output head's input; OPT's differs from its config's hidden size."""
+    config = text_config(model)
+    for module in (unwrapped(model).get_output_embeddings(), getattr(unwrapped(model), "lm_head", None)):
+        features = getattr(module, "in_features", None)
+        if isinstance(features, int):
+            return features
+    return config.hidden_size
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's weights are."""
+    return next(model.parameters()).device
+
+
+@contextlib.contextmanager
+def inference(model: nn.Module, gradients: bool = False) -> Iterator[None]:
+    """Evaluation mode, and no gradients unless they are asked for; every module's own mode comes back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.set_grad_enabled(gradients and torch.is_grad_enabled()):
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def start_token(model: nn.Module) -> int:
+    """The token that an encoder-decoder model's decoder begins with, as `generate` has it.
+
+    Raises:
+        ValueError: If neither of its configs names one.
+    """
+    base = unwrapped(model)
+    for config in (getattr(base, "generation_config", None), base.config):
+        for name in ("decoder_start_token_id", "bos_token_id"):
+            token = getattr(config, name, None)
+            if token is not None:
+                return int(token[0] if isinstance(token, list) else token)
+    raise ValueError("the encoder-decoder model has no decoder_start_token_id; set it in its generation_config.")
+
+
+def cache_name(parameters: Collection[str]) -> Optional[str]:
+    """What a forward pass with these parameters calls its cache; None if it takes none."""
+    return next((name for name in CACHE_NAMES if name in parameters), None)
+
+
+def takes_masks(config: Any) -> bool:
+    """Whether the attention function takes a 4D mask of ours; flash attention doesn't."""
+    return attention_implementation(config) in _TAKES_MASKS
+
+
+def attention_implementation(config: Any) -> str:
+    """The name of the attention function; some old models have but one, and don't name it."""
+    return getattr(config, "_attn_implementation", None) or "eager"
+
+
+def windows_of(config: Any) -> tuple[dict[str, Optional[int]], list[str]]:
+    """How far layers look back.
+
+    Args:
+        config: Of a causal model or a decoder, `get_text_config(decoder=True)`.
+
+    Returns:
+        Kind of layer (`FULL`, `SLIDING`) -> how many tokens it sees, itself included; None: all. And what else there is:
+        layers whose past isn't keys and values of single tokens, each of their own. Where there are any, a prefix can't
+        be shared.
+    """
+    kinds = _layer_kinds(config)
+    window = getattr(config, "sliding_window", None)
+    others = sorted(set(kinds) - {FULL, SLIDING})
+    if getattr(config, "kv_sharing_modes", None) is not None:
+        others.append("keys shared between layers")
+    if SLIDING in kinds and window is None:
+        others.append("sliding attention without a sliding_window")
+    return {kind: window if kind == SLIDING else None for kind in (FULL, SLIDING) if kind in kinds}, others
+
+
+def _layer_kinds(config: Any) -> list[str]:
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return list(kinds)
+    if getattr(config, "attention_chunk_size", None) is not None:
+        return ["chunked_attention"]
+    names = {DynamicLayer: FULL, DynamicSlidingWindowLayer: SLIDING}
+    layers = DynamicCache(config=config).layers
+    return [names.get(type(layer), type(layer).__name__) for layer in layers] or [FULL]
+
+
+class LanguageModel(NamedTuple):
+    """A language model and how to run it on a shared prefix.
+
+    Attributes:
+        model: The transformers model, without PEFT's wrapper; tuned layers are inside.
+        backbone: Its part without the output head; of an encoder-decoder model the encoder.
+        kind: `"causal"`, `"encoder-decoder"` or `"encoder"`.
+        positions: Whether `forward` takes positions.
+        trees: Whether positions and a 4D mask can be given, so that several texts fit into one row.
+        windows: Each kind of attention in the model -> how many tokens it sees; None: all.
+        cache_argument: What `forward` calls its cache.
+        max_length: Most tokens of a text; None: any number.
+        widths: What a token costs, see [`Widths`].
+    """
+
+    model: PreTrainedModel
+    backbone: nn.Module
+    kind: str
+    positions: bool
+    trees: bool
+    windows: dict[str, Optional[int]]
+    cache_argument: str
+    max_length: Optional[int]
+    widths: Widths
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids have to lie."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The float type of hidden states."""
+        weight = self.model.get_input_embeddings().weight
+        return weight.dtype if weight.is_floating_point() else torch.float32
+
+    @property
+    def eager(self) -> bool:
+        """Whether masks have to be floats to be added."""
+        return attention_implementation(text_config(self.model)) == "eager"
+
+
+class Widths(NamedTuple):
+    """Numbers per token: of a hidden state, of the widest product, of all queries and all keys of a layer, of logits."""
+
+    hidden: int
+    widest: int
+    queries: int
+    keys: int
+    heads: int
+    vocabulary: int
+
+
+def language_model(model: nn.Module) -> LanguageModel:
+    """Look at a model.
+
+    Args:
+        model: A transformers model, or a `PeftModel` of one.
+
+    Raises:
+        TypeError: If it is no transformers model.
+        ValueError: If it has attention that a prefix can't be shared in (recurrent or chunked layers, flash attention,
+            PEFT's prompt learning); the message names the way out.
+    """
+    _refuse_learned_prompts(model)
+    base = unwrapped(model)
+    if not isinstance(base, PreTrainedModel):
+        raise TypeError(f"model must be a transformers model or a PeftModel of one, got {type(model).__name__}.")
+    config = text_config(base)
+    parameters = inspect.signature(base.forward).parameters
+    windows: dict[str, Optional[int]] = {FULL: None}
+    if base.config.is_encoder_decoder:
+        kind, body, trees = ENCODER_DECODER, base.get_encoder(), False
+    elif not is_causal(base):
+        kind, body, trees = ENCODER, base.base_model, False
+    else:
+        kind, body = CAUSAL, base.base_model
+        windows = _windows(base, config)
+        trees = _takes_trees(base, config, set(parameters))
+        _check_attention(base, windows, trees)
+    return LanguageModel(
+        model=base,
+        backbone=body,
+        kind=kind,
+        positions="position_ids" in parameters,
+        trees=trees,
+        windows=windows,
+        cache_argument=cache_name(parameters) or CACHE_NAMES[-1],
+        max_length=_max_length(config),
+        widths=_widths(base, config),
+    )
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether a model's tokens see only those before them, and it keeps a cache.
+
+    Encoders such as BERT take a cache too, for their use as decoders; their attention tells.
+    """
+    base = unwrapped(model)
+    flags = [module.is_causal for module in base.modules() if isinstance(getattr(module, "is_causal", None), bool)]
+    return cache_name(inspect.signature(base.forward).parameters) is not None and (not flags or any(flags))
+
+
+def is_causal_config(config: PretrainedConfig) -> bool:
+    """Whether a checkpoint's config names a causal language model; one that names no architecture counts as one."""
+    names = config.architectures
+    if config.is_encoder_decoder:
+        return False
+    causal = ("ForCausalLM", "LMHeadModel")
+    return names is None or any(name.endswith(causal) for name in names) or getattr(config, "is_decoder", False)
+
+
+def _refuse_learned_prompts(model: Any) -> None:
+    configs = getattr(model, "peft_config", None)
+    if isinstance(configs, dict) and any(getattr(config, "is_prompt_learning", False) for config in configs.values()):
+        raise ValueError(
+            "model has an adapter of learned prompts (prefix or prompt tuning), which owns the start of the cache; use a "
+            "tuner of weights (LoRA, PEQA, ...)."
+        )
+
+
+def _windows(model: PreTrainedModel, config: Any) -> dict[str, Optional[int]]:
+    """How far a causal model's layers look back."""
+    windows, others = windows_of(config)
+    if others:
+        raise ValueError(
+            f"model ({type(model).__name__}) has layers whose past can't be shared as keys and values: {others}; use a "
+            "model with full or sliding attention."
+        )
+    return windows
+
+
+def _takes_trees(model: PreTrainedModel, config: Any, parameters: set[str]) -> bool:
+    """Not where positions follow from a 2D mask (ALiBi), or the causal mask lies in the layers (GPT-Neo)."""
+    own_masks = any(
+        buffer.ndim == 4 and buffer.shape[-1] == buffer.shape[-2] > 1 and not buffer.is_floating_point()
+        for buffer in model.buffers()
+    )
+    return "position_ids" in parameters and not own_masks and not getattr(config, "alibi", False)
+
+
+def _check_attention(model: PreTrainedModel, windows: dict[str, Optional[int]], trees: bool) -> None:
+    config = text_config(model)
+    if not takes_masks(config):
+        raise ValueError(
+            f"model computes attention with {attention_implementation(config)!r}, which takes no mask of its own; load it with "
+            "attn_implementation='sdpa' (or model.set_attn_implementation('sdpa'))."
+        )
+    if not trees and SLIDING in windows:
+        raise ValueError(
+            f"model ({type(model).__name__}) has sliding attention but takes no positions, so that a prefix can't be "
+            "shared."
+        )
+
+
+def _max_length(config: Any) -> Optional[int]:
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        value = getattr(config, name, None)
+        # T5 has relative positions, and its n_positions is what it was trained on
+        if isinstance(value, int) and value > 0 and not hasattr(config, "relative_attention_num_buckets"):
+            return value
+    return None
+
+
+def _widths(model: PreTrainedModel, config: Any) -> Widths:
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or hidden // heads
+    outer = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    matrices = [module.weight for module in model.modules() if id(module) not in outer and _is_product(module)]
+    widest = max((max(weight.shape) for weight in matrices), default=4 * hidden)
+    keys = head * (getattr(config, "num_key_value_heads", None) or heads)
+    return Widths(hidden, widest, heads * head, keys, heads, config.vocab_size)
+
+
+def _is_product(module: nn.Module) -> bool:
+    return not isinstance(module, nn.Embedding) and getattr(getattr(module, "weight", None), "ndim", 0) == 2
+
+
+def base_name(model: nn.Module) -> Optional[str]:
+    """Where the model was loaded from, if that is known."""
+    config = getattr(unwrapped(model), "config", None)
+    return getattr(config, "_name_or_path", None) or None
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """A short name of a language model's architecture and base weights, such as `"llama-30x576-0b1a5c4d2e8f"`.
+
+    It hashes the signs of the first rows of the token embeddings (which quantisation, adapters and a cast to another float
+    type leave as they are) and the shape of the model: what belongs to a model belongs to its packed and its tuned
+    copies, too. Two fine-tunes of one model have different ones where training moved the embeddings. See [`identity`].
+    """
+    config = text_config(model)
+    shape = [
+        str(getattr(config, name, None))
+        for name in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    ]
+    digest = hashlib.sha256("/".join(shape).encode())
+    weight = embedding_weight(token_embedding(model))
+    if weight.device.type != "meta":
+        # the first rows are the same after the vocabulary was extended
+        signs = torch.signbit(weight.detach()[:_SAMPLED_ROWS].float()).to("cpu", torch.uint8)
+        digest.update(bytes(signs.flatten().tolist()))
+    layers = getattr(config, "num_hidden_layers", None)
+    return f"{config.model_type}-{layers}x{hidden_size(model)}-{digest.hexdigest()[:12]}"
+
+
+def identity(model: nn.Module) -> str:
+    """What tells models apart that compute different numbers: [`base_fingerprint`], and a hash of what is computed with.
+
+    Of every tensor of the base 1,024 numbers count, of the adapters that are active all of them: another adapter of the
+    same name, a merged one, a quantised or fine-tuned base, and another float type are other models; a loaded adapter
+    that isn't active makes no difference.
+    """
+    digest = hashlib.sha256()
+    adapters, inactive = _adapter_tensors(model)
+    for name, tensor in adapters:
+        digest.update(f"{name}/".encode() + _content(tensor))
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if id(tensor) not in inactive:
+            digest.update(_content(tensor, _SAMPLED_NUMBERS))
+    return f"{base_fingerprint(model)}-{digest.hexdigest()[:16]}"
+
+
+def _adapter_tensors(model: nn.Module) -> tuple[list[tuple[str, torch.Tensor]], set[int]]:
+    """The tensors of active adapters and their scaling, by kind; and the ids of all tensors of adapters, which are then
+    not the base's."""
+    active: list[tuple[str, torch.Tensor]] = []
+    every: set[int] = set()
+    for module in model.modules():
+        if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            continue
+        used = [] if module.disable_adapters else list(module.active_adapters)
+        for kind in module.adapter_layer_names:
+            for adapter, part in _by_adapter(getattr(module, kind, None)):
+                tensors = [part] if isinstance(part, torch.Tensor) else [*part.parameters(), *part.buffers()]
+                every.update(map(id, tensors))
+                active += [(kind, tensor) for tensor in tensors if adapter in used]
+        scaling = getattr(module, "scaling", None)
+        if isinstance(scaling, dict):
+            active += [("scaling", torch.tensor(float(scaling[adapter]))) for adapter in used if adapter in scaling]
+    return active, every
+
+
+def _by_adapter(parts: Any) -> list[tuple[str, Any]]:
+    return list(parts.items()) if isinstance(parts, (nn.ModuleDict, nn.ParameterDict, dict)) else []
+
+
+def _content(tensor: torch.Tensor, most: Optional[int] = None) -> bytes:
+    """Shape, type and numbers of a tensor, as bytes; of `most` numbers, evenly spread."""
+    head = f"{tuple(tensor.shape)}{tensor.dtype}".encode()
+    if tensor.device.type == "meta":
+        return head
+    numbers = tensor.detach().as_subclass(torch.Tensor).flatten()
+    if most is not None and len(numbers) > most:
+        numbers = numbers[torch.linspace(0, len(numbers) - 1, most, dtype=torch.float64).long().to(numbers.device)]
+    return head + numbers.contiguous().cpu().view(torch.uint8).numpy().tobytes()
