@@ -9,7 +9,7 @@ from typing import ClassVar, Optional, Union
 import torch
 
 from peft_ext.quant.binary import BINARY_BITS, BINARY_METHODS, BinaryQuantized, quantize_binary
-from peft_ext.quant.calibrated import quantize_binary_calibrated, quantize_calibrated
+from peft_ext.quant.error_feedback import quantize_binary_calibrated, quantize_calibrated
 from peft_ext.quant.uniform import UNIFORM_BITS, UNIFORM_METHODS, Quantized, check_format, quantize
 
 

@@ -1,18 +1,28 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""The float weight of a packed layer as other libraries read it: dequantised only where its values are needed, and
-never written to."""
+"""The float weight of a packed layer as other libraries read it: dequantised only where it is needed, never written."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils._pytree import tree_map_only
 
 
-if TYPE_CHECKING:
-    from peft_ext.quant.linear import PackedLinear
+class Dequantizable(Protocol):
+    """What a view asks of its layer, which is a [`PackedLinear`]."""
+
+    in_features: int
+    out_features: int
+    compute_dtype: torch.dtype
+
+    @property
+    def planes(self) -> torch.Tensor:
+        """The packed codes; the view lies on their device."""
+
+    def dequantize(self) -> torch.Tensor:
+        """The float weight `[out, in]`."""
 
 
 class WeightView(torch.Tensor):
@@ -29,11 +39,11 @@ class WeightView(torch.Tensor):
     _is_hf_initialized = True  # transformers leaves it alone when it initialises what a checkpoint lacks
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    layer: PackedLinear
+    layer: Dequantizable
     look: Callable[[torch.Tensor], torch.Tensor]
 
     @staticmethod
-    def __new__(cls, layer: PackedLinear, look: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight):
+    def __new__(cls, layer: Dequantizable, look: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight):
         shape = (layer.out_features, layer.in_features)
         like = look(torch.empty(shape, dtype=layer.compute_dtype, device="meta"))
         view = torch.Tensor._make_wrapper_subclass(

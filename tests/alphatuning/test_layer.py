@@ -11,7 +11,7 @@ from torch import nn
 
 from peft_ext import AlphaTuningConfig, PeqaConfig, calibrate
 from peft_ext.quant.binary import quantize_binary
-from peft_ext.quant.calibrated import quantize_binary_calibrated
+from peft_ext.quant.error_feedback import quantize_binary_calibrated
 from peft_ext.quant.linear import PackedLinear
 from tests.cases import CASES, assert_differs, assert_same, case_ids, move_adapter, train, tuner_layers
 from tests.tiny_models import HIDDEN, LAYERS, inputs, logits_of, tiny

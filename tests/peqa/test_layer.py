@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_ext import PeqaConfig, calibrate
 from peft_ext.peqa.layer import PeqaLinear
-from peft_ext.quant.calibrated import quantize_calibrated
+from peft_ext.quant.error_feedback import quantize_calibrated
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.scale_tuning import calibration
 from peft_ext.scale_tuning import model as tuner_model

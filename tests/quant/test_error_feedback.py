@@ -6,9 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft_ext.quant import calibrated
+from peft_ext.quant import error_feedback as feedback
 from peft_ext.quant.binary import BINARY_METHODS, dequantize_binary, levels_of, quantize_binary
-from peft_ext.quant.calibrated import (
+from peft_ext.quant.error_feedback import (
     binary_rounding,
     error_feedback,
     follow_shift,
@@ -176,7 +176,7 @@ def test_refits_bring_the_output_closer(layer, bits, group_size, monkeypatch):
     weight, hessian = layer
     gaps = []
     for refits in (0, 2):
-        monkeypatch.setattr(calibrated, "_REFITS", refits)
+        monkeypatch.setattr(feedback, "_REFITS", refits)
         error = dequantize_binary(*quantize_binary_calibrated(weight, hessian, bits, group_size)) - weight
         gaps.append(((error @ hessian) * error).sum())
     assert gaps[1] < gaps[0]
