@@ -39,10 +39,8 @@ EMPTY = SharedPrefix((), (), ())
 
 def common_prefix(texts: Sequence[Sequence[int]]) -> list[int]:
     """The tokens with which all texts begin, leaving at least one of each text."""
-    first, last = (
-        min(map(tuple, texts)),
-        max(map(tuple, texts)),
-    )  # in lexicographic order, all others lie between these two
+    # in lexicographic order, all others lie between these two
+    first, last = min(map(tuple, texts)), max(map(tuple, texts))
     shortest = min(len(text) for text in texts)
     length = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
     return list(first[: min(length, shortest - 1)])

@@ -2,8 +2,8 @@
 """`peft-ext tune`: quantise, tune, compare; writes a run folder and goes on after a kill.
 
 The packed base is written first, then tuned: whatever happens later, `base/` is a checkpoint that stock transformers
-loads. Started again with
-the same arguments, a run continues from its last checkpoint, and a finished one only prints its table.
+loads. Started again with the same arguments, a run continues from its last checkpoint, and a finished one only prints
+its table.
 """
 
 from __future__ import annotations

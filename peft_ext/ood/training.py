@@ -198,9 +198,8 @@ class _Trainer(Trainer):
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
                     rate = self.head_learning_rate if ".score." in f".{name}" else self.args.learning_rate
-                    decay = (
-                        self.args.weight_decay if parameter.ndim > 1 and "_delta" not in name else 0.0
-                    )  # scales have none
+                    decays = parameter.ndim > 1 and "_delta" not in name  # vectors and scales do not
+                    decay = self.args.weight_decay if decays else 0.0
                     groups.setdefault((rate, decay), []).append(parameter)
             self.optimizer = torch.optim.AdamW(
                 [{"params": found, "lr": rate, "weight_decay": decay} for (rate, decay), found in groups.items()]
