@@ -240,8 +240,8 @@ def _float_tensor(
 def _rows(name: str, count: int, config: PretrainedConfig, architecture: str) -> Optional[torch.Tensor]:
     """The order in which llama.cpp wants a tensor's rows; None: as they are.
 
-    Its Llama rotates neighbouring dimensions of a head, transformers' the first half with the second (`permute` in its
-    converter).
+    Its Llama rotates neighbouring dimensions of a head, transformers' the first half with the second; see `permute` in
+    llama.cpp's converter.
     """
     heads = {"attn_q": config.num_attention_heads, "attn_k": getattr(config, "num_key_value_heads", None)}
     kind = name.split(".")[-2]

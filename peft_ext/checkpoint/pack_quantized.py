@@ -1,9 +1,7 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""compressed-tensors `pack-quantized`: what stock transformers and vLLM load, written from and read into packed
-layers.
+"""compressed-tensors `pack-quantized`, which stock transformers and vLLM load, out of and into packed layers.
 
-Writing hangs on transformers' own hook: `save_pretrained` asks `model.hf_quantizer` for the state dict. Packing is
-the library's.
+Writing hangs on transformers' own hook: `save_pretrained` asks `model.hf_quantizer` for the state dict. The library packs.
 
 Two things in transformers 5.23 with compressed-tensors 0.20 shape the files. Asymmetric weights can't be loaded
 compressed (the loader makes no room for their packed zero points), so such a checkpoint asks for `dequantize` and
@@ -48,8 +46,7 @@ _TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
 
 
 class PackQuantizedWriter(HfQuantizer):
-    """Hands `save_pretrained` the state dict of a model with [`PackedLinear`] layers as compressed-tensors stores
-    it.
+    """Hands `save_pretrained` a model's state dict with its [`PackedLinear`] layers as compressed-tensors stores them.
 
     Args:
         model: Has packed layers of uniform integers, see [`can_store`].
@@ -102,8 +99,7 @@ class StoredConfig(CompressedTensorsConfig):
 
 
 def compress(layer: PackedLinear, container_bits: int, sym: bool) -> dict[str, torch.Tensor]:
-    """A packed layer's tensors under compressed-tensors' names, in containers of `container_bits`; with zero points
-    unless `sym`."""
+    """A packed layer's tensors under compressed-tensors' names; with zero points unless `sym`."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     def signed(values: torch.Tensor) -> torch.Tensor:
@@ -122,8 +118,7 @@ def compress(layer: PackedLinear, container_bits: int, sym: bool) -> dict[str, t
 def expand(
     tensors: dict[str, torch.Tensor], container_bits: int, bits: int, bias: Optional[torch.Tensor], name: str
 ) -> PackedLinear:
-    """The packed layer of `bits` bits that a checkpoint stores in containers of `container_bits`; the inverse of
-    [`compress`].
+    """The packed layer of `bits` bits that a checkpoint stores in wider or equal containers; the inverse of [`compress`].
 
     Raises:
         ValueError: If the codes don't fit into `bits`; names the layer.
@@ -168,10 +163,10 @@ def unpack_words(
 
 @skip_init_on_device
 def restore(model: nn.Module) -> None:
-    """Turn float layers that transformers dequantised from a pack-quantized checkpoint back into packed ones, bit for
-    bit. Layers that it left compressed learn the width of their codes.
+    """Turn float layers that transformers dequantised from a pack-quantized checkpoint back into packed ones, bit for bit.
 
-    A layer whose weight is no longer the checkpoint's (it was trained, or adapters were merged) stays float.
+    Layers that it left compressed learn the width of their codes. A layer whose weight is no longer the checkpoint's
+    (it was trained, or adapters were merged) stays float.
 
     Raises:
         ValueError: If the model says that it was packed, but its checkpoint can't be found: its floats would be rounded

@@ -170,9 +170,8 @@ def _refit(groups: torch.Tensor, counts: torch.Tensor, codes: torch.Tensor, bits
     A plane whose alpha would be negative is the same plane with its signs turned; nearest codes see to that.
     """
     planes = torch.arange(bits, dtype=torch.uint8, device=codes.device)
-    signs = (
-        ((codes[..., None, :] >> planes[:, None]) & 1).to(groups.dtype).mul_(2).sub_(1)
-    )  # [rows, groups, bits, size]
+    # [rows, groups, bits, size]
+    signs = ((codes[..., None, :] >> planes[:, None]) & 1).to(groups.dtype).mul_(2).sub_(1)
     weighted = signs * counts[..., None, :]
     gram = (weighted @ signs.transpose(-1, -2)).double()
     target = (weighted @ groups[..., None]).double()

@@ -1,5 +1,5 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""The start that looks at data: a grid searched under the inputs' second moments, then GPTQ's error feedback onto it.
+"""Codes that change a layer's output least: grids searched under the inputs' second moments, GPTQ's error feedback.
 
 Sources: GPTQ (Frantar et al., 2022, arXiv 2210.17323), algorithm 1 with columns by falling energy; the grid is found
 as AWQ and EfficientQAT find theirs, by shrinking ranges, but with every input's error weighted by its energy. That a
@@ -19,8 +19,7 @@ from peft_ext.quant.matmul import linear
 from peft_ext.quant.uniform import SHRINK_FACTORS, Grid, Quantized, check_format, check_weight, search_grid
 
 
-# Maps a column of weights [out] and its index in the weight to codes uint8 [out] and the values that they stand for
-# [out].
+# Maps a column of weights [out] and its index in the weight to codes uint8 [out] and the values [out] of these.
 ColumnRounding = Callable[[torch.Tensor, int], "tuple[torch.Tensor, torch.Tensor]"]
 # How far a weight moves towards the one that undoes the shift of its inputs. All the way fits the calibration data
 # instead (SmolLM2, 3 bits, 8,192 tokens, validation perplexity: 40.7 at 0, 36.6 at 0.25 and 0.5, 41.0 at 1).
@@ -208,8 +207,7 @@ def error_feedback(
         weight: float `[out, in]`.
         hessian: `[in, in]` in the weight's dtype.
         round_column: The number format: column and its index to codes and values. Any grid will do.
-        damping: Share of the mean diagonal added to the Hessian's diagonal; raised tenfold until the factorisation
-        succeeds.
+        damping: Share of the mean diagonal added to the Hessian's diagonal; raised tenfold until it can be factorised.
         block_size: Columns whose updates to the rest are applied together.
 
     Returns:

@@ -30,8 +30,10 @@ _TINY = 1e-30
 class PackedWeight(NamedTuple):
     """The frozen part of a packed weight, uniform or in binary coding.
 
-    `planes`: uint8 `[tiles, input bytes, bits, 32]`, see `packing.py`. `zero_point`: uint8 `[out, groups]`; None for
-    binary coding.
+    Args:
+        planes: uint8 `[tiles, input bytes, bits, 32]`, see `packing.py`.
+        zero_point: uint8 `[out, groups]`; None for binary coding.
+        out_features, in_features: Size of the weight.
     """
 
     planes: torch.Tensor
@@ -49,10 +51,10 @@ def packed_linear(
     keep_product: bool = False,
     trained_planes: Optional[int] = None,
 ) -> torch.Tensor:
-    """`x (scale * (codes - zero_point))^T + bias`, or `x (sum_p alpha_p B_p)^T + bias`; differentiable in `x`, `scale` and
-    `bias`.
+    """`x (scale * (codes - zero_point))^T + bias`, or `x (sum_p alpha_p B_p)^T + bias`.
 
-    Without gradients, few rows on a CPU go to the kernel, whose activations are rounded to 8 bits; see `kernel.py`.
+    Differentiable in `x`, `scale` and `bias`. Without gradients, few rows on a CPU go to the kernel, whose activations
+    are rounded to 8 bits; see `kernel.py`.
 
     Args:
         x: float `[..., in]`.
@@ -166,8 +168,7 @@ class _PerChannel(torch.autograd.Function):
     """`y = (x (q - z)^T) * s`; x: [rows, in], s: [out, 1].
 
     Kept for the backward are `y`, which the next layer mostly keeps anyway, and `s`: neither `x` nor a weight. The
-    product
-    comes back as `y / s`; a scale of exactly zero takes part as 1e-30, so that its gradient survives.
+    product comes back as `y / s`; a scale of exactly zero takes part as 1e-30, so that its gradient survives.
     """
 
     @staticmethod
@@ -210,8 +211,10 @@ class _Product(torch.autograd.Function):
 
 
 class _Blockwise(torch.autograd.Function):
-    """`y = x W^T` with `W` of group-wise scales or a binary coding, a block of rows at a time; x: [rows, in]. Keeps
-    `x` for the backward."""
+    """`y = x W^T` with `W` of group-wise scales or a binary coding, a block of rows at a time; x: [rows, in].
+
+    Keeps `x` for the backward.
+    """
 
     @staticmethod
     def forward(ctx, x, scale, trained_planes, planes, zero_point, out_features, in_features):
@@ -277,8 +280,10 @@ def _mixed_group_wise(
 
 
 def _scales_output(x: torch.Tensor, weight: PackedWeight, scale: torch.Tensor) -> bool:
-    """Whether the scale is applied to the product: one scale per channel, uniform codes. Not in float16, whose range
-    the bare product with integers may leave."""
+    """Whether the scale is applied to the product: one scale per channel, uniform codes.
+
+    Not in float16, whose range the bare product with integers may leave.
+    """
     return weight.zero_point is not None and scale.shape[-1] == 1 and x.dtype != torch.float16
 
 
@@ -295,6 +300,5 @@ def _check_input(x: torch.Tensor, in_features: int) -> None:
         raise TypeError(f"the input has dtype {x.dtype}; a packed linear layer takes float inputs (x.float()).")
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(
-            f"the input has shape {tuple(x.shape)}, but this layer takes in_features={in_features} as the last "
-            f"dimension."
+            f"the input has shape {tuple(x.shape)}, but this layer takes in_features={in_features} as the last dimension."
         )

@@ -21,8 +21,7 @@ class PackedParameter(nn.Parameter):
     """Frozen bit-planes that `numel()` counts as the weights that they stand for.
 
     PEFT's `print_trainable_parameters` adds up `numel()`; bytes would make a 3-bit model look smaller than it is.
-    Padding
-    isn't counted. `nelement()`, `shape` and `nbytes` tell what is stored.
+    Padding isn't counted. `nelement()`, `shape` and `nbytes` tell what is stored.
     """
 
     logical_numel: int
@@ -61,8 +60,7 @@ class PackedLinear(nn.Linear):
         bias: float `[out]` or None.
         in_features, out_features: Size of the weight.
         sym: Whether every zero point is `2**(bits - 1)`.
-        conv1d: Whether the layer stood as transformers' `Conv1D` (`[in, out]`), which it becomes again when
-        dequantised.
+        conv1d: Whether the layer stood as transformers' `Conv1D` (`[in, out]`), which `to_float` makes of it again.
         compute_dtype: dtype of the float weight that the layer stands for; the scale's by default. PEFT reads it, too.
     """
 
@@ -248,8 +246,7 @@ class PackedLinear(nn.Linear):
         if planes.dtype != torch.uint8 or planes.shape != planes_shape(self.out_features, self.in_features, bits):
             raise ValueError(
                 f"planes are {planes.dtype} {tuple(planes.shape)}; a weight of {self.out_features} x "
-                f"{self.in_features} "
-                f"takes uint8 [ceil(out / {TILE_ROWS}), ceil(in / 8), bits, {TILE_ROWS}]."
+                f"{self.in_features} takes uint8 [ceil(out / {TILE_ROWS}), ceil(in / 8), bits, {TILE_ROWS}]."
             )
         groups = scale.shape[1] if scale.dim() >= 2 else 0
         expected = [self.out_features, groups] if zero_point is not None else [self.out_features, groups, bits]

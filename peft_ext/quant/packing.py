@@ -2,11 +2,9 @@
 """Codes to bit-planes and back: b-bit integers take b bits, in the order in which the CPU kernel reads them.
 
 Bit `p` of every code forms plane `p`. One byte holds the same bit of 8 neighbouring inputs of one output row (bit `i`
-of
-the byte is input `8 j + i`); 32 rows make a tile, and a tile's bytes are ordered `[input byte, plane, row]`, so that
-a kernel streams through them with aligned 32-byte loads. Inside a tile, byte `2 i` belongs to row `i` and byte `2 i +
-1` to row
-`16 + i`: even and odd bytes then widen to 16 bits without a shuffle.
+of the byte is input `8 j + i`); 32 rows make a tile, and a tile's bytes are ordered `[input byte, plane, row]`, so
+that a kernel streams through them with aligned 32-byte loads. Inside a tile, byte `2 i` belongs to row `i` and byte
+`2 i + 1` to row `16 + i`: even and odd bytes then widen to 16 bits without a shuffle.
 """
 
 from __future__ import annotations

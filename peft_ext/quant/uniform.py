@@ -1,9 +1,8 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
 """Uniform (affine) integers: `W = scale * (codes - zero_point)` per output channel or per group of inputs.
 
-Source: PEQA (Kim et al., 2023, arXiv 2305.14152), section 3; names as in GPTQ. Data-free starts live here; the one
-that
-uses calibration data is in `calibrated.py`.
+Source: PEQA (Kim et al., 2023, arXiv 2305.14152), section 3; names as in GPTQ. The data-free initialisations live here;
+the one that uses calibration data is in `error_feedback.py`.
 """
 
 from __future__ import annotations
@@ -22,16 +21,14 @@ _CHUNK = 1 << 18
 
 
 class Grid(NamedTuple):
-    """Where a row's (group's) levels lie. `scale` float `[out, groups]`, `zero_point` of the same shape and dtype,
-    integer-valued."""
+    """Where a row's (group's) levels lie: `scale` float `[out, groups]`, `zero_point` like it, with whole values."""
 
     scale: torch.Tensor
     zero_point: torch.Tensor
 
 
 class Quantized(NamedTuple):
-    """A quantised weight: `codes` uint8 `[out, in]`, `scale` float `[out, groups]`, `zero_point` uint8 `[out,
-    groups]`."""
+    """A quantised weight: `codes` uint8 `[out, in]`; `scale` float and `zero_point` uint8, `[out, groups]`."""
 
     codes: torch.Tensor
     scale: torch.Tensor
@@ -178,8 +175,7 @@ def _grid(low: torch.Tensor, high: torch.Tensor, bits: int, sym: bool, factor: f
 
 
 def _error(groups: torch.Tensor, grid: Grid, bits: int, weights: Optional[torch.Tensor]) -> torch.Tensor:
-    """(Weighted) squared rounding error of each group; summed in float64, so that no machine breaks ties another
-    way."""
+    """(Weighted) squared rounding error of each group; summed in float64, so that all machines break ties alike."""
     scale, zero_point = grid.scale[..., None], grid.zero_point[..., None]
     codes = (groups / scale).round_().add_(zero_point).clamp_(0, 2**bits - 1)
     squared = codes.sub_(zero_point).mul_(scale).sub_(groups).square_()

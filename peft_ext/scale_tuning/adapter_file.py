@@ -183,8 +183,10 @@ def _check_frozen(frozen: torch.Tensor | None, base: torch.Tensor, trained: torc
 
 
 def _projections_of_frozen(base: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
-    """Four projections `[4]` of the alphas that an adapter leaves as they are. They move as far as the alphas do, so
-    that they tell tuned ones from rounded ones, which a hash can't."""
+    """Four projections `[4]` of the alphas that an adapter leaves as they are.
+
+    They move as far as the alphas do, so that they tell tuned ones from rounded ones, which a hash can't.
+    """
     frozen = _frozen_part(base, trained)
     golden_angle = 2.399963  # waves of many frequencies, as good as random directions
     steps = torch.arange(1, 5, dtype=torch.float64, device=frozen.device) * golden_angle

@@ -187,8 +187,7 @@ class _Pass:
 
 
 class _Moments(NamedTuple):
-    """Means over the calibration inputs of a layer: `hessian` of `x x^T`, `shift` of `(x_float - x) x^T`; `[in,
-    in]`."""
+    """Means over the calibration inputs of a layer, `[in, in]`: `hessian` of `x x^T`, `shift` of `(x_float - x) x^T`."""
 
     hessian: torch.Tensor
     shift: torch.Tensor | None

@@ -96,8 +96,7 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapters; trained from now on, unless `inference_mode` is True.
 
-        PEFT's own looks at every adapter of a layer, which takes half a second with a thousand of them; the others are
-        frozen already.
+        PEFT's own looks at every adapter of a layer: half a second with a thousand of them. The others are frozen already.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         deltas = self.deltas
@@ -125,8 +124,7 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def stacked_scales(self, adapter_names: list[str]) -> torch.Tensor:
-        """The scales of several adapters `[n, out, groups(, bits)]`, for inference; the base's for those that the layer
-        lacks."""
+        """The scales of several adapters `[n, out, groups(, bits)]`, for inference; the base's where the layer lacks one."""
         deltas = self.deltas
         held = {name: deltas[name] for name in adapter_names if name in deltas}
         if len({(self.parametrization[name], delta.shape) for name, delta in held.items()}) != 1:
@@ -169,8 +167,7 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
         return ratio.log()
 
     def combined_scale(self, adapter_names: list[str]) -> Optional[torch.Tensor]:
-        """The scale of several adapters: what each adds to the base's is summed. None if the layer has none of
-        them."""
+        """The scale of several adapters, each one's change of the base's summed; None if the layer has none of them."""
         names = [name for name in adapter_names if name in self.deltas]
         if not names:
             return None
@@ -226,8 +223,11 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
         mixture: Optional[Mixture] = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """`[..., in] -> [..., out]`; `adapter_names` gives each sample of the batch its own adapter (inference), and
-        so does `mixture`, which all layers share."""
+        """`[..., in] -> [..., out]`.
+
+        `adapter_names` gives each sample of the batch its own adapter (inference), and so does `mixture`, which all
+        layers share.
+        """
         if adapter_names is not None:
             mixture = Mixture(adapter_names)
         if mixture is not None:

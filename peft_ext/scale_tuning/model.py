@@ -47,8 +47,7 @@ class ScaleTuningModel(BaseTuner):
             # past the hooks that check fingerprints and turn scales into deltas: the adapter would silently have no effect
             raise ValueError(
                 f"{peft_config.peft_type.value} adapters are loaded by PEFT: use PeftModel.from_pretrained(model, folder) (or "
-                "AutoPeftModelForCausalLM), not transformers' load_adapter. To inject layers by hand, pass a config "
-                "with "
+                "AutoPeftModelForCausalLM), not transformers' load_adapter. To inject layers by hand, pass a config with "
                 "inference_mode=False, then call set_peft_model_state_dict."
             )
         super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
@@ -73,8 +72,7 @@ class ScaleTuningModel(BaseTuner):
         if fresh and any(isinstance(module, ScaleTuningLinear) for module in model.modules()):
             warnings.warn(
                 f"The new adapter quantises {len(fresh)} layers that were float so far, such as {fresh[0]!r}. All "
-                f"adapters "
-                "share one packed base, so the outputs of the others change too.",
+                "adapters share one packed base, so the outputs of the others change too.",
                 stacklevel=2,
             )
 

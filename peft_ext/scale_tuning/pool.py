@@ -1,6 +1,5 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""Thousands of adapters on one packed base, for serving: each a flat tensor of scales beside the model, switched by a
-copy."""
+"""Thousands of adapters on one packed base, for serving: flat tensors of scales beside the model, switched by a copy."""
 
 from __future__ import annotations
 

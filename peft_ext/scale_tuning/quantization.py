@@ -55,10 +55,10 @@ def pack_layer(
 
 
 def free_weight(module: nn.Module, model: nn.Module) -> None:
-    """Let go of the float weight of a layer that a packed one has replaced: PEFT, or a hook, holds the layer until the
-    last one is packed.
+    """Let go of the float weight of a layer that a packed one has replaced.
 
-    A layer that the model has under another name too keeps its weight, and so does a module that a weight is tied to.
+    PEFT, or a hook, holds the layer until the last one is packed. A layer that the model has under another name too
+    keeps its weight, and so does a module that a weight is tied to.
     """
     if isinstance(module, (nn.Linear, Conv1D)) and not any(other is module for other in model.modules()):
         module.weight = None
