@@ -42,7 +42,7 @@ from benchmarks.common import (
 )
 from benchmarks.tuning import tiny_llama
 from peft_ext import AdapterPool, PeqaConfig
-from peft_ext.models import DEFAULT_MODEL, load_model
+from peft_ext.models import DEFAULT_MODEL, load
 
 
 PEQA, LORA = "PEQA, 4 bits, per channel", "LoRA, r = 8, all linear layers"
@@ -214,7 +214,7 @@ def over_one(seconds: dict[str, list[float]], count: str) -> float:
 
 
 def _base(args: argparse.Namespace) -> nn.Module:
-    return tiny_llama() if args.smoke else load_model(args.model, dtype=torch.float32)
+    return tiny_llama() if args.smoke else load(args.model, dtype=torch.float32)
 
 
 def loading_table(found: dict[str, dict[str, Any]], adapters: int) -> str:

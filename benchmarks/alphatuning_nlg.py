@@ -37,7 +37,7 @@ from benchmarks.fast_linear import fast_linear
 from benchmarks.nlg_metrics import METEOR_NOTE, nlg_metrics
 from benchmarks.tuning import SMOKE_VOCAB, Restart, tiny_llama, train, trainable
 from peft_ext import AlphaTuningConfig, PeqaConfig, calibrate
-from peft_ext.models import DEFAULT_MODEL, load_model, load_tokenizer
+from peft_ext.models import DEFAULT_MODEL, load, load_tokenizer
 
 
 FULL, LORA, ALPHA, ALL_ALPHAS, PEQA = (
@@ -123,7 +123,7 @@ class Study:
         self.args, self.budget = args, budget
         self.results = Results(args.output, args.seed)
         self.tokenizer = _SmokeTokenizer() if args.smoke else load_tokenizer(args.model)
-        self.float_model = tiny_llama() if args.smoke else load_model(args.model, dtype=torch.float32)
+        self.float_model = tiny_llama() if args.smoke else load(args.model, dtype=torch.float32)
         self.base: tuple[Any, Optional[nn.Module]] = (None, None)  # the last calibrated one
         names = ("smoke",) if args.smoke else tuple(args.data)
         self.data = {name: _smoke_data() if args.smoke else self.load(name) for name in names}

@@ -39,7 +39,7 @@ from benchmarks.common import (
 )
 from benchmarks.tuning import tiny_llama
 from peft_ext import AlphaTuningConfig
-from peft_ext.models import DEFAULT_MODEL, load_model
+from peft_ext.models import DEFAULT_MODEL, load
 from peft_ext.quant.conversion import packed_layers
 
 
@@ -183,7 +183,7 @@ def loading(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("float", "packed"):
-            model = tiny_llama() if args.smoke else load_model(args.model, dtype=torch.float32)
+            model = tiny_llama() if args.smoke else load(args.model, dtype=torch.float32)
             if kind == "packed":
                 model = get_peft_model(model, AlphaTuningConfig(bits=3, init_method="greedy")).unload()
             model.save_pretrained(Path(folder, kind))

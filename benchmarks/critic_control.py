@@ -29,7 +29,7 @@ from benchmarks.critic_tasks import TASKS, Task, TaskData
 from benchmarks.critic_training import SEPARATE, UNSEEN, WEIGHTED, Critics
 from benchmarks.text_quality import continuation_perplexity, distinct, repetition
 from generation_ext.critic import CriticLogitsProcessor
-from peft_ext.models import DEFAULT_MODEL, load_model, load_tokenizer
+from peft_ext.models import DEFAULT_MODEL, load, load_tokenizer
 
 
 FROZEN, PROMPT, BEST, ACTION, RLOO = (
@@ -109,8 +109,8 @@ class Study:
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.model = load_model(args.model, dtype=torch.bfloat16)
-        self.judge_model = load_model(args.judge_model or args.model, dtype=torch.float32)
+        self.model = load(args.model, dtype=torch.bfloat16)
+        self.judge_model = load(args.judge_model or args.model, dtype=torch.float32)
         self.work = Path(args.work_dir) / task.name
         self.critics = Critics(
             task, self.model, self.tokenizer, self.budget, args.head, self.work, args.seed, args.smoke

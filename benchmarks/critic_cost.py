@@ -24,7 +24,7 @@ from benchmarks.common import RESULTS, Results, describe, log, markdown_table, v
 from benchmarks.tuning import tiny_llama
 from generation_ext.critic import Critic, CriticLogitsProcessor, critic_generate
 from generation_ext.critic.value import backbone
-from peft_ext.models import DEFAULT_MODEL, load_model
+from peft_ext.models import DEFAULT_MODEL, load
 
 
 PLAIN, EXACT, CUSTOM, ACTION, REENCODING = (
@@ -62,7 +62,7 @@ class Reencoding(LogitsProcessor):
 
 def measure(args: argparse.Namespace, batch: int) -> dict[str, list[float]]:
     """Seconds per token of every round, by contender."""
-    model = tiny_llama() if args.smoke else load_model(args.model, dtype=torch.bfloat16)
+    model = tiny_llama() if args.smoke else load(args.model, dtype=torch.bfloat16)
     critic = _critic(model)
     ids = torch.randint(3, model.config.vocab_size, (batch, args.prompt_tokens))
     long = torch.randint(3, model.config.vocab_size, (batch, args.long_tokens - args.new_tokens // 8))

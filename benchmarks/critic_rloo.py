@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import RLOOConfig, RLOOTrainer
 
 from benchmarks.critic_tasks import Task
-from peft_ext.models import load_model
+from peft_ext.models import load
 
 
 GENERATIONS = 4
@@ -28,12 +28,12 @@ def tuned_by_rloo(
     args: argparse.Namespace, task: Task, tokenizer: PreTrainedTokenizerBase, budget: Any, folder: Path
 ) -> nn.Module:
     """A model of its own with a LoRA, tuned once and kept in `folder`."""
-    model = load_model(args.model, dtype=torch.bfloat16)  # the LoRA itself is float32
+    model = load(args.model, dtype=torch.bfloat16)  # the LoRA itself is float32
     if not (folder / "adapter_config.json").is_file():
         trainer = _trainer(args, task, model, tokenizer, budget, folder)
         trainer.train()
         trainer.save_model(str(folder))
-        model = load_model(args.model, dtype=torch.bfloat16)
+        model = load(args.model, dtype=torch.bfloat16)
     return PeftModel.from_pretrained(model, folder).eval()
 
 

@@ -45,7 +45,7 @@ from benchmarks.tuning import tiny_llama
 from peft_ext import PeqaConfig
 from peft_ext.checkpoint.gguf import export_gguf
 from peft_ext.checkpoint.saving import make_saveable
-from peft_ext.models import DEFAULT_MODEL, load_model, load_tokenizer
+from peft_ext.models import DEFAULT_MODEL, load, load_tokenizer
 from peft_ext.quant.kernel import KERNEL_VARIABLE
 from peft_ext.text import PYTHON_DOCS, load_text
 
@@ -114,7 +114,7 @@ def _build(model: str) -> PreTrainedModel:
     if model == SMOKE:
         return tiny_llama(seed=0).bfloat16()
     if model != ONE_BILLION:
-        return load_model(model).bfloat16()
+        return load(model).bfloat16()
     config = LlamaConfig(
         vocab_size=len(load_tokenizer(DEFAULT_MODEL)),
         hidden_size=2048,

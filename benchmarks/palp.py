@@ -29,7 +29,7 @@ from benchmarks.in_context import default_data_dir
 from benchmarks.palp_data import PLAIN, SETS, Remembering, Split
 from generation_ext.in_context import LabelScorer
 from generation_ext.probing import FeatureExtractor, PALPClassifier
-from peft_ext.models import DEFAULT_MODEL, load_model, load_tokenizer
+from peft_ext.models import DEFAULT_MODEL, load, load_tokenizer
 
 
 SEEDS = (13, 27, 250, 583, 915)  # the paper's
@@ -102,7 +102,7 @@ class Study:
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.model = load_model(args.model, dtype=torch.bfloat16)
+        self.model = load(args.model, dtype=torch.bfloat16)
         options: dict[str, Any] = {"overflow": "truncate_start", "max_length": args.max_length}
         self.features = Remembering(FeatureExtractor(self.model, self.tokenizer, **options))
         self.encoder: Optional[Remembering] = None
@@ -190,7 +190,7 @@ class Study:
 
         split = self.split(row.name)
         task = split.task
-        model = load_model(self.args.model, dtype=torch.bfloat16)
+        model = load(self.args.model, dtype=torch.bfloat16)
         backbone: Any = model.get_decoder()
         training = [task.text(text) for text in texts], labels
         test = [task.text(text) for text in split.test[0]], split.test[1]

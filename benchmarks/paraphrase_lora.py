@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments, set_seed
 
 from generation_ext.granularity import GranularityConfig, convert_to_granularity_attention
-from peft_ext.models import DEFAULT_MODEL, load_model, load_tokenizer
+from peft_ext.models import DEFAULT_MODEL, load, load_tokenizer
 
 
 LORA, GA_LORA = "SmolLM2 + LoRA", "SmolLM2 + GA + LoRA"
@@ -59,7 +59,7 @@ def lora_paraphrases(
     tokenizer = load_tokenizer(budget.model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    base: Any = load_model(budget.model, dtype=getattr(torch, budget.dtype))
+    base: Any = load(budget.model, dtype=getattr(torch, budget.dtype))
     heads = []
     if mode == GA_LORA:
         config = GranularityConfig(budget.granularity, max_length=2 * MOST_TOKENS, link="rectified", initial=0.0)

@@ -29,7 +29,7 @@ from transformers import LlamaForCausalLM
 from benchmarks.common import RESULTS, Results, describe, log, markdown_table
 from benchmarks.tuning import Restart, byte_blocks, causal_batches, sample_blocks, tiny_llama, train
 from peft_ext import PeqaConfig, calibrate
-from peft_ext.models import DEFAULT_MODEL, load_model, load_tokenizer
+from peft_ext.models import DEFAULT_MODEL, load, load_tokenizer
 from peft_ext.perplexity import perplexity
 from peft_ext.scale_tuning.config import PARAMETRIZATIONS
 from peft_ext.text import PYTHON_DOCS, load_text, token_blocks
@@ -76,7 +76,7 @@ def real(args: argparse.Namespace) -> Subject:
     blocks = sample_blocks(blocks, len(blocks), args.seed)
     count = 2 * args.steps
     return Subject(
-        load_model(args.model, dtype=torch.float32),
+        load(args.model, dtype=torch.float32),
         sample_blocks(blocks[CALIBRATION_BLOCKS:], count, args.seed),
         held_out[:16],
         blocks[:CALIBRATION_BLOCKS],

@@ -34,7 +34,7 @@ from benchmarks.common import RESULTS, ROOT, Results, describe, log, markdown_ta
 from benchmarks.fast_linear import fast_linear
 from benchmarks.tuning import Restart, byte_blocks, causal_batches, sample_blocks, tiny_llama, train, trainable
 from peft_ext import PeqaConfig
-from peft_ext.models import DEFAULT_MODEL, load_model, load_tokenizer
+from peft_ext.models import DEFAULT_MODEL, load, load_tokenizer
 from peft_ext.perplexity import perplexity
 from peft_ext.text import PYTHON_DOCS, load_text, token_blocks
 
@@ -148,7 +148,7 @@ class Study:
         self.args, self.budget = args, budget
         self.results = Results(args.output, args.seed)
         self.work = args.output.with_suffix(".work")
-        self.float_model = tiny_llama() if args.smoke else load_model(args.model, dtype=torch.float32)
+        self.float_model = tiny_llama() if args.smoke else load(args.model, dtype=torch.float32)
         self.data = _smoke_data(budget) if args.smoke else load_data(args, budget)
         self.current: tuple[Optional[tuple], Optional[nn.Module]] = (None, None)
         self.methods: dict[str, Callable[[Row], nn.Module]] = {

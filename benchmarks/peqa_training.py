@@ -48,7 +48,7 @@ from benchmarks.common import (
 )
 from benchmarks.tuning import tiny_llama, trainable
 from peft_ext import AlphaTuningConfig, PeqaConfig
-from peft_ext.models import DEFAULT_MODEL, load_model
+from peft_ext.models import DEFAULT_MODEL, load
 from peft_ext.quant.kernel import KERNEL_VARIABLE
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.scale_tuning.config import ScaleTuningConfig
@@ -127,7 +127,7 @@ def build(model: str, method: Method, dtype: torch.dtype) -> nn.Module:
     if model == BILLION:
         base = billion(dtype, config)
     else:
-        base = (tiny_llama() if model == TINY else load_model(model, dtype=dtype)).to(dtype)
+        base = (tiny_llama() if model == TINY else load(model, dtype=dtype)).to(dtype)
     if method.kind == FULL:
         return base.requires_grad_(True)
     if method.kind == LORA:

@@ -29,7 +29,7 @@ from benchmarks.fast_linear import fast_linear
 from benchmarks.peqa_quality import default_data_dir, find_split
 from benchmarks.tuning import byte_blocks, sample_blocks, tiny_llama
 from peft_ext import AlphaTuningConfig, PeqaConfig
-from peft_ext.models import DEFAULT_MODEL, load_model, load_tokenizer
+from peft_ext.models import DEFAULT_MODEL, load, load_tokenizer
 from peft_ext.perplexity import perplexity
 from peft_ext.quant.conversion import packed_layers
 from peft_ext.text import PYTHON_DOCS, load_text, token_blocks
@@ -192,7 +192,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     float_key = settings(args, Row("float", "none", 32))
     if missing or results.find(float_key) is None:
         calibration, blocks = load_blocks(args)
-        float_model = tiny_llama() if args.smoke else load_model(args.model, dtype=torch.float32)
+        float_model = tiny_llama() if args.smoke else load(args.model, dtype=torch.float32)
         with fast_linear():
             if results.find(float_key) is None:
                 results.add(float_key, {"perplexity": perplexity(float_model, blocks)})

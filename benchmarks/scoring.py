@@ -47,7 +47,7 @@ from benchmarks.in_context import (
     task_named,
 )
 from generation_ext.in_context import LabelScorer, Task
-from peft_ext.models import DEFAULT_MODEL, load_model, load_tokenizer
+from peft_ext.models import DEFAULT_MODEL, load, load_tokenizer
 
 
 OURS, NAIVE = "shared prefix", "naive loop"
@@ -91,7 +91,7 @@ class Study:
         if args.smoke:
             self.model, self.tokenizer = smoke_model()
         else:
-            self.model, self.tokenizer = load_model(args.model, dtype=torch.float32), load_tokenizer(args.model)
+            self.model, self.tokenizer = load(args.model, dtype=torch.float32), load_tokenizer(args.model)
 
     def settings(self, **more: Any) -> dict[str, Any]:
         """Everything that a row's result depends on."""

@@ -41,7 +41,7 @@ from benchmarks.in_context import (
     task_named,
 )
 from generation_ext.in_context import LabelScorer, SelfGeneratedICL, Task
-from peft_ext.models import DEFAULT_MODEL, load_model, load_tokenizer
+from peft_ext.models import DEFAULT_MODEL, load, load_tokenizer
 
 
 SEEDS = (13, 21, 42, 87, 100)  # the paper's
@@ -314,7 +314,7 @@ def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
         if torch.cuda.is_available():
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to("cuda")
             return model.eval(), load_tokenizer(name)
-    return load_model(name, dtype=dtype), load_tokenizer(name)
+    return load(name, dtype=dtype), load_tokenizer(name)
 
 
 def parse(argv: Optional[Sequence[str]]) -> tuple[argparse.Namespace, Budget]:

@@ -6,7 +6,29 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Optional
+
+
+@dataclass
+class ModelArguments:
+    """Which language model."""
+
+    model: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "Hub id, folder, .gguf file, adapter or run of peft-ext tune; by default SmolLM2-135M-Instruct."
+        },
+    )
+    adapter: Optional[str] = field(default=None, metadata={"help": "Folder of a PEFT adapter for it."})
+    dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16."})
+
+    def load(self, kind: str = "causal") -> tuple[Any, Any]:
+        """The model in eval mode, and its tokenizer; see `peft_ext.models.load`."""
+        from peft_ext import models
+
+        model = models.load(self.model, adapter=self.adapter, kind=kind, dtype=self.dtype)
+        return model, models.load_tokenizer(self.model)
 
 
 def run_command(program: str, package: str, commands: Mapping[str, str], argv: Sequence[str]) -> int:

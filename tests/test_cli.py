@@ -68,7 +68,7 @@ def test_started_again_a_finished_run_prints_its_table(finished, capsys):
 
 def test_other_arguments_do_not_overwrite_a_run(finished, flags, capsys):
     assert main(["tune", *flags, "--output_dir", str(finished), "--bits", "2"]) == 2
-    assert "is not empty and not a run with these arguments" in capsys.readouterr().err
+    assert "holds a run with other settings" in capsys.readouterr().err
 
 
 def test_eval_and_generate(finished, tmp_path, capsys):

@@ -8,7 +8,7 @@ import importlib.metadata
 import pytest
 import torch
 
-from peft_ext.models import DEFAULT_MODEL, ModelSource, load_config, load_model, load_tokenizer, resolve_model
+from peft_ext.models import DEFAULT_MODEL, ModelSource, load, load_config, load_tokenizer, resolve_model
 from tests.tiny_tokenizer import save_tiny_model
 
 
@@ -17,7 +17,7 @@ def test_local_folder(tmp_path):
     assert resolve_model(str(tmp_path)) == ModelSource(str(tmp_path))
     tokenizer = load_tokenizer(str(tmp_path))
     assert tokenizer.pad_token == tokenizer.eos_token
-    assert load_model(str(tmp_path), dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert load(str(tmp_path), dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_local_gguf(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Optional
 
 from peft_ext.command_line import parse
-from peft_ext.commands.run_folder import ModelArguments, held_out_of, load_tuned
+from peft_ext.commands.run_folder import TunedModelArguments, held_out_of
 from peft_ext.files import check_writable, write_json
 from peft_ext.models import load_tokenizer
 from peft_ext.perplexity import perplexity
@@ -18,7 +18,7 @@ from peft_ext.text import load_text, token_blocks
 
 
 @dataclass
-class EvalArguments(ModelArguments):
+class EvalArguments(TunedModelArguments):
     """Arguments of `peft-ext eval`."""
 
     data: str = field(
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
     if args.run is None:
         tokenizer = load_tokenizer(args.model)
         token_blocks(tokenizer, texts, args.block_size)  # a text that is too short fails before the model is loaded
-    model, tokenizer = load_tuned(args)
+    model, tokenizer = args.load()
     blocks = token_blocks(tokenizer, texts, args.block_size, name="text")[: args.blocks]
     value = perplexity(model, blocks, batch_size=args.batch_size, progressbar=True)
     result = {

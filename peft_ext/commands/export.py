@@ -15,8 +15,9 @@ from peft_ext.checkpoint.pack_quantized import vllm_notice
 from peft_ext.checkpoint.saving import make_saveable, take_over
 from peft_ext.command_line import parse
 from peft_ext.commands.packed_base import mebibytes
-from peft_ext.commands.run_folder import load_with_adapter, locate, new_folder
+from peft_ext.commands.run_folder import new_folder
 from peft_ext.files import written_whole
+from peft_ext.models import load, load_tokenizer
 from peft_ext.quant.conversion import dequantize_layers, packed_layers
 
 
@@ -62,8 +63,7 @@ def main(argv: Sequence[str]) -> None:
     (args,) = parse(argv, ExportArguments, positional="model")
     _check(args)
     folder = new_folder(args.output_dir)
-    base, adapter = locate(args.model, args.adapter)
-    model, tokenizer = load_with_adapter(base, adapter)
+    model, tokenizer = load(args.model, adapter=args.adapter), load_tokenizer(args.model)
     model = merged(model, args.model)
     if args.to in ("compressed-tensors", "bcq"):
         make_saveable(model, TARGETS[args.to], args.container_bits)

@@ -11,11 +11,11 @@ from typing import Optional
 import torch
 
 from peft_ext.command_line import parse
-from peft_ext.commands.run_folder import ModelArguments, load_tuned
+from peft_ext.commands.run_folder import TunedModelArguments
 
 
 @dataclass
-class GenerateArguments(ModelArguments):
+class GenerateArguments(TunedModelArguments):
     """Arguments of `peft-ext generate`."""
 
     prompt: list[str] = field(
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
     prompts = args.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts or not all(prompts):
         raise ValueError("no prompt, or an empty one: pass --prompt TEXT, or lines on the standard input.")
-    model, tokenizer = load_tuned(args)
+    model, tokenizer = args.load()
     tokenizer.padding_side = "left"
     if args.seed is not None:
         torch.manual_seed(args.seed)

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_ext.checkpoint.saving import make_saveable
 from peft_ext.files import written_whole
-from peft_ext.models import DEFAULT_MODEL, load_model, load_tokenizer
+from peft_ext.models import DEFAULT_MODEL, load, load_tokenizer
 from peft_ext.perplexity import perplexity
 from peft_ext.quant.conversion import packed_layers
 from peft_ext.quant.formats import CALIBRATED
@@ -77,7 +77,7 @@ def load_checked(
     args: PackedBaseArguments, config: ScaleTuningConfig, checkpoint_format: Optional[str] = None
 ) -> PreTrainedModel:
     """The model, once it is known that every layer can be packed, and stored in the format where one is asked for."""
-    model = load_model(args.model)
+    model = load(args.model)
     every_layer = copy.copy(config)
     every_layer.target_modules = "all-linear"
     targets = check_targets(every_layer, model)

@@ -8,7 +8,6 @@ its table.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,10 +15,8 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-import yaml
 from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from peft_ext import AlphaTuningConfig, PeqaConfig
 from peft_ext.command_line import parse
@@ -33,9 +30,10 @@ from peft_ext.commands.packed_base import (
     number,
     write_base,
 )
-from peft_ext.files import check_folder_writable, sweep, write_json, written_whole
-from peft_ext.models import load_model
+from peft_ext.files import write_json, written_whole
+from peft_ext.models import load
 from peft_ext.perplexity import perplexity
+from peft_ext.runs import RunFolder, last_checkpoint, read_settings
 from peft_ext.scale_tuning.config import ScaleTuningConfig
 
 
@@ -88,16 +86,18 @@ def main(argv: Sequence[str]) -> None:
     config = _config(args)
     # of several processes, the others look at the run folder once the first has written the base
     with training.main_process_first(desc="quantising the base"):
-        run = _check_output(args, training)
-        if (run / "metrics.json").is_file():
+        run_folder = RunFolder(training.output_dir)
+        run, settings = run_folder.folder, _arguments(args, training)
+        finished = run_folder.check(settings)
+        if finished is not None:
             print(f"{run} is finished already; its figures:")
-            print(table(_read_json(run / "metrics.json")))
+            print(table(finished))
             return
         train_blocks, held_out = load_blocks(args, training.seed)
-        before = _quantize(args, training, config, run, train_blocks, held_out)
+        before = _quantize(args, config, run_folder, settings, train_blocks, held_out)
     trainer = _train(config, training, run, train_blocks)
     if trainer.is_world_process_zero():
-        metrics = _finish(trainer, args, run, held_out, before)
+        metrics = _finish(trainer, args, run_folder, held_out, before)
         print(table(metrics))
         print(f"\nThe run is in {run}. Next: peft-ext generate {run} --prompt '...'")
 
@@ -130,65 +130,40 @@ def table(metrics: dict[str, Any]) -> str:
     return aligned(rows)
 
 
-def _check_output(args: TuneArguments, training: TuneTrainingArguments) -> Path:
-    """The run folder: new, empty, or of a run with the same arguments.
-
-    Raises:
-        ValueError, OSError: If it is something else, or can't be written.
-    """
-    run = Path(str(training.output_dir)).expanduser().resolve()
-    arguments = _arguments(args, training)
-    if run.exists() and not run.is_dir():
-        raise FileExistsError(f"output_dir={str(run)!r} is a file; pass a folder.")
-    if run.is_dir() and any(run.iterdir()):
-        config_file = run / "config.yaml"
-        if not config_file.is_file() or yaml.safe_load(config_file.read_text(encoding="utf-8")) != arguments:
-            raise FileExistsError(
-                f"output_dir={str(run)!r} is not empty and not a run with these arguments; pass another folder, or the "
-                "same arguments to continue that run."
-            )
-        sweep(run)
-        return run
-    check_folder_writable(run, "output_dir")
-    return run
-
-
 def _quantize(
     args: TuneArguments,
-    training: TuneTrainingArguments,
     config: ScaleTuningConfig,
-    run: Path,
+    run_folder: RunFolder,
+    settings: dict[str, Any],
     train_blocks: torch.Tensor,
     held_out: torch.Tensor,
 ) -> dict[str, Any]:
     """Write the packed base, unless it is there already; returns what was measured before tuning."""
-    if (run / "before.json").is_file():
-        return _read_json(run / "before.json")
-    model = load_checked(args, config)
-    run.mkdir(parents=True, exist_ok=True)
-    with written_whole(run / "config.yaml") as path:
-        path.write_text(yaml.safe_dump(_arguments(args, training)), encoding="utf-8")
-    measured = write_base(model, args, config, run / "base", train_blocks, held_out)
-    write_json(run / "before.json", measured)
+    measured = read_settings(run_folder.path("before.json"))
+    if measured is None:
+        model = load_checked(args, config)
+        run_folder.start(settings)
+        measured = write_base(model, args, config, run_folder.path("base"), train_blocks, held_out)
+        write_json(run_folder.path("before.json"), measured)
     return measured
 
 
 def _train(config: ScaleTuningConfig, training: TuneTrainingArguments, run: Path, blocks: torch.Tensor) -> Trainer:
     """Tune the packed base with transformers' Trainer, from the last checkpoint if there is one."""
-    base = load_model(str(run / "base"))
+    base = load(str(run / "base"))
     model = get_peft_model(base, config)
     checkpoints = run / "checkpoints"
     training.output_dir = str(checkpoints)
     trainer = Trainer(model=model, args=training, train_dataset=[{"input_ids": b, "labels": b} for b in blocks])
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
     return trainer
 
 
 def _finish(
-    trainer: Trainer, args: TuneArguments, run: Path, held_out: torch.Tensor, before: dict[str, Any]
+    trainer: Trainer, args: TuneArguments, run_folder: RunFolder, held_out: torch.Tensor, before: dict[str, Any]
 ) -> dict[str, Any]:
     """Measure, and write what makes the run complete: adapter, loss curve, and last the metrics."""
+    run = run_folder.folder
     model = trainer.accelerator.unwrap_model(trainer.model)
     tuned = perplexity(model, held_out, progressbar=True)
     with written_whole(run / "adapter") as folder:
@@ -214,7 +189,7 @@ def _finish(
         "losses": history,
         "seconds": {**before["seconds"], "train": runtime},
     }
-    write_json(run / "metrics.json", metrics)
+    run_folder.finish(metrics)
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return metrics
 
@@ -251,7 +226,3 @@ def _arguments(args: TuneArguments, training: TuneTrainingArguments) -> dict[str
     values = {name: getattr(training, name) for name in names}
     plain = {name: getattr(value, "value", value) for name, value in values.items()}
     return {**asdict(args), **plain}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -23,7 +23,7 @@ from peft_ext.checkpoint.gguf import export_gguf
 from peft_ext.checkpoint.gguf_blocks import block_type, to_blocks
 from peft_ext.checkpoint.gguf_tokenizer import recognize
 from peft_ext.checkpoint.saving import make_saveable
-from peft_ext.models import load_model
+from peft_ext.models import load
 from peft_ext.quant.conversion import dequantize_layers, packed_layers
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.uniform import Quantized
@@ -299,7 +299,7 @@ def test_a_packed_base_from_disk_keeps_its_codes(sym, tmp_path):
     model = packed_model("llama", tokenizer, PeqaConfig(bits=4, sym=sym))
     model.save_pretrained(tmp_path / "base")
     expected = export_gguf(model, tokenizer, tmp_path / "expected.gguf")
-    loaded = load_model(str(tmp_path / "base"))
+    loaded = load(str(tmp_path / "base"))
     before = logits(loaded)
     path = export_gguf(loaded, tokenizer, tmp_path / "model.gguf")
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_ext import PeqaConfig, load_gptq
 from peft_ext.checkpoint.files import TensorHeader
 from peft_ext.checkpoint.gptq import PackedGptqConfig, _GptqLayer, gptq_config
-from peft_ext.models import load_model
+from peft_ext.models import load
 from peft_ext.quant.conversion import packed_layers
 from tests.cases import assert_same, train
 from tests.checkpoint.gptq_files import gptq_layer, save_gptq
@@ -270,9 +270,9 @@ def test_layers_of_other_widths(tmp_path):
 
 def test_the_command_line_takes_it(tmp_path):
     made = Made(tmp_path)
-    made.check(load_model(str(tmp_path)))
+    made.check(load(str(tmp_path)))
     save_tiny("llama", tmp_path / "float")
-    assert gptq_config(str(tmp_path / "float")) is None and not packed_layers(load_model(str(tmp_path / "float")))
+    assert gptq_config(str(tmp_path / "float")) is None and not packed_layers(load(str(tmp_path / "float")))
 
 
 def test_groups_ordered_by_activation_are_refused(tmp_path):

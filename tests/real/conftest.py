@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from peft_ext.models import load_model, load_tokenizer
+from peft_ext.models import load, load_tokenizer
 from peft_ext.text import PYTHON_DOCS, load_text, token_blocks
 
 
@@ -33,7 +33,7 @@ def tokenizer() -> Any:
 @pytest.fixture(scope="session")
 def smollm2(tokenizer) -> Callable[[], PreTrainedModel]:
     """Each call gives a fresh copy, in float32."""
-    model = load_model(dtype=torch.float32)
+    model = load(dtype=torch.float32)
     return lambda: copy.deepcopy(model)
 
 

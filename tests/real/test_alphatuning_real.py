@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from peft_ext import AlphaTuningConfig, calibrate
-from peft_ext.models import load_model
+from peft_ext.models import load
 from peft_ext.perplexity import perplexity
 from tests.cases import assert_same
 
@@ -55,7 +55,7 @@ def test_calibrate_tune_save_and_load(smollm2, blocks, tmp_path):
     with torch.no_grad():
         expected = model(input_ids=held_out[:1]).logits
     model.unload().save_pretrained(tmp_path / "base")
-    base = load_model(str(tmp_path / "base"), dtype=torch.float32)
+    base = load(str(tmp_path / "base"), dtype=torch.float32)
     restored = PeftModel.from_pretrained(base, tmp_path / "adapter")
     with torch.no_grad():
         assert_same(restored(input_ids=held_out[:1]).logits, expected, tolerance=1e-4)

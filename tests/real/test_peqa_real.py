@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from peft_ext import PeqaConfig, calibrate
-from peft_ext.models import load_model
+from peft_ext.models import load
 from peft_ext.perplexity import perplexity
 from peft_ext.quant.linear import PackedLinear
 from tests.cases import adapter_parameters, assert_same
@@ -137,9 +137,7 @@ def test_the_packed_checkpoint_is_small(run):
 
 
 def test_base_and_adapter_from_disk(run):
-    model = PeftModel.from_pretrained(
-        load_model(str(run.folder / "base"), dtype=torch.float32), run.folder / "adapter"
-    )
+    model = PeftModel.from_pretrained(load(str(run.folder / "base"), dtype=torch.float32), run.folder / "adapter")
     with torch.no_grad():
         assert_same(model(input_ids=run.prompt).logits, run.adapter_logits, tolerance=1e-4)
         with model.disable_adapter():
