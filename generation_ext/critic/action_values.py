@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from generation_ext.critic.candidates import branch
 from generation_ext.critic.losses import value_loss
 from generation_ext.critic.processor import CriticLogitsProcessor
 from generation_ext.critic.rollouts import Rollout, decoder_start, device_of, evaluating, frozen, padded
 from generation_ext.critic.value import Critic
+from generation_ext.shared_prefix.candidates import branch
 
 
 class Tried(NamedTuple):

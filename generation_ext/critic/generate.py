@@ -14,9 +14,9 @@ from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput, logits_process
 
-from generation_ext.critic.candidates import Branches, Prefix, Room, branch, unwatched
 from generation_ext.critic.processor import CriticLogitsProcessor
 from generation_ext.critic.value import Critic, backbone
+from generation_ext.shared_prefix.candidates import Branches, Prefix, Room, branch, unwatched
 from peft_ext.language_model import CACHE_NAMES
 
 

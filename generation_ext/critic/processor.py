@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers import LogitsProcessor
 
-from generation_ext.critic.candidates import Backbone, Branches, Prefix, branch
-from generation_ext.critic.prefix import Encoder, Watcher
 from generation_ext.critic.value import Critic
+from generation_ext.shared_prefix.candidates import Backbone, Branches, Prefix, branch
+from generation_ext.shared_prefix.encoded_text import Encoder, Watcher
 from peft_ext.language_model import backbone
 
 

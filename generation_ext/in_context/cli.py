@@ -22,9 +22,9 @@ import numpy as np
 
 from generation_ext.data_files import columns_of, fields_of, read_rows
 from generation_ext.in_context.overflow import DROP, OVERFLOW
-from generation_ext.in_context.prompts import TASKS, Task
 from generation_ext.in_context.scoring import Demonstration, LabelScorer, LabelScores
 from generation_ext.in_context.self_generated import SelfGeneratedICL
+from generation_ext.prompts import TASKS, Task
 from peft_ext.files import check_writable, written_whole
 
 

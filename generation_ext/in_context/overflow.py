@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Optional
 
-from generation_ext.in_context.encoding import TextEncoder
-from generation_ext.in_context.prompts import Example, Task
+from generation_ext.prompts import Example, Task
+from generation_ext.shared_prefix.encoding import TextEncoder
 
 
 ERROR, DROP, TRUNCATE, BOTH = OVERFLOW = ("error", "drop_demonstrations", "truncate_input", "drop_then_truncate")

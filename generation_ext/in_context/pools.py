@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
 
-from generation_ext.in_context.prompts import Example, Task
+from generation_ext.prompts import Example, Task
 from peft_ext.files import append_lines
 
 

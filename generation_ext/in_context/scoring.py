@@ -12,13 +12,13 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from generation_ext.in_context.batching import Batch, Planner, check_memory_limit, run_in_batches
-from generation_ext.in_context.encoding import TextEncoder, label_tokens
 from generation_ext.in_context.overflow import OVERFLOW, Fitted, fit
-from generation_ext.in_context.prefix_cache import EMPTY, common_prefix, encode_prefix, layout, read_logits
-from generation_ext.in_context.prompts import Example, Task
 from generation_ext.in_context.seq2seq import read_label_logits
-from generation_ext.in_context.token_tree import TokenTree
+from generation_ext.prompts import Example, Task
+from generation_ext.shared_prefix.batching import Batch, Planner, check_memory_limit, run_in_batches
+from generation_ext.shared_prefix.cache import EMPTY, common_prefix, encode_prefix, layout, read_logits
+from generation_ext.shared_prefix.encoding import TextEncoder, label_tokens
+from generation_ext.shared_prefix.token_tree import TokenTree
 from peft_ext.language_model import ENCODER, ENCODER_DECODER, inference, language_model
 
 

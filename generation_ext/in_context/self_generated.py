@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from generation_ext.in_context.overflow import BOTH, DROP, TRUNCATE
 from generation_ext.in_context.pools import Pool, PoolFile, draw
-from generation_ext.in_context.prompts import Example, Task
-from generation_ext.in_context.sampling import Decoding, Sampler
 from generation_ext.in_context.scoring import Demonstration, LabelScorer, LabelScores
+from generation_ext.prompts import Example, Task
+from generation_ext.shared_prefix.sampling import Decoding, Sampler
 from peft_ext.language_model import ENCODER_DECODER
 
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from transformers.modeling_outputs import BaseModelOutput
 
-from generation_ext.in_context.encoding import LabelTokens
-from generation_ext.in_context.prefix_cache import NarrowedHead
-from generation_ext.in_context.token_tree import TokenTree, unfold
+from generation_ext.shared_prefix.cache import NarrowedHead
+from generation_ext.shared_prefix.encoding import LabelTokens
+from generation_ext.shared_prefix.token_tree import TokenTree, unfold
 from peft_ext.language_model import LanguageModel
 
 

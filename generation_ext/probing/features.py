@@ -14,9 +14,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from generation_ext.in_context.batching import Batch, Planner, check_memory_limit, run_in_batches
-from generation_ext.in_context.encoding import TextEncoder
-from generation_ext.in_context.prefix_cache import (
+from generation_ext.probing.feature_file import FeatureFile, digest
+from generation_ext.shared_prefix.batching import Batch, Planner, check_memory_limit, run_in_batches
+from generation_ext.shared_prefix.cache import (
     EMPTY,
     SharedPrefix,
     common_prefix,
@@ -24,8 +24,8 @@ from generation_ext.in_context.prefix_cache import (
     layout,
     run_backbone,
 )
-from generation_ext.in_context.token_tree import PackedRows, TokenTree, unfold
-from generation_ext.probing.feature_file import FeatureFile, digest
+from generation_ext.shared_prefix.encoding import TextEncoder
+from generation_ext.shared_prefix.token_tree import PackedRows, TokenTree, unfold
 from peft_ext.language_model import CAUSAL, inference, language_model
 
 

@@ -14,9 +14,9 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from generation_ext.in_context.prompts import Example, Task
 from generation_ext.probing.features import FeatureExtractor, digest
 from generation_ext.probing.heads import HEADS, Head
+from generation_ext.prompts import Example, Task
 
 
 try:

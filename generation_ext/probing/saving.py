@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from generation_ext.in_context.prompts import Task
 from generation_ext.probing.heads import HEADS
+from generation_ext.prompts import Task
 from peft_ext.files import written_whole
 from peft_ext.language_model import base_fingerprint
 

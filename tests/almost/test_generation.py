@@ -6,12 +6,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from generation_ext.in_context.sampling import Decoding, SeededSampling, draw_tokens, row_generator
+from generation_ext.shared_prefix import decoding
+from generation_ext.shared_prefix.decoding import Rows, can_share, prefix_of
+from generation_ext.shared_prefix.sampling import Decoding, SeededSampling, draw_tokens, row_generator
 from peft_ext.language_model import language_model
 from tests.generation_ext.text_models import CAUSAL, model, tokenizer, tokenizer_for
-from trl_ext.almost import shared_decoding
 from trl_ext.almost.generation import Request, TransformersBackend, VLLMBackend, tokens_of
-from trl_ext.almost.shared_decoding import Rows, can_share, prefix_of
 from trl_ext.almost.token_sampling import Sampling
 
 
@@ -72,7 +72,7 @@ def test_what_is_done_is_left_out_and_the_rest_is_the_same():
 @pytest.mark.parametrize("name", CAUSAL)
 @torch.no_grad()
 def test_logits_of_rows_that_come_and_go(name, monkeypatch):
-    monkeypatch.setattr(shared_decoding, "_BUFFER_STEP", 4)  # room is made anew on the way
+    monkeypatch.setattr(decoding, "_BUFFER_STEP", 4)  # room is made anew on the way
     lm = model(name)
     traits = language_model(lm)
     generator = torch.Generator().manual_seed(0)

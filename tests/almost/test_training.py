@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer
 
-from generation_ext.in_context.sampling import row_generator
+from generation_ext.shared_prefix.sampling import row_generator
 from peft_ext.language_model import inference
 from tests.almost.trained import ANSWER, FLAGS, WORSE, write_lines, write_run
 from tests.tiny_tokenizer import byte_tokenizer

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from generation_ext.in_context.prefix_cache import EMPTY, SharedPrefix, common_prefix
-from generation_ext.in_context.sampling import row_generator
+from generation_ext.shared_prefix.cache import EMPTY, SharedPrefix, common_prefix
+from generation_ext.shared_prefix.decoding import can_share, prefix_of
+from generation_ext.shared_prefix.sampling import row_generator
 from peft_ext.language_model import CAUSAL, inference, language_model
-from trl_ext.almost.shared_decoding import can_share, prefix_of
 from trl_ext.almost.token_sampling import STOP_STEPS, Sampling, sample_tokens
 
 

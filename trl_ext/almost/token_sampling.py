@@ -10,10 +10,10 @@ from typing import Optional
 import numpy as np
 import torch
 
-from generation_ext.in_context.prefix_cache import SharedPrefix
-from generation_ext.in_context.sampling import draw_tokens
+from generation_ext.shared_prefix.cache import SharedPrefix
+from generation_ext.shared_prefix.decoding import Rows
+from generation_ext.shared_prefix.sampling import draw_tokens
 from peft_ext.language_model import LanguageModel
-from trl_ext.almost.shared_decoding import Rows
 
 
 # A text is searched for what ends it every so many tokens.

@@ -14,9 +14,9 @@ from typing import Any, Optional
 import numpy as np
 
 from generation_ext.data_files import columns_of
-from generation_ext.in_context.prompts import Task
 from generation_ext.probing.commands.arguments import RUN, DataArguments, ModelArguments, labelled, load_model, parse
 from generation_ext.probing.palp import NONE, PALPClassifier
+from generation_ext.prompts import Task
 from peft_ext.files import check_folder_writable, written_whole
 
 

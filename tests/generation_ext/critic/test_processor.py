@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from generation_ext.critic import Critic, CriticLogitsProcessor, backbone
-from generation_ext.critic.candidates import Backbone
+from generation_ext.shared_prefix.candidates import Backbone
 from tests.generation_ext.critic.models import (
     ENCODER_DECODERS,
     EXPANDED,

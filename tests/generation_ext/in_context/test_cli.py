@@ -8,9 +8,9 @@ import json
 import pytest
 
 from generation_ext.in_context.cli import main, read_task
-from generation_ext.in_context.prompts import CB, SST2
 from generation_ext.in_context.scoring import LabelScorer
 from generation_ext.in_context.self_generated import SelfGeneratedICL
+from generation_ext.prompts import CB, SST2
 from tests.generation_ext.text_models import model, tokenizer
 
 

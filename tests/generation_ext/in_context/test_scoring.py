@@ -11,9 +11,10 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
-from generation_ext.in_context import batching, scoring
-from generation_ext.in_context.prompts import Task
+from generation_ext.in_context import scoring
 from generation_ext.in_context.scoring import CONTENT_FREE, LabelScorer
+from generation_ext.prompts import Task
+from generation_ext.shared_prefix import batching
 from tests.generation_ext.text_models import CAUSAL, LENGTH, model, naive_log_prob, tokenizer, tokenizer_for
 
 

@@ -14,10 +14,10 @@ import torch
 from transformers import LogitsProcessorList
 
 from generation_ext.in_context.pools import Pool, PoolFile, draw
-from generation_ext.in_context.prompts import CB, SST2, Task
-from generation_ext.in_context.sampling import Decoding, SeededSampling
 from generation_ext.in_context.scoring import LabelScorer
 from generation_ext.in_context.self_generated import SelfGeneratedICL
+from generation_ext.prompts import CB, SST2, Task
+from generation_ext.shared_prefix.sampling import Decoding, SeededSampling
 from tests.generation_ext.text_models import model, tokenizer, tokenizer_for
 
 

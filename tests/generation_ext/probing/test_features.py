@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from generation_ext.in_context.token_tree import TokenTree
 from generation_ext.probing import features as module
 from generation_ext.probing.features import FeatureExtractor
+from generation_ext.shared_prefix.token_tree import TokenTree
 from tests.generation_ext.text_models import CAUSAL, HIDDEN, LAYERS, LENGTH, model, tokenizer, tokenizer_for
 
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from generation_ext.in_context.prompts import CB, RTE, SST2, SST5, TASKS, Task
+from generation_ext.prompts import CB, RTE, SST2, SST5, TASKS, Task
 
 
 LABELS = {"no": " no", "yes": " yes"}

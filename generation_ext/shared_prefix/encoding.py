@@ -8,8 +8,8 @@ from typing import NamedTuple, Optional
 
 from transformers import PreTrainedTokenizerBase
 
-from generation_ext.in_context.prompts import Task
-from generation_ext.in_context.token_tree import ROOT, TokenTree
+from generation_ext.prompts import Task
+from generation_ext.shared_prefix.token_tree import ROOT, TokenTree
 from peft_ext.language_model import CAUSAL, ENCODER_DECODER, LanguageModel
 
 

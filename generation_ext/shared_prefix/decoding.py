@@ -18,7 +18,7 @@ import torch
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from generation_ext.in_context.prefix_cache import EMPTY, SharedPrefix, encode_prefix
+from generation_ext.shared_prefix.cache import EMPTY, SharedPrefix, encode_prefix
 from peft_ext.language_model import CAUSAL, FULL, LanguageModel
 
 

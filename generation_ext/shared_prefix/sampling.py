@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-from generation_ext.in_context.batching import Planner, check_memory_limit, free_bytes
-from generation_ext.in_context.encoding import TextEncoder
+from generation_ext.shared_prefix.batching import Planner, check_memory_limit, free_bytes
+from generation_ext.shared_prefix.encoding import TextEncoder
 from peft_ext.language_model import ENCODER_DECODER, LanguageModel, inference
 
 

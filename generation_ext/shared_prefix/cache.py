@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from generation_ext.in_context.token_tree import PackedRows, TokenTree, pack, unfold
+from generation_ext.shared_prefix.token_tree import PackedRows, TokenTree, pack, unfold
 from peft_ext.language_model import LanguageModel
 
 

@@ -6,9 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from generation_ext.in_context.batching import Planner, run_in_batches
-from generation_ext.in_context.prefix_cache import EMPTY, common_prefix, encode_prefix, layout, read_logits
-from generation_ext.in_context.token_tree import TokenTree, pack, unfold
+from generation_ext.shared_prefix.batching import Planner, run_in_batches
+from generation_ext.shared_prefix.cache import EMPTY, common_prefix, encode_prefix, layout, read_logits
+from generation_ext.shared_prefix.token_tree import TokenTree, pack, unfold
 from peft_ext.language_model import inference, language_model
 from tests.generation_ext.text_models import CAUSAL, model
 

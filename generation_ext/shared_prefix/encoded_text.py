@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 
-from generation_ext.critic.candidates import Backbone, Prefix, can_branch, is_running
+from generation_ext.shared_prefix.candidates import Backbone, Prefix, can_branch, is_running
 from peft_ext.language_model import CACHE_NAMES
 
 
