@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from generation_ext.critic import Critic, CriticModelConfig, backbone
-from tests.generation_ext.test_language_model import lora_model, packed_model
+from tests.test_language_model import lora_model, packed_model
 from tests.tiny_models import HIDDEN, VOCAB, inputs, tiny
 
 
