@@ -25,11 +25,11 @@ from benchmarks.fast_linear import fast_linear
 from benchmarks.in_context import smoke_model
 from benchmarks.sentence_encoder import encoder_path
 from peft_ext.files import written_whole
-from peft_ext.ood.grid import StudyConfig, read_config
-from peft_ext.ood.methods import METHODS
-from peft_ext.ood.report import write_report
-from peft_ext.ood.study import result_of, run
-from peft_ext.ood.training import TrainingOptions
+from peft_ext.ood.study.grid import StudyConfig, read_config
+from peft_ext.ood.study.methods import METHODS
+from peft_ext.ood.study.report import write_report
+from peft_ext.ood.study.runner import result_of, run
+from peft_ext.ood.study.training import TrainingOptions
 
 
 CONFIG = Path(__file__).resolve().parent / "ood.yaml"

@@ -31,7 +31,7 @@ from benchmarks.common import (
     verdict,
 )
 from peft_ext.ood.detectors import make_detector
-from peft_ext.ood.grid import DETECTORS
+from peft_ext.ood.study.grid import DETECTORS
 
 
 CLASSES = 150

@@ -19,7 +19,7 @@ COMMANDS = {
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a command; returns the exit status, see `run_command`."""
     argv = sys.argv[1:] if argv is None else argv
-    return run_command("python -m peft_ext.ood", "peft_ext.ood.commands", COMMANDS, argv)
+    return run_command("python -m peft_ext.ood", "peft_ext.ood.study.commands", COMMANDS, argv)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("torch")
 
 from benchmarks import ood, ood_detectors  # noqa: E402
-from peft_ext.ood.grid import DETECTORS, read_config  # noqa: E402
-from peft_ext.ood.methods import METHODS  # noqa: E402
+from peft_ext.ood.study.grid import DETECTORS, read_config  # noqa: E402
+from peft_ext.ood.study.methods import METHODS  # noqa: E402
 
 
 def test_smoke(tmp_path, capsys):

@@ -16,10 +16,10 @@ from transformers.utils import hub
 
 from peft_ext import BottleneckConfig, PeqaConfig
 from peft_ext.ood.classifier import PooledClassifier
-from peft_ext.ood.data import load_setting, make_setting
 from peft_ext.ood.detectors import MSP, Mahalanobis
 from peft_ext.ood.pipeline import OODPipeline
-from peft_ext.ood.training import TrainingOptions, train
+from peft_ext.ood.study.data import load_setting, make_setting
+from peft_ext.ood.study.training import TrainingOptions, train
 from tests.ood.conftest import LABELS
 from tests.tiny_models import tiny_tokenizer
 

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from peft_ext.ood.manifest import DONE, FAILED, Manifest
+from peft_ext.ood.study.manifest import DONE, FAILED, Manifest
 
 
 FORKS = hasattr(os, "fork")

@@ -25,13 +25,13 @@ from peft_ext.files import written_whole
 from peft_ext.models import load_tokenizer
 from peft_ext.ood import metrics
 from peft_ext.ood.classifier import PooledClassifier
-from peft_ext.ood.data import Data, Setting, load_setting
 from peft_ext.ood.detectors import make_detector
 from peft_ext.ood.features import Features, extract
-from peft_ext.ood.grid import Cell, StudyConfig
-from peft_ext.ood.manifest import DONE, FAILED, FINISHED, SKIPPED, Claim, Manifest
-from peft_ext.ood.methods import NotPossibleError, Solution, apply, get_method, solve, trained_parameters
-from peft_ext.ood.training import Trained, calibration_batch, probe, train
+from peft_ext.ood.study.data import Data, Setting, load_setting
+from peft_ext.ood.study.grid import Cell, StudyConfig
+from peft_ext.ood.study.manifest import DONE, FAILED, FINISHED, SKIPPED, Claim, Manifest
+from peft_ext.ood.study.methods import NotPossibleError, Solution, apply, get_method, solve, trained_parameters
+from peft_ext.ood.study.training import Trained, calibration_batch, probe, train
 
 
 RESULT, SCORES, FEATURES = "result.json", "scores.safetensors", "features.safetensors"

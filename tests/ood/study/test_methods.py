@@ -8,7 +8,7 @@ import torch
 from transformers import DistilBertConfig, DistilBertModel
 
 from peft_ext.ood.classifier import PooledClassifier
-from peft_ext.ood.methods import METHODS, NotPossibleError, apply, get_method, solve, trained_parameters
+from peft_ext.ood.study.methods import METHODS, NotPossibleError, apply, get_method, solve, trained_parameters
 
 
 IDS = torch.tensor([[5, 6, 7, 0], [8, 9, 10, 11]])

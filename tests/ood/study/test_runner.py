@@ -11,13 +11,14 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
-from peft_ext.ood import metrics, study
+from peft_ext.ood import metrics
 from peft_ext.ood.__main__ import COMMANDS, main
-from peft_ext.ood.answers import quantisation_answer, size_answer, tuning_answer
-from peft_ext.ood.grid import read_config
-from peft_ext.ood.manifest import Manifest
-from peft_ext.ood.methods import METHODS
-from peft_ext.ood.report import Finished, grouped, make_tables, write_report
+from peft_ext.ood.study import runner
+from peft_ext.ood.study.answers import quantisation_answer, size_answer, tuning_answer
+from peft_ext.ood.study.grid import read_config
+from peft_ext.ood.study.manifest import Manifest
+from peft_ext.ood.study.methods import METHODS
+from peft_ext.ood.study.report import Finished, grouped, make_tables, write_report
 from tests.conftest import ROOT, _environment
 
 
@@ -48,7 +49,7 @@ def write(tmp_path, data_dir, bert_folder):
 
 
 def _run(config, **kwargs):
-    return study.run(config, wait=0.05, log=lambda line: None, **kwargs)
+    return runner.run(config, wait=0.05, log=lambda line: None, **kwargs)
 
 
 def _statuses(config) -> dict[str, str]:
@@ -60,8 +61,8 @@ def test_every_method_and_the_report(write, tmp_path):
     config = write(methods=list(METHODS), sets=["clinc150_oos", {"name": "clinc150_near", "ratio": 0.5}])
     assert _run(config) == {"done": 18, "failed": 0, "skipped": 0}
     for cell in config.cells():
-        result = study.result_of(config, cell)
-        scores = load_file(study.scores_path(config, cell))
+        result = runner.result_of(config, cell)
+        scores = load_file(runner.scores_path(config, cell))
         for name, measured in result["detectors"].items():
             inside, outside = scores[f"{name}.id"], scores[f"{name}.outside"]
             assert measured["auroc"] == pytest.approx(metrics.auroc(inside, outside))
@@ -83,7 +84,7 @@ def test_every_method_and_the_report(write, tmp_path):
     assert _run(config) == {"done": 0, "failed": 0, "skipped": 0}, "finished cells were run again"
     for cell in config.cells():
         if cell.setting.name == "clinc150_near":
-            study.scores_path(config, cell).unlink()
+            runner.scores_path(config, cell).unlink()
     text = write_report(config).read_text()
     assert "roc_clinc150_oos.png" in text and "sizes_clinc150_near.png" in text and "roc_clinc150_near" not in text
 
@@ -125,7 +126,7 @@ def test_the_first_seed_chooses_the_learning_rate(write):
     training = {**TRAINING, "epochs": 2, "learning_rates": {"lora": [1e-7, 1e-2]}, "head_learning_rate": 1e-4}
     config = write(methods=["lora"], seeds=[3, 4], training=training)
     assert _run(config) == {"done": 2, "failed": 0, "skipped": 0}
-    first, second = (study.result_of(config, cell) for cell in config.cells())
+    first, second = (runner.result_of(config, cell) for cell in config.cells())
     assert set(first["searched"]) == {"1e-07", "0.01"} and len(second["searched"]) == 1
     assert (
         first["learning_rate"] == second["learning_rate"] == float(max(first["searched"], key=first["searched"].get))
@@ -137,7 +138,7 @@ def test_seeds_wait_for_a_search_that_another_works_on(write):
     config = write(methods=["lora"], seeds=[3, 4], training={**TRAINING, "learning_rates": {"lora": [1e-3, 1e-2]}})
     first, second = config.cells()
     claim = Manifest(config.output_dir).claim([first.id])
-    assert study._claim(config, Manifest(config.output_dir), {c.id: c for c in config.cells()}, set()) is None
+    assert runner._claim(config, Manifest(config.output_dir), {c.id: c for c in config.cells()}, set()) is None
     claim.finish("failed", reason="killed")
     assert _run(config) == {"done": 0, "failed": 0, "skipped": 1}
     assert "has no result" in Manifest(config.output_dir).last()[second.id]["reason"]
@@ -158,10 +159,10 @@ def test_results_do_not_depend_on_the_order_or_the_worker(write, tmp_path):
     events = [json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]
     assert len([event for event in events if event["status"] == "done"]) == 6 == len(config.cells())
     cell = next(cell for cell in config.cells() if cell.method == "lora")
-    parallel = study.result_of(config, cell)
+    parallel = runner.result_of(config, cell)
     alone = write(methods=["lora"], detectors=["msp", "mahalanobis"], output_dir=str(tmp_path / "alone"))
     assert _run(alone)["done"] == 1
-    single = study.result_of(alone, alone.cells()[0])
+    single = runner.result_of(alone, alone.cells()[0])
     assert single["cell"] == parallel["cell"] and single["id_accuracy"] == parallel["id_accuracy"]
     assert single["detectors"]["mahalanobis"]["auroc"] == pytest.approx(
         parallel["detectors"]["mahalanobis"]["auroc"], abs=0.01
@@ -186,7 +187,7 @@ def test_a_launchers_processes_train_a_cell_together(write, tmp_path, run_module
     assert len(events) == 4 and len({event["process"] for event in events}) == 1
     alone = write(methods=["linear"], detectors=["msp", "mahalanobis"], output_dir=str(tmp_path / "alone"))
     assert _run(alone)["done"] == 1
-    one, two = (study.result_of(c, c.cells()[0]) for c in (alone, config))
+    one, two = (runner.result_of(c, c.cells()[0]) for c in (alone, config))
     assert one["examples"] == two["examples"] and one["id_accuracy"] == two["id_accuracy"]
     assert one["detectors"]["mahalanobis"]["auroc"] == pytest.approx(
         two["detectors"]["mahalanobis"]["auroc"], abs=0.01
@@ -196,8 +197,8 @@ def test_a_launchers_processes_train_a_cell_together(write, tmp_path, run_module
 def test_features_are_kept_if_asked(write):
     config = write(methods=["linear"], keep_features=True)
     _run(config)
-    folder = study.scores_path(config, config.cells()[0]).parent
-    tensors = load_file(folder / study.FEATURES)
+    folder = runner.scores_path(config, config.cells()[0]).parent
+    tensors = load_file(folder / runner.FEATURES)
     assert tensors["train.features"].shape == (60, 32) and tensors["outside.logits"].shape == (6, 6)
 
 

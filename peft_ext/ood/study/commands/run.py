@@ -10,10 +10,10 @@ from pathlib import Path
 from transformers.utils import logging
 
 from peft_ext.files import check_folder_writable
-from peft_ext.ood.commands.arguments import config_of, parser
-from peft_ext.ood.manifest import FAILED, Manifest
-from peft_ext.ood.report import write_report
-from peft_ext.ood.study import processes, run
+from peft_ext.ood.study.commands.arguments import config_of, parser
+from peft_ext.ood.study.manifest import FAILED, Manifest
+from peft_ext.ood.study.report import write_report
+from peft_ext.ood.study.runner import processes, run
 
 
 def main(argv: Sequence[str]) -> int:

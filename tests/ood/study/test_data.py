@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from peft_ext.ood.data import Setting, load_setting, make_setting
+from peft_ext.ood.study.data import Setting, load_setting, make_setting
 from tests.ood.conftest import DOMAINS, LABELS
 
 
@@ -48,7 +48,7 @@ def test_split_is_balanced_by_domain(data_dir):
 
 def test_split_counts_are_the_studys():
     """4 of 15 intents of each of ten domains, 19 of 77 classes (the study's own files)."""
-    from peft_ext.ood.data import _inside
+    from peft_ext.ood.study.data import _inside
 
     domains = {f"d{i}": [f"d{i}-{j}" for j in range(15)] for i in range(10)}
     clinc = make_setting("clinc150_near")

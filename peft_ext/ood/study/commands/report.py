@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peft_ext.ood.commands.arguments import config_of, parser
-from peft_ext.ood.report import write_report
+from peft_ext.ood.study.commands.arguments import config_of, parser
+from peft_ext.ood.study.report import write_report
 
 
 def main(argv: Sequence[str]) -> None:

@@ -24,9 +24,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from peft_ext.ood.data import Data
 from peft_ext.ood.features import Features
 from peft_ext.ood.metrics import id_accuracy
+from peft_ext.ood.study.data import Data
 
 
 # Inverse strengths of regularisation that the linear probe chooses from.

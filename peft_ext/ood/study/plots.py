@@ -11,11 +11,11 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from peft_ext.files import written_whole
-from peft_ext.ood.answers import DETECTOR
 from peft_ext.ood.detectors import make_detector
-from peft_ext.ood.grid import StudyConfig
-from peft_ext.ood.methods import METHODS
-from peft_ext.ood.study import scores_path
+from peft_ext.ood.study.answers import DETECTOR
+from peft_ext.ood.study.grid import StudyConfig
+from peft_ext.ood.study.methods import METHODS
+from peft_ext.ood.study.runner import scores_path
 
 
 def draw(config: StudyConfig, finished: Sequence[Any], folder: Path) -> list[Path]:

@@ -14,10 +14,10 @@ from typing import Any, Optional, Union
 import yaml
 
 from peft_ext.ood.classifier import POOLINGS
-from peft_ext.ood.data import Setting, make_setting
 from peft_ext.ood.detectors import make_detector
-from peft_ext.ood.methods import METHODS, get_method
-from peft_ext.ood.training import TrainingOptions
+from peft_ext.ood.study.data import Setting, make_setting
+from peft_ext.ood.study.methods import METHODS, get_method
+from peft_ext.ood.study.training import TrainingOptions
 
 
 DETECTORS = ("msp", "energy", "mahalanobis", "relative_mahalanobis", "cosine", "knn", "vim")

@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
-from peft_ext.ood.methods import METHODS
 from peft_ext.ood.metrics import Interval, mean_interval
+from peft_ext.ood.study.methods import METHODS
 
 
 # The detectors whose numbers answer: the study's own choice, which sees features, and the usual one, which sees logits.

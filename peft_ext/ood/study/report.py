@@ -13,13 +13,13 @@ import numpy as np
 from scipy.stats import rankdata
 
 from peft_ext.files import written_whole
-from peft_ext.ood.answers import DETECTOR, SECOND_DETECTOR, quantisation_answer, size_answer, tuning_answer
 from peft_ext.ood.detectors import make_detector
-from peft_ext.ood.grid import Cell, StudyConfig
-from peft_ext.ood.manifest import FAILED, SKIPPED, Manifest
-from peft_ext.ood.methods import METHODS
 from peft_ext.ood.metrics import Interval
-from peft_ext.ood.study import result_of
+from peft_ext.ood.study.answers import DETECTOR, SECOND_DETECTOR, quantisation_answer, size_answer, tuning_answer
+from peft_ext.ood.study.grid import Cell, StudyConfig
+from peft_ext.ood.study.manifest import FAILED, SKIPPED, Manifest
+from peft_ext.ood.study.methods import METHODS
+from peft_ext.ood.study.runner import result_of
 
 
 class Finished(NamedTuple):
@@ -247,7 +247,7 @@ def _spread(values: Sequence[float]) -> str:
 def _plots(config: StudyConfig, finished: Sequence[Finished]) -> list[Path]:
     if not finished:
         return []
-    from peft_ext.ood.plots import draw
+    from peft_ext.ood.study.plots import draw
 
     return draw(config, finished, Path(config.output_dir) / "plots")
 
