@@ -23,8 +23,8 @@ Row = dict[str, Any]
 PathLike = Union[str, os.PathLike]
 
 
-def read_rows(path: PathLike) -> list[Row]:
-    """The rows of a complete `.jsonl` or `.csv` file, such as a user's data.
+def read_rows(path: PathLike, may_be_empty: bool = False) -> list[Row]:
+    """The rows of a complete `.jsonl` or `.csv` file, such as a user's data or what a finished stage has written.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -40,7 +40,7 @@ def read_rows(path: PathLike) -> list[Row]:
             rows: list[Row] = list(csv.DictReader(file))
     else:
         rows = [_parsed(line, path) for line in _lines(path)]
-    if not rows:
+    if not rows and not may_be_empty:
         raise ValueError(f"{path} has no rows.")
     return rows
 
@@ -61,7 +61,9 @@ def write_rows(path: PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
         os.fsync(file.fileno())
 
 
-def read_grown_rows(path: PathLike, cut: bool = False, skip_damaged: bool = False) -> list[Row]:
+def read_grown_rows(
+    path: PathLike, cut: bool = False, skip_damaged: bool = False, key: Optional[str] = None
+) -> list[Row]:
     """The rows of a JSON-lines file that a process appends to; none if the file isn't there.
 
     A last line that is damaged or has no end, as a kill leaves it, doesn't count.
@@ -70,26 +72,36 @@ def read_grown_rows(path: PathLike, cut: bool = False, skip_damaged: bool = Fals
         path: The file.
         cut: Take such a last line off the file, with a warning that shows it; for the process that appends.
         skip_damaged: Pass over other damaged lines, too.
+        key: A field that every row has, and no two rows share.
 
     Raises:
-        ValueError: If a line before the last is no object; names file and line.
+        ValueError: If a line before the last is no object, or lacks the key, or a key occurs twice; names file and line.
     """
     path = Path(path)
     if not path.is_file():
         return []
-    rows = []
+    rows: list[Row] = []
+    keys: set[Any] = set()
     for line in _lines(path):
         try:
             if not line.ended:
                 raise ValueError("the line has no end")
-            rows.append(_parsed(line, path))
+            row = _parsed(line, path)
+            if key is not None and key not in row:
+                raise ValueError(f"{path}, line {line.number} is no object with an {key!r}.")
         except ValueError as error:
             if line.last:
                 if cut:
                     _cut_torn(path, line)
                 break
-            if not skip_damaged:
-                raise ValueError(f"{error} The file is damaged.") from None
+            if skip_damaged:
+                continue
+            raise ValueError(f"{error} The file is damaged.") from None
+        if key is not None and row[key] in keys:
+            raise ValueError(f"{path}, line {line.number}: {key} {row[key]!r} occurs twice; the file is damaged.")
+        rows.append(row)
+        if key is not None:
+            keys.add(row[key])
     return rows
 
 
@@ -131,7 +143,7 @@ class RowFile:
     def __init__(self, path: PathLike, key: str = "id") -> None:
         self.path, self.key = Path(path), key
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.rows: dict[Any, Row] = by_key(read_grown_rows(self.path, cut=True), self.path, key)
+        self.rows: dict[Any, Row] = {row[key]: row for row in read_grown_rows(self.path, cut=True, key=key)}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -168,22 +180,6 @@ class RowFile:
         if ordered != list(self.rows.values()):
             self.rows = {row[self.key]: row for row in ordered}
             write_rows(self.path, ordered)
-
-
-def by_key(rows: Iterable[Row], path: PathLike, key: str = "id") -> dict[Any, Row]:
-    """Rows of a file by a field.
-
-    Raises:
-        ValueError: If a row lacks it, or it occurs twice; names the file.
-    """
-    found: dict[Any, Row] = {}
-    for number, row in enumerate(rows, start=1):
-        if key not in row:
-            raise ValueError(f"{path}, row {number} is no object with an {key}; the file is damaged.")
-        if row[key] in found:
-            raise ValueError(f"{path}, row {number}: {key} {row[key]!r} occurs twice; the file is damaged.")
-        found[row[key]] = row
-    return found
 
 
 class _Line(NamedTuple):

@@ -1,0 +1,140 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Rows survive kills, full disks, and whatever characters JSON allows."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import signal
+
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies
+
+from peft_ext.rows import RowFile, append_rows, keep_rows, read_grown_rows, read_rows, write_rows
+
+
+def test_rows_come_back_once_each(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    file = RowFile(path)
+    assert file.append([{"id": 1, "text": "ä\n"}, {"id": "b"}]) == 2
+    assert file.append([{"id": 1, "text": "other"}, {"id": 3}]) == 1
+    assert list(RowFile(path).rows.values()) == [{"id": 1, "text": "ä\n"}, {"id": "b"}, {"id": 3}]
+    assert read_rows(path) == list(RowFile(path).rows.values())
+
+
+@pytest.mark.parametrize("torn", ['{"id": 2, "te', '{"id": 2}', "\x00\x00", '{"text": 1}\n', "no json\n"])
+def test_a_damaged_last_line_is_cut_off_and_said(tmp_path, torn, caplog):
+    path = tmp_path / "rows.jsonl"
+    RowFile(path).append([{"id": 1}])
+    whole = path.read_bytes()
+    path.write_bytes(whole + torn.encode())
+    with caplog.at_level(logging.WARNING):
+        file = RowFile(path)
+    assert list(file.rows) == [1] and path.read_bytes() == whole
+    assert "rows.jsonl" in caplog.text and torn.strip()[:5].replace("\x00", "") in caplog.text
+    file.append([{"id": 2, "text": "again"}])
+    assert read_rows(path) == [{"id": 1}, {"id": 2, "text": "again"}]
+
+
+def test_damage_elsewhere_is_an_error_that_names_the_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"id": 1}\nrubbish\n{"id": 3}\n')
+    with pytest.raises(ValueError, match="rows.jsonl, line 2"):
+        RowFile(path)
+    path.write_text('{"id": 1}\n{"id": 1}\n')
+    with pytest.raises(ValueError, match="line 2.*id 1 occurs twice"):
+        RowFile(path)
+    path.write_text('{"id": 1}\n{"id"')
+    with pytest.raises(ValueError, match="line 2"):
+        read_rows(path)  # of a stage that says it is done
+
+
+def test_a_full_disk_keeps_what_was_there(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    file = RowFile(path)
+    file.append([{"id": 0, "text": "x" * 100}])
+    before, size = path.read_bytes(), path.stat().st_size
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, limits[1]))
+    try:
+        with pytest.raises(OSError, match="2 new rows of .*rows.jsonl.* could not be written. The 1 rows .* kept"):
+            file.append([{"id": 1, "text": "y" * 100}, {"id": 2}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == before and 1 not in file
+    assert file.append([{"id": 1}]) == 1 and len(RowFile(path)) == 2
+
+
+def test_order_does_not_depend_on_interruptions(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    file = RowFile(path)
+    file.append([{"id": 3}, {"id": 1}])
+    file.append([{"id": 2}])
+    file.sort(key=lambda row: row["id"])
+    assert [row["id"] for row in read_rows(path)] == [1, 2, 3]
+    assert not [name for name in os.listdir(tmp_path) if "partial" in name]
+
+
+# str.splitlines() takes all of these for ends of lines; JSON only a line feed, and that escaped
+ENDS = "\u2028\u2029\u0085\x0b\x0c\x1c\x1d\x1e"
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(text=strategies.text(strategies.characters(exclude_categories=["Cs"]) | strategies.sampled_from(ENDS + "\r\n")))
+def test_any_text_comes_back(tmp_path, text):
+    for name, write in (("rows.jsonl", write_rows), ("rows.csv", write_rows), ("grown.jsonl", append_rows)):
+        path = tmp_path / name
+        path.unlink(missing_ok=True)
+        if name.endswith("csv") and "\x00" in text:
+            continue  # Python 3.10's csv can't read it
+        write(path, [{"text": text, "other": "x"}, {"text": "second", "other": "y"}])
+        assert read_rows(path) == [{"text": text, "other": "x"}, {"text": "second", "other": "y"}]
+    assert read_grown_rows(tmp_path / "grown.jsonl", cut=True) == read_rows(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_files_of_other_editors(tmp_path, name):
+    line = '{"text": "a b"}\r\n\r\n{"text": "c"}' if name.endswith("jsonl") else "text\r\na b\r\nc\r\n"
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + line.encode())
+    assert read_rows(tmp_path / name) == [{"text": "a b"}, {"text": "c"}]
+
+
+def test_what_is_no_file_of_rows(tmp_path):
+    for name, content, message in (
+        ("a.txt", "x", "must end in .jsonl or .csv"),
+        ("a.jsonl", "\n", "has no rows"),
+        ("a.jsonl", '{"a": 1}\n[1]\n', "a.jsonl, line 2 is no object"),
+        ("a.jsonl", '{"a": 1}\n\n{"a": \n', "a.jsonl, line 3 is no JSON"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read_rows(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="missing.csv"):
+        read_rows(tmp_path / "missing.csv")
+    (tmp_path / "a.jsonl").write_text("")
+    assert read_rows(tmp_path / "a.jsonl", may_be_empty=True) == read_grown_rows(tmp_path / "none.jsonl") == []
+
+
+def test_rows_that_several_processes_append(tmp_path):
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"a": 1}\n{"a": \n{"a": "\u2028"}\n{"a"', encoding="utf-8")
+    assert read_grown_rows(path, skip_damaged=True) == [{"a": 1}, {"a": "\u2028"}]
+    assert path.read_text(encoding="utf-8").endswith('{"a"'), "nobody else's line is cut"
+
+
+def test_the_first_rows_are_kept(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    append_rows(path, [{"a": 1}, {"a": "\u2028"}, {"a": 3}])
+    with path.open("ab") as file:
+        file.write(b'{"a": 4')
+    keep_rows(path, None)
+    assert len(read_rows(path)) == 3
+    keep_rows(path, 2)
+    assert [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] == [
+        {"a": 1},
+        {"a": "\u2028"},
+    ]

@@ -1,0 +1,129 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""A run keeps the settings that it was started with, and goes on after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from peft_ext.rows import write_rows
+from peft_ext.runs import RunFolder, StagedRun, differences, digest, drop_checkpoints, last_checkpoint, open_file
+
+
+def test_a_finished_stage_is_skipped_and_an_unfinished_one_goes_on(tmp_path):
+    run = StagedRun(tmp_path / "run")
+    write_rows(run.path("in.jsonl"), [{"id": 1}])
+    assert run.begin("stage", {"a": 1}, ["in.jsonl"])
+    assert run.begin("stage", {"a": 1}, ["in.jsonl"])
+    write_rows(run.path("out.jsonl"), [{"id": 2}])
+    run.finish("stage", ["out.jsonl"], {"rows": 1})
+    assert not StagedRun(tmp_path / "run").begin("stage", {"a": 1}, ["in.jsonl"])
+    assert run.manifest("stage")["counts"] == {"rows": 1}
+    run.path("out.jsonl").unlink()
+    assert run.begin("stage", {"a": 1}, ["in.jsonl"]), "what it wrote is gone"
+
+
+def test_the_time_before_an_interruption_counts(tmp_path):
+    run = StagedRun(tmp_path)
+    for seconds in (40, 2):  # two parts that a kill ended
+        assert run.begin("a", {"x": 1})
+        (tmp_path / "a.jsonl").write_text("{}\n")
+        begun = (tmp_path / "manifest" / "a.json").stat().st_mtime
+        os.utime(tmp_path / "a.jsonl", (begun + seconds, begun + seconds))
+    assert run.begin("a", {"x": 1})
+    run.finish("a", ["a.jsonl"], seconds=5.0)
+    assert run.manifest("a")["seconds"] == pytest.approx(47, abs=0.1)
+    (tmp_path / "a.jsonl").unlink()
+    assert run.begin("a", {"x": 1})
+    assert run.manifest("a")["seconds"] == 0, "it starts over"
+
+
+def test_another_config_is_refused_with_what_differs(tmp_path):
+    run = StagedRun(tmp_path / "run")
+    run.begin("stage", {"a": 1, "deep": {"b": 2.5, "gone": True}})
+    (tmp_path / "run-2").mkdir()
+    with pytest.raises(ValueError) as error:
+        run.begin("stage", {"a": 1, "deep": {"b": 3, "new": "x"}})
+    message = str(error.value)
+    assert "stage.deep.b: was 2.5, is 3" in message
+    assert "stage.deep.gone: was true, is not set" in message and 'stage.deep.new: was not set, is "x"' in message
+    assert "stage.a" not in message and "run-3" in message
+
+
+def test_changed_inputs_are_refused(tmp_path):
+    run = StagedRun(tmp_path)
+    write_rows(run.path("in.jsonl"), [{"id": 1}])
+    run.begin("stage", {}, ["in.jsonl"])
+    write_rows(run.path("in.jsonl"), [{"id": 2}])
+    with pytest.raises(ValueError, match="in.jsonl changed since"):
+        run.begin("stage", {}, ["in.jsonl"])
+    with pytest.raises(FileNotFoundError, match="missing.jsonl"):
+        run.begin("other", {}, ["missing.jsonl"])
+
+
+def test_a_folder_s_digest_depends_on_names_and_contents(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").write_text("1")
+    first = digest(tmp_path / "a")
+    (tmp_path / "a" / "x").rename(tmp_path / "a" / "y")
+    second = digest(tmp_path / "a")
+    (tmp_path / "a" / "y").write_text("2")
+    assert len({first, second, digest(tmp_path / "a")}) == 3
+
+
+def test_differences_of_lists_and_types():
+    assert differences({"a": [1, 2]}, {"a": [1, 2]}) == []
+    assert differences({"a": [1, 2]}, {"a": [2, 1]}) == [("a", "[1, 2]", "[2, 1]")]
+    assert differences({"a": {"b": 1}}, {"a": None}) == [("a", '{"b": 1}', "null")]
+
+
+def test_a_stage_alone_keeps_its_config_beside_its_file(tmp_path):
+    path = open_file(str(tmp_path / "q.jsonl"), {"count": 1})
+    assert open_file(str(path), {"count": 1}) == path
+    with pytest.raises(ValueError, match="count: was 1, is 2"):
+        open_file(str(path), {"count": 2})
+    with pytest.raises(ValueError, match="output_file is missing"):
+        open_file(None, {})
+    assert json.loads((tmp_path / "q.config.json").read_text()) == {"count": 1}
+
+
+@pytest.mark.parametrize("settings_file", ["config.yaml", "settings.json"])
+def test_a_run_s_folder_goes_on_with_the_same_settings_alone(tmp_path, settings_file):
+    settings = {"rate": 0.5, "path": tmp_path, "deep": {"a": [1, 2]}}
+    run = RunFolder(tmp_path / "run", settings_file)
+    assert run.check(settings) is None and not run.folder.exists(), "a check writes nothing"
+    assert run.open(settings) is None
+    (run.folder / ".base-partial-x").mkdir()
+    assert RunFolder(tmp_path / "run", settings_file).open(settings) is None
+    assert not (run.folder / ".base-partial-x").exists(), "what a kill left is swept"
+    with pytest.raises(FileExistsError, match=r"output_dir=.*run'.*rate: was 0.5, is 1[;)].*another folder.*run-2"):
+        run.check({**settings, "rate": 1, "deep": {"a": [2, 1]}})
+    run.finish({"loss": 0.25})
+    assert RunFolder(tmp_path / "run", settings_file).open(settings) == {"loss": 0.25}
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="output_dir=.* is not empty and holds no run of ours"):
+        RunFolder(tmp_path).check({})
+    with pytest.raises(FileExistsError, match="is a file"):
+        RunFolder(tmp_path / "notes.txt").check({})
+    with pytest.raises(ValueError, match="run_dir is missing: pass --run_dir"):
+        RunFolder(None, argument="run_dir")
+    (tmp_path / "config.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match="config.yaml' is damaged"):
+        RunFolder(tmp_path).check({})
+
+
+def test_the_newest_complete_checkpoint(tmp_path, caplog):
+    assert last_checkpoint(tmp_path) is None
+    for step, state in ((9, "{}"), (10, "{}"), (100, '{"global_st'), (101, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert "checkpoint-100 is incomplete" in caplog.text and not (tmp_path / "checkpoint-101").exists()
+    drop_checkpoints(tmp_path)
+    assert not os.listdir(tmp_path)
