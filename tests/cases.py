@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from peft_ext import AlphaTuningConfig, BottleneckConfig, PeqaConfig
-from tests.tiny_models import TINY_MODELS, inputs, logits_of, tiny
+from tests.tiny.models import TINY_MODELS, inputs, logits_of, tiny
 
 
 @dataclass(frozen=True)

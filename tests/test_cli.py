@@ -7,11 +7,10 @@ import json
 import shutil
 
 import pytest
-import torch
 import yaml
 
 from peft_ext.cli import main
-from tests.tiny_tokenizer import save_tiny_model
+from tests.tiny.folders import save_tiny_gpt2, save_tiny_model
 
 
 @pytest.fixture(scope="session")
@@ -192,15 +191,7 @@ def test_mistakes_end_in_one_line_and_leave_nothing(flags, mistake, message, tmp
 @pytest.fixture
 def gpt2_flags(flags, tmp_path):
     """GPT-2, whose Conv1D layers compressed-tensors has no room for."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    folder = save_tiny_model(tmp_path / "gpt2")
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=260, n_positions=256, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
-    )
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    flags[flags.index("--model") + 1] = str(folder)
+    flags[flags.index("--model") + 1] = str(save_tiny_gpt2(tmp_path / "gpt2"))
     return flags
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from peft_ext import PeqaConfig
 from peft_ext.language_model import backbone, base_fingerprint, identity, inference, start_token
-from tests.tiny_models import HIDDEN, VOCAB, inputs, tiny
+from tests.tiny.models import HIDDEN, VOCAB, inputs, tiny
 
 
 MODELS = ("llama", "gpt2", "opt", "gpt_neox", "t5")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from peft_ext.models import DEFAULT_MODEL, ModelSource, load, load_config, load_tokenizer, resolve_model
-from tests.tiny_tokenizer import save_tiny_model
+from tests.tiny.folders import save_tiny_model
 
 
 def test_local_folder(tmp_path):

@@ -36,7 +36,7 @@ from torch import nn
 from peft_ext import AlphaTuningConfig, BottleneckConfig, PeqaConfig
 from peft_ext.quant.conversion import dequantize_layers, packed_layers
 from tests.cases import assert_differs, assert_same, train
-from tests.tiny_models import inputs, logits_of, tiny
+from tests.tiny.models import inputs, logits_of, tiny
 
 
 FORMATS = {"integers": PeqaConfig, "binary": AlphaTuningConfig}

@@ -26,7 +26,7 @@ from peft.utils import PeftType
 import peft_ext
 from peft_ext import AlphaTuningConfig, AlphaTuningModel, PeqaConfig, PeqaModel
 from peft_ext.registration import TUNERS
-from tests.tiny_models import tiny
+from tests.tiny.models import tiny
 
 
 CLASSES = [(PeqaConfig, PeqaModel), (AlphaTuningConfig, AlphaTuningModel)]
@@ -126,7 +126,7 @@ import importlib, pickle, sys
 import peft_ext, peft_ext
 from peft import PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from tests.tiny_models import tiny
+from tests.tiny.models import tiny
 
 before, member = len(PeftType), PeftType.PEQA
 old = pickle.dumps(peft_ext.PeqaConfig(bits=3))

@@ -11,8 +11,8 @@ import torch
 from peft_ext.models import load_tokenizer
 from peft_ext.perplexity import perplexity
 from peft_ext.text import PYTHON_DOCS, load_text, token_blocks
-from tests.tiny_models import tiny
-from tests.tiny_tokenizer import save_tiny_model
+from tests.tiny.folders import save_tiny_model
+from tests.tiny.models import tiny
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.tiny_tokenizer import byte_tokenizer
+from tests.tiny.tokenizers import byte_tokenizer
 from trl_ext.almost.chat import as_messages, chat_text, dialogue, encode_chat, request_text, with_chat_template
 
 

@@ -13,8 +13,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaForCausalLM
 
 from tests.almost.trained import write_lines
-from tests.almost.writers import save_long_model
-from tests.tiny_tokenizer import byte_tokenizer
+from tests.tiny.folders import save_long_model
+from tests.tiny.tokenizers import byte_tokenizer
 from trl_ext.almost.chat import dialogue, request_text
 from trl_ext.almost.evaluation import (
     HHH_START,

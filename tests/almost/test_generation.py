@@ -10,7 +10,8 @@ from generation_ext.shared_prefix import decoding
 from generation_ext.shared_prefix.decoding import Rows, can_share, prefix_of
 from generation_ext.shared_prefix.sampling import Decoding, SeededSampling, draw_tokens, row_generator
 from peft_ext.language_model import language_model
-from tests.generation_ext.text_models import CAUSAL, model, tokenizer, tokenizer_for
+from tests.tiny.byte_models import CAUSAL, model
+from tests.tiny.tokenizers import tokenizer, tokenizer_for
 from trl_ext.almost.generation import Request, TransformersBackend, VLLMBackend, tokens_of
 from trl_ext.almost.token_sampling import Sampling
 

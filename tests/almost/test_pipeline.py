@@ -11,7 +11,7 @@ import signal
 import pytest
 import yaml
 
-from tests.almost.writers import save_long_model
+from tests.tiny.folders import save_long_model
 from trl_ext.almost.pipeline import FILES, Pipeline
 from trl_ext.almost.plan import plan
 from trl_ext.almost.recipe import STAGES, AlmostConfig, check_recipe, load_recipe, override

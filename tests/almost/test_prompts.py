@@ -8,8 +8,8 @@ import logging
 
 import pytest
 
-from tests.almost.writers import save_long_model
-from tests.tiny_tokenizer import byte_tokenizer
+from tests.tiny.folders import save_long_model
+from tests.tiny.tokenizers import byte_tokenizer
 from trl_ext.almost.loading import load_backend, load_speaker
 from trl_ext.almost.prompts import (
     STYLES,

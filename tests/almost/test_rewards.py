@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from peft_ext import PeqaConfig
-from tests.tiny_models import tiny_tokenizer
-from tests.tiny_tokenizer import byte_tokenizer, save_tiny_model
+from tests.tiny.folders import save_tiny_model
+from tests.tiny.tokenizers import byte_tokenizer, tiny_tokenizer
 from trl_ext.almost.models import load_classifier
 from trl_ext.almost.rewards import RewardModel, encode_answer
 

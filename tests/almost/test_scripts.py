@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.almost.writers import save_long_model
+from tests.tiny.folders import save_long_model
 from trl_ext.almost.store import read_rows
 from trl_ext.scripts import almost_feedback, almost_queries, almost_self_play
 

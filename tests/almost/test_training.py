@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from generation_ext.shared_prefix.sampling import row_generator
 from peft_ext.language_model import inference
 from tests.almost.trained import ANSWER, FLAGS, WORSE, write_lines, write_run
-from tests.tiny_tokenizer import byte_tokenizer
+from tests.tiny.tokenizers import byte_tokenizer
 from trl_ext.almost import rlsf_generation
 from trl_ext.almost.models import load_policy
 from trl_ext.almost.reward_training import AlmostRewardConfig, RewardArguments, encode_pairs, half_of

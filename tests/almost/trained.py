@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.tiny_tokenizer import save_tiny_model
+from tests.tiny.folders import save_tiny_model
 
 
 # Small steps on the whole data, nothing shown, nothing recomputed.

@@ -14,7 +14,7 @@ from peft_ext.quant.binary import quantize_binary
 from peft_ext.quant.error_feedback import quantize_binary_calibrated
 from peft_ext.quant.linear import PackedLinear
 from tests.cases import CASES, assert_differs, assert_same, case_ids, move_adapter, train, tuner_layers
-from tests.tiny_models import HIDDEN, LAYERS, inputs, logits_of, tiny
+from tests.tiny.models import HIDDEN, LAYERS, inputs, logits_of, tiny
 
 
 ALPHA_CASES = [case for case in CASES if case.config_cls is AlphaTuningConfig]

@@ -20,8 +20,8 @@ from sklearn.naive_bayes import MultinomialNB  # noqa: E402
 from sklearn.pipeline import make_pipeline  # noqa: E402
 
 from benchmarks import critic_control, critic_cost, critic_tasks, text_quality  # noqa: E402
-from tests.tiny_models import tiny  # noqa: E402
-from tests.tiny_tokenizer import save_tiny_model  # noqa: E402
+from tests.tiny.folders import save_tiny_model  # noqa: E402
+from tests.tiny.models import tiny  # noqa: E402
 
 
 class _Encoder:

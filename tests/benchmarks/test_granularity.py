@@ -8,7 +8,8 @@ import json
 
 import pytest
 
-from tests.tiny_tokenizer import byte_tokenizer, save_tiny_model
+from tests.tiny.folders import save_tiny_model
+from tests.tiny.tokenizers import byte_tokenizer
 
 
 pytest.importorskip("nltk"), pytest.importorskip("matplotlib")

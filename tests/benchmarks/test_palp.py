@@ -13,7 +13,8 @@ pytest.importorskip("sklearn", reason="PALPClassifier is an estimator of scikit-
 
 from benchmarks import palp  # noqa: E402
 from benchmarks.palp_data import SETS, Remembering, Split  # noqa: E402
-from tests.generation_ext.text_models import model, tokenizer_for  # noqa: E402
+from tests.tiny.byte_models import model  # noqa: E402
+from tests.tiny.tokenizers import tokenizer_for  # noqa: E402
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel
 from peft_ext import BottleneckConfig, PeqaConfig
 from peft_ext.bottleneck.targets import TARGET_MODULES
 from tests.cases import adapter_parameters, assert_differs, assert_same, move_adapter, tuner_layers
-from tests.tiny_models import LAYERS, inputs, logits_of, tiny
+from tests.tiny.models import LAYERS, inputs, logits_of, tiny
 
 
 PER_LAYER = {("t5", "houlsby"): 5, ("t5", "pfeiffer"): 2, ("mt5", "houlsby"): 5, ("mt5", "pfeiffer"): 2}

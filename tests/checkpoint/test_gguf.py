@@ -15,8 +15,8 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerFast
+from tokenizers import Regex, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from peft_ext import AlphaTuningConfig, PeqaConfig
 from peft_ext.checkpoint.gguf import export_gguf
@@ -28,8 +28,8 @@ from peft_ext.quant.conversion import dequantize_layers, packed_layers
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.uniform import Quantized
 from tests.cases import assert_same, move_adapter
-from tests.tiny_models import HEADS, HIDDEN, LAYERS, inputs, logits_of, tiny, tiny_tokenizer
-from tests.tiny_tokenizer import byte_tokenizer
+from tests.tiny.models import HEADS, HIDDEN, LAYERS, inputs, logits_of, tiny
+from tests.tiny.tokenizers import byte_tokenizer, sentencepiece_tokenizer, tiny_tokenizer
 
 
 F16 = 2.0**-11  # relative error of rounding to float16
@@ -360,21 +360,6 @@ def with_bos(tokenizer):
     )
     tokenizer.chat_template = TEMPLATE
     return tokenizer
-
-
-def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
-    """Llama 2's kind: BPE over characters, unknown ones as bytes."""
-    special = ["<unk>", "<s>", "</s>"]
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=special + [f"<0x{byte:02X}>" for byte in range(256)])
-    tokenizer.train_from_iterator(["the cat sat on the mat", "that hat is the best of them", "a bath"] * 3, trainer)
-    state = tokenizer.to_str()
-    tokenizer = Tokenizer.from_str(state)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 TEXTS = ["the hat sat", "that's  4 bäths\n🦙", "<tool>a b 123<s>", ""]

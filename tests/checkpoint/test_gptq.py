@@ -22,7 +22,8 @@ from peft_ext.models import load
 from peft_ext.quant.conversion import packed_layers
 from tests.cases import assert_same, train
 from tests.checkpoint.gptq_files import gptq_layer, save_gptq
-from tests.tiny_models import inputs, logits_of, save_tiny, tiny
+from tests.tiny.folders import save_tiny
+from tests.tiny.models import inputs, logits_of, tiny
 
 
 LAYER = "model.layers.1.mlp.down_proj"

@@ -26,7 +26,8 @@ from peft_ext.checkpoint.pack_quantized import PackQuantizedWriter, vllm_notice
 from peft_ext.checkpoint.saving import make_saveable
 from peft_ext.quant.linear import PackedLinear
 from tests.cases import adapter_parameters, assert_differs, assert_same, move_adapter, train, tuner_layers
-from tests.tiny_models import inputs, logits_of, save_tiny, tiny
+from tests.tiny.folders import save_tiny
+from tests.tiny.models import inputs, logits_of, tiny
 
 
 FORMATS = {

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_ext import AlphaTuningConfig, PeqaConfig
 from tests.cases import move_adapter
-from tests.tiny_tokenizer import save_tiny_model
+from tests.tiny.folders import save_tiny_model
 
 
 TOKENS = torch.tensor([[5, 6, 7, 8]])

@@ -17,7 +17,7 @@ from peft_ext.checkpoint.saving import make_saveable
 from peft_ext.cli import main
 from peft_ext.quant.conversion import packed_layers
 from tests.checkpoint.gptq_files import gptq_layer, save_gptq
-from tests.tiny_models import tiny
+from tests.tiny.models import tiny
 
 
 def inspect(path, capsys) -> list[dict]:

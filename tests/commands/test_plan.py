@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from peft_ext.cli import main
-from tests.tiny_models import save_tiny
+from tests.tiny.folders import save_tiny
 
 
 SMALL = ["--max_length", "16", "--context_length", "16"]

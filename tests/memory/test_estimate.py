@@ -20,7 +20,7 @@ from peft_ext.memory.estimate import (
 )
 from peft_ext.memory.trace import Generation, TrainingStep, empty_model
 from peft_ext.quant.conversion import packed_layers
-from tests.tiny_models import tiny
+from tests.tiny.models import tiny
 
 
 STEP = TrainingStep(per_device_train_batch_size=2, max_length=16)
@@ -75,7 +75,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from peft import get_peft_model
 import peft_ext
 from peft_ext.memory.estimate import sharded_bytes
-from tests.tiny_models import tiny
+from tests.tiny.models import tiny
 
 world = int(sys.argv[1])
 dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())

@@ -12,7 +12,7 @@ from peft_ext import AlphaTuningConfig, PeqaConfig
 from peft_ext.memory.trace import Generation, TrainingStep, empty_model, trace_generation, trace_training
 from peft_ext.memory.tracker import AllocationTracker
 from peft_ext.quant import packing
-from tests.tiny_models import HEADS, HIDDEN, LAYERS, tiny
+from tests.tiny.models import HEADS, HIDDEN, LAYERS, tiny
 
 
 STEP = TrainingStep(per_device_train_batch_size=2, max_length=32)

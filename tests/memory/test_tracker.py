@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from peft_ext import AlphaTuningConfig, PeqaConfig
 from peft_ext.memory.trace import empty_model
 from peft_ext.memory.tracker import ACTIVATIONS, GRADIENTS, WEIGHTS, AllocationTracker, FusedAttention
-from tests.tiny_models import tiny
+from tests.tiny.models import tiny
 
 
 METHODS = {

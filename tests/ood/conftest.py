@@ -8,28 +8,21 @@ import random
 
 import pytest
 
-from tests.tiny_models import save_tiny, tiny_tokenizer
+from tests.tiny.folders import save_word_model
 
 
 DOMAINS = {"bank": ["pay", "card"], "travel": ["fly", "stay"], "home": ["cook", "clean"]}
 LABELS = sorted(label for labels in DOMAINS.values() for label in labels)
 
 
-def _folder(name: str, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp(name)
-    save_tiny(name, folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture(scope="session")
 def bert_folder(tmp_path_factory):
-    return _folder("bert", tmp_path_factory)
+    return save_word_model("bert", tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory):
-    return _folder("llama", tmp_path_factory)
+    return save_word_model("llama", tmp_path_factory.mktemp("llama"))
 
 
 def texts_of(number: int, count: int, generator: random.Random) -> list[str]:

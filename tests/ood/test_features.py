@@ -11,7 +11,8 @@ from torch import nn
 
 from peft_ext.ood.classifier import PooledClassifier
 from peft_ext.ood.features import extract
-from tests.tiny_models import tiny, tiny_tokenizer
+from tests.tiny.models import tiny
+from tests.tiny.tokenizers import tiny_tokenizer
 
 
 TEXTS = ["w5 w6", "w7", "w8 w9 w10 w11 w12", "w13 w14 w15", "w5 w6"]

@@ -21,7 +21,7 @@ from peft_ext.ood.pipeline import OODPipeline
 from peft_ext.ood.study.data import load_setting, make_setting
 from peft_ext.ood.study.training import TrainingOptions, train
 from tests.ood.conftest import LABELS
-from tests.tiny_models import tiny_tokenizer
+from tests.tiny.tokenizers import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

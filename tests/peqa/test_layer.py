@@ -29,7 +29,7 @@ from tests.cases import (
     train,
     tuner_layers,
 )
-from tests.tiny_models import HIDDEN, LAYERS, inputs, logits_of, tiny
+from tests.tiny.models import HIDDEN, LAYERS, inputs, logits_of, tiny
 
 
 PEQA_CASES = [case for case in CASES if case.config_cls is PeqaConfig]

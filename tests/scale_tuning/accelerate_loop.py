@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from peft_ext import PeqaConfig
 from tests.cases import adapter_parameters
-from tests.tiny_models import VOCAB, tiny
+from tests.tiny.models import VOCAB, tiny
 
 
 def mean_loss(model: torch.nn.Module, rows: torch.Tensor) -> float:

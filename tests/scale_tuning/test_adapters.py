@@ -11,7 +11,7 @@ from peft import get_peft_model
 
 from peft_ext import PeqaConfig
 from tests.cases import CASES, adapter_parameters, assert_differs, assert_same, case_ids, move_adapter, tuner_layers
-from tests.tiny_models import logits_of, tiny
+from tests.tiny.models import logits_of, tiny
 
 
 def _saves_modules(case) -> bool:

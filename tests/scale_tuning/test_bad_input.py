@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_ext import AlphaTuningConfig, PeqaConfig, calibrate
 from tests.cases import assert_same, move_adapter, tuner_layers
-from tests.tiny_models import inputs, logits_of, tiny
+from tests.tiny.models import inputs, logits_of, tiny
 
 
 IDS = torch.randint(3, 100, (2, 8), generator=torch.Generator().manual_seed(0))

@@ -22,7 +22,7 @@ from tests.cases import (
     move_adapter,
     tuner_layers,
 )
-from tests.tiny_models import logits_of
+from tests.tiny.models import logits_of
 
 
 def test_attributes(case):

@@ -10,7 +10,7 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import nn
 
 from tests.cases import CASES, adapter_parameters, assert_differs, assert_same, case_ids, move_adapter, train
-from tests.tiny_models import logits_of
+from tests.tiny.models import logits_of
 
 
 HALVES = [torch.float16, torch.bfloat16]

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from peft_ext import AlphaTuningConfig, PeqaConfig
 from peft_ext.quant import kernel
 from tests.cases import move_adapter
-from tests.tiny_models import inputs, tiny
+from tests.tiny.models import inputs, tiny
 
 
 CONFIGS = {

@@ -12,7 +12,7 @@ from peft import get_peft_model
 from peft_ext import PeqaConfig
 from peft_ext.scale_tuning.layer import ScaleTuningLinear
 from tests.cases import CASES, CASES_THAT_MERGE, assert_differs, assert_same, case_ids, move_adapter, tuner_layers
-from tests.tiny_models import tiny
+from tests.tiny.models import tiny
 
 
 NAMES = ["default", "__base__", "other"]

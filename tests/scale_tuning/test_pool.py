@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from peft_ext import AdapterPool, AlphaTuningConfig, PeqaConfig
 from peft_ext.quant.conversion import packed_layers
 from tests.cases import CASES_THAT_MERGE, assert_differs, assert_same, case_ids, move_adapter
-from tests.tiny_models import inputs, tiny
+from tests.tiny.models import inputs, tiny
 
 
 FILE = "adapter_model.safetensors"

@@ -33,7 +33,7 @@ from tests.cases import (
     prefix_of,
     tuner_layers,
 )
-from tests.tiny_models import save_tiny
+from tests.tiny.folders import save_tiny
 
 
 # One model of each kind; the whole table does the round trip.
@@ -285,7 +285,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from peft_ext import PeqaConfig
-from tests.tiny_models import tiny
+from tests.tiny.models import tiny
 
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 plain, sharded = (get_peft_model(tiny("llama"), PeqaConfig(bits=3)) for _ in range(2))

@@ -14,7 +14,8 @@ from transformers import Trainer, TrainingArguments
 
 from peft_ext import AlphaTuningConfig, PeqaConfig
 from tests.cases import adapter_parameters, assert_same, prefix_of
-from tests.tiny_models import VOCAB, logits_of, tiny, tiny_tokenizer
+from tests.tiny.models import VOCAB, logits_of, tiny
+from tests.tiny.tokenizers import tiny_tokenizer
 
 
 CONFIG = {"bits": 3, "group_size": 16, "task_type": "CAUSAL_LM"}

@@ -8,8 +8,8 @@ from generation_ext.critic import Critic
 from generation_ext.critic.action_values import action_value_loss, stacked, try_candidates
 from generation_ext.critic.batches import padded_actions, padded_hidden, states_mask
 from generation_ext.critic.rollouts import Rollout, fill_hidden
-from tests.generation_ext.critic.models import ENCODER_DECODERS, random_critic, shared
-from tests.tiny_models import HIDDEN
+from tests.generation_ext.critic.reference import ENCODER_DECODERS, random_critic, shared
+from tests.tiny.models import HIDDEN
 
 
 K = 5

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from generation_ext.critic import Critic
 from generation_ext.critic.__main__ import main
 from generation_ext.critic.rollout_files import read_rollouts
-from tests.tiny_tokenizer import save_tiny_model
+from tests.tiny.folders import save_tiny_model
 
 
 REWARD = """

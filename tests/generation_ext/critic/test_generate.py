@@ -8,9 +8,9 @@ import torch
 import transformers
 
 from generation_ext.critic import CriticLogitsProcessor, backbone, critic_generate
-from tests.generation_ext.critic.models import ENCODER_DECODERS, EXPANDED, TREES, build, random_critic, shared
+from tests.generation_ext.critic.reference import ENCODER_DECODERS, EXPANDED, TREES, build, random_critic, shared
 from tests.generation_ext.critic.test_processor import PADDED, RIGHT_PADDED, generate
-from tests.tiny_models import tiny
+from tests.tiny.models import tiny
 
 
 STRENGTH = 3.0

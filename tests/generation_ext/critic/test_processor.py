@@ -11,7 +11,7 @@ import transformers
 
 from generation_ext.critic import Critic, CriticLogitsProcessor, backbone
 from generation_ext.shared_prefix.candidates import Backbone
-from tests.generation_ext.critic.models import (
+from tests.generation_ext.critic.reference import (
     ENCODER_DECODERS,
     EXPANDED,
     TREES,
@@ -20,7 +20,7 @@ from tests.generation_ext.critic.models import (
     random_critic,
     shared,
 )
-from tests.tiny_models import HIDDEN, VOCAB, tiny
+from tests.tiny.models import HIDDEN, VOCAB, tiny
 
 
 TOP_K, STRENGTH = 5, 3.0

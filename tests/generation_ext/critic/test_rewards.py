@@ -9,7 +9,8 @@ import torch
 import transformers
 
 from generation_ext.critic.rewards import from_classifier, from_pipeline, from_texts, score
-from tests.tiny_models import tiny, tiny_tokenizer
+from tests.tiny.models import tiny
+from tests.tiny.tokenizers import tiny_tokenizer
 
 
 PROMPTS, COMPLETIONS = ["w3 w4", "w5"], [" w6", " w7 w8"]

@@ -11,7 +11,8 @@ from generation_ext.critic import Critic, backbone
 from generation_ext.critic.rewards import from_texts
 from generation_ext.critic.rollout_files import RolloutWriter, read_rollouts
 from generation_ext.critic.rollouts import Rollout, RolloutSampler, encode, fill_hidden, prompt_rows, schedule
-from tests.tiny_models import HIDDEN, tiny, tiny_tokenizer
+from tests.tiny.models import HIDDEN, tiny
+from tests.tiny.tokenizers import tiny_tokenizer
 
 
 MODELS = ("llama", "gpt2", "opt", "gpt_neox", "t5")

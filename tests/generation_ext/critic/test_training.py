@@ -16,7 +16,8 @@ from generation_ext.critic.diagnostics import explained_variance
 from generation_ext.critic.rollout_files import read_rollouts
 from generation_ext.critic.rollouts import fill_hidden
 from generation_ext.critic.training import CriticConfig, CriticTrainer
-from tests.tiny_models import HIDDEN, tiny, tiny_tokenizer
+from tests.tiny.models import HIDDEN, tiny
+from tests.tiny.tokenizers import tiny_tokenizer
 
 
 PROMPTS = ["w5 w17 w40 w8", "w9", "w33 w90 w21 w6 w50 w7", "w12 w13", "w60 w61", "w88"]

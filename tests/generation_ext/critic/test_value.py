@@ -9,7 +9,7 @@ from torch import nn
 
 from generation_ext.critic import Critic, CriticModelConfig, backbone
 from tests.test_language_model import lora_model, packed_model
-from tests.tiny_models import HIDDEN, VOCAB, inputs, tiny
+from tests.tiny.models import HIDDEN, VOCAB, inputs, tiny
 
 
 MODELS = ("llama", "gpt2", "opt", "gpt_neox", "t5")

@@ -21,49 +21,20 @@ from generation_ext.granularity import (
 )
 from generation_ext.granularity.attention import GranularityHead
 from generation_ext.granularity.masks import FLOOR, MODES
-from tests.generation_ext.text_models import model as tiny
+from tests.tiny.byte_models import CONFIGS
+from tests.tiny.byte_models import model as tiny
 
 
 N = 16
 STARTING = GranularityConfig(link="rectified", initial=0.0, max_length=512)
 
 
-def bart():
-    return transformers.BartForConditionalGeneration(
-        transformers.BartConfig(
-            vocab_size=260,
-            d_model=32,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=64,
-            decoder_ffn_dim=64,
-            max_position_embeddings=64,
-            init_std=0.3,
-        )
-    ).eval()
-
-
-def bert():
-    return transformers.BertForMaskedLM(
-        transformers.BertConfig(
-            vocab_size=260,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=64,
-            max_position_embeddings=64,
-        )
-    ).eval()
-
-
 MODELS = {
     "llama": lambda: copy.deepcopy(tiny("llama")),
     "mistral": lambda: copy.deepcopy(tiny("mistral")),
     "t5": lambda: copy.deepcopy(tiny("t5")),
-    "bart": bart,
-    "bert": bert,
+    "bart": lambda: copy.deepcopy(tiny("bart")),
+    "bert": lambda: transformers.BertForMaskedLM(CONFIGS["bert"]()).eval(),
 }
 GENERATES = ("llama", "mistral", "t5", "bart")
 

@@ -11,7 +11,8 @@ from generation_ext.in_context.cli import main, read_task
 from generation_ext.in_context.scoring import LabelScorer
 from generation_ext.in_context.self_generated import SelfGeneratedICL
 from generation_ext.prompts import CB, SST2
-from tests.generation_ext.text_models import model, tokenizer
+from tests.tiny.byte_models import model
+from tests.tiny.tokenizers import tokenizer
 
 
 ROWS = [

@@ -15,7 +15,8 @@ from generation_ext.in_context import scoring
 from generation_ext.in_context.scoring import CONTENT_FREE, LabelScorer
 from generation_ext.prompts import Task
 from generation_ext.shared_prefix import batching
-from tests.generation_ext.text_models import CAUSAL, LENGTH, model, naive_log_prob, tokenizer, tokenizer_for
+from tests.tiny.byte_models import CAUSAL, LENGTH, model, naive_log_prob
+from tests.tiny.tokenizers import tokenizer, tokenizer_for
 
 
 TASK = Task("In: {text}\nOut:", {"neg": " bad", "pos": " good", "very": " goodness", "other": " x"})

@@ -18,7 +18,8 @@ from generation_ext.in_context.scoring import LabelScorer
 from generation_ext.in_context.self_generated import SelfGeneratedICL
 from generation_ext.prompts import CB, SST2, Task
 from generation_ext.shared_prefix.sampling import Decoding, SeededSampling
-from tests.generation_ext.text_models import model, tokenizer, tokenizer_for
+from tests.tiny.byte_models import model
+from tests.tiny.tokenizers import tokenizer, tokenizer_for
 
 
 TASK = replace(SST2, max_new_tokens=8, min_new_tokens=3)

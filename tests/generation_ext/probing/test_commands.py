@@ -13,7 +13,8 @@ pytest.importorskip("sklearn", reason="PALPClassifier is an estimator of scikit-
 
 from generation_ext.probing import FeatureExtractor, PALPClassifier  # noqa: E402
 from generation_ext.probing.__main__ import main  # noqa: E402
-from tests.generation_ext.text_models import model, tokenizer, tokenizer_for  # noqa: E402
+from tests.tiny.byte_models import model  # noqa: E402
+from tests.tiny.tokenizers import tokenizer, tokenizer_for  # noqa: E402
 
 
 ROWS = [

@@ -13,7 +13,8 @@ import torch
 from generation_ext.probing import features as module
 from generation_ext.probing.features import FeatureExtractor
 from generation_ext.shared_prefix.token_tree import TokenTree
-from tests.generation_ext.text_models import CAUSAL, HIDDEN, LAYERS, LENGTH, model, tokenizer, tokenizer_for
+from tests.tiny.byte_models import CAUSAL, HIDDEN, LAYERS, LENGTH, model
+from tests.tiny.tokenizers import tokenizer, tokenizer_for
 
 
 TEXTS = ["Sentence 1: a fine film\nLabel:", "Sentence 1: \nLabel:", "Sentence 1: é 漢字\nLabel:", "", "another text"]

@@ -22,7 +22,8 @@ from sklearn.utils.estimator_checks import parametrize_with_checks  # noqa: E402
 from generation_ext.probing import FeatureExtractor, PALPClassifier  # noqa: E402
 from generation_ext.probing.heads import HEADS  # noqa: E402
 from peft_ext import PeqaConfig  # noqa: E402
-from tests.generation_ext.text_models import model, tokenizer_for  # noqa: E402
+from tests.tiny.byte_models import model  # noqa: E402
+from tests.tiny.tokenizers import tokenizer_for  # noqa: E402
 
 
 TEMPLATE = "Review: {text}\nSentiment:"

@@ -10,7 +10,7 @@ from generation_ext.shared_prefix.batching import Planner, run_in_batches
 from generation_ext.shared_prefix.cache import EMPTY, common_prefix, encode_prefix, layout, read_logits
 from generation_ext.shared_prefix.token_tree import TokenTree, pack, unfold
 from peft_ext.language_model import inference, language_model
-from tests.generation_ext.text_models import CAUSAL, model
+from tests.tiny.byte_models import CAUSAL, model
 
 
 def forest() -> list[TokenTree]:

@@ -1,10 +1,9 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""Tiny models beside those of `tests.tiny_models`, critics with random weights, and the slow reference: it encodes the
-whole text of every candidate, one by one, without a cache."""
+"""Models under a critic, critics with random weights, and the slow reference: it encodes the whole text of every
+candidate, one by one, without a cache."""
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import Optional
 
@@ -15,109 +14,12 @@ from torch import nn
 
 from generation_ext.critic import Critic
 from peft_ext import PeqaConfig
-from tests.tiny_models import HEADS, HIDDEN, LAYERS, TINY_MODELS, VOCAB, tiny
+from tests.tiny.models import HIDDEN, tiny
 
 
-WINDOW = 4
-SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-SHAPE = {
-    "vocab_size": VOCAB,
-    "hidden_size": HIDDEN,
-    "intermediate_size": 2 * HIDDEN,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": HEADS // 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    **SPECIAL,
-}
-
-
-def _mistral() -> nn.Module:
-    return transformers.MistralForCausalLM(
-        transformers.MistralConfig(num_hidden_layers=LAYERS, sliding_window=WINDOW, **SHAPE)
-    )
-
-
-def _gemma3() -> nn.Module:
-    """Sliding and full attention, one mask for each."""
-    config = transformers.Gemma3TextConfig(
-        num_hidden_layers=3,
-        head_dim=HIDDEN // HEADS,
-        sliding_window=WINDOW,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-        **SHAPE,
-    )
-    return transformers.Gemma3ForCausalLM(config)
-
-
-def _lfm2() -> nn.Module:
-    """Convolutions and attention: the cache has a state that isn't keys and values."""
-    config = transformers.Lfm2Config(num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"], **SHAPE)
-    return transformers.Lfm2ForCausalLM(config)
-
-
-def _bloom() -> nn.Module:
-    """ALiBi: positions come from the mask."""
-    config = transformers.BloomConfig(
-        vocab_size=VOCAB, hidden_size=HIDDEN, n_layer=LAYERS, n_head=HEADS, initializer_range=0.2, **SPECIAL
-    )
-    return transformers.BloomForCausalLM(config)
-
-
-def _gpt_neo() -> nn.Module:
-    """Local attention with a mask of the model's own."""
-    config = transformers.GPTNeoConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        num_layers=2,
-        num_heads=HEADS,
-        attention_types=[[["global", "local"], 1]],
-        window_size=WINDOW,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-        **SPECIAL,
-    )
-    return transformers.GPTNeoForCausalLM(config)
-
-
-def _bart() -> nn.Module:
-    config = transformers.BartConfig(
-        vocab_size=VOCAB,
-        d_model=HIDDEN,
-        encoder_layers=LAYERS,
-        decoder_layers=LAYERS,
-        encoder_attention_heads=HEADS,
-        decoder_attention_heads=HEADS,
-        encoder_ffn_dim=2 * HIDDEN,
-        decoder_ffn_dim=2 * HIDDEN,
-        max_position_embeddings=64,
-        init_std=0.2,
-        dropout=0.0,
-        decoder_start_token_id=2,
-        forced_eos_token_id=None,
-        **SPECIAL,
-    )
-    return transformers.BartForConditionalGeneration(config)
-
-
-OWN = {
-    "mistral": _mistral,
-    "gemma3": _gemma3,
-    "lfm2": _lfm2,
-    "bloom": _bloom,
-    "gpt_neo": _gpt_neo,
-    "bart": _bart,
-}
 TREES = ("llama", "gpt2", "opt", "gpt_neox", "mistral", "gemma3")
 EXPANDED = ("lfm2", "bloom", "gpt_neo")
 ENCODER_DECODERS = ("t5", "bart")
-
-
-@functools.cache
-def _template(name: str) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return OWN[name]().eval()
 
 
 def build(name: str) -> nn.Module:
@@ -129,7 +31,7 @@ def build(name: str) -> nn.Module:
             return peft.get_peft_model(tiny("llama"), config).eval()
     if name == "peqa":
         return peft.get_peft_model(tiny("llama"), PeqaConfig(bits=4, task_type="CAUSAL_LM")).eval()
-    return tiny(name) if name in TINY_MODELS else copy.deepcopy(_template(name))
+    return tiny(name)
 
 
 @functools.cache

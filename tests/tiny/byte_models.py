@@ -7,10 +7,9 @@ import functools
 
 import torch
 import transformers
-from tokenizers import processors
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from tests.tiny_tokenizer import byte_tokenizer
+from tests.tiny.tokenizers import tokenizer_for
 
 
 VOCAB, HIDDEN, LAYERS, HEADS, LENGTH = 260, 32, 2, 4, 512
@@ -55,6 +54,18 @@ CONFIGS = {
         vocab_size=VOCAB, hidden_size=HIDDEN, n_layer=LAYERS, n_head=HEADS, initializer_range=0.2
     ),
     "t5": lambda: transformers.T5Config(**_T5, decoder_start_token_id=0, pad_token_id=0, eos_token_id=258),
+    "bart": lambda: transformers.BartConfig(
+        vocab_size=VOCAB,
+        d_model=HIDDEN,
+        encoder_layers=LAYERS,
+        decoder_layers=LAYERS,
+        encoder_attention_heads=HEADS,
+        decoder_attention_heads=HEADS,
+        encoder_ffn_dim=2 * HIDDEN,
+        decoder_ffn_dim=2 * HIDDEN,
+        max_position_embeddings=LENGTH,
+        init_std=0.3,
+    ),
     "bert": lambda: transformers.BertConfig(
         **{**_COMMON, "pad_token_id": 0},
         hidden_size=HIDDEN,
@@ -73,6 +84,7 @@ def model(name: str, attention: str = "sdpa") -> PreTrainedModel:
     config = CONFIGS[name]()
     kinds = {
         "t5": transformers.AutoModelForSeq2SeqLM,
+        "bart": transformers.AutoModelForSeq2SeqLM,
         "bert": transformers.AutoModel,
     }
     with torch.random.fork_rng():
@@ -81,24 +93,6 @@ def model(name: str, attention: str = "sdpa") -> PreTrainedModel:
             config, attn_implementation="eager" if name in _EAGER else attention
         )
     return built.eval()
-
-
-@functools.cache
-def tokenizer(start: bool = False, end: bool = False) -> PreTrainedTokenizerBase:
-    """Bytes; with a start or an end token around each text if asked for. It has no padding token."""
-    fast = byte_tokenizer()
-    token = fast.eos_token
-    if start or end:
-        single = " ".join([f"{token}"] * start + ["$A"] + [f"{token}"] * end)
-        fast.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single=single, special_tokens=[(token, fast.eos_token_id)]
-        )
-    return fast
-
-
-def tokenizer_for(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in the manner of the model's family."""
-    return tokenizer(start=name in ("llama", "mistral", "gemma2", "opt", "bert"), end=name in ("t5", "bert"))
 
 
 @torch.no_grad()

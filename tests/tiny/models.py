@@ -11,20 +11,30 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 import transformers
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
 
+from tests.tiny.tokenizers import VOCAB
 
-VOCAB = 100
+
 HIDDEN = 32
 LAYERS = 2
 HEADS = 4
+WINDOW = 4  # what sliding attention sees
+_SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 2 * HIDDEN,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": HEADS // 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    **_SPECIAL,
+}
 
 
 class MLP(nn.Module):
@@ -60,20 +70,7 @@ class ConvNet(nn.Module):
 
 
 def _llama() -> nn.Module:
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=2 * HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS // 2,
-        max_position_embeddings=64,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        initializer_range=0.2,
-        tie_word_embeddings=False,
-    )
+    config = transformers.LlamaConfig(num_hidden_layers=LAYERS, tie_word_embeddings=False, **_SHAPE)
     return transformers.LlamaForCausalLM(config)
 
 
@@ -163,6 +160,74 @@ def _bert() -> nn.Module:
     return transformers.BertForSequenceClassification(config)
 
 
+def _mistral() -> nn.Module:
+    return transformers.MistralForCausalLM(
+        transformers.MistralConfig(num_hidden_layers=LAYERS, sliding_window=WINDOW, **_SHAPE)
+    )
+
+
+def _gemma3() -> nn.Module:
+    """Sliding and full attention, one mask for each."""
+    config = transformers.Gemma3TextConfig(
+        num_hidden_layers=3,
+        head_dim=HIDDEN // HEADS,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        **_SHAPE,
+    )
+    return transformers.Gemma3ForCausalLM(config)
+
+
+def _lfm2() -> nn.Module:
+    """Convolutions and attention: the cache has a state that isn't keys and values."""
+    config = transformers.Lfm2Config(num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"], **_SHAPE)
+    return transformers.Lfm2ForCausalLM(config)
+
+
+def _bloom() -> nn.Module:
+    """ALiBi: positions come from the mask."""
+    config = transformers.BloomConfig(
+        vocab_size=VOCAB, hidden_size=HIDDEN, n_layer=LAYERS, n_head=HEADS, initializer_range=0.2, **_SPECIAL
+    )
+    return transformers.BloomForCausalLM(config)
+
+
+def _gpt_neo() -> nn.Module:
+    """Local attention with a mask of the model's own."""
+    config = transformers.GPTNeoConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        num_layers=2,
+        num_heads=HEADS,
+        attention_types=[[["global", "local"], 1]],
+        window_size=WINDOW,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        **_SPECIAL,
+    )
+    return transformers.GPTNeoForCausalLM(config)
+
+
+def _bart() -> nn.Module:
+    config = transformers.BartConfig(
+        vocab_size=VOCAB,
+        d_model=HIDDEN,
+        encoder_layers=LAYERS,
+        decoder_layers=LAYERS,
+        encoder_attention_heads=HEADS,
+        decoder_attention_heads=HEADS,
+        encoder_ffn_dim=2 * HIDDEN,
+        decoder_ffn_dim=2 * HIDDEN,
+        max_position_embeddings=64,
+        init_std=0.2,
+        dropout=0.0,
+        decoder_start_token_id=2,
+        forced_eos_token_id=None,
+        **_SPECIAL,
+    )
+    return transformers.BartForConditionalGeneration(config)
+
+
 def _token_batch() -> dict[str, torch.Tensor]:
     """Three rows of six tokens; the first row is left-padded, as for generation."""
     input_ids = torch.tensor([[0, 0, 5, 17, 40, 8], [9, 3, 77, 4, 61, 12], [33, 90, 21, 6, 50, 7]])
@@ -182,12 +247,12 @@ def _images() -> dict[str, torch.Tensor]:
 
 
 class TinyModel(NamedTuple):
-    """How to build a tiny model, a batch for it, and how many linear layers "all-linear" finds (output head left
-    out)."""
+    """How to build a tiny model, a batch for it, and for a model that tuners are tested on how many linear layers
+    "all-linear" finds (output head left out)."""
 
     build: Callable[[], nn.Module]
     inputs: Callable[[], dict[str, torch.Tensor]]
-    linear_layers: int
+    linear_layers: Optional[int] = None
     generates: bool = True
     blocks: bool = True
 
@@ -201,6 +266,12 @@ TINY_MODELS = {
     "bert": TinyModel(_bert, _token_batch, linear_layers=6 * LAYERS + 1, generates=False),
     "mlp": TinyModel(MLP, _features, linear_layers=3, generates=False, blocks=False),
     "conv": TinyModel(ConvNet, _images, linear_layers=2, generates=False, blocks=False),
+    "mistral": TinyModel(_mistral, _token_batch),
+    "gemma3": TinyModel(_gemma3, _token_batch),
+    "lfm2": TinyModel(_lfm2, _token_batch),
+    "bloom": TinyModel(_bloom, _token_batch),
+    "gpt_neo": TinyModel(_gpt_neo, _token_batch),
+    "bart": TinyModel(_bart, _seq2seq_batch),
 }
 
 
@@ -225,19 +296,3 @@ def logits_of(model: nn.Module, batch: dict[str, torch.Tensor], **kwargs) -> tor
     """The model's first output (logits), whatever kind of model it is."""
     output = model(**batch, **kwargs)
     return output if isinstance(output, torch.Tensor) else output[0]
-
-
-def save_tiny(name: str, folder) -> str:
-    """Save a tiny transformers model, so that it has a path like a model of the hub; returns the path."""
-    tiny(name).save_pretrained(folder)
-    return str(folder)
-
-
-def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Words `w3` ... `w99` to ids 3 ... 99; splits at white space."""
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{number}": number for number in range(3, VOCAB)}}
-    backend = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
-    backend.pre_tokenizer = WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=64
-    )
