@@ -7,9 +7,11 @@ import importlib.metadata
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from peft_ext.models import DEFAULT_MODEL, ModelSource, load, load_config, load_tokenizer, resolve_model
 from tests.tiny.folders import save_tiny_model
+from tests.tiny.models import tiny
 
 
 def test_local_folder(tmp_path):
@@ -59,3 +61,44 @@ def test_configs(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(OSError, match="model=.*config.json' has no config that can be loaded.*not a valid JSON"):
         load_config(str(tmp_path / "config.json"))
+
+
+def test_every_kind_of_model_by_one_loader(tmp_path):
+    save_tiny_model(tmp_path)
+    name = str(tmp_path)
+    causal, encoder = load(name), load(name, kind="encoder")
+    assert type(load(name, kind="auto")) is type(causal) and not causal.training
+    assert type(causal).__name__.endswith("ForCausalLM") and type(encoder) is type(causal.model)
+    assert load(name, kind="classifier", num_labels=3).config.num_labels == 3
+    assert causal.name_or_path == name
+    tiny("t5").save_pretrained(tmp_path / "t5")
+    for kind in ("seq2seq", "auto"):
+        assert load(str(tmp_path / "t5"), kind=kind).config.is_encoder_decoder
+
+
+@pytest.mark.parametrize("options", [{"kind": "lm"}, {"dtype": "float8"}])
+def test_unknown_kinds_and_types(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))}=.*is unknown; choose one of"):
+        load("any", **options)
+
+
+def test_an_adapter_s_folder_names_its_base(tmp_path):
+    save_tiny_model(tmp_path / "base")
+    base = load(str(tmp_path / "base"))
+    tokens = torch.arange(5)[None]
+    model = get_peft_model(base, LoraConfig(r=2, init_lora_weights=False, task_type="CAUSAL_LM")).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    expected = model(tokens).logits
+    for loaded in (
+        load(str(tmp_path / "adapter")),
+        load(str(tmp_path / "base"), adapter=str(tmp_path / "adapter")),
+        load(str(tmp_path / "adapter"), kind="auto"),
+    ):
+        assert not loaded.training
+        torch.testing.assert_close(loaded(tokens).logits, expected)
+    assert load_config(str(tmp_path / "adapter")).hidden_size == base.config.hidden_size
+    assert load_tokenizer(str(tmp_path / "adapter")).vocab_size == load_tokenizer(str(tmp_path / "base")).vocab_size
+    with pytest.raises(ValueError, match="names an adapter already"):
+        load(str(tmp_path / "adapter"), adapter="other")
+    with pytest.raises(FileNotFoundError, match="has no adapter_config.json"):
+        load(str(tmp_path / "base"), adapter=str(tmp_path))
