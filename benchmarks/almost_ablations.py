@@ -16,17 +16,17 @@ from typing import Any, Optional
 
 import yaml
 
-from trl_ext.almost.evaluation import hhh_of_rewards
-from trl_ext.almost.evaluation_run import EvaluationArguments, evaluate, load_rows
-from trl_ext.almost.feedback import COMPARISONS as TRAINING_PAIRS
-from trl_ext.almost.feedback import HELDOUT, build_comparisons, write_comparisons
-from trl_ext.almost.loading import load_backend
+from trl_ext.almost.data.comparisons import COMPARISONS as TRAINING_PAIRS
+from trl_ext.almost.data.comparisons import HELDOUT, build_comparisons, write_comparisons
+from trl_ext.almost.data.self_play import self_play
+from trl_ext.almost.evaluation.run import EvaluationArguments, evaluate, load_rows
+from trl_ext.almost.evaluation.statistics import with_interval
+from trl_ext.almost.evaluation.tasks import hhh_of_rewards
 from trl_ext.almost.recipe import COMPARISONS, EVALUATION, RESPONSES, REWARD, SCRIPTS, SELF_PLAY, SFT, AlmostConfig
 from trl_ext.almost.rewards import RewardModel
-from trl_ext.almost.rungs import Rung, parse_ladder
-from trl_ext.almost.self_play import self_play
-from trl_ext.almost.statistics import with_interval
 from trl_ext.almost.store import Row, read_rows
+from trl_ext.almost.writing.generators import Rung, parse_ladder
+from trl_ext.almost.writing.loading import load_backend
 
 
 # Name -> changes of the recipe's comparisons; the as-is reward model comes on top.

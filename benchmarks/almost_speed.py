@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from peft import get_peft_model
 
-from trl_ext.almost.chat import request_text
-from trl_ext.almost.generation import Request, TransformersBackend, tokens_of
-from trl_ext.almost.loading import load_speaker
 from trl_ext.almost.models import load_chat_tokenizer, load_policy
-from trl_ext.almost.prompts import (
+from trl_ext.almost.prompts.chat import request_text
+from trl_ext.almost.prompts.roles import (
     ASSISTANT_STOPS,
     MINING_STOPS,
     assistant_prompt,
@@ -23,10 +21,12 @@ from trl_ext.almost.prompts import (
     seed_queries,
 )
 from trl_ext.almost.recipe import QUERIES, RESPONSES, RLSF, SELF_PLAY, AlmostConfig
-from trl_ext.almost.rlsf_generation import merged_copy
-from trl_ext.almost.rungs import parse_ladder
 from trl_ext.almost.token_sampling import Sampling
-from trl_ext.almost.training import AlmostModelConfig, adapter_config
+from trl_ext.almost.training.rlsf_generation import merged_copy
+from trl_ext.almost.training.stage import AlmostModelConfig, adapter_config
+from trl_ext.almost.writing.backends import Request, TransformersBackend, tokens_of
+from trl_ext.almost.writing.generators import parse_ladder
+from trl_ext.almost.writing.loading import load_speaker
 
 
 SPEED_STAGES = (QUERIES, RESPONSES, SELF_PLAY, RLSF)

@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 from tests.tiny.folders import save_long_model
+from trl_ext.almost.data.self_play import self_play
 from trl_ext.almost.pipeline import FILES, Pipeline
 from trl_ext.almost.plan import plan
 from trl_ext.almost.recipe import STAGES, AlmostConfig, check_recipe, load_recipe, override
-from trl_ext.almost.self_play import self_play
 from trl_ext.almost.store import read_rows
 from trl_ext.scripts import almost
 

@@ -8,7 +8,7 @@ from typing import Any, Optional
 
 import torch
 
-from trl_ext.almost.prompts import AUTO, FORMATS
+from trl_ext.almost.prompts.roles import AUTO, FORMATS
 from trl_ext.almost.token_sampling import Sampling
 
 

@@ -25,7 +25,7 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 import peft_ext  # noqa: F401 (registers the tuners that adapters may name)
 from peft_ext.files import written_whole
 from peft_ext.models import DEFAULT_MODEL, load_model, load_tokenizer, resolve_model
-from trl_ext.almost.chat import with_chat_template
+from trl_ext.almost.prompts.chat import with_chat_template
 
 
 logger = logging.getLogger(__name__)

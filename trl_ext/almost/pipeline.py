@@ -23,18 +23,17 @@ import yaml
 from filelock import FileLock, Timeout
 
 from peft_ext.files import check_folder_writable, sweep, written_whole
-from trl_ext.almost.feedback import (
+from trl_ext.almost.data.comparisons import (
     COMPARISONS as COMPARISONS_FILE,
 )
-from trl_ext.almost.feedback import (
+from trl_ext.almost.data.comparisons import (
     HELDOUT,
     build_comparisons,
     write_comparisons,
     write_responses,
 )
-from trl_ext.almost.generation import Backend
-from trl_ext.almost.loading import load_backend
-from trl_ext.almost.queries import mine_queries
+from trl_ext.almost.data.queries import mine_queries
+from trl_ext.almost.data.self_play import self_play
 from trl_ext.almost.recipe import (
     COMPARISONS,
     EVALUATION,
@@ -53,8 +52,9 @@ from trl_ext.almost.recipe import (
     check_recipe,
 )
 from trl_ext.almost.rewards import RewardModel
-from trl_ext.almost.self_play import self_play
 from trl_ext.almost.store import Run, read_rows
+from trl_ext.almost.writing.backends import Backend
+from trl_ext.almost.writing.loading import load_backend
 
 
 logger = logging.getLogger(__name__)

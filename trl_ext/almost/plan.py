@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from peft_ext.models import DEFAULT_MODEL, load_tokenizer
-from trl_ext.almost.generation import tokens_of
 from trl_ext.almost.pipeline import Pipeline
-from trl_ext.almost.prompts import assistant_prompt, load_style, mining_prompt, seed_queries
+from trl_ext.almost.prompts.roles import assistant_prompt, load_style, mining_prompt, seed_queries
 from trl_ext.almost.recipe import (
     COMPARISONS,
     QUERIES,
@@ -22,7 +21,8 @@ from trl_ext.almost.recipe import (
     SELF_PLAY,
     SFT,
 )
-from trl_ext.almost.rungs import parse_ladder
+from trl_ext.almost.writing.backends import tokens_of
+from trl_ext.almost.writing.generators import parse_ladder
 
 
 # Share of the texts that become queries; what SmolLM2 reaches, about.

@@ -16,7 +16,7 @@ import yaml
 from trl import TrlParser
 
 from trl_ext.almost.config import ComparisonsConfig, QueriesConfig, ResponsesConfig, SelfPlayConfig
-from trl_ext.almost.rungs import parse_ladder
+from trl_ext.almost.writing.generators import parse_ladder
 
 
 QUERIES, RLSF_QUERIES, RESPONSES, COMPARISONS = "queries", "rlsf_queries", "responses", "comparisons"
@@ -229,10 +229,10 @@ def parse_script(stage: str, path: str) -> tuple[Any, ...]:
 
 
 def _kinds(stage: str) -> Callable[[str], tuple[type, ...]]:
-    from trl_ext.almost.reward_training import AlmostRewardConfig, RewardArguments
-    from trl_ext.almost.rlsf_training import RLSF_CONFIGS, RLSFArguments
-    from trl_ext.almost.sft_training import AlmostSFTConfig, SFTArguments
-    from trl_ext.almost.training import AlmostModelConfig
+    from trl_ext.almost.training.reward import AlmostRewardConfig, RewardArguments
+    from trl_ext.almost.training.rlsf import RLSF_CONFIGS, RLSFArguments
+    from trl_ext.almost.training.sft import AlmostSFTConfig, SFTArguments
+    from trl_ext.almost.training.stage import AlmostModelConfig
     from trl_ext.scripts.almost_rlsf import trainer_of
 
     if stage in (REWARD, REWARD_2):
@@ -248,7 +248,7 @@ def check_evaluation_data(config: AlmostConfig) -> None:
     Raises:
         ValueError, FileNotFoundError: If it isn't there; names the setting, and how to leave the stage out.
     """
-    from trl_ext.almost.evaluation_run import data_path
+    from trl_ext.almost.evaluation.run import data_path
 
     arguments = _evaluation_arguments(config)
     try:
@@ -262,7 +262,7 @@ def check_evaluation_data(config: AlmostConfig) -> None:
 
 def _evaluation_arguments(config: AlmostConfig) -> Any:
     """The evaluation looks into the run, which isn't there yet; so it is parsed without."""
-    from trl_ext.almost.evaluation_run import EvaluationArguments
+    from trl_ext.almost.evaluation.run import EvaluationArguments
 
     values = config.block(EVALUATION)
     known = [each.name for each in dataclasses.fields(EvaluationArguments)]

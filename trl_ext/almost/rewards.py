@@ -13,8 +13,8 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_ext.almost.chat import Messages, Prompt, as_messages, chat_text, with_chat_template
 from trl_ext.almost.models import Dtype, load_chat_tokenizer, load_classifier, with_padding
+from trl_ext.almost.prompts.chat import Messages, Prompt, as_messages, chat_text, with_chat_template
 
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from peft_ext.command_line import parse, run_command
-from trl_ext.almost.evaluation_run import EvaluationArguments, evaluate
+from trl_ext.almost.evaluation.run import EvaluationArguments, evaluate
 
 
 def main(argv: Sequence[str]) -> None:

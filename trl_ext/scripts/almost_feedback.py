@@ -17,11 +17,11 @@ from typing import Optional
 
 from peft_ext.command_line import parse, run_command
 from trl_ext.almost.config import ComparisonsConfig, ResponsesConfig
-from trl_ext.almost.feedback import build_comparisons, write_comparisons, write_responses
-from trl_ext.almost.loading import load_backend
+from trl_ext.almost.data.comparisons import build_comparisons, write_comparisons, write_responses
 from trl_ext.almost.rewards import RewardModel
-from trl_ext.almost.rungs import Rung, parse_ladder
 from trl_ext.almost.store import open_alone, read_rows
+from trl_ext.almost.writing.generators import Rung, parse_ladder
+from trl_ext.almost.writing.loading import load_backend
 
 
 @dataclass

@@ -15,9 +15,9 @@ from typing import Optional
 
 from peft_ext.command_line import parse, run_command
 from trl_ext.almost.config import QueriesConfig
-from trl_ext.almost.loading import load_backend
-from trl_ext.almost.queries import mine_queries
+from trl_ext.almost.data.queries import mine_queries
 from trl_ext.almost.store import open_alone, read_rows
+from trl_ext.almost.writing.loading import load_backend
 
 
 @dataclass

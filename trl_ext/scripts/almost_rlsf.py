@@ -19,8 +19,8 @@ from pathlib import Path
 import yaml
 
 from peft_ext.command_line import parse, run_command
-from trl_ext.almost.rlsf_training import RLSF_CONFIGS, RLSFArguments, train_rlsf
-from trl_ext.almost.training import AlmostModelConfig
+from trl_ext.almost.training.rlsf import RLSF_CONFIGS, RLSFArguments, train_rlsf
+from trl_ext.almost.training.stage import AlmostModelConfig
 
 
 def main(argv: Sequence[str]) -> None:

@@ -16,10 +16,10 @@ from typing import Optional
 
 from peft_ext.command_line import parse, run_command
 from trl_ext.almost.config import SelfPlayConfig
-from trl_ext.almost.loading import load_backend
+from trl_ext.almost.data.self_play import self_play
 from trl_ext.almost.rewards import RewardModel
-from trl_ext.almost.self_play import self_play
 from trl_ext.almost.store import open_alone, read_rows
+from trl_ext.almost.writing.loading import load_backend
 
 
 @dataclass

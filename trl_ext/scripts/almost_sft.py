@@ -15,8 +15,8 @@ import sys
 from collections.abc import Sequence
 
 from peft_ext.command_line import parse, run_command
-from trl_ext.almost.sft_training import AlmostSFTConfig, SFTArguments, train_sft
-from trl_ext.almost.training import AlmostModelConfig
+from trl_ext.almost.training.sft import AlmostSFTConfig, SFTArguments, train_sft
+from trl_ext.almost.training.stage import AlmostModelConfig
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,0 +1,113 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Self-play: the best of N at each turn, ends of conversations, going on after a kill."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tests.almost.writers import Writer, sentence
+from trl_ext.almost.config import SelfPlayConfig
+from trl_ext.almost.data.self_play import reward_statistics, self_play
+from trl_ext.almost.store import read_rows
+
+
+QUERIES = [{"id": number, "query": "What is it? " + "x" * number} for number in range(9)]
+CONFIG = SelfPlayConfig(samples=3, max_turns=2, batch_size=4, shots=1)
+
+
+def length(prompts, responses):
+    """A reward that is easy to check, and a check that conversations arrive as messages."""
+    assert all(prompt[-1]["role"] == "user" for prompt in prompts) and len(prompts) == len(responses)
+    return [float(len(response)) for response in responses]
+
+
+def write(key, number):
+    return (
+        sentence(key, number, words=4 + 3 * number) + "\n\nHuman: x" if key.startswith("assistant") else sentence(key)
+    )
+
+
+def test_the_best_answer_is_kept_at_each_turn(tmp_path):
+    counts = self_play(Writer(write), CONFIG, QUERIES, tmp_path / "d.jsonl", length)
+    rows = read_rows(tmp_path / "d.jsonl")
+    assert [row["id"] for row in rows] == list(range(9))
+    for row in rows:
+        assert [message["role"] for message in row["messages"]] == ["user", "assistant"] * 2
+        assert row["messages"][0]["content"] == QUERIES[row["id"]]["query"]
+        for turn, rewards in enumerate(row["rewards"]):
+            expected = [sentence(f"assistant/{row['id']}/{turn}", n, words=4 + 3 * n) for n in range(3)]
+            assert rewards == [len(text) for text in expected]
+            assert row["messages"][2 * turn + 1]["content"] == max(expected, key=len)
+        assert row["messages"][2]["content"] == sentence(f"user/{row['id']}/1")
+    assert counts["conversations"] == 9 and counts["answers"] == 18 and counts["without an answer"] == 0
+    assert counts["best of"] == reward_statistics(rows)
+
+
+def test_reward_statistics():
+    rows = [{"rewards": [[1, 3, 2], [4, 0, 6]]}, {"rewards": [[2, 2, 2]]}]
+    statistics = reward_statistics(rows)
+    assert [statistics[n]["mean"] for n in "123"] == [7 / 3, 9 / 3, 11 / 3]
+    assert statistics["3"]["gain"] == pytest.approx(4 / 3) and statistics["1"]["gain"] == 0
+    assert statistics["2"]["standard_error"] == pytest.approx(1 / math.sqrt(3))  # of 3, 4, 2
+    assert reward_statistics([{"rewards": [[None]]}]) == {}
+
+
+def test_conversations_end_early(tmp_path):
+    def write_few(key, number):
+        kind, talk, turn = key.split("/")
+        if kind == "user":
+            return {"0": "", "1": "What is it? x", "2": "y" * 600}.get(talk, "And then?\n\nSo what?")
+        return "" if talk == "3" or (talk == "4" and turn == "1") else f"Answer {number}."
+
+    counts = self_play(Writer(write_few), CONFIG, QUERIES[:6], tmp_path / "d.jsonl", length)
+    turns = {row["id"]: [message["content"] for message in row["messages"]] for row in read_rows(tmp_path / "d.jsonl")}
+    assert {talk: len(texts) for talk, texts in turns.items()} == {0: 2, 1: 2, 2: 2, 4: 2, 5: 4}
+    assert turns[5][2] == "And then?", "the first paragraph"
+    assert counts["without an answer"] == 1
+    writer = Writer(write_few)
+    self_play(writer, CONFIG, QUERIES[:6], tmp_path / "d.jsonl", length)
+    assert not writer.batches, "what came to nothing isn't tried again"
+
+
+def test_one_sample_needs_no_reward(tmp_path):
+    config = SelfPlayConfig(samples=1, max_turns=1, batch_size=4, shots=0, count=3)
+    counts = self_play(Writer(write), config, QUERIES, tmp_path / "d.jsonl")
+    assert counts["conversations"] == 3 and counts["best of"] == {}
+    with pytest.raises(ValueError, match="samples=3 needs a reward model"):
+        self_play(Writer(write), CONFIG, QUERIES, tmp_path / "e.jsonl")
+
+
+def test_empty_answers_never_win(tmp_path):
+    writer = Writer(lambda key, n: "" if n == 0 and key.startswith("assistant") else "Some words." if n == 1 else "w")
+    self_play(writer, CONFIG, QUERIES[:2], tmp_path / "d.jsonl", lambda p, r: [-5.0] * len(r))
+    (row, _) = read_rows(tmp_path / "d.jsonl")
+    assert row["messages"][1]["content"] == "Some words." and row["rewards"][0] == [None, -5.0, -5.0]
+
+
+def test_faults(tmp_path):
+    with pytest.raises(ValueError, match="NaN for conversation 3"):
+        self_play(Writer(write), CONFIG, QUERIES[:4], tmp_path / "d.jsonl", lambda p, r: [math.nan] * len(r))
+    assert not (tmp_path / "d.jsonl").exists()
+    with pytest.raises(ValueError, match="none of 4 conversations has an answer"):
+        self_play(Writer(lambda key, n: " "), CONFIG, QUERIES[:4], tmp_path / "e.jsonl", length)
+    for name in ("samples", "max_turns", "user_max_new_tokens", "count"):
+        with pytest.raises(ValueError, match=f"{name}=0"):
+            SelfPlayConfig(**{name: 0})
+
+
+def test_it_goes_on_after_an_interruption(tmp_path):
+    def interrupted(key, number):
+        if key == "user/2/1":
+            raise KeyboardInterrupt
+        return write(key, number)
+
+    with pytest.raises(KeyboardInterrupt):
+        self_play(Writer(interrupted), CONFIG, QUERIES, tmp_path / "d.jsonl", length)
+    assert len(read_rows(tmp_path / "d.jsonl")) == 4
+    writer = Writer(write)
+    counts = self_play(writer, CONFIG, QUERIES, tmp_path / "d.jsonl", length)
+    assert writer.batches[0] == [f"assistant/{number}/0" for number in (4, 3, 2, 1)]
+    assert counts == self_play(Writer(write), CONFIG, QUERIES, tmp_path / "whole.jsonl", length)
+    assert (tmp_path / "d.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()

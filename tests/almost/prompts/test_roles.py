@@ -1,0 +1,144 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Prompts, styles of one's own, seeds, ladders."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+
+from tests.tiny.folders import save_long_model
+from tests.tiny.tokenizers import byte_tokenizer
+from trl_ext.almost.prompts.roles import (
+    STYLES,
+    USER_STOPS,
+    assistant_prompt,
+    clean_turn,
+    load_style,
+    mining_prompt,
+    seed_queries,
+    user_prompt,
+    uses_chat,
+)
+from trl_ext.almost.writing.generators import Rung, parse_ladder
+from trl_ext.almost.writing.loading import load_backend, load_speaker
+
+
+CHATML = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture
+def plain():
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def chat():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def test_demonstrations_stand_before_the_query(plain, chat):
+    style = STYLES["hhh"]
+    text = assistant_prompt(plain, "Why?", style, 2)
+    assert text.startswith(style.preamble) and text.endswith("\n\n-----\n\nHuman: Why?\n\nAssistant:")
+    assert text.count("Human:") == 3 and style.demonstrations[1][1] in text and style.demonstrations[2][0] not in text
+    text = assistant_prompt(chat, "Why?", style, 2)
+    assert text.startswith(f"<system>{style.preamble}</><user>{style.demonstrations[0][0]}</><assistant>")
+    assert text.endswith("<user>Why?</><assistant>") and text.count("<user>") == 3
+    assert "Human:" in assistant_prompt(chat, "Why?", style, 1, "plain")
+    with pytest.raises(ValueError, match="shots=9"):
+        assistant_prompt(plain, "Why?", style, 9)
+
+
+def test_prompts_of_a_stage_share_their_beginning(plain, chat):
+    for tokenizer in (plain, chat):
+        one, two = (assistant_prompt(tokenizer, query, STYLES["faithful"], 3) for query in ("Why?", "How?"))
+        assert one[: one.rindex("Why?")] == two[: two.rindex("How?")]
+
+
+def test_the_person_s_role_is_flipped(plain, chat):
+    talk = [{"role": "user", "content": "Q1"}, {"role": "assistant", "content": "A1"}]
+    assert user_prompt(chat, talk).endswith("<assistant>Q1</><user>A1</><assistant>")
+    assert user_prompt(plain, talk).endswith("\n\n-----\n\nHuman: Q1\n\nAssistant: A1\n\nHuman:")
+
+
+def test_formats(plain, chat):
+    assert uses_chat(chat) and not uses_chat(plain) and not uses_chat(chat, "plain")
+    with pytest.raises(ValueError, match="needs a chat template"):
+        uses_chat(plain, "chat")
+    with pytest.raises(ValueError, match="chat_format='other'"):
+        uses_chat(plain, "other")
+
+
+def test_a_turn_ends_where_another_begins():
+    assert clean_turn(" Yes.\n\nHuman: and\n-----") == "Yes."
+    assert clean_turn("Tell me more.\n\nAssistant: Gladly", USER_STOPS) == "Tell me more."
+    assert clean_turn("\n\n-----\nx") == ""
+
+
+def test_a_style_of_one_s_own(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"preamble": "P", "demonstrations": [["q", "a"]]}))
+    assert load_style(str(path)).demonstrations == (("q", "a"),)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="must hold a preamble"):
+        load_style(str(path))
+    with pytest.raises(ValueError, match="prompt='rude' is unknown"):
+        load_style("rude")
+
+
+def test_seeds_and_mining(tmp_path):
+    seeds = seed_queries()
+    assert len(seeds) >= 40 and len(set(seeds)) == len(seeds) and all(len(seed) <= 250 for seed in seeds)
+    assert mining_prompt(["a\nb", "c"]).endswith("\n\nQuery: a b\nQuery: c\nQuery:")
+    path = tmp_path / "seeds.jsonl"
+    path.write_text('{"instruction": "Do  it.", "input": ""}\n{"instruction": "With", "input": "x"}\n{"query": "Q"}\n')
+    assert seed_queries(str(path)) == ["Do it.", "Q"]
+    path.write_text('{"text": 1}\n')
+    with pytest.raises(ValueError, match="line 1"):
+        seed_queries(str(path))
+    with pytest.raises(FileNotFoundError):
+        seed_queries(str(tmp_path / "none.jsonl"))
+
+
+def test_ladders(caplog):
+    ladder = parse_ladder(["prompt=faithful,shots=3", {"shots": 1, "bits": 2}, Rung(shots=1, rank=1)])
+    assert [rung.rank for rung in ladder] == [0, 1, 1] and ladder[1].bits == 2 and ladder[0].prompt == "faithful"
+    for bad, message in (
+        (["shots=1"], "at least two ranks"),
+        ([{"rank": 0}, {"rank": 0, "shots": 1}], "at least two ranks"),
+        (["shots=1", "shots=2", "shots=1"], "rungs 0 and 2 are the same"),
+        (["shots=1", "bits=5"], "rung 1: bits=5"),
+        (["shots=1", "shots=20"], "rung 1: shots=20"),
+        (["shots=1", {"size": 3}], "rung 1 has a field 'size'"),
+        (["shots=1", "few"], "must look like"),
+        (["shots=1", "prompt=rude"], "prompt='rude'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_ladder(bad)
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        parse_ladder(["shots=1", "shots=5"])
+    assert "hhh 1-shot stands above the model, hhh 5-shot" in caplog.text
+
+
+def test_a_model_of_few_bits_is_another_speaker(tmp_path):
+    import torch
+
+    folder = str(save_long_model(tmp_path / "model"))
+    plain, _ = load_speaker(folder)
+    backend = load_backend(folder, bits=2, batch_size=3)
+    ids = torch.arange(5, 40)[None]
+    with torch.no_grad():
+        difference = (plain(ids).logits - backend.model(ids).logits).abs().max()
+    assert difference > 1e-3 and backend.batch_size == 3
+    with pytest.raises(ValueError, match="backend='vllm' takes a hub id"):
+        load_backend(folder, bits=2, backend="vllm")
+    with pytest.raises(ValueError, match="backend='other'"):
+        load_backend(folder, backend="other")

@@ -1,0 +1,260 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Synthetic feedback: every rung answers every query, and who stands higher is preferred, where length and looks agree
+(the paper's step 1)."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple, Optional, Union
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from trl_ext.almost.config import ComparisonsConfig, ResponsesConfig
+from trl_ext.almost.prompts.roles import ASSISTANT_STOPS, assistant_prompt, clean_turn, load_style
+from trl_ext.almost.store import Row, RowFile, write_rows
+from trl_ext.almost.writing.backends import Backend, Request
+from trl_ext.almost.writing.generators import Rung, parse_ladder
+
+
+# Prompts (texts or messages) and answers -> a number for each, higher is better.
+RewardFunction = Callable[[Sequence[Any], Sequence[str]], Sequence[float]]
+LoadBackend = Callable[[Rung], Backend]
+FEW_CHARS = 50
+COMPARISONS, HELDOUT = "comparisons.jsonl", "comparisons.heldout.jsonl"
+# Reasons of the heuristic filter.
+BAD = ("short", "ends open", "begins with well", "no full stop", "does not know", "another turn", "image")
+
+
+def write_responses(
+    load: LoadBackend, config: ResponsesConfig, queries: Sequence[Row], path: Union[str, os.PathLike]
+) -> dict[str, int]:
+    """Answers of every rung to every query, as rows `{"id", "query_id", "rung", "query", "response"}`.
+
+    Args:
+        load: Loads what writes for a rung; called once for rungs beside each other of one model and width.
+        config: See [`ResponsesConfig`].
+        queries: Rows with `id` and `query`.
+        path: The file, appended batch by batch, and brought into order at the end.
+
+    Returns:
+        How many answers there are, how many of them empty, and their tokens by the rungs' tokenizers.
+    """
+    ladder, file = parse_ladder(config.ladder), RowFile(path)
+    with tqdm(total=len(ladder) * len(queries), initial=len(file), desc="responses") as bar:
+        for _, group in groupby(enumerate(ladder), key=lambda pair: (pair[1].model, pair[1].bits, pair[1].group_size)):
+            rungs = list(group)
+            missing = [f"{query['id']}/{place}" not in file for place, _ in rungs for query in queries]
+            if not any(missing):
+                continue
+            backend = load(rungs[0][1])
+            for place, rung in rungs:
+                _answer(backend, config, rung, place, queries, file, bar)
+            del backend
+            gc.collect()
+    file.sort(key=lambda row: (row["query_id"], row["rung"]))
+    return {"responses": len(file), "empty": sum(not row["response"] for row in file.rows.values())}
+
+
+def _answer(
+    backend: Backend, config: ResponsesConfig, rung: Rung, place: int, queries: Sequence[Row], file: RowFile, bar: Any
+) -> None:
+    style, tokenizer = load_style(rung.prompt), backend.tokenizer
+    requests = [
+        Request(
+            f"responses/{place}/{query['id']}",
+            assistant_prompt(tokenizer, query["query"], style, rung.shots, config.chat_format),
+        )
+        for query in queries
+    ]
+    sampling = config.sampling(
+        max_new_tokens=rung.max_new_tokens or config.max_new_tokens,
+        stop=ASSISTANT_STOPS,
+    )
+    ids = [f"{query['id']}/{place}" for query in queries]
+    for batch in backend.stream(requests, sampling, done=lambda index: ids[index] in file):
+        rows = [
+            {
+                "id": ids[index],
+                "query_id": queries[index]["id"],
+                "rung": place,
+                "query": queries[index]["query"],
+                "response": clean_turn(texts[0]),
+            }
+            for index, texts in batch
+        ]
+        bar.update(file.append(rows))
+
+
+class Pair(NamedTuple):
+    """Places of a better and a worse answer."""
+
+    better: int
+    worse: int
+
+
+def heuristic_filter(response: str) -> Optional[str]:
+    """Why an answer is bad by its looks, one of [`BAD`]; None if it isn't (the rules of the authors' code)."""
+    text, lower = response.strip(), response.strip().lower()
+    if "Human:" in text:
+        return "another turn"
+    if "<Image>" in text:
+        return "image"
+    if len(text) < FEW_CHARS:
+        return "short"
+    if text.endswith(("?", ":")):
+        return "ends open"
+    if lower.startswith("well"):
+        return "begins with well"
+    if "don't know" in lower or "do not know" in lower:
+        return "does not know"
+    return None if text.endswith((".", "!")) else "no full stop"
+
+
+def pair_up(
+    ranks: Sequence[int], lengths: Sequence[int], everything: Sequence[int], length_aware: bool = True
+) -> list[Pair]:
+    """Pairs of one query's answers.
+
+    Each answer, from the best rank on, is preferred to the first of a lower rank that no better one has taken, if it isn't
+    shorter, or not much shorter than usual (the mean less half a standard deviation).
+
+    Args:
+        ranks: 0 best.
+        lengths: In characters.
+        everything: Lengths of all answers to the query, dropped ones too.
+        length_aware: Without it, length doesn't matter.
+
+    Returns:
+        At most one pair less than there are answers.
+    """
+    order = sorted(range(len(ranks)), key=lambda place: ranks[place])
+    usual = float(np.mean(everything) - np.std(everything) / 2) if len(everything) else 0.0
+    taken: set[int] = set()
+    pairs = []
+    for better in order:
+        for worse in order:
+            if ranks[worse] <= ranks[better] or worse in taken:
+                continue
+            if not length_aware or lengths[better] >= lengths[worse] or lengths[better] >= usual:
+                pairs.append(Pair(better, worse))
+                taken.add(worse)
+                break
+    return pairs
+
+
+def build_comparisons(
+    responses: Sequence[Row],
+    ladder: Sequence[Any],
+    config: ComparisonsConfig,
+    reward: Optional[RewardFunction] = None,
+) -> tuple[list[Row], dict[str, int]]:
+    """Comparisons in TRL's preference format.
+
+    Args:
+        responses: Rows of [`write_responses`].
+        ladder: The ladder that they come from.
+        config: See [`ComparisonsConfig`].
+        reward: The as-is reward model; a pair that it ranks the other way round is dropped.
+
+    Returns:
+        Rows `{"id", "query_id", "prompt", "chosen", "rejected", "rungs"}`, and what each filter dropped.
+
+    Raises:
+        ValueError: If no pair is left; tells which filter dropped how many.
+    """
+    ranks = [rung.rank or 0 for rung in parse_ladder(ladder)]
+    counts: Counter[str] = Counter({"responses": len(responses)})
+    rows: list[Row] = []
+    ordered = sorted(responses, key=lambda row: (row["query_id"], row["rung"]))
+    for query, group in groupby(ordered, key=lambda row: row["query_id"]):
+        answers = list(group)
+        kept = [row for row in answers if not _is_bad(row["response"], config.heuristic_filter, counts)]
+        lengths = [len(row["response"]) for row in kept]
+        everything = [len(row["response"]) for row in answers]
+        pairs = pair_up([ranks[row["rung"]] for row in kept], lengths, everything, config.length_aware)
+        possible = max(len({ranks[row["rung"]] for row in kept}) - 1, 0)
+        counts["pairs that length dropped"] += max(possible - len(pairs), 0)
+        rows += [_comparison(query, kept[pair.better], kept[pair.worse], config.conversational) for pair in pairs]
+    counts["pairs"] = len(rows)
+    if reward is not None and rows:
+        rows = _agreed(rows, reward)
+        counts["pairs that the as-is reward model dropped"] = counts["pairs"] - len(rows)
+    counts["comparisons"] = len(rows)
+    if not rows:
+        raise ValueError(_nothing_left(counts))
+    return rows, dict(counts)
+
+
+def write_comparisons(rows: Sequence[Row], folder: Path, config: ComparisonsConfig) -> dict[str, int]:
+    """Split comparisons by query into `comparisons.jsonl` and `comparisons.heldout.jsonl`.
+
+    Returns:
+        How many rows each has.
+
+    Raises:
+        ValueError: If a part that the config asks for would be empty.
+    """
+    queries = list(dict.fromkeys(row["query_id"] for row in rows))
+    order = [queries[place] for place in np.random.default_rng(config.seed).permutation(len(queries))]
+    count = round(config.heldout_share * len(order))
+    heldout = set(order[:count])
+    if count == len(order) or (config.heldout_share and not count):
+        raise ValueError(
+            f"there are comparisons of {len(order)} queries only, too few to hold out heldout_share="
+            f"{config.heldout_share} of them; mine more queries."
+        )
+    parts = {
+        HELDOUT: [row for row in rows if row["query_id"] in heldout],
+        COMPARISONS: [row for row in rows if row["query_id"] not in heldout],
+    }
+    for name, part in parts.items():
+        write_rows(folder / name, part)
+    return {name: len(part) for name, part in parts.items()}
+
+
+def _is_bad(response: str, asked: bool, counts: Counter[str]) -> bool:
+    reason = "empty" if not response.strip() else heuristic_filter(response) if asked else None
+    if reason is not None:
+        counts[f"bad: {reason}"] += 1
+    return reason is not None
+
+
+def _comparison(query: Any, better: Row, worse: Row, conversational: bool) -> Row:
+    def turn(role: str, text: str) -> Any:
+        return [{"role": role, "content": text}] if conversational else text
+
+    return {
+        "id": f"{query}/{better['rung']}>{worse['rung']}",
+        "query_id": query,
+        "prompt": turn("user", better["query"]),
+        "chosen": turn("assistant", better["response"]),
+        "rejected": turn("assistant", worse["response"]),
+        "rungs": [better["rung"], worse["rung"]],
+    }
+
+
+def text_of(value: Any) -> str:
+    """The text of a turn, whether it is one message or plain."""
+    return str(value[-1]["content"]) if isinstance(value, list) else str(value)
+
+
+def _agreed(rows: Sequence[Row], reward: RewardFunction) -> list[Row]:
+    prompts = [row["prompt"] for row in rows]
+    scores = reward([*prompts, *prompts], [text_of(row[side]) for side in ("chosen", "rejected") for row in rows])
+    return [row for place, row in enumerate(rows) if scores[place] > scores[place + len(rows)]]
+
+
+def _nothing_left(counts: Mapping[str, int]) -> str:
+    dropped = {name: count for name, count in counts.items() if count and ("bad" in name or "dropped" in name)}
+    most = max(dropped, key=lambda name: dropped[name], default="the ladder, which has no two ranks with an answer")
+    listed = ", ".join(f"{name} {count}" for name, count in dropped.items()) or "nothing"
+    return (
+        f"no comparison is left of {counts['responses']} answers. Dropped: {listed}. Most fell to {most!r}; use stronger "
+        "rungs, a larger max_new_tokens, or turn that filter off."
+    )

@@ -1,0 +1,2 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""HHH alignment, TruthfulQA and win rates of models and reward models."""

@@ -1,0 +1,2 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""What the model is shown: the chat format, demonstrations, every role's prompt."""

@@ -1,0 +1,187 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Prompts of all roles: the assistant on a ladder of shots and styles, a person who asks on, a miner of queries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from trl_ext.almost.prompts.chat import ASSISTANT, HUMAN, Messages, Prompt, as_messages, request_text
+from trl_ext.almost.prompts.demonstrations import (
+    FAITHFUL,
+    HHH,
+    HHH_PREAMBLE,
+    MINING_PREAMBLE,
+    USER,
+    USER_PREAMBLE,
+    Demonstration,
+)
+
+
+SEPARATOR = "-----"
+QUERY = "Query:"
+AUTO, CHAT, PLAIN = "auto", "chat", "plain"
+FORMATS = (AUTO, CHAT, PLAIN)
+# Where a role's turn ends at the latest.
+ASSISTANT_STOPS = ("Human:", SEPARATOR)
+USER_STOPS = ("Assistant:", "Human:", SEPARATOR)
+MINING_STOPS = ("\n",)
+_USER_TASK = (
+    "You write the messages of a person who talks to an AI assistant. Reply with the person's next message only: one or two "
+    "sentences that build on what the assistant has just said."
+)
+
+
+class Style(NamedTuple):
+    """How an assistant is shown to answer.
+
+    Attributes:
+        preamble: What stands before the dialogues.
+        demonstrations: Pairs of query and answer; n shots are the first n.
+    """
+
+    preamble: str
+    demonstrations: tuple[Demonstration, ...]
+
+
+STYLES = {"hhh": Style(HHH_PREAMBLE, HHH), "faithful": Style(HHH_PREAMBLE, FAITHFUL)}
+
+
+def load_style(name: str) -> Style:
+    """A style by its name, or from a JSON file `{"preamble": ..., "demonstrations": [[query, answer], ...]}`.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if name in STYLES:
+        return STYLES[name]
+    path = Path(name).expanduser()
+    if path.suffix != ".json" or not path.is_file():
+        raise ValueError(f"prompt={name!r} is unknown; choose one of {tuple(STYLES)} or a JSON file of your own.")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        return Style(str(value["preamble"]), tuple((str(q), str(a)) for q, a in value["demonstrations"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"prompt={name!r} must hold a preamble and demonstrations, pairs of query and answer: {error!r}."
+        ) from error
+
+
+def uses_chat(tokenizer: PreTrainedTokenizerBase, chat_format: str = AUTO) -> bool:
+    """Whether prompts go through the tokenizer's chat template.
+
+    Raises:
+        ValueError: If the format is unknown, or asks for a template that isn't there.
+    """
+    if chat_format not in FORMATS:
+        raise ValueError(f"chat_format={chat_format!r} is unknown; choose one of {FORMATS}.")
+    if chat_format == CHAT and tokenizer.chat_template is None:
+        raise ValueError(
+            "chat_format='chat' needs a chat template, and this tokenizer has none; use 'plain' or 'auto'."
+        )
+    return chat_format == CHAT or (chat_format == AUTO and tokenizer.chat_template is not None)
+
+
+def assistant_prompt(
+    tokenizer: PreTrainedTokenizerBase, conversation: Prompt, style: Style, shots: int, chat_format: str = AUTO
+) -> str:
+    """The text after which the assistant answers a conversation's last message.
+
+    Args:
+        tokenizer: Of the model that writes.
+        conversation: A query, or messages that end with the user's.
+        style, shots: What stands before it; 0 shots: the preamble alone.
+        chat_format: `"chat"`: demonstrations are turns of the chat template; `"plain"`: the paper's text, for models
+            that have not been tuned; `"auto"`: the former if there is a template.
+
+    Raises:
+        ValueError: If the style has fewer demonstrations.
+    """
+    if not 0 <= shots <= len(style.demonstrations):
+        raise ValueError(f"shots={shots} must be between 0 and {len(style.demonstrations)}, what the prompt has.")
+    messages = as_messages(conversation)
+    turns = [turn for pair in style.demonstrations[:shots] for turn in pair]
+    if uses_chat(tokenizer, chat_format):
+        return request_text(tokenizer, [_system(style.preamble), *_messages(turns), *messages])
+    dialogues = [_plain(_messages(pair)) for pair in style.demonstrations[:shots]]
+    return _join(style.preamble, [*dialogues, _plain(messages) + ASSISTANT])
+
+
+def user_prompt(tokenizer: PreTrainedTokenizerBase, conversation: Messages, chat_format: str = AUTO) -> str:
+    """The text after which the person says what comes next; `conversation` ends with the assistant's message."""
+    messages = as_messages(conversation)
+    if uses_chat(tokenizer, chat_format):
+        # roles change sides: what the person says is what the model is to write
+        flipped = [_flipped(message) for turns in USER for message in (_OPENING, *_messages(turns[:3]))]
+        return request_text(tokenizer, [_system(_USER_TASK), *flipped, _OPENING_REQUEST, *map(_flipped, messages)])
+    dialogues = [_plain(_messages(turns)) for turns in USER]
+    return _join(USER_PREAMBLE, [*dialogues, _plain(messages) + HUMAN])
+
+
+def mining_prompt(shots: Sequence[str]) -> str:
+    """The text after which a new query follows, behind others; the same for tuned and other models."""
+    lines = "".join(f"{QUERY} {' '.join(shot.split())}\n" for shot in shots)
+    return f"{MINING_PREAMBLE}\n\n{lines}{QUERY}"
+
+
+def clean_turn(text: str, stops: Sequence[str] = ASSISTANT_STOPS) -> str:
+    """What a model wrote for a turn: up to the next turn or separator, without white space around it."""
+    places = [place for place in (text.find(mark) for mark in stops) if place >= 0]
+    return (text[: min(places)] if places else text).strip()
+
+
+def seed_queries(path: str = "") -> list[str]:
+    """Queries to begin with: those of the package, or of a JSON-lines file.
+
+    A row's `query`, or its `instruction` (with an empty `input`, as in self-instruct's seeds), is taken.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds no query.
+    """
+    file = Path(path).expanduser() if path else Path(__file__).with_name("seeds.jsonl")
+    if not file.is_file():
+        raise FileNotFoundError(f"seeds={path!r}: there is no such file.")
+    queries = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            text = row["query"] if "query" in row else "" if row.get("input") else row["instruction"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file}, line {number} is no row with a query or an instruction.") from error
+        if text.strip():
+            queries.append(" ".join(text.split()))
+    if not queries:
+        raise ValueError(f"seeds={path!r} holds no query.")
+    return queries
+
+
+_OPENING = {"role": "assistant", "content": "Start a new conversation."}
+_OPENING_REQUEST = {"role": "user", "content": "Start a new conversation."}
+
+
+def _system(text: str) -> dict[str, str]:
+    return {"role": "system", "content": text}
+
+
+def _messages(turns: Sequence[str]) -> list[dict[str, str]]:
+    return [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(turns)]
+
+
+def _flipped(message: dict[str, str]) -> dict[str, str]:
+    return {**message, "role": "assistant" if message["role"] == "user" else "user"}
+
+
+def _plain(messages: Messages) -> str:
+    marks = {"user": HUMAN, "assistant": ASSISTANT}
+    return "".join(f"{marks[m['role']]} {m['content']}" if m["role"] in marks else m["content"] for m in messages)
+
+
+def _join(preamble: str, dialogues: Sequence[str]) -> str:
+    return preamble + "".join(f"\n\n{SEPARATOR}{dialogue}" for dialogue in dialogues)

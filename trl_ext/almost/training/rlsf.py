@@ -1,0 +1,179 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Reinforcement learning from synthetic feedback (step 3 of the paper), with TRL's RLOO or GRPO trainer.
+
+The paper uses PPO; this TRL has no PPO trainer. RLOO is REINFORCE with the other answers to the same prompt as the
+baseline and the KL penalty in the reward, so it needs no value model.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional, Union
+
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, RLOOConfig, RLOOTrainer
+
+from trl_ext.almost.models import load_chat_tokenizer, load_policy, save_plain
+from trl_ext.almost.prompts.chat import as_messages
+from trl_ext.almost.rewards import RewardModel
+from trl_ext.almost.training.rlsf_generation import MergedGRPOTrainer, MergedRLOOTrainer, check_merged_generation
+from trl_ext.almost.training.stage import StageArguments, StageDefaults, adapter_config, finish, load_data, run, start
+
+
+logger = logging.getLogger(__name__)
+START = "start"  # the policy that a whole policy's KL is measured from, while it trains
+# What is reported of TRL's log, and under which name.
+_REPORTED = {"reward": "reward", "kl": "kl", "completions/mean_length": "length"}
+_SHARE = 0.1  # of the log, at each end, is averaged
+
+
+@dataclass
+class RLSFArguments(StageArguments):
+    """Whose score is raised, and how."""
+
+    trainer: str = field(default="rloo", metadata={"help": "rloo or grpo; see TRL's RLOOConfig and GRPOConfig."})
+    reward_model: Optional[str] = field(
+        default=None, metadata={"help": "The reward model: a folder or a hub id; its tokenizer may be another one."}
+    )
+    reward_max_length: int = field(
+        default=1024, metadata={"help": "Most tokens of a text that the reward model sees; the beginning is cut off."}
+    )
+    reward_batch_size: int = field(default=16, metadata={"help": "Texts per forward pass of the reward model."})
+    reward_dtype: str = field(default="float32", metadata={"help": "Float type of the reward model."})
+    merged_generation: bool = field(
+        default=False,
+        metadata={
+            "help": "Write answers by a merged copy of the policy in the training's float type instead of TRL's generation: "
+            "several times sooner without vLLM, for the memory of one more model."
+        },
+    )
+
+
+@dataclass
+class AlmostRLOOConfig(StageDefaults, RLOOConfig):
+    """TRL's RLOOConfig; four answers to a prompt, a penalty on the KL divergence from the start, no dropout."""
+
+    num_generations: Optional[int] = field(default=4, metadata={"help": "Answers to each prompt."})
+    beta: float = field(default=0.05, metadata={"help": "Weight of the KL divergence from the SFT policy."})
+    max_completion_length: Optional[int] = field(default=256, metadata={"help": "Most tokens of an answer."})
+    disable_dropout: bool = field(default=True, metadata={"help": "Leave dropout out, as the KL estimate needs it."})
+
+
+@dataclass
+class AlmostGRPOConfig(StageDefaults, GRPOConfig):
+    """TRL's GRPOConfig with the settings of [`AlmostRLOOConfig`]."""
+
+    num_generations: Optional[int] = field(default=4, metadata={"help": "Answers to each prompt."})
+    beta: float = field(default=0.05, metadata={"help": "Weight of the KL divergence from the SFT policy."})
+    max_completion_length: Optional[int] = field(default=256, metadata={"help": "Most tokens of an answer."})
+    disable_dropout: bool = field(default=True, metadata={"help": "Leave dropout out, as the KL estimate needs it."})
+
+
+# `--trainer` -> the arguments that go with it.
+RLSF_CONFIGS: dict[str, type] = {"rloo": AlmostRLOOConfig, "grpo": AlmostGRPOConfig}
+
+
+def train_rlsf(
+    script_args: RLSFArguments, training_args: Union[RLOOConfig, GRPOConfig], model_args: ModelConfig
+) -> dict[str, Any]:
+    """Raise a policy's reward on new queries, in `training_args.output_dir`, going on from its last checkpoint.
+
+    The reference of the KL term is the policy that training starts from: an SFT adapter is merged first, so that the
+    model with its new LoRA disabled is the SFT policy (with PEQA: the SFT policy as it was quantised); a policy that is
+    trained whole gets a frozen copy.
+
+    Args:
+        script_args: Where the queries are (`query`, or `prompt` as a string or messages), and the reward model.
+        training_args: TRL's arguments; their class chooses the trainer.
+        model_args: The SFT policy, and the adapter if any.
+
+    Returns:
+        What `training.json` holds: prompts; reward, KL per token and length in tokens at the start and at the end; TRL's
+        log.
+
+    Raises:
+        ValueError, OSError: If an argument or a file doesn't fit, or the folder holds another training.
+        ValueError: If a reward is NaN; names the row.
+    """
+    if not script_args.reward_model:
+        raise ValueError("reward_model is missing: pass --reward_model, a folder or a hub id.")
+    if script_args.merged_generation:
+        check_merged_generation(training_args)
+    done = start(training_args, script_args, model_args)
+    if done is not None:
+        return done
+    rows = load_data(
+        script_args.dataset_name, "dataset_name", script_args.dataset_config, script_args.dataset_train_split
+    )
+    trainer = _trainer(script_args, training_args, model_args, prompts_of(rows))
+    run(trainer, trainer.processing_class, script_args.merge_adapter)
+    if trainer.is_world_process_zero():
+        shutil.rmtree(Path(str(training_args.output_dir)) / START, ignore_errors=True)
+    result = {"prompts": len(rows), **summary(trainer.state.log_history)}
+    return finish(trainer, result, script_args.dataset_name)
+
+
+def prompts_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with a `prompt` of messages.
+
+    Raises:
+        ValueError: If a row has neither a query nor a prompt; names it.
+    """
+    prompts = []
+    for number, row in enumerate(rows):
+        prompt = row.get("prompt", row.get("query"))
+        if not prompt:
+            raise ValueError(f"row {number} has neither 'query' nor 'prompt', only {list(row)}.")
+        prompts.append({"prompt": as_messages(prompt)})
+    return prompts
+
+
+def summary(history: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Reward, KL and length at the start and at the end of a log: the means over its first and its last tenth."""
+    result: dict[str, Any] = {}
+    for key, name in _REPORTED.items():
+        values = [entry[key] for entry in history if key in entry]
+        if values:
+            count = max(1, round(_SHARE * len(values)))
+            ends = {"start": values[:count], "end": values[-count:]}
+            result[name] = {place: sum(part) / len(part) for place, part in ends.items()}
+    return result
+
+
+def _trainer(
+    script_args: RLSFArguments,
+    training_args: Union[RLOOConfig, GRPOConfig],
+    model_args: ModelConfig,
+    prompts: Sequence[dict[str, Any]],
+) -> Any:
+    name, dtype = model_args.model_name_or_path, model_args.dtype or "float32"
+    peft_config = adapter_config(model_args, "CAUSAL_LM")
+    if peft_config is None:  # TRL loads the reference by the policy's name
+        with training_args.main_process_first(desc="writing the starting policy"):
+            name = save_plain(name, Path(str(training_args.output_dir)) / START, dtype=dtype)
+    tokenizer = load_chat_tokenizer(name)
+    tokenizer.padding_side = tokenizer.truncation_side = "left"
+    reward_model = RewardModel.from_pretrained(
+        str(script_args.reward_model),
+        dtype=script_args.reward_dtype,
+        device=training_args.device,
+        policy_tokenizer=tokenizer,
+        max_length=script_args.reward_max_length,
+        batch_size=script_args.reward_batch_size,
+    )
+    plain, merged = (
+        (GRPOTrainer, MergedGRPOTrainer) if isinstance(training_args, GRPOConfig) else (RLOOTrainer, MergedRLOOTrainer)
+    )
+    trainer_class = merged if script_args.merged_generation else plain
+    return trainer_class(
+        model=load_policy(name, dtype=dtype),
+        reward_funcs=reward_model,
+        args=training_args,
+        train_dataset=Dataset.from_list(list(prompts)),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )

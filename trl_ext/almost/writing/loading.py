@@ -1,0 +1,105 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Loads what writes texts: a model or a folder with an adapter, as it is or quantised, behind a backend."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from peft import get_peft_model
+from transformers import PreTrainedTokenizerBase
+
+from peft_ext import PeqaConfig, calibrate
+from peft_ext.models import DEFAULT_MODEL, load_tokenizer
+from trl_ext.almost.models import base_of, load_chat_tokenizer, load_policy
+from trl_ext.almost.prompts.demonstrations import USER
+from trl_ext.almost.prompts.roles import STYLES, mining_prompt, seed_queries
+from trl_ext.almost.writing.backends import Backend, TransformersBackend, VLLMBackend
+
+
+BACKENDS = ("transformers", "vllm")
+
+
+def load_backend(
+    model: Optional[str] = None,
+    bits: Optional[int] = None,
+    group_size: int = 64,
+    backend: str = "transformers",
+    batch_size: int = 32,
+    dtype: str = "auto",
+    **kwargs: Any,
+) -> Backend:
+    """What samples texts from a model.
+
+    Args:
+        model: See [`load_speaker`].
+        bits, group_size: Quantise it first, see [`quantized`]; with vLLM, quantise beforehand
+            (`peft-ext quantize`) and name the folder.
+        backend: `"transformers"` or `"vllm"`.
+        batch_size: Texts side by side.
+        dtype: Float type of the weights.
+        **kwargs: Passed to `from_pretrained` or `vllm.LLM`.
+
+    Raises:
+        ValueError: If the backend is unknown or can't quantise.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; choose one of {BACKENDS}.")
+    if backend == "vllm":
+        if bits is not None or model is None:
+            raise ValueError(
+                f"backend='vllm' takes a hub id or a folder (model={model!r}, bits={bits}); for a quantised rung, write a "
+                "packed checkpoint with `peft-ext quantize` and name its folder as the model."
+            )
+        return VLLMBackend(model, dtype=dtype, **kwargs)
+    loaded, tokenizer = load_speaker(model, dtype=dtype, **kwargs)
+    if bits is not None:
+        loaded = quantized(loaded, tokenizer, bits, group_size)
+    return TransformersBackend(loaded, tokenizer, batch_size)
+
+
+def load_speaker(
+    model: Optional[str] = None, dtype: str = "auto", **kwargs: Any
+) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+    """A causal language model in evaluation mode, on the accelerator if there is one, and its tokenizer.
+
+    Args:
+        model: See [`load_policy`].
+        dtype: Float type of the weights.
+        **kwargs: Passed to `from_pretrained`.
+    """
+    loaded = load_policy(model, dtype=dtype, **kwargs)
+    name = model or DEFAULT_MODEL
+    # without a template of its own a model has not been tuned to chat, and is shown the paper's plain dialogues
+    tokenizer = load_tokenizer(name) if base_of(name) is None else load_chat_tokenizer(name)
+    if torch.accelerator.is_available() and "device_map" not in kwargs:
+        loaded = loaded.to(torch.accelerator.current_accelerator())
+    return loaded, tokenizer
+
+
+def quantized(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, bits: int, group_size: int = 64
+) -> torch.nn.Module:
+    """The model with weights of few bits, through PEQA's calibrated start on this package's own demonstrations.
+
+    Args:
+        model: A float model; changed.
+        tokenizer: Its tokenizer.
+        bits: Width of a weight.
+        group_size: Inputs that share a scale; widths that it doesn't divide take one scale per channel.
+    """
+    widths = [m.in_features for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    size = group_size if all(width % group_size == 0 for width in widths) else -1
+    config = PeqaConfig(bits=bits, group_size=size, init_method="calibrated", task_type="CAUSAL_LM")
+    tokens = tokenizer(_calibration_text(), verbose=False)["input_ids"]
+    length = min(512, getattr(model.config, "max_position_embeddings", 512) or 512)
+    device = next(model.parameters()).device
+    blocks = [torch.tensor([tokens[i : i + length]], device=device) for i in range(0, len(tokens), length)]
+    calibrated = calibrate(model, config, [{"input_ids": block} for block in blocks], progressbar=False)
+    return get_peft_model(calibrated, config).merge_and_unload().eval()
+
+
+def _calibration_text() -> str:
+    dialogues = [turn for style in STYLES.values() for pair in style.demonstrations for turn in pair]
+    turns = [turn for conversation in USER for turn in conversation]
+    return "\n\n".join([*dialogues, *turns, mining_prompt(seed_queries())])
