@@ -11,7 +11,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from peft_ext.models import load_model, resolve_model
+from peft_ext.language_model import is_causal_config, unwrapped
+from peft_ext.models import load, load_config
 
 
 POOLINGS = ("last", "mean", "first")
@@ -47,7 +48,7 @@ class PooledClassifier(PreTrainedModel):
         """A new head on a pretrained model.
 
         Args:
-            model: What names it (see `peft_ext.models.resolve_model`), an encoder or a causal model.
+            model: What names it (see `peft_ext.models.load`), an encoder or a causal model.
             num_labels: Number of classes.
             pooling: None: `"last"` for causal models, `"mean"` for encoders.
             layers: Keep only so many of its first layers.
@@ -56,18 +57,14 @@ class PooledClassifier(PreTrainedModel):
             FileNotFoundError, ImportError: If the model isn't there.
             ValueError: If it has fewer layers, or an unknown `pooling`.
         """
-        source = resolve_model(model)
-        if source.gguf_file is not None or _is_causal(AutoConfig.from_pretrained(source.name_or_path)):
-            backbone, default = load_model(model, dtype=torch.float32).base_model, "last"
-        else:
-            backbone, default = AutoModel.from_pretrained(source.name_or_path, dtype=torch.float32), "mean"
+        causal = is_causal_config(load_config(model))
+        # a causal model is loaded with its head, since GGUF and GPTQ name their tensors so
+        backbone = unwrapped(load(model, kind="causal" if causal else "encoder", dtype=torch.float32)).base_model
         config = backbone.config
         if layers is not None:
             keep_layers(backbone, layers)
-        config.pooling, config.num_labels = pooling or default, num_labels
-        classifier = cls(config, backbone)
-        classifier.name_or_path = source.name_or_path
-        return classifier
+        config.pooling, config.num_labels = pooling or ("last" if causal else "mean"), num_labels
+        return cls(config, backbone)
 
     @classmethod
     def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> PooledClassifier:
@@ -138,8 +135,3 @@ def keep_layers(backbone: PreTrainedModel, layers: int) -> None:
     kinds = getattr(backbone.config, "layer_types", None)
     if kinds:
         backbone.config.layer_types = kinds[:layers]
-
-
-def _is_causal(config: PretrainedConfig) -> bool:
-    names = config.architectures or []
-    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names) or getattr(config, "is_decoder", False)

@@ -12,6 +12,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from peft_ext.language_model import device_of, inference, unwrapped
+
 
 class Features(NamedTuple):
     """Of each text, what the head sees `[texts, size]` and what it gives `[texts, labels]`; float32, on the CPU."""
@@ -44,19 +46,15 @@ def extract(
     """
     if not texts:
         raise ValueError("texts is empty; there is nothing to extract features from.")
-    device = next(model.parameters()).device
     encoded = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
     order = sorted(range(len(texts)), key=lambda index: len(encoded[index]))
     parts: list[Features] = []
-    training = model.training
-    model.eval()
-    with torch.no_grad(), _seen_by_head(model) as seen:
+    with inference(model), _head_recorded(model) as recorded:
         for start in tqdm(range(0, len(order), batch_size), disable=not progressbar, desc="Features", leave=False):
             rows = [{"input_ids": encoded[index]} for index in order[start : start + batch_size]]
-            batch = tokenizer.pad(rows, return_tensors="pt").to(device)
+            batch = tokenizer.pad(rows, return_tensors="pt").to(device_of(model))
             logits = model(**batch).logits
-            parts.append(Features(_one_per_text(seen, batch, logits).float().cpu(), logits.float().cpu()))
-    model.train(training)
+            parts.append(Features(_one_per_text(recorded, logits).float().cpu(), logits.float().cpu()))
     inverse = torch.empty(len(order), dtype=torch.long)
     inverse[torch.tensor(order)] = torch.arange(len(order))
     features, logits = (torch.cat(tensors)[inverse] for tensors in zip(*parts))
@@ -64,26 +62,25 @@ def extract(
 
 
 @contextmanager
-def _seen_by_head(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+def _head_recorded(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     """Within the block, holds what came into and out of the last linear layer with as many outputs as labels."""
     labels = _num_labels(model)
-    seen: dict[str, torch.Tensor] = {}
+    recorded: dict[str, torch.Tensor] = {}
 
-    def remember(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        seen["input"], seen["output"] = args[0], output
+    def record(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        recorded["input"], recorded["output"] = args[0], output
 
     heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == labels]
-    handles = [head.register_forward_hook(remember) for head in heads]
+    handles = [head.register_forward_hook(record) for head in heads]
     try:
-        yield seen
+        yield recorded
     finally:
         for handle in handles:
             handle.remove()
 
 
 def _num_labels(model: nn.Module) -> int:
-    config = getattr(model, "config", None)
-    labels = config.get("num_labels") if isinstance(config, dict) else getattr(config, "num_labels", None)
+    labels = getattr(getattr(unwrapped(model), "config", None), "num_labels", None)
     if labels is None:
         raise ValueError(
             f"{type(model).__name__} has no config with num_labels; pass a model for sequence classification."
@@ -91,18 +88,18 @@ def _num_labels(model: nn.Module) -> int:
     return labels
 
 
-def _one_per_text(seen: dict[str, torch.Tensor], batch: Any, logits: torch.Tensor) -> torch.Tensor:
+def _one_per_text(recorded: dict[str, torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
     """The head's input of the token whose logits the model gave `[batch, size]`."""
-    if not seen or seen["output"].shape[-1] != logits.shape[-1]:
+    if not recorded or recorded["output"].shape[-1] != logits.shape[-1]:
         raise ValueError("no linear layer makes this model's logits; detectors need the features behind one.")
-    features = seen["input"]
+    features = recorded["input"]
     if features.ndim == 2:
         return features
-    if features.ndim != 3 or seen["output"].shape[:2] != features.shape[:2]:
+    if features.ndim != 3 or recorded["output"].shape[:2] != features.shape[:2]:
         raise ValueError(
             f"the input of the model's head has shape {tuple(features.shape)}; expected one row per text."
         )
     # causal classifiers of transformers make logits of all tokens, and pick those of the last that isn't padding
-    match = (seen["output"] == logits[:, None, :]).all(dim=-1).float()
+    match = (recorded["output"] == logits[:, None, :]).all(dim=-1).float()
     position = match * torch.arange(1, features.shape[1] + 1, device=match.device)
     return features[torch.arange(len(features), device=features.device), position.argmax(dim=1)]

@@ -13,10 +13,12 @@ import numpy as np
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import PushToHubMixin
 
 from peft_ext.files import write_json
+from peft_ext.language_model import unwrapped
+from peft_ext.models import load
 from peft_ext.ood.classifier import PooledClassifier
 from peft_ext.ood.detectors import Detector, load_detector, make_detector
 from peft_ext.ood.features import extract
@@ -136,7 +138,7 @@ class OODPipeline(PushToHubMixin):
         self.model.save_pretrained(folder / "model")
         self.tokenizer.save_pretrained(folder / "tokenizer")
         self.detector.save_pretrained(folder / "detector")
-        base = _base(self.model)
+        base = unwrapped(self.model)
         pooled = isinstance(base, PooledClassifier)
         config = {
             "format": _FORMAT,
@@ -189,28 +191,20 @@ class OODPipeline(PushToHubMixin):
         )
 
 
-def _base(model: nn.Module) -> Any:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
 def _config_labels(model: nn.Module) -> list[str]:
-    names = _base(model).config.id2label
+    names = unwrapped(model).config.id2label
     return [names[index] for index in sorted(names)]
 
 
 def _load(folder: Path, config: Mapping[str, Any], base: Optional[nn.Module]) -> nn.Module:
     pooled, count = config["classifier"] == "pooled", len(config["labels"])
     if not config["adapter"]:
-        kind = PooledClassifier if pooled else AutoModelForSequenceClassification
-        return kind.from_pretrained(folder)
+        return PooledClassifier.from_pretrained(folder) if pooled else load(str(folder), kind="classifier")
     if base is None:
         name = PeftConfig.from_pretrained(folder).base_model_name_or_path
         if pooled:
             base = PooledClassifier.from_backbone(name, count, config["pooling"], config["layers"])
         else:
-            base = AutoModelForSequenceClassification.from_pretrained(
-                name,
-                num_labels=count,
-                ignore_mismatched_sizes=True,  # the head comes with the adapter
-            )
+            # the head comes with the adapter
+            base = load(name, kind="classifier", num_labels=count, ignore_mismatched_sizes=True)
     return PeftModel.from_pretrained(base, folder)

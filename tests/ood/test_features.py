@@ -66,6 +66,13 @@ def test_pooled_classifier(bert_folder):
     assert model.training and not found.features.requires_grad
 
 
+def test_every_modules_own_mode_comes_back(bert_folder):
+    model = PooledClassifier.from_backbone(bert_folder, 5).train()
+    model.backbone.eval()
+    extract(model, tiny_tokenizer(), TEXTS)
+    assert model.training and model.score.training and not any(m.training for m in model.backbone.modules())
+
+
 def test_models_that_have_no_features():
     with pytest.raises(ValueError, match="no linear layer makes this model's logits|has no config"):
         extract(tiny("mlp"), tiny_tokenizer(), TEXTS)

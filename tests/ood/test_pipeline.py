@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 from transformers.utils import hub
 
 from peft_ext import BottleneckConfig, PeqaConfig
+from peft_ext.models import DEFAULT_MODEL, ModelSource
 from peft_ext.ood.classifier import PooledClassifier
 from peft_ext.ood.detectors import MSP, Mahalanobis
 from peft_ext.ood.pipeline import OODPipeline
@@ -102,6 +103,18 @@ def test_a_base_that_is_given(data, bert_folder, tmp_path):
     pipeline.save_pretrained(tmp_path)
     base = PooledClassifier.from_backbone(bert_folder, 6)
     again = OODPipeline.from_pretrained(tmp_path, model=base)
+    assert again(data.outside[0])["score"] == pytest.approx(pipeline(data.outside[0])["score"], rel=1e-4)
+
+
+def test_an_adapter_on_the_default_model(data, llama_folder, tmp_path, monkeypatch):
+    """Its file names the model as the user does, not by where the package happens to lie here."""
+    monkeypatch.setattr("peft_ext.models._default_source", lambda: ModelSource(llama_folder))
+    adapted = get_peft_model(PooledClassifier.from_backbone(None, 6), LoraConfig(task_type="SEQ_CLS"))
+    pipeline = _pipeline(adapted, data)
+    pipeline.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "model" / "adapter_config.json").read_text())
+    assert stored["base_model_name_or_path"] == DEFAULT_MODEL
+    again = OODPipeline.from_pretrained(tmp_path)
     assert again(data.outside[0])["score"] == pytest.approx(pipeline(data.outside[0])["score"], rel=1e-4)
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
+from peft_ext.rows import read_rows
+
 
 class Example(NamedTuple):
     """A text and its label."""
@@ -186,8 +188,7 @@ def _from_folder(folder: Path, columns: Sequence[str]) -> Splits:
     for name in ("train", "validation", "test"):
         path = folder / f"{name}.jsonl"
         if path.is_file():
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-            splits[name] = [Example(str(row[columns[0]]), str(row[columns[1]])) for row in rows]
+            splits[name] = [Example(str(row[columns[0]]), str(row[columns[1]])) for row in read_rows(path)]
     if "test" not in splits:
         raise FileNotFoundError(f"{str(folder)!r} has no test.jsonl.")
     return splits

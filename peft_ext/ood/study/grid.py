@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -18,6 +18,7 @@ from peft_ext.ood.detectors import make_detector
 from peft_ext.ood.study.data import Setting, make_setting
 from peft_ext.ood.study.methods import METHODS, get_method
 from peft_ext.ood.study.training import TrainingOptions
+from peft_ext.runs import plain
 
 
 DETECTORS = ("msp", "energy", "mahalanobis", "relative_mahalanobis", "cosine", "knn", "vim")
@@ -30,7 +31,7 @@ class ModelSpec:
     Attributes:
         name: In tables and results, which it identifies, so that these can be read where the path is another; the last
             part of the path if it isn't given.
-        path: What `peft_ext.models.resolve_model` takes: None for the default model, a folder, a hub id.
+        path: What `peft_ext.models.load` takes: None for the default model, a folder, a hub id.
         pooling: None: `"last"` for causal models, `"mean"` for encoders.
         layers: Keep only so many of its first layers.
     """
@@ -62,7 +63,7 @@ class Cell:
 
     def settings(self) -> dict[str, Any]:
         """All that the result depends on, as it comes back from JSON."""
-        values = json.loads(json.dumps(asdict(self), default=str))
+        values = plain(self)
         del values["model"]["path"]
         return values
 

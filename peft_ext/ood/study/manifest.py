@@ -7,14 +7,14 @@ kill interrupted is free again at once.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from filelock import FileLock, Timeout
+from peft_ext.rows import append_rows, read_grown_rows
+from peft_ext.runs import lock
 
 
 DONE, FAILED, SKIPPED = "done", "failed", "skipped"
@@ -32,20 +32,11 @@ class Manifest:
         self.path = Path(folder) / "manifest.jsonl"
         self._locks = Path(folder) / "locks"
         self._locks.mkdir(parents=True, exist_ok=True)
-        self._writing = FileLock(self._locks / "manifest.lock")
+        self._writing = lock(self._locks / "manifest.lock")
 
     def last(self) -> dict[str, dict[str, Any]]:
         """The last event of every job. A line that a kill cut off doesn't count."""
-        events: dict[str, dict[str, Any]] = {}
-        if not self.path.is_file():
-            return events
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                event = json.loads(line)
-                events[event["job"]] = event
-            except (ValueError, KeyError, TypeError):
-                continue
-        return events
+        return {event["job"]: event for event in read_grown_rows(self.path, skip_damaged=True) if "job" in event}
 
     def status(self, job: str) -> Optional[str]:
         """`"done"`, `"failed"`, `"skipped"`, `"started"`, or None if nobody has begun it."""
@@ -66,31 +57,24 @@ class Manifest:
         for job in jobs:
             if events.get(job, {}).get("status") in finished:
                 continue
-            lock = FileLock(self._locks / f"{job}.lock")
+            claimed = lock(self._locks / f"{job}.lock")
             try:
-                lock.acquire(timeout=0)
-            except Timeout:
+                claimed.acquire(timeout=0)
+            except TimeoutError:
                 continue
             if self.status(job) in finished:  # by another process, in between
-                lock.release()
+                claimed.release()
                 continue
             self.add(job, "started")
-            return Claim(self, job, lock)
+            return Claim(self, job, claimed)
         return None
 
     def add(self, job: str, status: str, **more: Any) -> None:
         """Write an event."""
         event = {"job": job, "status": status, "time": round(time.time(), 1), "process": os.getpid(), **more}
-        line = json.dumps(event, ensure_ascii=False) + "\n"
-        with self._writing, open(self.path, "ab") as file:
-            if file.tell() and not self._ends_with_a_line():
-                line = "\n" + line  # a kill cut the last one off
-            file.write(line.encode("utf-8"))
-
-    def _ends_with_a_line(self) -> bool:
-        with open(self.path, "rb") as file:
-            file.seek(-1, os.SEEK_END)
-            return file.read(1) == b"\n"
+        with self._writing:
+            read_grown_rows(self.path, cut=True, skip_damaged=True)  # takes off what a kill left of a line
+            append_rows(self.path, [event])
 
 
 class Claim:

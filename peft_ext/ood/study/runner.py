@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from peft_ext.files import written_whole
+from peft_ext.language_model import unwrapped
 from peft_ext.models import load_tokenizer
 from peft_ext.ood import metrics
 from peft_ext.ood.classifier import PooledClassifier
@@ -168,8 +169,7 @@ def _run_cell(config: StudyConfig, cell: Cell) -> tuple[dict[str, Any], dict[str
     start = time.time()
     detectors, scores = _detect(config, features, data.train[1])
     seconds["detectors"] = round(time.time() - start, 1)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    backbone = solve("full", base.config, None).parameters
+    backbone = solve("full", unwrapped(model).config, None).parameters
     result = {
         "cell": cell.settings(),
         "classes": len(data.labels),

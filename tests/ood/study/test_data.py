@@ -102,6 +102,17 @@ def test_bad_settings(spec, error, match, data_dir):
         load_setting(make_setting(spec), data_dir)
 
 
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\u0085"])
+def test_texts_may_hold_any_character(tmp_path, character):
+    """JSON leaves ends of lines unescaped that aren't `\\n`."""
+    for split in ("train", "validation", "test"):
+        rows = [{"text": f"{label}{character}{i}", "label": label} for label in "abc" for i in range(3)]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (tmp_path / f"{split}.jsonl").write_text(lines, encoding="utf-8", newline="")
+    data = load_setting(Setting("mine", str(tmp_path), outside="leave_out", leave_out=1))
+    assert all(character in text for text in (*data.train[0], *data.test[0], *data.outside))
+
+
 def test_labels_that_are_never_trained_on(tmp_path):
     for split, labels in (("train", "ab"), ("validation", "ab"), ("test", "abc")):
         rows = [json.dumps({"text": f"{label} {i}", "label": label}) for label in labels for i in range(3)]

@@ -51,7 +51,7 @@ def test_what_a_kill_interrupts_is_free_again(tmp_path):
     assert manifest.claim("ab").job == "a"
 
 
-def test_a_line_that_was_cut_off(tmp_path):
+def test_a_line_that_was_cut_off(tmp_path, caplog):
     manifest = Manifest(tmp_path)
     manifest.claim("a").finish(DONE)
     with open(manifest.path, "ab") as file:
@@ -59,8 +59,18 @@ def test_a_line_that_was_cut_off(tmp_path):
     assert set(manifest.last()) == {"a"}
     manifest.claim("b").finish(DONE)
     assert manifest.status("b") == DONE
-    lines = manifest.path.read_text().splitlines()
-    assert len(lines) == 5 and json.loads(lines[-1])["job"] == "b"
+    assert '{"job": "b", "sta' in caplog.text, "nobody was told what was dropped"
+    events = [json.loads(line) for line in manifest.path.read_text().splitlines()]
+    assert [event["job"] for event in events] == ["a", "a", "b", "b"]
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\u0085", "\r"])
+def test_a_reason_may_hold_any_character(tmp_path, character):
+    """JSON leaves ends of lines unescaped that aren't `\\n`."""
+    manifest = Manifest(tmp_path)
+    manifest.claim("a").finish(FAILED, reason=f"no{character}memory")
+    assert manifest.last()["a"]["status"] == FAILED and manifest.last()["a"]["reason"] == f"no{character}memory"
+    assert manifest.claim("a") is None, "a failed job was claimed again"
 
 
 def _work(folder) -> None:
