@@ -9,12 +9,14 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from peft_ext.language_model import inference
 
-@torch.no_grad()
+
 def perplexity(model: nn.Module, blocks: torch.Tensor, *, batch_size: int = 4, progressbar: bool = False) -> float:
     """exp of the mean loss of predicting each token of a block from those before it.
 
-    Blocks are independent: the first token of each is seen but not predicted. The model is in eval mode meanwhile.
+    Blocks are independent: the first token of each is seen but not predicted. The model is in eval mode meanwhile, and
+    every part of it in its own mode afterwards.
 
     Args:
         model: A causal language model that returns a `loss` for `labels`, as transformers' and PEFT's do.
@@ -33,17 +35,12 @@ def perplexity(model: nn.Module, blocks: torch.Tensor, *, batch_size: int = 4, p
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     total = 0.0
-    try:
-        batches = blocks.split(batch_size)
-        for batch in tqdm(batches, desc="Perplexity", disable=not progressbar, leave=False):
+    with inference(model):
+        for batch in tqdm(blocks.split(batch_size), desc="Perplexity", disable=not progressbar, leave=False):
             batch = batch.to(device)
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss
             total += loss.item() * batch.shape[0]
-    finally:
-        model.train(was_training)
     try:
         return math.exp(total / blocks.shape[0])
     except OverflowError:

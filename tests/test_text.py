@@ -6,13 +6,10 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 
 from peft_ext.models import load_tokenizer
-from peft_ext.perplexity import perplexity
 from peft_ext.text import PYTHON_DOCS, load_text, token_blocks
 from tests.tiny.folders import save_tiny_model
-from tests.tiny.models import tiny
 
 
 @pytest.fixture(scope="session")
@@ -92,25 +89,6 @@ def test_text_shorter_than_a_block(tokenizer):
         token_blocks(tokenizer, ["short"], 256, name="held-out text")
     with pytest.raises(ValueError, match="block_size=1"):
         token_blocks(tokenizer, ["short"], 1)
-
-
-def test_perplexity_is_that_of_the_mean_loss():
-    model = tiny("llama").train()
-    blocks = torch.randint(3, 90, (5, 12))
-    with torch.no_grad():
-        model.eval()
-        logits = model(blocks).logits[:, :-1]
-        model.train()
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten()).exp().item()
-    for batch_size in (1, 2, 8):
-        assert perplexity(model, blocks, batch_size=batch_size) == pytest.approx(expected, rel=1e-5)
-    assert model.training
-
-
-@pytest.mark.parametrize("shape", [(0, 8), (4, 1), (8,)])
-def test_perplexity_refuses_blocks_that_predict_nothing(shape):
-    with pytest.raises(ValueError, match="blocks must be"):
-        perplexity(tiny("llama"), torch.zeros(shape, dtype=torch.long))
 
 
 def test_a_hub_data_set(monkeypatch):

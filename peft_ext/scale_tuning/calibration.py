@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Union
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from peft_ext.language_model import inference
 from peft_ext.quant.formats import CALIBRATED
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.matmul import linear
@@ -29,7 +31,6 @@ _NO_LABEL = -100  # transformers' padding of labels
 _NO_TOKENS = "the batches hold no tokens (all padding, or of length 0); pass some training data."
 
 
-@torch.no_grad()
 def calibrate(
     model: nn.Module, config: ScaleTuningConfig, batches: Iterable[Batch], progressbar: bool = True
 ) -> nn.Module:
@@ -77,18 +78,23 @@ def calibrate(
         raise ValueError(f"Target modules {config.target_modules} not found in the base model.")
     targets = {name: module for name, module in targets.items() if not is_packed(module)}
     inputs = _join(list(batches), getattr(model, "prepare_decoder_input_ids_from_labels", None))
-    training, model_config = model.training, getattr(model, "config", None)
+    calibration = _Pass(model, config, targets, inputs, progressbar)
+    with inference(model), _without_cache(getattr(model, "config", None)):
+        calibration.run()
+    return model
+
+
+@contextlib.contextmanager
+def _without_cache(model_config: Any) -> Iterator[None]:
+    """Keys and values of all layers would be kept for nothing."""
     use_cache = getattr(model_config, "use_cache", None)
-    model.eval()
+    if use_cache:
+        model_config.use_cache = False
     try:
-        if use_cache:
-            model_config.use_cache = False  # type: ignore[union-attr]  # keys and values of all layers, for nothing
-        _Pass(model, config, targets, inputs, progressbar).run()
+        yield
     finally:
         if use_cache:
-            model_config.use_cache = use_cache  # type: ignore[union-attr]
-        model.train(training)
-    return model
+            model_config.use_cache = use_cache
 
 
 class _Finished(Exception):
@@ -110,6 +116,7 @@ class _Pass:
         progressbar: bool,
     ) -> None:
         self.model, self.config, self.targets = model, config, dict(targets)
+        self.training = {name: module.training for name, module in targets.items()}
         masks = inputs if isinstance(inputs, Mapping) else {}
         self.masks = [mask for mask in map(masks.get, _MASKS.values()) if mask is not None]
         self.inputs, sizes = _twice(inputs)
@@ -158,7 +165,7 @@ class _Pass:
         return module.register_forward_pre_hook(before), module.register_forward_hook(after)
 
     def _replace(self, name: str, packed: PackedLinear) -> None:
-        packed.train(self.model.training)
+        packed.train(self.training[name])
         self.model.set_submodule(name, packed)
         del self.targets[name]
         self.progress.update()
