@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
-from peft.config import PeftConfig
 from peft.utils import PeftType
 from transformers.activations import ACT2FN
+
+from peft_ext.targets import TargetConfig
 
 
 PLACEMENTS = ("houlsby", "pfeiffer")
@@ -17,7 +18,7 @@ DEFAULT_REDUCTION_FACTOR = 16
 
 
 @dataclass
-class BottleneckConfig(PeftConfig):
+class BottleneckConfig(TargetConfig):
     """
     This is the configuration class to store the configuration of a [`BottleneckModel`].
 
@@ -40,7 +41,7 @@ class BottleneckConfig(PeftConfig):
         non_linearity (`str`, *optional*, defaults to `"relu"`):
             Activation in the middle, a name that transformers knows (`"relu"`, `"gelu"`, `"silu"`, ...).
         init_method (`str`, *optional*, defaults to `"identity"`):
-            Where training starts. `"identity"`: the model as it was, exactly (`up` is zero, `down` Kaiming uniform as
+            How adapters are initialised. `"identity"`: the model as it was, exactly (`up` is zero, `down` Kaiming uniform as
             LoRA's A); `"houlsby"`: close to it, both normal with a deviation of 0.01, cut at two deviations, as in the
             paper. Biases start at zero.
         target_modules (`Union[List[str], str]`, *optional*):
@@ -56,7 +57,7 @@ class BottleneckConfig(PeftConfig):
         layers_pattern (`Union[List[str], str]`, *optional*):
             Name of the `nn.ModuleList` that `layers_to_transform` indexes, often `"layers"` or `"h"`.
         init_weights (`bool`, *optional*, defaults to `True`):
-            Start as `init_method` says; False starts from random numbers. Don't change this setting, except if you know
+            Initialise as `init_method` says; False: with random numbers. Don't change this setting, except if you know
             exactly what you're doing.
     """
 
@@ -76,38 +77,10 @@ class BottleneckConfig(PeftConfig):
         default="identity",
         metadata={"help": "'identity': start as the model was; 'houlsby': close to it, as in the paper."},
     )
-    target_modules: Optional[Union[list[str], str]] = field(
-        default=None,
-        metadata={
-            "help": (
-                "List of module names or regex expression of the module names that get an adapter behind them. Default: "
-                "the output projections that `placement` asks for."
-            )
-        },
-    )
-    exclude_modules: Optional[Union[list[str], str]] = field(
-        default=None,
-        metadata={"help": "List of module names or regex expression of the modules to leave as they are."},
-    )
-    modules_to_save: Optional[list[str]] = field(
-        default=None, metadata={"help": "Modules apart from the adapters that are trained in full and saved."}
-    )
-    layers_to_transform: Optional[Union[list[int], int]] = field(
-        default=None, metadata={"help": "Indexes of the layers that get adapters; the others stay as they are."}
-    )
-    layers_pattern: Optional[Union[list[str], str]] = field(
-        default=None, metadata={"help": "Name of the nn.ModuleList that layers_to_transform indexes."}
-    )
-    init_weights: bool = field(
-        default=True, metadata={"help": "Start as init_method says; False starts from random numbers (for tests)."}
-    )
 
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType.BOTTLENECK
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            setattr(self, name, set(value) if isinstance(value, list) else value)
         if self.bottleneck_dim is None and self.reduction_factor is None:
             self.reduction_factor = DEFAULT_REDUCTION_FACTOR
         self._check_width()
@@ -115,13 +88,6 @@ class BottleneckConfig(PeftConfig):
         _check_choice("init_method", self.init_method, INIT_METHODS)
         if self.non_linearity not in ACT2FN:
             raise ValueError(f"non_linearity={self.non_linearity!r} is unknown; choose one of {sorted(ACT2FN)}.")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
-        is_regex = isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear"
-        if is_regex and self.layers_to_transform is not None:
-            raise ValueError(
-                "`layers_to_transform` cannot be used when `target_modules` is a str; pass a list of names."
-            )
 
     def width_for(self, features: int) -> int:
         """Width of the adapter behind a layer with so many outputs."""

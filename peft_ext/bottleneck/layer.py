@@ -71,7 +71,7 @@ class BottleneckLinear(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def reset_parameters(self, adapter_name: str, config: BottleneckConfig) -> None:
-        """Set an adapter to its start."""
+        """Initialise an adapter."""
         down, up = self.adapter(adapter_name)
         nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
         nn.init.zeros_(down.bias)

@@ -5,19 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Optional, Union
+from typing import Optional
 
-from peft.config import PeftConfig
 from peft.utils.other import get_pattern_key
 
 from peft_ext.quant.formats import CALIBRATED, NumberFormat, check_number_format
+from peft_ext.targets import TargetConfig
 
 
 PARAMETRIZATIONS = ("relative", "log", "absolute")
 
 
 @dataclass
-class ScaleTuningConfig(PeftConfig):
+class ScaleTuningConfig(TargetConfig):
     """Base of [`PeqaConfig`] and [`AlphaTuningConfig`]: which layers are packed in which format, and what is trained.
 
     A tuner's config says which number format it tunes, adds its own fields, and documents them all.
@@ -35,29 +35,6 @@ class ScaleTuningConfig(PeftConfig):
         default="relative",
         metadata={"help": "What the optimiser sees of a scale: 'relative', 'log' or 'absolute'."},
     )
-    target_modules: Optional[Union[list[str], str]] = field(
-        default=None,
-        metadata={
-            "help": (
-                "List of module names or regex expression of the module names to quantise. Only nn.Linear and Conv1D "
-                "are supported. Default: 'all-linear', every linear layer but the output layer."
-            )
-        },
-    )
-    exclude_modules: Optional[Union[list[str], str]] = field(
-        default=None,
-        metadata={"help": "List of module names or regex expression of the modules to leave as they are."},
-    )
-    modules_to_save: Optional[list[str]] = field(
-        default=None,
-        metadata={"help": "Modules apart from the quantised layers that are trained in full and saved."},
-    )
-    layers_to_transform: Optional[Union[list[int], int]] = field(
-        default=None, metadata={"help": "Indexes of the layers to quantise; the others stay as they are."}
-    )
-    layers_pattern: Optional[Union[list[str], str]] = field(
-        default=None, metadata={"help": "Name of the nn.ModuleList that layers_to_transform indexes."}
-    )
     bits_pattern: Optional[dict] = field(
         default_factory=dict,
         metadata={"help": "Other widths for some layers: module names or regex expressions mapped to bits."},
@@ -65,15 +42,9 @@ class ScaleTuningConfig(PeftConfig):
     fan_in_fan_out: bool = field(
         default=False, metadata={"help": "Whether the target layers store their weight as (fan_in, fan_out)."}
     )
-    init_weights: bool = field(
-        default=True, metadata={"help": "Start from the quantised model; False starts from random scales (for tests)."}
-    )
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            setattr(self, name, set(value) if isinstance(value, list) else value)
         self.bits_pattern = self.bits_pattern or {}
         for bits in (self.bits, *self.bits_pattern.values()):
             check_number_format(self.number_format(bits))
@@ -82,13 +53,6 @@ class ScaleTuningConfig(PeftConfig):
             raise ValueError(f"init_method={self.init_method!r} is unknown; choose one of {methods}.")
         if self.parametrization not in PARAMETRIZATIONS:
             raise ValueError(f"parametrization={self.parametrization!r} is unknown; choose one of {PARAMETRIZATIONS}.")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
-        is_regex = isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear"
-        if is_regex and self.layers_to_transform is not None:
-            raise ValueError(
-                "`layers_to_transform` cannot be used when `target_modules` is a str; pass a list of names."
-            )
 
     def number_format(self, bits: int) -> NumberFormat:
         """The format of a layer of that width."""
