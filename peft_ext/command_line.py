@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional
+
+
+_OURS = ("peft_ext", "generation_ext", "trl_ext")
 
 
 @dataclass
@@ -32,13 +35,11 @@ class ModelArguments:
 
 
 def run_command(program: str, package: str, commands: Mapping[str, str], argv: Sequence[str]) -> int:
-    """Run one of several commands; returns the exit status.
-
-    Mistakes of the user's (a missing file, a bad value) end with one line and status 2, not with a traceback.
+    """Run one of several commands; returns the exit status, see [`run_main`].
 
     Args:
         program: What the user typed, for messages.
-        package: Where each command is a module of its name with a `main(argv)`; a status that it returns is ours.
+        package: Where each command is a module of its name with a `main(argv)`.
         commands: Name -> what it does.
         argv: The command, and its arguments.
     """
@@ -49,20 +50,35 @@ def run_command(program: str, package: str, commands: Mapping[str, str], argv: S
     if argv[0] not in commands:
         print(f"{program}: error: unknown command {argv[0]!r}\n\n{usage(program, commands)}", file=sys.stderr)
         return 2
+    # imported here: what a command stands on takes seconds, --help should not
+    return run_main(
+        lambda rest: importlib.import_module(f"{package}.{argv[0]}").main(rest), argv[1:], f"{program} {argv[0]}"
+    )
+
+
+def run_main(main: Callable[[Sequence[str]], Optional[int]], argv: Sequence[str], program: str) -> int:
+    """Run a script's or a command's `main`; returns the exit status.
+
+    Mistakes of the user's (a missing file, a bad value) end with one line and status 2, not with a traceback.
+
+    Args:
+        main: Takes the arguments; a status that it returns is ours.
+        argv: The arguments.
+        program: What the user typed, for messages.
+    """
     try:
-        # imported here: what a command stands on takes seconds, --help should not
-        return importlib.import_module(f"{package}.{argv[0]}").main(argv[1:]) or 0
+        return main(argv) or 0
     except (ValueError, TypeError, OSError, ImportError) as error:
-        if isinstance(error, TypeError) and not _is_refusal(error, package.split(".")[0]):
+        if isinstance(error, TypeError) and not _is_refusal(error):
             raise
-        return _failed(program, argv[0], str(error))
+        return _failed(program, str(error))
     except Exception as error:
         # a damaged file or YAML; their classes come from libraries that --help should not import
         if type(error).__module__.split(".")[0] not in ("safetensors", "yaml"):
             raise
         # safetensors has one class for everything; what the system refused (a full disk) has its number in the message
         message = str(error) if "os error" in str(error) else f"a file is damaged: {error}"
-        return _failed(program, argv[0], message)
+        return _failed(program, message)
 
 
 def usage(program: str, commands: Mapping[str, str]) -> str:
@@ -101,14 +117,14 @@ def parse(
     return TrlParser(kinds, prog=program).parse_args_and_config(argv)
 
 
-def _is_refusal(error: TypeError, package: str) -> bool:
+def _is_refusal(error: TypeError) -> bool:
     """A check's refusal, raised by our own code, rather than a bug that deserves its traceback."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith(package)
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith(_OURS)
 
 
-def _failed(program: str, command: str, message: str) -> int:
-    print(f"{program} {command}: error: {message}", file=sys.stderr)
+def _failed(program: str, message: str) -> int:
+    print(f"{program}: error: {message}", file=sys.stderr)
     return 2

@@ -81,6 +81,7 @@ def load(
     adapter: Optional[str] = None,
     kind: str = "causal",
     dtype: Union[str, torch.dtype] = "auto",
+    merge: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Load a language model in eval mode.
@@ -92,10 +93,12 @@ def load(
         kind: `"causal"`, `"seq2seq"`, `"encoder"` (hidden states alone), `"classifier"` (of whole texts; a model
             without such a head gets a new one), or `"auto"`: whichever of the first three the config names.
         dtype: Float type of the weights; `"auto"`: the checkpoint's own (float32 for a quantised GGUF).
+        merge: Merge an adapter into its base. One that lies below another adapter always is.
         **kwargs: Passed to `from_pretrained` of the base.
 
     Returns:
-        A model of transformers; with an adapter, a `PeftModel` of one. `name_or_path` is what the user called it.
+        A model of transformers; with an adapter that isn't merged, a `PeftModel` of one. `name_or_path` is what
+        the user called it.
 
     Raises:
         FileNotFoundError, ImportError: As [`resolve_model`]; or the adapter or run isn't there, or isn't finished.
@@ -109,14 +112,11 @@ def load(
     if adapter is not None:
         import peft_ext  # noqa: F401 (registers the tuner that the adapter names)
 
-        model = load(base, kind=kind, dtype=dtype, **kwargs)
-        return PeftModel.from_pretrained(model, adapter).eval()
+        model = PeftModel.from_pretrained(load(base, kind=kind, dtype=dtype, merge=True, **kwargs), adapter)
+        return (_named(model.merge_and_unload(), adapter) if merge else model).eval()
     if kind == "auto":
         kind = _kind_of(load_config(base))
-    model = _load_base(resolve_model(base), kind, dtype, kwargs).eval()
-    # an adapter's file names its base by what the user called it, not by where a package has put it
-    model.name_or_path = model.config._name_or_path = base
-    return model
+    return _named(_load_base(resolve_model(base), kind, dtype, kwargs), base).eval()
 
 
 def locate(name: str, adapter: Optional[str] = None) -> tuple[str, Optional[str]]:
@@ -165,7 +165,10 @@ def load_config(model: Optional[str] = None) -> PretrainedConfig:
             raise FileNotFoundError(f"model={model!r}: there is no such config file.")
         source = ModelSource(str(path))
     else:
-        source = resolve_model(locate(model or DEFAULT_MODEL)[0])
+        base, adapter = locate(model or DEFAULT_MODEL)
+        if adapter is not None:
+            return load_config(base)
+        source = resolve_model(base)
     kwargs = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
     try:
         return AutoConfig.from_pretrained(source.name_or_path, **kwargs)
@@ -183,14 +186,20 @@ def load_tokenizer(model: Optional[str] = None) -> PreTrainedTokenizerBase:
         FileNotFoundError, ImportError: As [`resolve_model`].
     """
     base, adapter = locate(model or DEFAULT_MODEL)
-    if adapter is not None and Path(adapter, "tokenizer_config.json").is_file():
-        base = adapter
-    source = ModelSource(base) if base == adapter else resolve_model(base)
+    if adapter is not None and not Path(adapter, "tokenizer_config.json").is_file():
+        return load_tokenizer(base)
+    source = resolve_model(base) if adapter is None else ModelSource(adapter)
     kwargs = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
     tokenizer = AutoTokenizer.from_pretrained(source.name_or_path, **kwargs)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _named(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """An adapter's file names its base by what the user called it, not by where a package has put it."""
+    model.name_or_path = model.config._name_or_path = name
+    return model
 
 
 def _load_base(source: ModelSource, kind: str, dtype: Any, kwargs: dict[str, Any]) -> Any:

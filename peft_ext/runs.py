@@ -169,11 +169,12 @@ class RunFolder:
         """What a complete run has measured; None if it isn't complete."""
         return read_settings(self._result)
 
-    def check(self, settings: Mapping[str, Any]) -> Optional[dict[str, Any]]:
+    def check(self, settings: Mapping[str, Any], begun: bool = True) -> Optional[dict[str, Any]]:
         """Check the folder before any long work: new, empty, or of a run with the same settings; writes nothing.
 
         Args:
             settings: All that the run's result depends on.
+            begun: Whether anything was made under the settings that are there; if not, others may take their place.
 
         Returns:
             The result of a complete run; None: the work is to be done, or goes on.
@@ -186,30 +187,28 @@ class RunFolder:
         if self.folder.exists() and not self.folder.is_dir():
             raise FileExistsError(f"{here} is a file; pass a folder.")
         stored = self.settings
-        if stored is None and self.folder.is_dir() and any(self.folder.iterdir()):
+        if stored is None and self.folder.is_dir() and any(self.folder.glob("[!.]*")):  # a kill leaves hidden files
             raise FileExistsError(f"{here} is not empty and holds no run of ours; pass another folder.")
-        if stored is not None:
-            changes = differences(stored, plain(settings))
-            if changes:
-                raise FileExistsError(
-                    f"{here} holds a run with other settings ({'; '.join(map(str, changes))}). Pass the same ones to "
-                    f"continue it, or another folder, such as {other_folder(self.folder)}."
-                )
+        changes = differences(stored, plain(settings)) if stored is not None and begun else []
+        if changes:
+            raise FileExistsError(
+                f"{here} holds a run with other settings ({'; '.join(map(str, changes))}). Pass the same ones to "
+                f"continue it, or another folder, such as {other_folder(self.folder)}."
+            )
         check_folder_writable(self.folder, self.argument)
-        if stored is not None:
-            sweep(self.folder)
+        sweep(self.folder)
         return self.result
 
-    def start(self, settings: Mapping[str, Any]) -> None:
-        """Make the folder and write the settings, unless they are there."""
+    def start(self, settings: Mapping[str, Any], begun: bool = True) -> None:
+        """Make the folder and write the settings, unless they are there and the run has begun."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not self._settings.is_file():
+        if not (begun and self._settings.is_file()):
             write_settings(self._settings, plain(settings))
 
-    def open(self, settings: Mapping[str, Any]) -> Optional[dict[str, Any]]:
+    def open(self, settings: Mapping[str, Any], begun: bool = True) -> Optional[dict[str, Any]]:
         """[`check`] and [`start`]."""
-        result = self.check(settings)
-        self.start(settings)
+        result = self.check(settings, begun)
+        self.start(settings, begun)
         return result
 
     def finish(self, result: Mapping[str, Any]) -> None:
@@ -224,10 +223,11 @@ class StagedRun:
 
     Args:
         folder: Made when a stage begins.
+        renamed: Settings that earlier versions called otherwise: old name -> new.
     """
 
-    def __init__(self, folder: PathLike) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: PathLike, renamed: Optional[Mapping[str, str]] = None) -> None:
+        self.folder, self.renamed = Path(folder), renamed or {}
 
     def path(self, name: str) -> Path:
         """Where a file or folder of the run lies."""
@@ -249,7 +249,7 @@ class StagedRun:
             ValueError: Names every key that differs, with both values, and a new directory.
         """
         stored = self.manifest(stage)
-        changes = [] if stored is None else differences(stored["config"], plain(config))
+        changes = [] if stored is None else differences(_renamed(stored["config"], self.renamed), plain(config))
         if changes:
             lines = "\n".join(f"  {stage}.{change}" for change in changes)
             raise ValueError(
@@ -322,13 +322,19 @@ class StagedRun:
         write_json(self._manifest(stage), {"format": _FORMAT, "stage": stage, **value})
 
 
-def open_file(path: Optional[PathLike], settings: Any, argument: str = "output_file") -> Path:
+def open_file(
+    path: Optional[PathLike],
+    settings: Any,
+    argument: str = "output_file",
+    renamed: Optional[Mapping[str, str]] = None,
+) -> Path:
     """The one file that a piece of work writes, once its settings are beside it (`<name>.config.json`).
 
     Args:
         path: What the user passed.
         settings: A dataclass or a mapping.
         argument: The argument that named the file, for messages.
+        renamed: Settings that earlier versions called otherwise: old name -> new.
 
     Raises:
         ValueError: If there is no path, or the file was begun with other settings; names what differs.
@@ -339,13 +345,17 @@ def open_file(path: Optional[PathLike], settings: Any, argument: str = "output_f
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_suffix(".config.json")
     stored = read_settings(beside)
-    changes = [] if stored is None else differences(stored, plain(settings))
+    changes = [] if stored is None else differences(_renamed(stored, renamed or {}), plain(settings))
     if changes:
         listed = "; ".join(map(str, changes))
         raise ValueError(f"{str(target)!r} was begun with another config ({listed}); use another file.")
     if stored is None:
         write_settings(beside, plain(settings))
     return target
+
+
+def _renamed(settings: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {names.get(name, name): value for name, value in settings.items()}
 
 
 def other_folder(folder: Path) -> Path:

@@ -102,3 +102,23 @@ def test_an_adapter_s_folder_names_its_base(tmp_path):
         load(str(tmp_path / "adapter"), adapter="other")
     with pytest.raises(FileNotFoundError, match="has no adapter_config.json"):
         load(str(tmp_path / "base"), adapter=str(tmp_path))
+
+
+def test_an_adapter_on_an_adapter_on_a_model(tmp_path):
+    """What lies below is merged, since PEFT's models don't nest; the folders of both know base and tokenizer."""
+    save_tiny_model(tmp_path / "base")
+    below, tokens = "base", torch.arange(5)[None]
+    for name in ("first", "second"):
+        model = load(str(tmp_path / below), merge=True)
+        model = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, task_type="CAUSAL_LM")).eval()
+        model.save_pretrained(tmp_path / name)
+        below = name
+    expected = model(tokens).logits
+    for merge in (False, True):
+        loaded = load(str(tmp_path / "second"), merge=merge)
+        torch.testing.assert_close(loaded(tokens).logits, expected, atol=1e-5, rtol=1e-4)
+    assert (
+        loaded.name_or_path == str(tmp_path / "second") and not hasattr(loaded, "peft_config") and not loaded.training
+    )
+    assert load_config(str(tmp_path / "second")).hidden_size == loaded.config.hidden_size
+    assert load_tokenizer(str(tmp_path / "second")).vocab_size == load_tokenizer(str(tmp_path / "base")).vocab_size

@@ -104,6 +104,30 @@ def test_a_run_s_folder_goes_on_with_the_same_settings_alone(tmp_path, settings_
     assert RunFolder(tmp_path / "run", settings_file).open(settings) == {"loss": 0.25}
 
 
+def test_settings_under_which_nothing_was_made_may_change(tmp_path):
+    run = RunFolder(tmp_path)
+    (tmp_path / ".config.yaml-partial-x").mkdir()
+    assert run.open({"data": "mistyped"}) is None, "what a kill left of writing the settings is none"
+    assert run.open({"data": "right"}, begun=False) is None
+    assert run.settings == {"data": "right"} and [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    with pytest.raises(FileExistsError, match="data: "):
+        run.open({"data": "other"})
+
+
+def test_settings_by_a_name_of_before_are_the_same_settings(tmp_path):
+    StagedRun(tmp_path).begin("stage", {"old": [1]})
+    run = StagedRun(tmp_path, {"old": "new"})
+    assert run.begin("stage", {"new": [1]})
+    path = open_file(tmp_path / "q.jsonl", {"old": 1})
+    assert open_file(path, {"new": 1}, renamed={"old": "new"}) == path
+    StagedRun(tmp_path / "later").begin("stage", {"old": [1]})
+    run = StagedRun(tmp_path / "later", {"old": "new"})
+    with pytest.raises(ValueError, match=r"stage.new: was \[1\], is \[2\]"):
+        run.begin("stage", {"new": [2]})
+    with pytest.raises(ValueError, match="new: was 1, is 2"):
+        open_file(path, {"new": 2}, renamed={"old": "new"})
+
+
 def test_a_folder_that_is_no_run(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="output_dir=.* is not empty and holds no run of ours"):
