@@ -63,6 +63,23 @@ def register_quantizer(name: str, config_cls: type, quantizer_cls: type) -> None
     auto.register_quantizer(name)(quantizer_cls)
 
 
+def extend_quantizer(name: str, quantizer_cls: type) -> None:
+    """Let a subclass of one of transformers' own quantizers take its place; again, or with reloaded classes, is harmless.
+
+    It must treat every checkpoint but ours as its base does.
+
+    Raises:
+        ImportError: If the quantizer in place is no base of it, since another package has put its own there.
+    """
+    current = auto.AUTO_QUANTIZER_MAPPING[name]
+    if not current.__module__.startswith(f"{_OWNER}.") and not issubclass(quantizer_cls, current):
+        raise ImportError(
+            f"the quantization method {name!r} of transformers belongs to {current.__module__} already; import peft_ext "
+            "before it, or without it."
+        )
+    auto.AUTO_QUANTIZER_MAPPING[name] = quantizer_cls
+
+
 def peft_type(value: str) -> PeftType:
     """The member of `PeftType`, once importing this module has added it: how members unpickle in a fresh process."""
     return PeftType(value)

@@ -4,10 +4,12 @@
 from peft_ext.checkpoint.bcq import QUANT_METHOD, BcqConfig, BcqHfQuantizer
 from peft_ext.checkpoint.gptq import QUANT_METHOD as GPTQ_QUANT_METHOD
 from peft_ext.checkpoint.gptq import PackedGptqConfig, PackedGptqHfQuantizer, load_gptq
-from peft_ext.registration import register_quantizer
+from peft_ext.checkpoint.own_pack_quantized import PackedTensorsHfQuantizer
+from peft_ext.registration import extend_quantizer, register_quantizer
 
 
 register_quantizer(QUANT_METHOD, BcqConfig, BcqHfQuantizer)
 register_quantizer(GPTQ_QUANT_METHOD, PackedGptqConfig, PackedGptqHfQuantizer)
+extend_quantizer("compressed-tensors", PackedTensorsHfQuantizer)
 
 __all__ = ["BcqConfig", "BcqHfQuantizer", "load_gptq"]

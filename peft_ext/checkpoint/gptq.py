@@ -35,6 +35,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from peft_ext.checkpoint.files import TensorHeader, names_in_model, read_headers, stored_layers
 from peft_ext.checkpoint.pack_quantized import unpack_words
 from peft_ext.checkpoint.saving import make_saveable
+from peft_ext.checkpoint.stored_layer import StoredLayer
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.uniform import UNIFORM_BITS, Quantized
 
@@ -190,7 +191,7 @@ class PackedGptqHfQuantizer(HfQuantizer):
             out_features, in_features = (module.weight.t() if isinstance(module, Conv1D) else module.weight).shape
             tensors = {part: headers[f"{key}.{part}"] for part in _TENSORS if f"{key}.{part}" in headers}
             bits = _check_tensors(key, tensors, in_features, out_features, self.quantization_config)
-            model.set_submodule(name, _GptqLayer(tensors, module, bits, in_features))
+            model.set_submodule(name, _GptqLayer(tensors, module, bits))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, module in list(model.named_modules()):
@@ -200,38 +201,21 @@ class PackedGptqHfQuantizer(HfQuantizer):
         return model
 
 
-class _GptqLayer(nn.Module):
-    """Holds a GPTQ layer's tensors, on the meta device at first, from their loading until they are packed."""
+class _GptqLayer(StoredLayer):
+    """A layer of a GPTQ checkpoint."""
 
     qweight: nn.Parameter
     qzeros: nn.Parameter
     scales: nn.Parameter
 
-    def __init__(self, tensors: dict[str, TensorHeader], layer: Any, bits: int, in_features: int) -> None:
-        super().__init__()
-        self.bits, self.in_features = bits, in_features
-        self.conv1d, self.compute_dtype = isinstance(layer, Conv1D), layer.weight.dtype
-        self.has_bias, self.training = layer.bias is not None, layer.training
+    def __init__(self, tensors: dict[str, TensorHeader], layer: Any, bits: int) -> None:
         # scales are float32 here, so that loading in bfloat16 doesn't round them
-        dtypes = {"scales": torch.float32, "bias": layer.weight.dtype}
-        for part, header in tensors.items():
-            empty = torch.empty(header.shape, dtype=dtypes.get(part, torch.int32), device="meta")
-            self.register_parameter(part, nn.Parameter(empty, requires_grad=False))
-        if self.has_bias and "bias" not in tensors:
-            self.bias = layer.bias  # stays missing, which the loader reports
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """Nothing; some models (GPT-2) initialise the weights of their layers' layers."""
-        return torch.empty(0)
+        super().__init__(tensors, layer, {"scales": torch.float32})
+        self.bits = bits
 
     def packed(self, config: PackedGptqConfig, name: str) -> PackedLinear:
         """The packed layer with the same codes, zero points and scales."""
-        if self.qweight.device.type == "meta":
-            raise ValueError(
-                f"layer {name!r} was offloaded, so its codes aren't there to be packed; load the model without offload "
-                "(device_map=None or a device that holds it)."
-            )
+        self.check_loaded(name)
         groups, out_features = self.scales.shape
         shape = torch.Size((self.in_features, out_features))
         codes = unpack_words(self.qweight, self.bits, self.bits, shape, dim=0).t()

@@ -41,8 +41,8 @@ from peft_ext.quant.uniform import UNIFORM_BITS, Quantized
 # What vLLM's mixed-precision kernels (Marlin and its fallbacks) take.
 _VLLM_BITS, _VLLM_GROUP_SIZES = (4, 8), (32, 64, 128)
 # In the model's config: the width of each layer that isn't stored at its own; also tells that weights were packed.
-_OWN_BITS = "packed_bits"
-_TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+OWN_BITS = "packed_bits"
+TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
 
 class PackQuantizedWriter(HfQuantizer):
@@ -155,7 +155,7 @@ def unpack_words(
     codes = unpack_from_int32(words, container_bits, shape, packed_dim=dim).to(torch.int16) + 2 ** (bits - 1)
     if bits < container_bits and codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < 2**bits:
         raise ValueError(
-            f"the checkpoint holds codes that {bits} bits ({_OWN_BITS} in its config.json) can't; the two files don't "
+            f"the checkpoint holds codes that {bits} bits ({OWN_BITS} in its config.json) can't; the two files don't "
             "belong together. Save or download both again."
         )
     return codes.to(torch.uint8)
@@ -174,7 +174,7 @@ def restore(model: nn.Module) -> None:
     """
     if not isinstance(model, PreTrainedModel):
         return
-    prefix, own_bits = model.base_model_prefix, getattr(model.config, _OWN_BITS, None) or {}
+    prefix, own_bits = model.base_model_prefix, getattr(model.config, OWN_BITS, None) or {}
     for name, module in model.named_modules():
         if is_compressed(module):
             own = (own_bits[key] for key in _possible_names(name, prefix) if key in own_bits)
@@ -185,14 +185,14 @@ def restore(model: nn.Module) -> None:
     if source is None:
         return
     scheme = next(iter(source["quantization_config"]["config_groups"].values()))["weights"]
-    own_bits = source.get(_OWN_BITS) or {}
+    own_bits = source.get(OWN_BITS) or {}
     layers = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and hasattr(m, "weight")}
     with _open_checkpoint(model) as read:
         for name, module in layers.items():
             stored = _name_in_file(name, prefix, read)
             if stored is None or module.weight.device.type == "meta":
                 continue
-            tensors = {key: read(f"{stored}.{key}") for key in _TENSORS}
+            tensors = {key: read(f"{stored}.{key}") for key in TENSORS}
             stored_bits = scheme["num_bits"]
             present = {key: tensor for key, tensor in tensors.items() if tensor is not None}
             packed = expand(present, stored_bits, own_bits.get(stored, stored_bits), module.bias, name)
@@ -204,11 +204,9 @@ def restore(model: nn.Module) -> None:
 
 def _lies_dequantized(model: PreTrainedModel) -> bool:
     """Whether a model may have come dequantised from a packed checkpoint."""
-    layers = list(model.modules())
-    if any(map(is_compressed, layers)):
+    if any(is_compressed(layer) or isinstance(layer, PackedLinear) for layer in model.modules()):
         return False
-    marked = hasattr(model.config, _OWN_BITS) and not any(isinstance(layer, PackedLinear) for layer in layers)
-    if marked and _checkpoint_file(model, "config.json") is None:
+    if hasattr(model.config, OWN_BITS) and _checkpoint_file(model, "config.json") is None:
         raise ValueError(_not_found(model, "config.json"))
     return True
 
@@ -217,7 +215,7 @@ def _not_found(model: PreTrainedModel, name: str) -> str:
     return (
         f"the model was loaded from a packed checkpoint, but there is no {name} at {model.config._name_or_path!r} to take "
         "its integers from; load it from its own folder, without subfolder= and variant=. (To round its floats again, "
-        f"del model.config.{_OWN_BITS} first.)"
+        f"del model.config.{OWN_BITS} first.)"
     )
 
 
@@ -254,7 +252,7 @@ def take_over(module: Any, name: str) -> PackedLinear:
     if not hasattr(module, "weight_packed"):
         compress_module(module)  # a forward pass has decompressed it; its values lie on the grid, so this is exact
     container_bits = module.quantization_scheme.weights.num_bits
-    tensors = {key: getattr(module, key) for key in _TENSORS if hasattr(module, key)}
+    tensors = {key: getattr(module, key) for key in TENSORS if hasattr(module, key)}
     return expand(tensors, container_bits, _own_bits(module), module.bias, name)
 
 
@@ -338,7 +336,7 @@ def _describe(
     )
     model.config.quantization_config = config
     # stock transformers drops quantization_config from a model that it dequantises, and keeps this
-    setattr(model.config, _OWN_BITS, {name: layer.bits for name, layer in layers.items() if layer.bits != bits})
+    setattr(model.config, OWN_BITS, {name: layer.bits for name, layer in layers.items() if layer.bits != bits})
     return config
 
 

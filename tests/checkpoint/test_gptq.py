@@ -135,8 +135,8 @@ def test_sizes_that_fill_no_word(bits, out_features, groups, size, version, seed
     zero = torch.randint(2**bits, (out_features, groups), generator=generator)
     scale = torch.rand(out_features, groups, generator=generator).half()
     tensors = gptq_layer(codes, scale, zero, bits, version)
-    headers = {part: TensorHeader(tuple(tensor.shape), "", "") for part, tensor in tensors.items()}
-    layer = _GptqLayer(headers, nn.Linear(groups * size, out_features, bias=False), bits, groups * size)
+    headers = {part: TensorHeader(tuple(tensor.shape), "I32", "") for part, tensor in tensors.items()}
+    layer = _GptqLayer(headers, nn.Linear(groups * size, out_features, bias=False), bits)
     for part, tensor in tensors.items():
         layer.register_parameter(
             part, nn.Parameter(tensor.float() if part == "scales" else tensor, requires_grad=False)

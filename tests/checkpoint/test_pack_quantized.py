@@ -12,6 +12,7 @@ from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationConfig
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -68,6 +69,21 @@ def _tuned(config: PeqaConfig, name: str = "llama"):
     return model
 
 
+class FloatShapes(TorchDispatchMode):
+    """The shapes of all float tensors that operations make outside the meta device."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (list, tuple)) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.device.type != "meta":
+                self.shapes.add(tuple(tensor.shape))
+        return result
+
+
 def _codes(model) -> dict[str, int]:
     packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
     return {
@@ -89,6 +105,22 @@ def test_stock_transformers_loads_it(kwargs, merged, tmp_path, fresh_process):
     with torch.no_grad():
         expected = base(input_ids=torch.tensor([[5, 6, 7, 8]])).logits.flatten()
     assert_same(torch.tensor(json.loads(fresh_process(STOCK, tmp_path))), expected, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kwargs", FORMATS.values(), ids=FORMATS)
+def test_it_loads_into_packed_layers(kwargs, dtype, tmp_path):
+    tiny("llama").to(dtype).save_pretrained(tmp_path / "float")
+    base = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "float"), PeqaConfig(**kwargs)).unload()
+    base.save_pretrained(tmp_path / "base")
+    with FloatShapes() as made:
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert _codes(loaded) == _codes(base) and loaded.dtype == dtype
+    assert torch.equal(_logits(loaded), _logits(base))
+    weights = {tuple(layer.weight.shape) for layer in base.modules() if isinstance(layer, PackedLinear)}
+    assert not weights & made.shapes, "a float weight was made"
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), _logits(base))
 
 
 def test_the_checkpoint_is_small_and_densely_packed(tmp_path):
@@ -416,7 +448,7 @@ def test_tuning_some_layers_of_a_compressed_base_keeps_the_others(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["subfolder", "variant"])
-def test_a_base_whose_files_are_not_found_is_not_rounded_again(where, tmp_path):
+def test_a_base_in_a_place_of_its_own_is_not_rounded_again(where, tmp_path):
     base = get_peft_model(tiny("llama"), PeqaConfig(bits=3)).unload()
     if where == "subfolder":
         base.save_pretrained(tmp_path / "base")
@@ -424,8 +456,7 @@ def test_a_base_whose_files_are_not_found_is_not_rounded_again(where, tmp_path):
     else:
         base.save_pretrained(tmp_path, variant="packed")
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path, variant="packed")
-    with pytest.raises(ValueError, match="loaded from a packed checkpoint, but there is no .*without subfolder="):
-        get_peft_model(loaded, PeqaConfig(bits=3))
+    assert _codes(get_peft_model(loaded, PeqaConfig(bits=3))) == _codes(base)
 
 
 def test_the_body_of_a_packed_base_takes_its_codes_over(tmp_path):
@@ -436,9 +467,9 @@ def test_the_body_of_a_packed_base_takes_its_codes_over(tmp_path):
 
 
 def test_floats_that_were_packed_once_are_floats(tmp_path):
-    """Dequantised by stock transformers and saved as such: an ordinary float model from then on."""
+    """Dequantised and saved as such: an ordinary float model from then on."""
     get_peft_model(tiny("llama"), PeqaConfig(bits=3)).unload().save_pretrained(tmp_path / "packed")
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "packed").dequantize()
     plain.save_pretrained(tmp_path / "plain")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "plain"), PeqaConfig(bits=4))
     assert {layer.base_layer.bits for layer in tuner_layers(model).values()} == {4}
