@@ -39,7 +39,11 @@ from peft_ext.perplexity import perplexity
 from peft_ext.text import PYTHON_DOCS, load_text, token_blocks
 
 
-STARTS = {"minmax": "rounded to nearest", "mse": "least squared error", "calibrated": "GPTQ on calibration data"}
+INITIALISATIONS = {
+    "minmax": "rounded to nearest",
+    "mse": "least squared error",
+    "calibrated": "GPTQ on calibration data",
+}
 LEARNING_RATES = {
     "LoRA": (1e-3, 2e-3, 4e-3),
     "PEQA": (1e-2, 2e-2, 4e-2),
@@ -71,12 +75,12 @@ BUDGETS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. `start` is where the integers come from; `tuned` tells whether anything is trained."""
+    """One line of the table. `init_method` is where the integers come from; `tuned` tells whether anything is trained."""
 
     method: str
     bits: Optional[int] = None
     group_size: int = -1
-    start: Optional[str] = None
+    init_method: Optional[str] = None
     tuned: bool = True
 
     @property
@@ -85,17 +89,17 @@ class Row:
         if self.bits is None or self.method == "QLoRA":
             return f"{self.method}, NF4" if self.method == "QLoRA" else self.method
         form = "per channel" if self.group_size == -1 else f"group {self.group_size}"
-        note = "" if self.method == "QAT" else f"; {STARTS[str(self.start)]}"
+        note = "" if self.method == "QAT" else f"; {INITIALISATIONS[str(self.init_method)]}"
         return f"{self.method}, {self.bits} bits, {form}{note}"
 
     @property
     def key(self) -> dict[str, Any]:
         """What tells it from other rows under the same budget."""
-        return {"method": self.method, "bits": self.bits, "group_size": self.group_size, "start": self.start}
+        return {"method": self.method, "bits": self.bits, "group_size": self.group_size, "start": self.init_method}
 
     def config(self) -> PeqaConfig:
         """The format of the weights."""
-        return PeqaConfig(bits=self.bits, group_size=self.group_size, init_method=self.start)
+        return PeqaConfig(bits=self.bits, group_size=self.group_size, init_method=self.init_method)
 
     def search_format(self) -> Row:
         """The row on which the learning rate of this row's method and width is chosen."""
@@ -111,24 +115,24 @@ def all_rows() -> list[Row]:
     widths, groups = (4, 3, 2), (-1, 64)
     rows = [Row("Float, untouched", tuned=False), Row("LoRA")]
     for bits, group in ((4, 64), (3, -1), (2, 64)):
-        rows += _with_start(bits, group, "calibrated")
+        rows += _with_and_without_tuning(bits, group, "calibrated")
     rows += [Row("LoRA, then quantised", bits, group, "minmax", False) for bits in widths for group in groups]
     rows += [Row("QLoRA", 4, 64)]
     for bits, group in ((4, -1), (3, 64), (2, -1)):
-        rows += _with_start(bits, group, "calibrated")
+        rows += _with_and_without_tuning(bits, group, "calibrated")
     rows += [Row("Quantised", bits, group, "minmax", False) for bits in widths for group in groups]
     rows += [Row("QAT", bits, -1, "calibrated") for bits in (4, 3)]
     rows += [
         Row("LoRA, then quantised", bits, group, "calibrated", False)
         for bits, group in ((4, 64), (4, -1), (3, 64), (3, -1), (2, 64))
     ]
-    for start in ("minmax", "mse"):
-        rows += [row for row in _with_start(4, -1, start) if row not in rows]
+    for init_method in ("minmax", "mse"):
+        rows += [row for row in _with_and_without_tuning(4, -1, init_method) if row not in rows]
     return [*rows, Row("Quantised", 3, -1, "mse", False)]
 
 
-def _with_start(bits: int, group_size: int, start: str) -> list[Row]:
-    return [Row("Quantised", bits, group_size, start, False), Row("PEQA", bits, group_size, start)]
+def _with_and_without_tuning(bits: int, group_size: int, init_method: str) -> list[Row]:
+    return [Row("Quantised", bits, group_size, init_method, False), Row("PEQA", bits, group_size, init_method)]
 
 
 class Data(NamedTuple):
@@ -169,7 +173,7 @@ class Study:
         if not row.tuned and not row.method.startswith("LoRA"):
             for name in ("steps", "search_steps", "validation_blocks", "batch_size"):
                 del budget[name]
-        if row.start != "calibrated":
+        if row.init_method != "calibrated":
             del budget["calibration_blocks"]
         if row.method == "LoRA, then quantised":
             more["learning_rate"] = self.learning_rates(Row("LoRA"))[1]
@@ -201,7 +205,7 @@ class Study:
 
     def quantized(self, row: Row) -> nn.Module:
         """The model under PEQA. Kept for the next row, which often tunes what this one only measures."""
-        form = (row.bits, row.group_size, row.start)
+        form = (row.bits, row.group_size, row.init_method)
         if self.current[0] != form:
             self.current = (None, None)  # frees the last one first
             model = baselines.quantized(copy.deepcopy(self.float_model), row.config(), self.data.calibration)
@@ -374,7 +378,11 @@ def verdicts(study: Study) -> list[str]:
         return None if above is None or below is None else above / below
 
     float_row, lora_row = all_rows()[:2]
-    peqa = {(row.bits, row.group_size): row for row in all_rows() if (row.method, row.start) == ("PEQA", "calibrated")}
+    peqa = {
+        (row.bits, row.group_size): row
+        for row in all_rows()
+        if (row.method, row.init_method) == ("PEQA", "calibrated")
+    }
     lines = [
         verdict("PEQA, 4 bits, group 64, over LoRA float", ratio(peqa[4, 64], lora_row), 1.05),
         verdict("PEQA, 3 bits, per channel, over LoRA float", ratio(peqa[3, -1], lora_row), 1.25),

@@ -1,5 +1,5 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""How close the starts come: error of the weights, and perplexity before any tuning, against bits, format and method.
+"""How close the initialisations come: error of the weights, and perplexity before any tuning, against bits, format and method.
 
 Binary coding (greedy, alternating, calibrated) and uniform integers (min-max, MSE, calibrated), per channel, on
 SmolLM2 and wikitext-2; a table, and a plot beside the JSON.
@@ -45,7 +45,7 @@ SHOWN = {BINARY: "BCQ", UNIFORM: "uniform", "minmax": "min-max", "mse": "MSE"}
 
 
 class Row(NamedTuple):
-    """One start."""
+    """One initialisation."""
 
     format: str
     method: str
@@ -57,7 +57,7 @@ class Row(NamedTuple):
         return f"{SHOWN[self.format]}, {SHOWN.get(self.method, self.method)}"
 
     def config(self) -> Any:
-        """The start as a tuner's config."""
+        """The initialisation as a tuner's config."""
         config_cls = AlphaTuningConfig if self.format == BINARY else PeqaConfig
         return config_cls(bits=self.bits, init_method=self.method)
 
@@ -91,7 +91,7 @@ def measure(row: Row, float_model: nn.Module, calibration: torch.Tensor, blocks:
 
 
 def table(results: Results, args: argparse.Namespace) -> str:
-    """Error and perplexity by start and bits."""
+    """Error and perplexity by initialisation and bits."""
     headers = ["Start", *[f"{bits} bit{'s' * (bits > 1)}" for bits in (4, 3, 2, 1)], "Time at 4 bits"]
     lines = []
     for kind, methods in METHODS.items():

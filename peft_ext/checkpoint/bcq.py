@@ -106,7 +106,7 @@ class BcqConfig(QuantizationConfigMixin):
         self.init_method = init_method or self.format_of("").default_method
         if self.init_method not in methods:
             raise ValueError(
-                f"init_method={init_method!r} is unknown; choose one of {methods}. (A calibrated start needs data: "
+                f"init_method={init_method!r} is unknown; choose one of {methods}. (Calibration needs data: "
                 "load the float model and call peft_ext.calibrate.)"
             )
 

@@ -1,5 +1,5 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""What `tune` and `quantize` share: which model, which text, which start; and the packed base that they write."""
+"""What `tune` and `quantize` share: which model, which text, which initialisation; and the packed base that they write."""
 
 from __future__ import annotations
 

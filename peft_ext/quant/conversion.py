@@ -25,9 +25,9 @@ def quantize_layer(
 
     Args:
         module: The layer; its bias is kept.
-        number_format, method: What to quantise to, and by which data-free start.
+        number_format, method: What to quantise to, and by which data-free initialisation.
         name: The layer's name, for messages.
-        hessian, shift: `[in, in]`, for the calibrated start; see `quantize_calibrated`.
+        hessian, shift: `[in, in]`, for the calibrated initialisation; see `quantize_calibrated`.
 
     Raises:
         ValueError: If the weight can't be quantised so; names the layer.

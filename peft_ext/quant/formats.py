@@ -1,5 +1,5 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""The two number formats as values: what a layer's weight is, or is to become, and by which start."""
+"""The two number formats as values: what a layer's weight is, or is to become, and by which initialisation."""
 
 from __future__ import annotations
 

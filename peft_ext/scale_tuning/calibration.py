@@ -35,7 +35,7 @@ def calibrate(
     model: nn.Module, config: ScaleTuningConfig, batches: Iterable[Batch], progressbar: bool = True
 ) -> nn.Module:
     """
-    Quantise the target layers of a float model in place with the calibrated start.
+    Quantise the target layers of a float model in place on the data that they will see.
 
     The batches run through the model once, together, and twice side by side: one copy sees the float model, the other
     the layers packed so far. When the forward reaches a target layer, the layer is quantised on the second copy's

@@ -1,5 +1,5 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""How a model's layers become packed under a tuner's config: which ones, by which start, and what can't be."""
+"""How a model's layers become packed under a tuner's config: which, by which initialisation, and what can't be."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def pack_layer(
 
     Args:
         module: `nn.Linear`, `Conv1D`, a compressed-tensors layer or a [`PackedLinear`].
-        config: Format and start.
+        config: Format and initialisation.
         name: The layer's name, for messages and `bits_pattern`.
-        hessian, shift: `[in, in]`, for the calibrated start; see `quantize_calibrated`.
+        hessian, shift: `[in, in]`, for the calibrated initialisation; see `quantize_calibrated`.
 
     Raises:
         ValueError: If the weight can't be quantised so; names the layer.
@@ -48,7 +48,7 @@ def pack_layer(
         return module
     if pack_quantized.is_compressed(module):
         return pack_quantized.take_over(module, name)
-    # a calibrated start that saw no input for this layer falls back on the best without data
+    # a calibrated initialisation that saw no input for this layer falls back on the best without data
     number_format = config.format_of(name)
     method = number_format.default_method if config.init_method == CALIBRATED else config.init_method
     return quantize_layer(module, number_format, method, name, hessian, shift)

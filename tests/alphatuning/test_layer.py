@@ -1,5 +1,5 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""What only AlphaTuning promises: frozen signs, the first alphas trained (or all), starts, counts, files."""
+"""What only AlphaTuning promises: frozen signs, the first alphas trained (or all), initialisations, counts, files."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_gradients_are_those_of_a_sum_of_planes(group_size, trained_alphas):
 
 
 @pytest.mark.parametrize("init_method", ["greedy", "alternating"])
-def test_data_free_starts(init_method):
+def test_data_free_initialisations(init_method):
     model = get_peft_model(tiny("llama"), AlphaTuningConfig(bits=3, init_method=init_method))
     floats = dict(tiny("llama").named_modules())
     for name, layer in tuner_layers(model.base_model.model).items():
@@ -131,7 +131,7 @@ def test_the_first_calibrated_layer_is_calibrated_on_its_own_inputs():
 
 
 def test_calibrated_changes_the_output_least():
-    """On the outputs of every layer of a whole model, against the data-free starts."""
+    """On the outputs of every layer of a whole model, against the data-free initialisations."""
     errors = {}
     for init_method in ("greedy", "alternating", "calibrated"):
         model, config = tiny("llama"), AlphaTuningConfig(bits=3, init_method=init_method)

@@ -24,7 +24,7 @@ BATCHES = [
 ]
 
 
-def test_calibrated_start():
+def test_calibrated_initialisation():
     """Quantised in place on the data, taken over as it is, and closer to the float model on it than rounding."""
     batch = {"input_ids": torch.cat([batch["input_ids"] for batch in BATCHES])}
     config = PeqaConfig(bits=3, init_method="calibrated")

@@ -62,7 +62,7 @@ class AlmostModelConfig(ModelConfig):
             )
         if self.peqa_init_method not in ("minmax", "mse"):
             raise ValueError(
-                f"peqa_init_method={self.peqa_init_method!r} must be 'minmax' or 'mse'; for a calibrated start quantise "
+                f"peqa_init_method={self.peqa_init_method!r} must be 'minmax' or 'mse'; for a calibrated initialisation quantise "
                 "the model first (peft-ext quantize) and pass that folder as --model_name_or_path."
             )
 

@@ -80,7 +80,7 @@ def load_speaker(
 def quantized(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, bits: int, group_size: int = 64
 ) -> torch.nn.Module:
-    """The model with weights of few bits, through PEQA's calibrated start on this package's own demonstrations.
+    """The model with weights of few bits, through PEQA's calibration on this package's own demonstrations.
 
     Args:
         model: A float model; changed.
