@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers.utils import logging
 
 
 pytest.importorskip("sklearn", reason="one of the files is a PALPClassifier's")
@@ -25,6 +26,15 @@ def leaves(value, at=""):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         return {place: leaf for key, below in items for place, leaf in leaves(below, f"{at}/{key}").items()}
     return {at: value}
+
+
+@pytest.fixture(autouse=True)
+def _verbosity():
+    """Some commands quieten transformers, in a process that is otherwise their own."""
+    verbosity = logging.get_verbosity()
+    yield
+    logging.set_verbosity(verbosity)
+    logging.enable_progress_bar()
 
 
 @pytest.mark.parametrize("kind", READERS)
