@@ -1,0 +1,256 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Everything private of other libraries that we lean on, in one list, and whether the installed versions have it."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+PACKAGES = ("peft_ext", "generation_ext", "trl_ext")
+# Owner -> name, with the parameters that we pass or override -> who leans on it, and why. An instance's attribute stands
+# under its class.
+SEAMS = {
+    "transformers.GenerationMixin": {
+        "_prefill(input_ids, generation_config, model_kwargs)": "generation_ext.critic: as generate runs the prompt",
+        "_update_model_kwargs_for_generation(outputs, model_kwargs)": "generation_ext.critic: masks and positions, as generate's",
+        "_pad_token_tensor": "generation_ext.critic: what finished rows are filled with",
+        "_supports_logits_to_keep()": "peft_ext.memory: a plan makes the logits that generate makes",
+    },
+    "transformers.cache_utils.Cache": {
+        "layers": "generation_ext.shared_prefix, critic: a prefix's keys and values, layer by layer",
+        "reorder_cache(beam_idx)": "generation_ext.granularity: overridden in the class that is swapped in (`cache.__class__`)",
+    },
+    "transformers.cache_utils.CacheLayerMixin": {
+        "is_initialized": "generation_ext.shared_prefix: layers that are made by ourselves",
+    },
+    "transformers.cache_utils.DynamicLayer": {
+        "keys": "generation_ext.shared_prefix: what is shared",
+        "values": "generation_ext.shared_prefix: what is shared",
+    },
+    "transformers.cache_utils.StaticLayer": {
+        "max_cache_len": "generation_ext.shared_prefix, granularity: slots of a static cache",
+    },
+    "transformers.cache_utils.DynamicSlidingWindowLayer": {
+        "cumulative_length": "generation_ext.shared_prefix: a static window that goes on as a dynamic one",
+    },
+    "transformers.cache_utils.EncoderDecoderCache": {
+        "self_attention_cache": "generation_ext: the decoder's own past",
+        "cross_attention_cache": "generation_ext: the encoder's states, shared",
+        "is_updated": "generation_ext: copies of a cache go on by themselves",
+    },
+    "transformers.PretrainedConfig": {
+        "_attn_implementation": "language_model, granularity: which attention runs, and what masks it takes",
+        "_name_or_path": "everywhere: what the user called the model",
+    },
+    "transformers.PreTrainedModel": {
+        "_can_set_attn_implementation": "shared_prefix: attention goes through transformers' interface",
+        "_supports_attention_backend": "generation_ext.shared_prefix: masks of our own reach the layers",
+        "_no_split_modules": "peft_ext.memory: the blocks that FSDP wraps",
+        "_keep_in_fp32_modules": "peft_ext.checkpoint: what isn't packed",
+        "_init_weights(module)": "generation_ext.critic, granularity: how new parts are initialised",
+        "_is_hf_initialized": "peft_ext.checkpoint: packed layers aren't initialised over",
+        "_supports_sdpa": "peft_ext.ood: PooledClassifier says that its backbone may use it",
+        "_supports_flash_attn": "generation_ext.granularity: C-DNPG says that it has none",
+        "_supports_flex_attn": "generation_ext.granularity: C-DNPG says that it has none",
+    },
+    "transformers.configuration_utils": {
+        "_is_quantized": "peft_ext.checkpoint: a dequantised model is an ordinary one again",
+    },
+    "transformers.quantizers.base.HfQuantizer": {
+        "_process_model_before_weight_loading(model)": "peft_ext.checkpoint: bcq and GPTQ make room for packed layers",
+        "_process_model_after_weight_loading(model)": "peft_ext.checkpoint: bcq and GPTQ finish packed layers",
+        "_dequantize": "peft_ext.checkpoint: model.dequantize()",
+    },
+    "transformers.quantizers.auto": {
+        "AUTO_QUANTIZER_MAPPING": "peft_ext.registration: whether a name is taken",
+        "AUTO_QUANTIZATION_CONFIG_MAPPING": "peft_ext.registration: whether a name is taken",
+    },
+    "transformers.core_model_loading.ConversionOps": {
+        "convert(input_dict)": "peft_ext.checkpoint: bcq packs while it loads",
+    },
+    "transformers.core_model_loading": {
+        "WeightConverter": "peft_ext.checkpoint: names and shapes in a checkpoint",
+        "WeightRenaming": "peft_ext.checkpoint: names in a checkpoint",
+        "rename_source_key": "peft_ext.checkpoint: names in a checkpoint",
+        "dot_natural_key": "peft_ext.checkpoint: the order of names that a model loads in",
+    },
+    "transformers.quantizers.quantizers_utils": {
+        "should_convert_module": "peft_ext.checkpoint: modules that bcq leaves alone",
+    },
+    "transformers.Trainer": {
+        "_train_batch_size": "generation_ext.critic: the number that auto_find_batch_size may have halved",
+        "_save(output_dir, state_dict)": "generation_ext.critic: a checkpoint holds the critic, not its model",
+    },
+    "trl.RLOOTrainer": {
+        "_generate_single_turn(prompt_ids, images, multimodal_fields)": "trl_ext.almost: a merged copy writes",
+        "_tokenizer": "trl_ext.almost: the tokenizer under a processor",
+    },
+    "trl.GRPOTrainer": {
+        "_generate_single_turn(prompt_ids, images, multimodal_fields)": "trl_ext.almost: a merged copy writes",
+        "_tokenizer": "trl_ext.almost: the tokenizer under a processor",
+    },
+    "peft.utils.PeftType": {
+        "_member_map_": "peft_ext.registration: members of our own",
+        "_member_names_": "peft_ext.registration: members of our own",
+        "_value2member_map_": "peft_ext.registration: members of our own",
+    },
+    "peft.mapping": {
+        "PEFT_TYPE_TO_CONFIG_MAPPING": "peft_ext.registration: registering again after a reload",
+        "PEFT_TYPE_TO_TUNER_MAPPING": "peft_ext.registration: registering again after a reload",
+        "PEFT_TYPE_TO_PREFIX_MAPPING": "peft_ext.registration: registering again after a reload",
+    },
+    "peft.PeftModel": {
+        "_enable_peft_forward_hooks": "our tuners: mixed batches",
+    },
+    "peft.tuners.tuners_utils.BaseTuner": {
+        "_check_merge_allowed()": "peft_ext.bottleneck: can't be merged",
+        "_check_target_module_exists(peft_config, key)": "peft_ext.targets: before injection",
+        "_create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key)": "our tuners: injection",
+        "_get_adapter_state_dict": "peft_ext.scale_tuning: files hold plain scales",
+        "_remap_adapter_state_dict_for_load": "peft_ext.scale_tuning: files hold plain scales",
+        "_post_injection_hook": "peft_ext.scale_tuning: what is told once all layers are packed",
+        "_prepare_adapter_config(peft_config, model_config)": "our tuners: default targets",
+        "_prepare_model(peft_config, model)": "our tuners: every target is checked before any changes",
+        "_replace_module(parent, child_name, new_module, child)": "our tuners: injection, unloading",
+        "_unload_and_optionally_merge": "peft_ext.scale_tuning: merging into packed layers",
+    },
+    "peft.tuners.tuners_utils.BaseTunerLayer": {
+        "_active_adapter": "our tuners' layers",
+        "_disable_adapters": "our tuners' layers",
+        "_cast_input_dtype(x, dtype)": "peft_ext.bottleneck: the adapter's float type",
+        "_get_base_layer_device_and_dtype": "peft_ext.scale_tuning: codes have no float type",
+        "_move_adapter_to_device_of_base_layer(adapter_name)": "our tuners' layers",
+    },
+    "peft.tuners.tuners_utils": {
+        "_maybe_include_all_linear_layers": "our tuners: 'all-linear'",
+        "_get_in_out_features": "peft_ext.bottleneck: sizes of any linear layer",
+    },
+    "peft.utils.other": {
+        "get_pattern_key": "peft_ext.scale_tuning: bits_pattern, as LoRA's rank_pattern",
+    },
+    "peft.utils.AuxiliaryTrainingWrapper": {
+        "_adapters": "our tuners: weighted adapters and pools look for modules_to_save",
+    },
+    "accelerate.hooks": {
+        "_hf_hook": "peft_ext.scale_tuning: layers whose weights are elsewhere can't be packed",
+    },
+    "compressed_tensors.compressors": {
+        "compress_module": "peft_ext.checkpoint: what transformers does with a packed layer",
+    },
+    "compressed_tensors.compressors.pack_quantized.helpers": {
+        "pack_to_int32": "peft_ext.checkpoint: the layout of codes on disk",
+        "unpack_from_int32": "peft_ext.checkpoint: the layout of codes on disk",
+    },
+    "sklearn.base.BaseEstimator": {
+        "_metadata_request": "generation_ext.probing: a clone keeps its metadata routing",
+    },
+    "torch._C": {
+        "_disabled_torch_function_impl": "peft_ext.quant: a weight that is a view of codes",
+        "_len_torch_dispatch_stack": "peft_ext.quant: whether someone traces a kernel's call",
+    },
+    "torch.Tensor": {
+        "_make_wrapper_subclass": "peft_ext.quant: a weight that is a view of codes",
+    },
+    "torch.nn.Module": {
+        "forward": "critic (of a backbone that has run), scale_tuning's pools, ALMoST (accelerate's): swapped on instances",
+        "_apply(fn)": "peft_ext.quant: codes keep their type when a model is cast",
+        "_load_from_state_dict(state_dict, prefix)": "peft_ext.quant: a packed layer's buffers",
+    },
+    "torch.ops.aten": {
+        "_local_scalar_dense": "peft_ext.memory: questions about data on the meta device",
+        "_scaled_dot_product_flash_attention_for_cpu": "peft_ext.memory: attention without a matrix of scores",
+    },
+    "torch._ops.OpOverload": {
+        "_schema": "peft_ext.quant: what an operation would write to",
+    },
+}
+# Not needed to be there: asked for with `hasattr`, and absent on some machines.
+OPTIONAL = {"_linear_pointwise"}
+# Private by its underscore alone: named tuples, enums and exit codes are documented so.
+DOCUMENTED = {"_asdict", "_fields", "_replace", "_exit", "_name_", "_value_", "_sort_order_", "_C"}
+# Our own, on others' modules.
+OURS = {"_record_granularities"}
+
+
+def missing(owner: str, seam: str) -> str:
+    """What of a seam the installed version lacks; nothing if it is whole."""
+    name, _, parameters = seam.rstrip(")").partition("(")
+    try:
+        holder = _resolved(owner)
+    except (ImportError, AttributeError) as error:
+        return str(error)
+    if not hasattr(holder, name):
+        return "" if re.search(rf"\b{name}\b", _source(holder)) else f"{owner} has no {name}"
+    if not parameters:
+        return ""
+    taken = inspect.signature(getattr(holder, name)).parameters
+    absent = [parameter for parameter in parameters.split(", ") if parameter not in taken]
+    return f"{owner}.{name} takes {list(taken)}, not {absent}" if absent else ""
+
+
+def _resolved(name: str) -> Any:
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            value = importlib.import_module(".".join(parts[:end]))
+        except ImportError:
+            continue
+        for part in parts[end:]:
+            value = getattr(value, part)
+        return value
+    raise ImportError(f"{name} can't be imported")
+
+
+def _source(holder: Any) -> str:
+    """Where an attribute is set that only instances have: in the class, its bases, or beside them."""
+    kinds = holder.__mro__[:-1] if inspect.isclass(holder) else [holder]
+    modules = {inspect.getmodule(kind) for kind in kinds}
+    return "\n".join(
+        inspect.getsource(module) for module in modules if getattr(module, "__file__", "").endswith(".py")
+    )
+
+
+@pytest.mark.parametrize("owner", SEAMS)
+def test_the_installed_versions_have_it(owner):
+    lacking = {why: what for seam, why in SEAMS[owner].items() if (what := missing(owner, seam))}
+    assert not lacking
+
+
+def test_something_missing_is_told():
+    assert missing("transformers.GenerationMixin", "_nothing_of_ours") and missing("transformers.nothing", "_x")
+    assert missing("transformers.GenerationMixin", "_prefill(no_such_parameter)")
+
+
+def test_the_list_is_complete():
+    """Every private name that our packages read and don't define themselves is in it."""
+    used: dict[str, str] = {}
+    own = set()
+    for file in (file for package in PACKAGES for file in (ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and _is_private(node.attr):
+                used.setdefault(node.attr, f"{file}:{node.lineno}")
+            own |= _defined(node)
+    listed = {seam.partition("(")[0] for seams in SEAMS.values() for seam in seams} | OPTIONAL | DOCUMENTED | OURS
+    assert {name: where for name, where in used.items() if name not in own | listed} == {}
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def _defined(node: ast.AST) -> set[str]:
+    """Names that a statement gives to functions, classes, variables and attributes of `self`."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return {node.name}
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    flat = [one for target in targets for one in (target.elts if isinstance(target, ast.Tuple) else [target])]
+    attributes = {t.attr for t in flat if isinstance(t, ast.Attribute) and ast.unparse(t.value) in ("self", "cls")}
+    return {target.id for target in flat if isinstance(target, ast.Name)} | attributes
