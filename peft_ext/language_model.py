@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import inspect
 from collections.abc import Collection, Iterator
+from functools import cached_property
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -164,46 +165,99 @@ def _layer_kinds(config: Any) -> list[str]:
     return [names.get(type(layer), type(layer).__name__) for layer in layers] or [FULL]
 
 
-class LanguageModel(NamedTuple):
-    """A language model and how to run it on a shared prefix.
+class LanguageModel:
+    """A language model and what its forward passes take.
+
+    Args:
+        model: A transformers model, or a `PeftModel` of one.
 
     Attributes:
-        model: The transformers model, without PEFT's wrapper; tuned layers are inside.
-        backbone: Its part without the output head; of an encoder-decoder model the encoder.
+        base: The transformers model, without PEFT's wrapper; tuned layers are inside.
         kind: `"causal"`, `"encoder-decoder"` or `"encoder"`.
-        positions: Whether `forward` takes positions.
-        trees: Whether positions and a 4D mask can be given, so that several texts fit into one row.
-        windows: Each kind of attention in the model -> how many tokens it sees; None: all.
-        cache_argument: What `forward` calls its cache.
-        max_length: Most tokens of a text; None: any number.
-        widths: What a token costs, see [`Widths`].
+        backbone: Its part without the output head, see [`backbone`]; of an encoder-decoder model the decoder.
+        config: The config of what writes text, the decoder's own where it has one.
+        parameters: What the backbone's `forward` takes, in order.
+        cache_argument: What it calls its cache.
+        takes_positions: Whether it takes positions.
+
+    Raises:
+        TypeError: If it is no transformers model.
     """
 
-    model: PreTrainedModel
-    backbone: nn.Module
-    kind: str
-    positions: bool
-    trees: bool
-    windows: dict[str, Optional[int]]
-    cache_argument: str
-    max_length: Optional[int]
-    widths: Widths
+    def __init__(self, model: nn.Module) -> None:
+        base = unwrapped(model)
+        if not isinstance(base, PreTrainedModel):
+            raise TypeError(f"model must be a transformers model or a PeftModel of one, got {type(model).__name__}.")
+        self.base: PreTrainedModel = base
+        self.kind = ENCODER_DECODER if base.config.is_encoder_decoder else CAUSAL if is_causal(base) else ENCODER
+        # a model without an output head is its own
+        self.backbone: nn.Module = (None if self.kind == ENCODER else base.get_decoder()) or base.base_model
+        self.config: Any = text_config(self.backbone)
+        self.parameters = [
+            name for name in inspect.signature(type(self.backbone).forward).parameters if name != "self"
+        ]
+        self.cache_argument = cache_name(self.parameters) or CACHE_NAMES[-1]
+        self.takes_positions = "position_ids" in self.parameters
 
     @property
     def device(self) -> torch.device:
         """Where token ids have to lie."""
-        return self.model.get_input_embeddings().weight.device
+        return self.base.get_input_embeddings().weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The float type of hidden states."""
-        weight = self.model.get_input_embeddings().weight
+        weight = self.base.get_input_embeddings().weight
         return weight.dtype if weight.is_floating_point() else torch.float32
 
     @property
     def eager(self) -> bool:
         """Whether masks have to be floats to be added."""
-        return attention_implementation(text_config(self.model)) == "eager"
+        return attention_implementation(self.config) == "eager"
+
+    @cached_property
+    def windows(self) -> dict[str, Optional[int]]:
+        """Each kind of attention in the model -> how many tokens it sees; None: all."""
+        return windows_of(self.config)[0]
+
+    @cached_property
+    def other_layers(self) -> list[str]:
+        """Layers whose past isn't keys and values of single tokens, see [`windows_of`]."""
+        return windows_of(self.config)[1]
+
+    @cached_property
+    def trees(self) -> bool:
+        """Whether positions and a 4D mask can be given, so that several texts fit into one row.
+
+        Not where positions follow from a 2D mask (ALiBi), or the causal mask lies in the layers (GPT-Neo).
+        """
+        own_masks = any(
+            buffer.ndim == 4 and buffer.shape[-1] == buffer.shape[-2] > 1 and not buffer.is_floating_point()
+            for buffer in self.base.buffers()
+        )
+        alibi = getattr(self.config, "alibi", False)
+        return self.kind == CAUSAL and self.takes_positions and not own_masks and not alibi
+
+    @property
+    def max_length(self) -> Optional[int]:
+        """Most tokens of a text; None: any number."""
+        for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+            value = getattr(self.config, name, None)
+            # T5 has relative positions, and its n_positions is what it was trained on
+            if isinstance(value, int) and value > 0 and not hasattr(self.config, "relative_attention_num_buckets"):
+                return value
+        return None
+
+    @cached_property
+    def widths(self) -> Widths:
+        """What a token costs."""
+        hidden, heads = self.config.hidden_size, self.config.num_attention_heads
+        head = getattr(self.config, "head_dim", None) or getattr(self.config, "d_kv", None) or hidden // heads
+        outer = {id(self.base.get_input_embeddings()), id(self.base.get_output_embeddings())}
+        matrices = [module.weight for module in self.base.modules() if id(module) not in outer and _is_product(module)]
+        widest = max((max(weight.shape) for weight in matrices), default=4 * hidden)
+        keys = head * (getattr(self.config, "num_key_value_heads", None) or heads)
+        return Widths(hidden, widest, heads * head, keys, heads, self.config.vocab_size)
 
 
 class Widths(NamedTuple):
@@ -218,7 +272,7 @@ class Widths(NamedTuple):
 
 
 def language_model(model: nn.Module) -> LanguageModel:
-    """Look at a model.
+    """A model whose texts can share a prefix; an encoder or an encoder-decoder, which share nothing, too.
 
     Args:
         model: A transformers model, or a `PeftModel` of one.
@@ -228,33 +282,38 @@ def language_model(model: nn.Module) -> LanguageModel:
         ValueError: If it has attention that a prefix can't be shared in (recurrent or chunked layers, flash attention,
             PEFT's prompt learning); the message names the way out.
     """
-    _refuse_learned_prompts(model)
-    base = unwrapped(model)
-    if not isinstance(base, PreTrainedModel):
-        raise TypeError(f"model must be a transformers model or a PeftModel of one, got {type(model).__name__}.")
-    config = text_config(base)
-    parameters = inspect.signature(base.forward).parameters
-    windows: dict[str, Optional[int]] = {FULL: None}
-    if base.config.is_encoder_decoder:
-        kind, body, trees = ENCODER_DECODER, base.get_encoder(), False
-    elif not is_causal(base):
-        kind, body, trees = ENCODER, base.base_model, False
-    else:
-        kind, body = CAUSAL, base.base_model
-        windows = _windows(base, config)
-        trees = _takes_trees(base, config, set(parameters))
-        _check_attention(base, windows, trees)
-    return LanguageModel(
-        model=base,
-        backbone=body,
-        kind=kind,
-        positions="position_ids" in parameters,
-        trees=trees,
-        windows=windows,
-        cache_argument=cache_name(parameters) or CACHE_NAMES[-1],
-        max_length=_max_length(config),
-        widths=_widths(base, config),
-    )
+    configs = getattr(model, "peft_config", None)
+    if isinstance(configs, dict) and any(getattr(config, "is_prompt_learning", False) for config in configs.values()):
+        raise ValueError(
+            "model has an adapter of learned prompts (prefix or prompt tuning), which owns the start of the cache; use a "
+            "tuner of weights (LoRA, PEQA, ...)."
+        )
+    inspected = LanguageModel(model)
+    if inspected.kind == CAUSAL:
+        _check_attention(inspected)
+    return inspected
+
+
+def _check_attention(model: LanguageModel) -> None:
+    name = type(model.base).__name__
+    if model.other_layers:
+        raise ValueError(
+            f"model ({name}) has layers whose past can't be shared as keys and values: {model.other_layers}; use a "
+            "model with full or sliding attention."
+        )
+    if not takes_masks(model.config):
+        raise ValueError(
+            f"model computes attention with {attention_implementation(model.config)!r}, which takes no mask of its own; "
+            "load it with attn_implementation='sdpa' (or model.set_attn_implementation('sdpa'))."
+        )
+    if not model.trees and SLIDING in model.windows:
+        raise ValueError(
+            f"model ({name}) has sliding attention but takes no positions, so that a prefix can't be shared."
+        )
+
+
+def _is_product(module: nn.Module) -> bool:
+    return not isinstance(module, nn.Embedding) and getattr(getattr(module, "weight", None), "ndim", 0) == 2
 
 
 def is_causal(model: nn.Module) -> bool:
@@ -274,72 +333,6 @@ def is_causal_config(config: PretrainedConfig) -> bool:
         return False
     causal = ("ForCausalLM", "LMHeadModel")
     return names is None or any(name.endswith(causal) for name in names) or getattr(config, "is_decoder", False)
-
-
-def _refuse_learned_prompts(model: Any) -> None:
-    configs = getattr(model, "peft_config", None)
-    if isinstance(configs, dict) and any(getattr(config, "is_prompt_learning", False) for config in configs.values()):
-        raise ValueError(
-            "model has an adapter of learned prompts (prefix or prompt tuning), which owns the start of the cache; use a "
-            "tuner of weights (LoRA, PEQA, ...)."
-        )
-
-
-def _windows(model: PreTrainedModel, config: Any) -> dict[str, Optional[int]]:
-    """How far a causal model's layers look back."""
-    windows, others = windows_of(config)
-    if others:
-        raise ValueError(
-            f"model ({type(model).__name__}) has layers whose past can't be shared as keys and values: {others}; use a "
-            "model with full or sliding attention."
-        )
-    return windows
-
-
-def _takes_trees(model: PreTrainedModel, config: Any, parameters: set[str]) -> bool:
-    """Not where positions follow from a 2D mask (ALiBi), or the causal mask lies in the layers (GPT-Neo)."""
-    own_masks = any(
-        buffer.ndim == 4 and buffer.shape[-1] == buffer.shape[-2] > 1 and not buffer.is_floating_point()
-        for buffer in model.buffers()
-    )
-    return "position_ids" in parameters and not own_masks and not getattr(config, "alibi", False)
-
-
-def _check_attention(model: PreTrainedModel, windows: dict[str, Optional[int]], trees: bool) -> None:
-    config = text_config(model)
-    if not takes_masks(config):
-        raise ValueError(
-            f"model computes attention with {attention_implementation(config)!r}, which takes no mask of its own; load it with "
-            "attn_implementation='sdpa' (or model.set_attn_implementation('sdpa'))."
-        )
-    if not trees and SLIDING in windows:
-        raise ValueError(
-            f"model ({type(model).__name__}) has sliding attention but takes no positions, so that a prefix can't be "
-            "shared."
-        )
-
-
-def _max_length(config: Any) -> Optional[int]:
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        value = getattr(config, name, None)
-        # T5 has relative positions, and its n_positions is what it was trained on
-        if isinstance(value, int) and value > 0 and not hasattr(config, "relative_attention_num_buckets"):
-            return value
-    return None
-
-
-def _widths(model: PreTrainedModel, config: Any) -> Widths:
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    head = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or hidden // heads
-    outer = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
-    matrices = [module.weight for module in model.modules() if id(module) not in outer and _is_product(module)]
-    widest = max((max(weight.shape) for weight in matrices), default=4 * hidden)
-    keys = head * (getattr(config, "num_key_value_heads", None) or heads)
-    return Widths(hidden, widest, heads * head, keys, heads, config.vocab_size)
-
-
-def _is_product(module: nn.Module) -> bool:
-    return not isinstance(module, nn.Embedding) and getattr(getattr(module, "weight", None), "ndim", 0) == 2
 
 
 def base_name(model: nn.Module) -> Optional[str]:

@@ -121,8 +121,8 @@ class _Tries(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         self.tokens, _ = self.processor.candidates(scores)
         prefix = self.processor.prefix(input_ids)
-        self.hidden = branch(self.processor.backbone, prefix, self.tokens).hidden
-        self.processor.watcher.drop()
+        self.hidden = branch(self.processor.language_model, prefix, self.tokens).hidden
+        self.processor.recorder.drop()
         return scores
 
 

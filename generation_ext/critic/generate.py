@@ -16,7 +16,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDe
 
 from generation_ext.critic.processor import CriticLogitsProcessor
 from generation_ext.critic.value import Critic, backbone
-from generation_ext.shared_prefix.candidates import Branches, Prefix, Room, branch, unwatched
+from generation_ext.shared_prefix.candidates import Branches, PreallocatedCache, Prefix, branch, unrecorded
 from peft_ext.language_model import CACHE_NAMES
 
 
@@ -153,7 +153,7 @@ class _Steps:
         self.generation_config = generation_config
         self.model_kwargs = model_kwargs
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
-        self.room = Room()
+        self.preallocated = PreallocatedCache()
         self.prefix: Optional[Prefix] = None
         self.branches: Optional[Branches] = None
         self.candidates = torch.empty(0)
@@ -171,9 +171,11 @@ class _Steps:
         self.branches = None
         if processor.reads_model:
             prefix = self.prefix if self.prefix is not None else processor.prefix(input_ids)
-            self.branches = branch(processor.backbone, prefix, self.candidates, keep=True, room=self.room)
+            self.branches = branch(
+                processor.language_model, prefix, self.candidates, keep=True, preallocated=self.preallocated
+            )
             gain += processor.gain_on(prefix, self.branches).to(gain.device)
-        processor.watcher.drop()
+        processor.recorder.drop()
         return self.after(input_ids, processor.reweighted(scores, self.candidates, usable, gain))
 
     def go_on(self, input_ids: torch.Tensor, unfinished: torch.Tensor) -> None:
@@ -220,7 +222,7 @@ class _Steps:
             }
             if self.model_kwargs.get("attention_mask") is not None:
                 inputs["attention_mask"] = self.model_kwargs["attention_mask"]
-        with _answering(self.processor.backbone.module, hidden.unsqueeze(1)):
+        with _answering(self.processor.language_model.backbone, hidden.unsqueeze(1)):
             return self.model(**inputs, use_cache=False, return_dict=True).logits[:, -1]
 
 
@@ -252,7 +254,7 @@ def _answering(module: nn.Module, hidden: torch.Tensor) -> Any:
     def forward(*args: Any, **kwargs: Any) -> Any:
         return _Answer(hidden) if threading.get_ident() == owner else usual(*args, **kwargs)
 
-    with _head_lock, unwatched():
+    with _head_lock, unrecorded():
         module.forward = forward
         try:
             yield
@@ -301,7 +303,7 @@ def _check(config: GenerationConfig) -> None:
 
 
 def _check_processor(processor: CriticLogitsProcessor, model: nn.Module) -> None:
-    if processor.backbone.module is not backbone(model):
+    if processor.language_model.backbone is not backbone(model):
         raise ValueError("the CriticLogitsProcessor was made for another model than the one that generates.")
     if processor.mode != "exact":
         raise ValueError(

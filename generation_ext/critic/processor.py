@@ -12,9 +12,9 @@ from torch import nn
 from transformers import LogitsProcessor
 
 from generation_ext.critic.value import Critic
-from generation_ext.shared_prefix.candidates import Backbone, Branches, Prefix, branch
-from generation_ext.shared_prefix.encoded_text import Encoder, Watcher
-from peft_ext.language_model import backbone
+from generation_ext.shared_prefix.candidates import Branches, Prefix, branch
+from generation_ext.shared_prefix.encoded_text import ForwardRecorder, PrefixEncoder
+from peft_ext.language_model import ENCODER_DECODER, LanguageModel
 
 
 MODES = ("exact", "action-value")
@@ -73,18 +73,18 @@ class CriticLogitsProcessor(LogitsProcessor):
         attention_mask: Optional[torch.Tensor] = None,
     ) -> None:
         self.model = model
-        self.backbone = Backbone(backbone(model))
+        self.language_model = LanguageModel(model)
         self.critics = _checked_critics(model, critic, mode)
         self.strengths = _checked_strengths(strength, len(self.critics))
-        self.top_k = _checked_top_k(top_k, self.backbone.config.vocab_size)
+        self.top_k = _checked_top_k(top_k, self.language_model.config.vocab_size)
         self.mode = mode
         self.mask_others = mask_others
-        self.watcher = Watcher(self.backbone)
+        self.recorder = ForwardRecorder(self.language_model)
         # a critic with a LoRA reads its own encoding; all others share the language model's
         pad_token_id = _pad_token_id(model)
-        self._own = Encoder(self.backbone, attention_mask, pad_token_id)
+        self._own = PrefixEncoder(self.language_model, attention_mask, pad_token_id)
         self._adapted = {
-            number: Encoder(self.backbone, attention_mask, pad_token_id)
+            number: PrefixEncoder(self.language_model, attention_mask, pad_token_id)
             for number, critic in enumerate(self.critics)
             if critic.config.lora_layers
         }
@@ -102,8 +102,8 @@ class CriticLogitsProcessor(LogitsProcessor):
 
     def close(self) -> None:
         """Take the hook off the model and free what was encoded; the processor then encodes every text by itself."""
-        self.watcher.close()
-        self.watcher.drop()
+        self.recorder.close()
+        self.recorder.drop()
         for encoder in (self._own, *self._adapted.values()):
             encoder.reset()
 
@@ -123,7 +123,7 @@ class CriticLogitsProcessor(LogitsProcessor):
             gain = self._gain(input_ids, candidates)
         else:
             gain = torch.zeros(candidates.shape, device=scores.device)
-        self.watcher.drop()
+        self.recorder.drop()
         return self.reweighted(scores, candidates, usable, gain)
 
     def candidates(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,7 +160,7 @@ class CriticLogitsProcessor(LogitsProcessor):
             with critic.adapted(self.model):
                 prefix = encoder(input_ids, self._cross(input_ids))
                 if self.mode == "exact":
-                    states = branch(self.backbone, prefix, candidates).hidden
+                    states = branch(self.language_model, prefix, candidates).hidden
                     ratio = _log_ratio(critic, prefix.hidden, states)
                 else:
                     ratio = _log_action_ratio(critic, prefix.hidden, candidates)
@@ -169,26 +169,26 @@ class CriticLogitsProcessor(LogitsProcessor):
 
     def prefix(self, input_ids: torch.Tensor) -> Prefix:
         """The text so far as the language model has encoded it: in `generate`'s last forward pass, or in one of ours."""
-        prefix = self.watcher.prefix(input_ids)
+        prefix = self.recorder.prefix(input_ids)
         if prefix is not None:
             self._own.reset()
             return prefix
         return self._own(input_ids, self._cross(input_ids))
 
     def _gain(self, input_ids: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-        if input_ids.shape[1] == 0 and self.watcher.prefix(input_ids) is None:
+        if input_ids.shape[1] == 0 and self.recorder.prefix(input_ids) is None:
             raise ValueError("input_ids has no token; a critic reads the state after at least one (such as BOS).")
         gain = self.gain_of_adapted(input_ids, candidates)
         if self.reads_model:
             if self.mode == "exact":
                 prefix = self.prefix(input_ids)
-                gain += self.gain_on(prefix, branch(self.backbone, prefix, candidates)).to(gain.device)
+                gain += self.gain_on(prefix, branch(self.language_model, prefix, candidates)).to(gain.device)
             else:
                 gain += self._action_gain(input_ids, candidates)
         return gain
 
     def _action_gain(self, input_ids: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-        hidden = self.watcher.hidden(input_ids)
+        hidden = self.recorder.hidden(input_ids)
         if hidden is None:
             hidden = self._own(input_ids, self._cross(input_ids)).hidden
         gain = torch.zeros(candidates.shape, device=candidates.device)
@@ -199,15 +199,15 @@ class CriticLogitsProcessor(LogitsProcessor):
 
     def _cross(self, input_ids: torch.Tensor) -> dict[str, Any]:
         """An encoder's states, which only `generate`'s own forward pass knows."""
-        if not getattr(self.backbone.config, "is_encoder_decoder", False):
+        if self.language_model.kind != ENCODER_DECODER:
             return {}
-        seen = self.watcher.seen
-        if seen is None or not seen.cross or len(seen.hidden) != len(input_ids):
+        recorded = self.recorder.recorded
+        if recorded is None or not recorded.cross or len(recorded.hidden) != len(input_ids):
             raise ValueError(
                 "the processor hasn't seen the encoder's states for this text: call an encoder-decoder's processor "
                 "within generate, or right after a forward pass of the model."
             )
-        return seen.cross
+        return recorded.cross
 
 
 def _log_ratio(critic: Critic, state: torch.Tensor, states: torch.Tensor) -> torch.Tensor:

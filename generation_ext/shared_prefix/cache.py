@@ -1,9 +1,10 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""The shared prefix: demonstrations are encoded once, and every text of a batch attends to their keys and values."""
+"""A prefix that is only read: it is encoded once, and every text of a batch attends to its keys and values."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -31,7 +32,7 @@ class SharedPrefix(NamedTuple):
 
     def cache(self) -> Cache:
         """A transformers cache for one forward pass of any batch size; it never grows."""
-        return Cache(layers=[_SharedLayer(*layer) for layer in zip(self.keys, self.values)])
+        return Cache(layers=[PrefixLayer(*layer) for layer in zip(self.keys, self.values)])
 
 
 EMPTY = SharedPrefix((), (), ())
@@ -46,11 +47,11 @@ def common_prefix(texts: Sequence[Sequence[int]]) -> list[int]:
     return list(first[: min(length, shortest - 1)])
 
 
-def encode_prefix(traits: LanguageModel, tokens: Sequence[int]) -> SharedPrefix:
+def encode_prefix(model: LanguageModel, tokens: Sequence[int]) -> SharedPrefix:
     """Run a causal model over a prefix once.
 
     Args:
-        traits: The model, see [`language_model`].
+        model: See [`language_model`].
         tokens: Token ids; may be empty.
 
     Returns:
@@ -59,27 +60,27 @@ def encode_prefix(traits: LanguageModel, tokens: Sequence[int]) -> SharedPrefix:
     if not tokens:
         return EMPTY
     cache = Cache(layer_class_to_replicate=DynamicLayer)
-    run_backbone(traits, layout(traits, [TokenTree.chain(tokens)]), EMPTY, cache=cache)
+    run_backbone(model, layout(model, [TokenTree.chain(tokens)]), EMPTY, cache=cache)
     layers = cache.layers
     return SharedPrefix(tuple(tokens), tuple(layer.keys for layer in layers), tuple(layer.values for layer in layers))
 
 
 def layout(
-    traits: LanguageModel, trees: Sequence[TokenTree], rows: Optional[Sequence[Sequence[int]]] = None
+    model: LanguageModel, trees: Sequence[TokenTree], rows: Optional[Sequence[Sequence[int]]] = None
 ) -> PackedRows:
     """Lay trees out as the model takes them: packed into `rows` (by default one each), or a row for each leaf."""
-    if not traits.trees:
+    if not model.trees:
         return unfold(trees)
     return pack(trees, [[index] for index in range(len(trees))] if rows is None else rows)
 
 
 def run_backbone(
-    traits: LanguageModel, rows: PackedRows, prefix: SharedPrefix, cache: Optional[Cache] = None, **kwargs: Any
+    model: LanguageModel, rows: PackedRows, prefix: SharedPrefix, cache: Optional[Cache] = None, **kwargs: Any
 ) -> Any:
     """Hidden states of packed rows after a shared prefix.
 
     Args:
-        traits: A causal model.
+        model: A causal model.
         rows: What to run, see [`layout`].
         prefix: What comes before every tree.
         cache: Filled with the rows' own keys and values, if there is no prefix.
@@ -88,14 +89,14 @@ def run_backbone(
     Returns:
         The backbone's output, `last_hidden_state` `[R, L, hidden]`.
     """
-    return traits.backbone(**_inputs(traits, rows, prefix, cache), **kwargs)
+    return model.backbone(**_inputs(model, rows, prefix, cache), **kwargs)
 
 
-def read_logits(traits: LanguageModel, rows: PackedRows, prefix: SharedPrefix) -> torch.Tensor:
+def read_logits(model: LanguageModel, rows: PackedRows, prefix: SharedPrefix) -> torch.Tensor:
     """Logits `[N, vocabulary]` at `rows.places`; the output head sees these tokens alone."""
-    places = rows.places.to(traits.device)
-    with NarrowedHead(traits, places):
-        output = traits.model(**_inputs(traits, rows, prefix, None))
+    places = rows.places.to(model.device)
+    with NarrowedHead(model, places):
+        output = model.base(**_inputs(model, rows, prefix, None))
     return output.logits[0]
 
 
@@ -105,14 +106,14 @@ class NarrowedHead:
     A hook on the head, not a call of it, because models scale or cap what it gives in ways of their own.
 
     Args:
-        traits: The model.
+        model: The model.
         places: int64 `[N, 2]`: rows and columns; the model's logits become `[1, N, vocabulary]`.
     """
 
-    def __init__(self, traits: LanguageModel, places: torch.Tensor) -> None:
-        self.head = traits.model.get_output_embeddings()
+    def __init__(self, model: LanguageModel, places: torch.Tensor) -> None:
+        self.head = model.base.get_output_embeddings()
         if self.head is None:
-            raise TypeError(f"model ({type(traits.model).__name__}) has no output head; load it as a language model.")
+            raise TypeError(f"model ({type(model.base).__name__}) has no output head; load it as a language model.")
         self.places = places
 
     def __enter__(self) -> None:
@@ -127,33 +128,74 @@ class NarrowedHead:
         return (hidden[places[:, 0], places[:, 1]][None], *args[1:])
 
 
-class _SharedLayer(DynamicLayer):
-    """A layer whose past is one row for the whole batch and stays as it is."""
+class PrefixLayer(DynamicLayer):
+    """One layer's view of a prefix, for one forward pass: `update` gives the prefix and what is new, and the prefix stays
+    as it is.
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    Args:
+        keys, values: `[rows or 1, heads, tokens, head size]`: of the prefix what the layer sees.
+        length: Tokens of the prefix, seen or not; None: all are seen.
+        keep: Whether `updated` is wanted afterwards.
+        slots: Tensors whose beginning the keys and values are, with room behind them that new ones are written to;
+            otherwise both are copied together.
+
+    Attributes:
+        updated: What `update` gave.
+    """
+
+    updated: tuple[torch.Tensor, torch.Tensor]
+
+    def __init__(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        length: Optional[int] = None,
+        keep: bool = False,
+        slots: Optional[tuple[torch.Tensor, torch.Tensor]] = None,
+    ) -> None:
         super().__init__()
         self.keys, self.values = keys, values
+        self.length, self.keep, self.slots = keys.shape[-2] if length is None else length, keep, slots
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        past = (len(key_states), -1, -1, -1)
-        keys = torch.cat([self.keys.expand(past), key_states], dim=-2)
-        return keys, torch.cat([self.values.expand(past), value_states], dim=-2)
+        if self.slots is not None:
+            keys, values = (_written(*each, self.length) for each in zip(self.slots, (key_states, value_states)))
+        else:
+            keys, values = _behind(self.keys, key_states), _behind(self.values, value_states)
+        if self.keep:
+            self.updated = keys, values
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        return self.length
 
 
-def _inputs(traits: LanguageModel, rows: PackedRows, prefix: SharedPrefix, cache: Optional[Cache]) -> dict[str, Any]:
-    device = traits.device
+def _behind(past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    # an offloaded layer is elsewhere
+    return torch.cat([past.to(new.device).expand(len(new), -1, -1, -1), new], dim=-2)
+
+
+def _written(slots: torch.Tensor, new: torch.Tensor, length: int) -> torch.Tensor:
+    slots.narrow(2, length, new.shape[-2]).copy_(new)
+    return slots.narrow(2, 0, length + new.shape[-2])
+
+
+def _inputs(model: LanguageModel, rows: PackedRows, prefix: SharedPrefix, cache: Optional[Cache]) -> dict[str, Any]:
+    device = model.device
     if len(prefix):
         cache = prefix.cache()
     inputs: dict[str, Any] = {"input_ids": rows.tokens.to(device), "use_cache": cache is not None}
-    inputs[traits.cache_argument] = cache
+    inputs[model.cache_argument] = cache
     if rows.visible is None:
         inputs["attention_mask"] = _flat_mask(rows, len(prefix)).to(device)
     else:
-        inputs["attention_mask"] = _masks(traits, rows, rows.visible, len(prefix))
+        inputs["attention_mask"] = masks(
+            model, partial(_visible, rows, rows.visible, len(prefix), device), model.dtype if model.eager else None
+        )
         inputs["position_ids"] = (rows.depths + len(prefix)).to(device)
     return inputs
 
@@ -165,24 +207,32 @@ def _flat_mask(rows: PackedRows, prefix_length: int) -> torch.Tensor:
     return torch.cat([own.new_ones(len(own), prefix_length), own], dim=1)
 
 
-def _masks(traits: LanguageModel, rows: PackedRows, visible: torch.Tensor, prefix_length: int) -> Any:
-    """A 4D mask; a dict of them for a model that mixes kinds of attention."""
-    masks = {kind: _mask(traits, rows, visible, prefix_length, window) for kind, window in traits.windows.items()}
-    return masks if len(masks) > 1 else next(iter(masks.values()))
+def masks(
+    model: LanguageModel,
+    visible: Callable[[Optional[int]], tuple[torch.Tensor, torch.Tensor]],
+    dtype: Optional[torch.dtype] = None,
+) -> Any:
+    """4D masks `[R, 1, L, prefix + L]` of tokens behind a prefix; a dict of them for a model that mixes kinds of attention.
+
+    Args:
+        model: Which it is.
+        visible: For a window, what the tokens see of the prefix, bool `[R, L, prefix]`, and of each other, `[R, L, L]`.
+        dtype: Of masks that are added to attention's scores; None: bool.
+    """
+    by_kind = {}
+    for kind, window in model.windows.items():
+        mask = torch.cat(visible(window), dim=-1)[:, None]
+        by_kind[kind] = mask if dtype is None else torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
+    return by_kind if len(by_kind) > 1 else next(iter(by_kind.values()))
 
 
-def _mask(
-    traits: LanguageModel, rows: PackedRows, visible: torch.Tensor, prefix_length: int, window: Optional[int]
-) -> torch.Tensor:
-    """`[R, 1, L, prefix + L]`: bool, or for eager attention floats to be added."""
-    device = traits.device
+def _visible(
+    rows: PackedRows, visible: torch.Tensor, prefix_length: int, device: torch.device, window: Optional[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What [`masks`] asks for."""
     depths, own = rows.depths.to(device), visible.to(device)
     past = torch.ones(*depths.shape, prefix_length, dtype=torch.bool, device=device)
     if window is not None:
-        before = torch.arange(-prefix_length, 0, device=device)
-        past = depths[:, :, None] - before < window
+        past = depths[:, :, None] - torch.arange(-prefix_length, 0, device=device) < window
         own = own & (depths[:, :, None] - depths[:, None, :] < window)
-    mask = torch.cat([past, own], dim=-1)[:, None]
-    if not traits.eager:
-        return mask
-    return torch.where(mask, 0.0, torch.finfo(traits.dtype).min).to(traits.dtype)
+    return past, own

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -24,7 +24,8 @@ from torch import nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache, QuantizedCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
-from peft_ext.language_model import CACHE_NAMES, cache_name, takes_masks, windows_of
+from generation_ext.shared_prefix.cache import PrefixLayer, masks
+from peft_ext.language_model import LanguageModel, takes_masks
 
 
 _TREE_CACHES = (Cache, DynamicCache, StaticCache)
@@ -65,68 +66,27 @@ class Prefix:
         )
 
 
-class Backbone:
-    """A language model's backbone (see [`backbone`][generation_ext.critic.backbone]) and what its forward pass takes."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.parameters = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
-        self.cache_name = cache_name(self.parameters)
-        self.takes_positions = "position_ids" in self.parameters
-        self.config = module.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
-        self.windows, self.other_layers = windows_of(self.config)
-
-    def takes_trees(self, prefix: Prefix) -> bool:
-        """Whether candidates can be a tree on this prefix."""
-        own_positions = prefix.positions is None and prefix.mask is not None
-        return (
-            self.takes_positions
-            and not own_positions
-            and getattr(self.module, "_supports_attention_backend", False) is True
-            and takes_masks(self.config)
-            and not self.other_layers
-            and type(prefix.cache) in _TREE_CACHES
-            and all(type(layer) in _TREE_LAYERS and layer.is_initialized for layer in prefix.cache.layers)
-        )
-
-    def __call__(self, input_ids: torch.Tensor, cache: Cache, **kwargs: Any) -> torch.Tensor:
-        """Last hidden states `[batch, tokens, hidden]`; watchers don't notice (see [`is_running`])."""
-        kwargs[self.cache_name or CACHE_NAMES[0]] = cache
-        with unwatched():
-            output = self.module(input_ids=input_ids, use_cache=True, **kwargs)
-        return output[0]
-
-
 @dataclass
 class Branches:
     """Candidates after a prefix.
 
     Attributes:
+        prefix: What they were tried on.
         hidden: Last hidden states after each candidate, `[batch, k, hidden]`.
+        append: Puts one candidate of each row, `[batch]`, into the prefix's cache.
     """
 
-    backbone: Backbone
     prefix: Prefix
     hidden: torch.Tensor
-    cache: Cache
+    append: Callable[[torch.Tensor], None]
 
     def chosen(self, choice: torch.Tensor) -> Prefix:
-        """The prefix and one candidate of each row: its keys and values go into the prefix's cache.
-
-        Args:
-            choice: Which of the candidates, `[batch]`.
-        """
-        rows = torch.arange(len(choice), device=choice.device)
-        if isinstance(self.cache, _PrefixView):
-            self.cache.append(choice)
-        else:
-            own = self.cache.self_attention_cache if isinstance(self.cache, EncoderDecoderCache) else self.cache
-            own.reorder_cache(rows * self.hidden.shape[1] + choice)
-            _take_over(self.prefix.cache, self.cache)
-        return self.prefix.after(self.hidden[rows, choice])
+        """The prefix and one candidate of each row, `[batch]`: its keys and values go into the prefix's cache."""
+        self.append(choice)
+        return self.prefix.after(self.hidden[torch.arange(len(choice), device=choice.device), choice])
 
 
-class Room:
+class PreallocatedCache:
     """Keys and values of all layers in one tensor with free slots, which a cache of plain dynamic layers is moved into:
     candidates are then written behind the text, and nothing of the text is copied."""
 
@@ -150,11 +110,19 @@ class Room:
         for (key_slots, value_slots), layer in zip(self.slots, layers):
             key_slots[:, :, :length] = layer.keys
             value_slots[:, :, :length] = layer.values
-        self.give(cache, length)
+        self._give(cache, length)
         return True
 
-    def give(self, cache: Cache, length: int) -> None:
-        """Let the cache be the first `length` slots."""
+    def append(self, prefix: Prefix, choice: torch.Tensor) -> None:
+        """Put one of the new tokens of each row, `[batch]`, into the prefix's cache, which was moved in."""
+        rows = torch.arange(len(choice), device=choice.device)
+        # rows come first: [batch, layers, 2, heads, size]
+        chosen = self.states[:, :, rows, :, prefix.length + choice]
+        self.states.select(-2, prefix.length).copy_(chosen.movedim(0, 2))
+        self._give(prefix.cache, prefix.length + 1)
+
+    def _give(self, cache: Cache, length: int) -> None:
+        """Let a cache be the first `length` slots."""
         self._given = [(keys.narrow(2, 0, length), values.narrow(2, 0, length)) for keys, values in self.slots]
         for layer, (keys, values) in zip(cache.layers, self._given):
             layer.keys, layer.values = keys, values
@@ -182,21 +150,39 @@ class Room:
 
 
 def branch(
-    backbone: Backbone, prefix: Prefix, candidates: torch.Tensor, keep: bool = False, room: Optional[Room] = None
+    model: LanguageModel,
+    prefix: Prefix,
+    candidates: torch.Tensor,
+    keep: bool = False,
+    preallocated: Optional[PreallocatedCache] = None,
 ) -> Branches:
     """Encode candidates for the next token. The prefix and its cache stay as they are.
 
     Args:
-        backbone: What has encoded the prefix.
+        model: What has encoded the prefix.
         prefix: The text so far.
         candidates: Tokens `[batch, k]`.
         keep: Whether [`Branches.chosen`] will be called; the candidates' keys and values are kept for it.
-        room: Where the prefix's cache may be moved to, which keeps its contents; with `keep`.
+        preallocated: Where the prefix's cache may be moved to, which keeps its contents; with `keep`.
     """
     candidates = candidates.to(prefix.hidden.device)
-    if backbone.takes_trees(prefix):
-        return _tree(backbone, prefix, candidates, keep, room)
-    return _expanded(backbone, prefix, candidates)
+    if takes_trees(model, prefix):
+        return _tree(model, prefix, candidates, keep, preallocated)
+    return _expanded(model, prefix, candidates)
+
+
+def takes_trees(model: LanguageModel, prefix: Prefix) -> bool:
+    """Whether candidates can be a tree on this prefix."""
+    own_positions = prefix.positions is None and prefix.mask is not None
+    return (
+        model.takes_positions
+        and not own_positions
+        and getattr(model.backbone, "_supports_attention_backend", False) is True
+        and takes_masks(model.config)
+        and not model.other_layers
+        and type(prefix.cache) in _TREE_CACHES
+        and all(type(layer) in _TREE_LAYERS and layer.is_initialized for layer in prefix.cache.layers)
+    )
 
 
 def can_branch(cache: Cache) -> bool:
@@ -214,8 +200,8 @@ def is_running() -> bool:
 
 
 @contextlib.contextmanager
-def unwatched() -> Iterator[None]:
-    """Within it, [`is_running`] is true, and watchers note nothing."""
+def unrecorded() -> Iterator[None]:
+    """Within it, [`is_running`] is true, and forward passes aren't recorded."""
     _running.depth = getattr(_running, "depth", 0) + 1
     try:
         yield
@@ -223,133 +209,90 @@ def unwatched() -> Iterator[None]:
         _running.depth -= 1
 
 
-def _tree(backbone: Backbone, prefix: Prefix, candidates: torch.Tensor, keep: bool, room: Optional[Room]) -> Branches:
-    windows = backbone.windows
-    of_layers = _windows_of_layers(backbone, windows, prefix.cache)
-    view: _PrefixView
-    if room is not None and not any(of_layers) and room.move_in(prefix.cache, prefix.length, candidates.shape[1]):
-        view = _RoomView(prefix.cache, prefix.length, of_layers, keep, room)
+def run_unrecorded(model: LanguageModel, input_ids: torch.Tensor, cache: Cache, **kwargs: Any) -> torch.Tensor:
+    """Last hidden states `[batch, tokens, hidden]` of a model's backbone, in a forward pass that isn't recorded."""
+    kwargs[model.cache_argument] = cache
+    with unrecorded():
+        return model.backbone(input_ids=input_ids, use_cache=True, **kwargs)[0]
+
+
+def _tree(
+    model: LanguageModel,
+    prefix: Prefix,
+    candidates: torch.Tensor,
+    keep: bool,
+    preallocated: Optional[PreallocatedCache],
+) -> Branches:
+    count, length = candidates.shape[1], prefix.length
+    windows = _windows_of_layers(model, prefix.cache)
+    if preallocated is not None and not any(windows) and preallocated.move_in(prefix.cache, length, count):
+        append: Callable[[torch.Tensor], None] = partial(preallocated.append, prefix)
+        layers = [
+            PrefixLayer(layer.keys, layer.values, length, slots=slots)
+            for layer, slots in zip(prefix.cache.layers, preallocated.slots)
+        ]
     else:
-        view = _PrefixView(prefix.cache, prefix.length, of_layers, keep)
-    masks = {kind: _tree_mask(prefix, candidates.shape[1], view.visible(window)) for kind, window in windows.items()}
+        layers = [
+            PrefixLayer(*_visible_states(layer, length, window), length, keep)
+            for layer, window in zip(prefix.cache.layers, windows)
+        ]
+        append = partial(_append, prefix.cache, layers)
+    real = candidates.new_ones(1, length, dtype=torch.bool) if prefix.mask is None else prefix.mask
+    apart = torch.eye(count, dtype=torch.bool, device=candidates.device).expand(len(real), -1, -1)
+    mask = masks(
+        model,
+        lambda window: (real[:, None, length - _visible(length, window) :].expand(-1, count, -1), apart),
+        prefix.hidden.dtype,
+    )
     positions = prefix.positions
     if positions is None:
-        positions = torch.tensor([[prefix.length]], device=candidates.device)
-    hidden = backbone(
+        positions = torch.tensor([[length]], device=candidates.device)
+    hidden = run_unrecorded(
+        model,
         candidates,
-        view,
-        attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+        Cache(layers=layers),
+        attention_mask=mask,
         position_ids=positions.expand(*positions.shape[:-2], *candidates.shape),
         **prefix.cross,
     )
-    return Branches(backbone, prefix, hidden, view)
+    return Branches(prefix, hidden, append)
 
 
-def _windows_of_layers(backbone: Backbone, windows: dict[str, Optional[int]], cache: Cache) -> list[Optional[int]]:
-    types = getattr(backbone.config, "layer_types", None)
-    if types is None:
-        return list(windows.values()) * len(cache.layers)
-    return [windows[kind] for kind in types[: len(cache.layers)]]
+def _windows_of_layers(model: LanguageModel, cache: Cache) -> list[Optional[int]]:
+    kinds = getattr(model.config, "layer_types", None)
+    if kinds is None:
+        return list(model.windows.values()) * len(cache.layers)
+    return [model.windows[kind] for kind in kinds[: len(cache.layers)]]
 
 
-def _tree_mask(prefix: Prefix, count: int, visible: int) -> torch.Tensor:
-    """What is added to attention scores, `[batch or 1, 1, k, visible + k]`: each candidate sees the last `visible`
-    tokens, if they are real, and itself."""
-    hidden = prefix.hidden
-    hide = torch.finfo(hidden.dtype).min
-    rows = 1 if prefix.mask is None else len(prefix.mask)
-    mask = hidden.new_full((rows, 1, count, visible + count), hide)
-    mask[..., visible:].diagonal(dim1=-2, dim2=-1).zero_()
-    if prefix.mask is None:
-        mask[..., :visible] = 0
-    else:
-        real = prefix.mask[:, None, None, prefix.length - visible :]
-        mask[..., :visible].masked_fill_(real, 0)
-    return mask
+def _visible(length: int, window: Optional[int]) -> int:
+    """How many tokens of a prefix a candidate sees in a layer with this window."""
+    return length if window is None else min(length, window - 1)
 
 
-class _PrefixView(Cache):
-    """A cache whose `update` returns the prefix and what is new, and stores neither."""
+def _visible_states(layer: Any, length: int, window: Optional[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys and values that a candidate sees, without those of slots that aren't filled yet."""
+    stored = min(length, layer.max_cache_len) if isinstance(layer, StaticLayer) else layer.keys.shape[-2]
+    start = stored - _visible(length, window)
+    return layer.keys[:, :, start:stored], layer.values[:, :, start:stored]
 
-    def __init__(self, cache: Cache, length: int, windows: list[Optional[int]], keep: bool) -> None:
-        super().__init__(layers=cache.layers)
-        self.length = length
-        self.windows = windows
-        self.keep = keep
-        self.updated: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def visible(self, window: Optional[int]) -> int:
-        """How many tokens of the prefix a candidate sees in a layer with this window."""
-        return self.length if window is None else min(self.length, window - 1)
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = self._prefix(layer_idx)
-        if keys.device != key_states.device:  # an offloaded layer
-            keys, values = keys.to(key_states.device), values.to(key_states.device)
-        keys = torch.cat([keys, key_states], dim=-2)
-        values = torch.cat([values, value_states], dim=-2)
-        if self.keep:
-            self.updated[layer_idx] = (keys, values)
-        return keys, values
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.length
-
-    def append(self, choice: torch.Tensor) -> None:
-        """Put one of the new tokens of each row into the cache that this is a view of."""
-        rows = torch.arange(len(choice), device=choice.device)
-        for layer_idx, both in self.updated.items():
-            layer = self.layers[layer_idx]
-            seen = self.visible(self.windows[layer_idx])
-            keys, values = (states[rows, :, seen + choice].unsqueeze(-2) for states in both)
-            if type(layer) is DynamicLayer and seen == layer.keys.shape[-2]:
-                # the copy that attention needed serves as the cache, as it does in DynamicLayer.update
-                for states, new in zip(both, (keys, values)):
-                    states[:, :, seen : seen + 1] = new
-                layer.keys, layer.values = (states[:, :, : seen + 1] for states in both)
-            else:
-                layer.update(keys, values)
-        self.updated = {}
-
-    def _prefix(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and values that a candidate sees, without those of slots that aren't filled yet."""
-        layer = self.layers[layer_idx]
-        if isinstance(layer, StaticLayer):
-            stored = min(self.length, layer.max_cache_len)
+def _append(cache: Cache, views: Sequence[PrefixLayer], choice: torch.Tensor) -> None:
+    """Put one of the new tokens of each row, `[batch]`, into the cache that layers are views of."""
+    rows = torch.arange(len(choice), device=choice.device)
+    for layer, view in zip(cache.layers, views):
+        seen = view.keys.shape[-2]
+        keys, values = (states[rows, :, seen + choice].unsqueeze(-2) for states in view.updated)
+        if type(layer) is DynamicLayer and seen == layer.keys.shape[-2]:
+            # the copy that attention needed serves as the cache, as it does in DynamicLayer.update
+            for states, new in zip(view.updated, (keys, values)):
+                states[:, :, seen : seen + 1] = new
+            layer.keys, layer.values = (states[:, :, : seen + 1] for states in view.updated)
         else:
-            stored = layer.keys.shape[-2]
-        seen = self.visible(self.windows[layer_idx])
-        start = stored - seen
-        return layer.keys[:, :, start:stored], layer.values[:, :, start:stored]
+            layer.update(keys, values)
 
 
-class _RoomView(_PrefixView):
-    """A view of a cache that lies in a room with free slots behind it, which the new tokens are written to."""
-
-    def __init__(self, cache: Cache, length: int, windows: list[Optional[int]], keep: bool, room: Room) -> None:
-        super().__init__(cache, length, windows, keep)
-        self.room = room
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        count = key_states.shape[-2]
-        key_slots, value_slots = self.room.slots[layer_idx]
-        key_slots.narrow(2, self.length, count).copy_(key_states)
-        value_slots.narrow(2, self.length, count).copy_(value_states)
-        return key_slots.narrow(2, 0, self.length + count), value_slots.narrow(2, 0, self.length + count)
-
-    def append(self, choice: torch.Tensor) -> None:
-        states = self.room.states
-        rows = torch.arange(len(choice), device=choice.device)
-        chosen = states[:, :, rows, :, self.length + choice]  # rows come first: [batch, layers, 2, heads, size]
-        states.select(-2, self.length).copy_(chosen.movedim(0, 2))
-        self.room.give(self, self.length + 1)
-
-
-def _expanded(backbone: Backbone, prefix: Prefix, candidates: torch.Tensor) -> Branches:
+def _expanded(model: LanguageModel, prefix: Prefix, candidates: torch.Tensor) -> Branches:
     batch, count = candidates.shape
     rows = torch.arange(batch, device=candidates.device).repeat_interleave(count)
     cache = _copied(prefix.cache, prefix.length)
@@ -357,11 +300,18 @@ def _expanded(backbone: Backbone, prefix: Prefix, candidates: torch.Tensor) -> B
     kwargs = {name: _rows_of(value, rows, batch) for name, value in prefix.cross.items()}
     if prefix.mask is not None:
         kwargs["attention_mask"] = nn.functional.pad(prefix.mask, (0, 1), value=True)[rows].long()
-    if prefix.positions is not None and backbone.takes_positions:
+    if prefix.positions is not None and model.takes_positions:
         positions = prefix.positions
         kwargs["position_ids"] = positions.index_select(-2, rows) if positions.shape[-2] == batch else positions
-    hidden = backbone(candidates.reshape(-1, 1), cache, **kwargs)
-    return Branches(backbone, prefix, hidden[:, -1].unflatten(0, (batch, count)), cache)
+    hidden = run_unrecorded(model, candidates.reshape(-1, 1), cache, **kwargs)[:, -1]
+    return Branches(prefix, hidden.unflatten(0, (batch, count)), partial(_append_row, prefix.cache, cache, count))
+
+
+def _append_row(cache: Cache, expanded: Cache, count: int, choice: torch.Tensor) -> None:
+    """Let a cache go on as one of the `count` rows for each of its own, `[batch]`, in which candidates were tried."""
+    own = expanded.self_attention_cache if isinstance(expanded, EncoderDecoderCache) else expanded
+    own.reorder_cache(torch.arange(len(choice), device=choice.device) * count + choice)
+    _take_over(cache, expanded)
 
 
 def _rows_of(value: Any, rows: torch.Tensor, batch: int) -> Any:

@@ -13,15 +13,15 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 
-from generation_ext.shared_prefix.candidates import Backbone, Prefix, can_branch, is_running
-from peft_ext.language_model import CACHE_NAMES
+from generation_ext.shared_prefix.candidates import Prefix, can_branch, is_running, run_unrecorded
+from peft_ext.language_model import CACHE_NAMES, FULL, LanguageModel
 
 
 _CROSS = ("encoder_hidden_states", "encoder_attention_mask")
 
 
 @dataclass
-class Seen:
+class RecordedForward:
     """What a forward pass of the backbone took and gave; the cache isn't kept alive."""
 
     input_ids: Optional[torch.Tensor]
@@ -34,23 +34,23 @@ class Seen:
     cross: dict[str, Any]
 
 
-class Watcher:
-    """Notes each forward pass of a backbone, in the thread that runs it, until `close`.
+class ForwardRecorder:
+    """Records each forward pass of a backbone, in the thread that runs it, until `close`.
 
-    The hook holds the watcher weakly, and goes with it.
+    The hook holds the recorder weakly, and goes with it.
     """
 
-    def __init__(self, backbone: Backbone) -> None:
-        self.backbone = backbone
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
         self._local = threading.local()
         this = weakref.ref(self)
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            watcher = this()
-            if watcher is not None and not is_running() and not torch.compiler.is_compiling():
-                watcher._note(args, kwargs, output)
+            recorder = this()
+            if recorder is not None and not is_running() and not torch.compiler.is_compiling():
+                recorder._record(args, kwargs, output)
 
-        handle = backbone.module.register_forward_hook(hook, with_kwargs=True)
+        handle = model.backbone.register_forward_hook(hook, with_kwargs=True)
         self._finalizer = weakref.finalize(self, handle.remove)
 
     def close(self) -> None:
@@ -58,13 +58,13 @@ class Watcher:
         self._finalizer()
 
     @property
-    def seen(self) -> Optional[Seen]:
+    def recorded(self) -> Optional[RecordedForward]:
         """The last forward pass, unless it was dropped."""
-        return getattr(self._local, "seen", None)
+        return getattr(self._local, "recorded", None)
 
     def drop(self) -> None:
         """Forget the last forward pass."""
-        self._local.seen = None
+        self._local.recorded = None
 
     def prefix(self, input_ids: torch.Tensor) -> Optional[Prefix]:
         """The last forward pass as the encoding of `input_ids`, or None if it wasn't that.
@@ -72,52 +72,54 @@ class Watcher:
         Args:
             input_ids: The text so far, `[batch, tokens]`.
         """
-        seen = self.seen
-        cache = seen.cache() if seen is not None and seen.cache is not None else None
-        if seen is None or cache is None or not can_branch(cache):
+        recorded = self.recorded
+        cache = recorded.cache() if recorded is not None and recorded.cache is not None else None
+        if recorded is None or cache is None or not can_branch(cache):
             return None
-        if not self._is_of(seen, cache, input_ids):
+        if not self._is_of(recorded, cache, input_ids):
             return None
-        mask = self._mask(seen, cache)
-        if mask is not None and mask.shape != (len(seen.hidden), seen.length):
+        mask = self._mask(recorded, cache)
+        if mask is not None and mask.shape != (len(recorded.hidden), recorded.length):
             return None
-        positions = None if seen.positions is None else seen.positions[..., -1:] + 1
-        return Prefix(cache, seen.length, seen.hidden, mask, positions, seen.cross)
+        positions = None if recorded.positions is None else recorded.positions[..., -1:] + 1
+        return Prefix(cache, recorded.length, recorded.hidden, mask, positions, recorded.cross)
 
     def hidden(self, input_ids: torch.Tensor) -> Optional[torch.Tensor]:
         """The last hidden states `[batch, hidden]` after `input_ids`, if the last forward pass gave them."""
-        seen = self.seen
-        if seen is None or len(seen.hidden) != len(input_ids):
+        recorded = self.recorded
+        if recorded is None or len(recorded.hidden) != len(input_ids):
             return None
-        cache = seen.cache() if seen.cache is not None else None
+        cache = recorded.cache() if recorded.cache is not None else None
         if cache is not None:
-            return seen.hidden if self._is_of(seen, cache, input_ids) else None
-        return seen.hidden if seen.input_ids is not None and _equal(seen.input_ids, input_ids) else None
+            return recorded.hidden if self._is_of(recorded, cache, input_ids) else None
+        return recorded.hidden if recorded.input_ids is not None and _equal(recorded.input_ids, input_ids) else None
 
-    def _is_of(self, seen: Seen, cache: Cache, input_ids: torch.Tensor) -> bool:
+    def _is_of(self, recorded: RecordedForward, cache: Cache, input_ids: torch.Tensor) -> bool:
         """Whether rows and last tokens are the same, and the cache has as many more tokens than `input_ids` (an
         embedded prompt, virtual tokens, an earlier text) as it had when generation began."""
-        more = seen.length - input_ids.shape[1]
-        if len(seen.hidden) != len(input_ids) or more < 0:
+        more = recorded.length - input_ids.shape[1]
+        if len(recorded.hidden) != len(input_ids) or more < 0:
             return False
-        fed = input_ids.shape[1] if seen.input_ids is None else seen.tokens
-        if seen.input_ids is not None:
-            if fed > input_ids.shape[1] or not _equal(seen.input_ids, input_ids[:, input_ids.shape[1] - fed :]):
+        fed = input_ids.shape[1] if recorded.input_ids is None else recorded.tokens
+        if recorded.input_ids is not None:
+            if fed > input_ids.shape[1] or not _equal(recorded.input_ids, input_ids[:, input_ids.shape[1] - fed :]):
                 return False
         if fed == input_ids.shape[1]:
             self._local.more = (weakref.ref(cache), more)
             return True
-        begun, known = getattr(self._local, "more", (None, 0))
-        return more == (known if begun is not None and begun() is cache else 0)
+        begun, more_then = getattr(self._local, "more", (None, 0))
+        return more == (more_then if begun is not None and begun() is cache else 0)
 
-    def _note(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        given = {**dict(zip(self.backbone.parameters, args)), **kwargs}
+    def _record(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = {**dict(zip(self.model.parameters, args)), **kwargs}
         hidden = output[0]
         cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
         if cache is None:
-            cache = next((found for name in CACHE_NAMES if (found := getattr(output, name, None)) is not None), None)
+            cache = next(
+                (given_back for name in CACHE_NAMES if (given_back := getattr(output, name, None)) is not None), None
+            )
         cache = cache if isinstance(cache, Cache) else None
-        self._local.seen = Seen(
+        self._local.recorded = RecordedForward(
             input_ids=given.get("input_ids"),
             mask=given.get("attention_mask"),
             positions=given.get("position_ids"),
@@ -128,39 +130,39 @@ class Watcher:
             cross={name: given[name] for name in _CROSS if given.get(name) is not None},
         )
 
-    def _mask(self, seen: Seen, cache: Cache) -> Optional[torch.Tensor]:
+    def _mask(self, recorded: RecordedForward, cache: Cache) -> Optional[torch.Tensor]:
         """Which tokens are real, bool `[batch, length]`, from whatever mask the forward pass took."""
-        mask = seen.mask
+        mask = recorded.mask
         if isinstance(mask, dict):
-            mask = mask.get("full_attention", next(iter(mask.values()), None))
+            mask = mask.get(FULL, next(iter(mask.values()), None))
         if not isinstance(mask, torch.Tensor):
             return None
         if mask.ndim == 2:
-            return mask[:, : seen.length].bool()
+            return mask[:, : recorded.length].bool()
         last = mask[:, 0, -1]
         visible = last if last.dtype == torch.bool else last == 0
-        real = torch.zeros(len(visible), seen.length, dtype=torch.bool, device=visible.device)
+        real = torch.zeros(len(visible), recorded.length, dtype=torch.bool, device=visible.device)
         # slots of a rolling buffer hold the end of the text; of any other cache, its beginning
-        start = _first_slot(cache, seen.length, seen.tokens) if visible.shape[1] < seen.length else 0
-        end = min(start + visible.shape[1], seen.length)
+        start = _first_slot(cache, recorded.length, recorded.tokens) if visible.shape[1] < recorded.length else 0
+        end = min(start + visible.shape[1], recorded.length)
         real[:, start:end] = visible[:, : end - start]
-        return real.expand(len(seen.hidden), -1)
+        return real.expand(len(recorded.hidden), -1)
 
 
-class Encoder:
+class PrefixEncoder:
     """Encodes texts by itself, with a cache of its own; a text that goes on where the last one ended costs its new
     tokens only, whichever order the rows are in.
 
     Args:
-        backbone: The language model's backbone.
+        model: The language model.
         prompt_mask: 1 where a token of the prompt is real, `[prompts, tokens]`; later tokens are.
         pad_token_id: Without a `prompt_mask`, leading tokens of this kind aren't real.
     """
 
     def __init__(
-        self, backbone: Backbone, prompt_mask: Optional[torch.Tensor] = None, pad_token_id: Optional[int] = None
+        self, model: LanguageModel, prompt_mask: Optional[torch.Tensor] = None, pad_token_id: Optional[int] = None
     ) -> None:
-        self.backbone = backbone
+        self.model = model
         self.prompt_mask = prompt_mask
         self.pad_token_id = pad_token_id
         self._last: Optional[Prefix] = None
@@ -210,7 +212,7 @@ class Encoder:
 
     def _encode(self, input_ids: torch.Tensor, cross: dict[str, Any]) -> Prefix:
         mask = self._prompt_mask(input_ids)
-        config = self.backbone.config
+        config = self.model.config
         cache: Cache = DynamicCache(config=config)
         if cross:
             cache = EncoderDecoderCache(cache, DynamicCache(config=config))
@@ -219,14 +221,14 @@ class Encoder:
             self._prompts = torch.unique(states.flatten(1), dim=0, return_inverse=True)[1].unsqueeze(-1)
         kwargs: dict[str, Any] = dict(cross)
         positions = None
-        if self.backbone.takes_positions:
+        if self.model.takes_positions:
             real = torch.ones_like(input_ids) if mask is None else mask.long()
             # as generate counts them: tokens that aren't real have any position
             positions = (real.cumsum(dim=-1) - 1).clamp(min=0)
             kwargs["position_ids"] = positions
         if mask is not None:
             kwargs["attention_mask"] = mask.long()
-        hidden = self.backbone(input_ids, cache, **kwargs)[:, -1].clone()
+        hidden = run_unrecorded(self.model, input_ids, cache, **kwargs)[:, -1].clone()
         after = None if positions is None else positions[:, -1:] + 1
         return Prefix(cache, input_ids.shape[1], hidden, mask, after, cross)
 
@@ -243,7 +245,7 @@ class Encoder:
         if mask is not None:
             mask = nn.functional.pad(mask, (0, 1), value=True)
             kwargs["attention_mask"] = mask.long()
-        hidden = self.backbone(input_ids[:, -1:], last.cache, **kwargs)[:, -1].clone()
+        hidden = run_unrecorded(self.model, input_ids[:, -1:], last.cache, **kwargs)[:, -1].clone()
         after = None if positions is None else positions + 1
         return Prefix(last.cache, input_ids.shape[1], hidden, mask, after, cross)
 

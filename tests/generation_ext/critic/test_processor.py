@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from generation_ext.critic import Critic, CriticLogitsProcessor, backbone
-from generation_ext.shared_prefix.candidates import Backbone
+from generation_ext.shared_prefix import candidates
 from tests.generation_ext.critic.reference import (
     ENCODER_DECODERS,
     EXPANDED,
@@ -283,7 +283,7 @@ def test_tree_and_expanded_rows_are_the_same(name, monkeypatch):
     results = []
     for trees in (True, False):
         if not trees:
-            monkeypatch.setattr(Backbone, "takes_trees", lambda self, prefix: False)
+            monkeypatch.setattr(candidates, "takes_trees", lambda model, prefix: False)
         with CriticLogitsProcessor(model, critic, TOP_K, STRENGTH) as processor:
             results.append(generate(model, [processor]))
     for tree, expanded in zip(results[0].scores, results[1].scores):
