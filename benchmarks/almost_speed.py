@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import get_peft_model
 
+from generation_ext.shared_prefix.sampling import Sampling
 from trl_ext.almost.models import load_chat_tokenizer, load_policy
 from trl_ext.almost.prompts.chat import request_text
 from trl_ext.almost.prompts.roles import (
@@ -21,7 +22,6 @@ from trl_ext.almost.prompts.roles import (
     seed_queries,
 )
 from trl_ext.almost.recipe import QUERIES, RESPONSES, RLSF, SELF_PLAY, AlmostConfig
-from trl_ext.almost.token_sampling import Sampling
 from trl_ext.almost.training.rlsf_generation import merged_copy
 from trl_ext.almost.training.stage import AlmostModelConfig, adapter_config
 from trl_ext.almost.writing.backends import Request, TransformersBackend, tokens_of

@@ -248,6 +248,16 @@ class LanguageModel:
                 return value
         return None
 
+    def length_limit(self, max_length: Optional[int]) -> Optional[int]:
+        """Most tokens of a text: a user's limit, or the model's own if that is less; None: any number.
+
+        Raises:
+            ValueError: If `max_length` isn't positive.
+        """
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length={max_length} must be positive, or None for what the model's config says.")
+        return min((limit for limit in (max_length, self.max_length) if limit is not None), default=None)
+
     @cached_property
     def widths(self) -> Widths:
         """What a token costs."""

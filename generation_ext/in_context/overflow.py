@@ -4,20 +4,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, TypeVar
 
 from generation_ext.prompts import Example, Task
 from generation_ext.shared_prefix.encoding import TextEncoder
 
 
 ERROR, DROP, TRUNCATE, BOTH = OVERFLOW = ("error", "drop_demonstrations", "truncate_input", "drop_then_truncate")
+Demonstration = tuple[Example, str]
+_Fitting = TypeVar("_Fitting")
 
 
-class Fitted(NamedTuple):
+class FittedText(NamedTuple):
     """A text that fits: its token ids, the demonstrations in it, how many were dropped, characters that were cut."""
 
     tokens: list[int]
-    demonstrations: Sequence[tuple[Example, str]]
+    demonstrations: Sequence[Demonstration]
     dropped: int = 0
     truncated: int = 0
 
@@ -26,11 +28,11 @@ def fit(
     task: Task,
     encoder: TextEncoder,
     examples: Sequence[Example],
-    demonstrations: Sequence[Sequence[tuple[Example, str]]],
+    demonstrations: Sequence[Sequence[Demonstration]],
     max_tokens: Optional[int],
     overflow: str,
     moved: int = 0,
-) -> list[Fitted]:
+) -> list[FittedText]:
     """Token ids of every example behind its demonstrations.
 
     Args:
@@ -45,30 +47,66 @@ def fit(
         ValueError: If a text is too long and `overflow` is `"error"`, or that remedy isn't enough.
     """
 
-    def encode(example: Example, shown: Sequence[tuple[Example, str]]) -> list[int]:
-        return encoder([_cut_end(task.context(example, shown), moved)])[0]
+    def encode(*texts: tuple[Example, Sequence[Demonstration]]) -> list[list[int]]:
+        written = [task.context(*text) for text in texts]
+        return encoder([text[:-moved] if moved else text for text in written])
 
-    wholes = encoder([_cut_end(task.context(*each), moved) for each in zip(examples, demonstrations)])
-    fitted = []
-    for index, tokens in enumerate(wholes):
-        example, shown = examples[index], demonstrations[index]
-        found: Optional[Fitted] = Fitted(tokens, shown)
+    def dropped(example: Example, shown: Sequence[Demonstration], limit: int) -> Optional[FittedText]:
+        """The most demonstrations, counted from the last, that fit; None if not even the input does."""
+
+        def attempt(kept: int) -> Optional[FittedText]:
+            rest = shown[len(shown) - kept :]
+            (tokens,) = encode((example, rest))
+            return FittedText(tokens, rest, dropped=len(shown) - kept) if len(tokens) <= limit else None
+
+        return largest_that_fits(attempt, max(len(shown) - 1, 0))
+
+    def truncated(example: Example, shown: Sequence[Demonstration], limit: int) -> Optional[FittedText]:
+        """The input with its fields cut to the most characters that fit, the longest field first; None if none do."""
+        values = task.values(example)
+
+        def attempt(characters: int) -> Optional[FittedText]:
+            shorter = {name: value[:characters] for name, value in values.items()}
+            (tokens,) = encode((shorter, shown))
+            cut = sum(map(len, values.values())) - sum(map(len, shorter.values()))
+            return FittedText(tokens, shown, truncated=cut) if len(tokens) <= limit else None
+
+        return largest_that_fits(attempt, max(map(len, values.values())))
+
+    def shortened(example: Example, shown: Sequence[Demonstration], limit: int) -> Optional[FittedText]:
+        if overflow == TRUNCATE:
+            return truncated(example, shown, limit)
+        fitted = dropped(example, shown, limit) if overflow in (DROP, BOTH) else None
+        if fitted is None and overflow == BOTH:
+            fitted = truncated(example, [], limit)
+            return fitted and fitted._replace(dropped=len(shown))
+        return fitted
+
+    texts = []
+    for index, tokens in enumerate(encode(*zip(examples, demonstrations))):
+        text: Optional[FittedText] = FittedText(tokens, demonstrations[index])
         if max_tokens is not None and len(tokens) > max_tokens:
-            found = _drop(encode, example, shown, max_tokens) if overflow in (DROP, BOTH) else None
-            if overflow == BOTH and found is None:
-                found = _truncate(task, encode, example, shown[len(shown) :], max_tokens)
-                found = found and found._replace(dropped=len(shown))
-            elif overflow == TRUNCATE:
-                found = _truncate(task, encode, example, shown, max_tokens)
-        if found is None:
-            raise ValueError(_refusal(index, shown, len(tokens), max_tokens, overflow))
-        fitted.append(found)
-    return fitted
+            text = shortened(examples[index], demonstrations[index], max_tokens)
+        if text is None:
+            raise ValueError(_refusal(index, demonstrations[index], len(tokens), max_tokens, overflow))
+        texts.append(text)
+    return texts
 
 
-def _refusal(
-    index: int, shown: Sequence[tuple[Example, str]], tokens: int, max_tokens: Optional[int], overflow: str
-) -> str:
+def largest_that_fits(attempt: Callable[[int], Optional[_Fitting]], most: int) -> Optional[_Fitting]:
+    """What `attempt` gives for the largest size from 0 to `most` for which it gives something; None if for none."""
+    best, fewest = None, 0
+    while fewest <= most:
+        size = (fewest + most) // 2
+        fitting = attempt(size)
+        if fitting is None:
+            most = size - 1
+        else:
+            best, fewest = fitting, size + 1
+    return best
+
+
+def _refusal(index: int, shown: Sequence[Demonstration], tokens: int, max_tokens: Optional[int], overflow: str) -> str:
     what = f"input {index} with its {len(shown)} demonstrations" if shown else f"input {index}"
     ways = {
         ERROR: f"use fewer demonstrations, a model with a longer context, or overflow={DROP!r}, {TRUNCATE!r} or {BOTH!r}",
@@ -77,49 +115,3 @@ def _refusal(
         BOTH: "the template alone is too long; use a shorter one, or a model with a longer context",
     }
     return f"{what} takes {tokens} tokens, but {max_tokens} fit before the labels; {ways[overflow]}."
-
-
-def _drop(
-    encode: Callable[[Example, Sequence[tuple[Example, str]]], list[int]],
-    example: Example,
-    shown: Sequence[tuple[Example, str]],
-    max_tokens: int,
-) -> Optional[Fitted]:
-    """The most demonstrations, counted from the last, that fit; None if not even the input does."""
-    fewest, most = 0, max(len(shown) - 1, 0)
-    best: Optional[Fitted] = None
-    while fewest <= most:
-        kept = (fewest + most) // 2
-        tokens = encode(example, shown[len(shown) - kept :])
-        if len(tokens) <= max_tokens:
-            fewest, best = kept + 1, Fitted(tokens, shown[len(shown) - kept :], len(shown) - kept)
-        else:
-            most = kept - 1
-    return best
-
-
-def _truncate(
-    task: Task,
-    encode: Callable[[Example, Sequence[tuple[Example, str]]], list[int]],
-    example: Example,
-    shown: Sequence[tuple[Example, str]],
-    max_tokens: int,
-) -> Optional[Fitted]:
-    """The input with its fields cut to the most characters that fit, the longest field first; None if none do."""
-    values = task.values(example)
-    fewest, most = 0, max(map(len, values.values()))
-    best: Optional[Fitted] = None
-    while fewest <= most:
-        room = (fewest + most) // 2
-        shorter = {name: value[:room] for name, value in values.items()}
-        tokens = encode(shorter, shown)
-        if len(tokens) <= max_tokens:
-            cut = sum(map(len, values.values())) - sum(map(len, shorter.values()))
-            fewest, best = room + 1, Fitted(tokens, shown, truncated=cut)
-        else:
-            most = room - 1
-    return best
-
-
-def _cut_end(text: str, characters: int) -> str:
-    return text[:-characters] if characters else text

@@ -1,13 +1,12 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
 """Pools of generated demonstrations, and the file that keeps them: a line of settings, then a line for each input.
 
-{"format": 1, "settings": {"model": ..., "task": ..., "seed": ..., ...}}
+{"format": 2, "settings": {"model": ..., "task": ..., "seed": ..., ...}}
 {"index": 0, "example": {"text": ...}, "samples": {"negative": [...], "positive": [...]}}
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,10 +15,11 @@ from typing import Any, NamedTuple, Optional, Union
 import numpy as np
 
 from generation_ext.prompts import Example, Task
-from peft_ext.files import append_lines
+from peft_ext.rows import append_rows, read_grown_rows
+from peft_ext.runs import differences, plain
 
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Pool(NamedTuple):
@@ -66,7 +66,7 @@ def draw(
             label = candidates[index][1]
             ranks[label] = ranks.get(label, -1) + 1
             rank.append((ranks[label], labels.index(label)))
-        chosen = sorted(range(len(order)), key=lambda place: rank[place])[:count]
+        chosen = sorted(range(len(order)), key=rank.__getitem__)[:count]
         order = generator.permutation(order[chosen])
     return [candidates[index] for index in order[:count]]
 
@@ -86,15 +86,15 @@ class PoolFile:
     def __init__(self, path: Optional[Union[str, os.PathLike]], settings: Mapping[str, Any]) -> None:
         self.path = None if path is None else Path(path)
         self.pools: dict[int, Pool] = {}
-        self.settings = json.loads(json.dumps(settings))
+        self.settings = plain(settings)
         if self.path is None:
             return
         if self.path.is_dir() or not self.path.parent.is_dir():
             raise FileNotFoundError(f"pool file {str(self.path)!r} is a folder, or lies in one that does not exist.")
         if self.path.is_file() and self.path.stat().st_size:
-            self._read()
+            self._read(self.path)
         else:
-            self._append({"format": _FORMAT, "settings": self.settings})
+            append_rows(self.path, [{"format": _FORMAT, "settings": self.settings}])
 
     def get(self, index: int, example: Mapping[str, str]) -> Optional[Pool]:
         """The pool of an input, if it is there.
@@ -114,29 +114,24 @@ class PoolFile:
         """Keep a pool, on disk too."""
         self.pools[index] = pool
         if self.path is not None:
-            self._append({"index": index, "example": pool.example, "samples": pool.samples})
+            append_rows(self.path, [{"index": index, "example": pool.example, "samples": pool.samples}])
 
-    def _append(self, value: Mapping[str, Any]) -> None:
-        append_lines(Path(str(self.path)), [json.dumps(value, ensure_ascii=False)])
-
-    def _read(self) -> None:
-        path = self.path
-        if path is None:
-            return
-        content = path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
+    def _read(self, path: Path) -> None:
         try:
-            header, *rows = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
-            found = header["settings"] if header["format"] == _FORMAT else None
+            header, *rows = read_grown_rows(path)
+            version, stored = header["format"], header["settings"]
             self.pools = {row["index"]: Pool(row["example"], row["samples"]) for row in rows}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{str(path)!r} is no file of pools (or damaged: {error}); choose another.") from error
-        if found != self.settings:
-            names = [name for name in self.settings if not found or found.get(name) != self.settings[name]]
+        if version != _FORMAT:
             raise ValueError(
-                f"pool file {str(path)!r} was made with other settings ({', '.join(names) or 'of a later version'}); "
-                "choose another file, or the same settings."
+                f"pool file {str(path)!r} has format {version}, this version of peft-ext reads {_FORMAT} (a file of format 1 "
+                "doesn't say which adapter's texts it holds); choose another file."
             )
-        if len(whole) < len(content):  # what a kill left half-written
-            with open(path, "r+b") as file:
-                file.truncate(len(whole))
+        changes = differences(stored, self.settings)
+        if changes:
+            raise ValueError(
+                f"pool file {str(path)!r} was made with other settings ({', '.join(each.key for each in changes)}); choose "
+                "another file, or the same settings."
+            )
+        read_grown_rows(path, cut=True)  # what a kill left half-written; only of a file that is ours

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
@@ -12,17 +12,16 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from generation_ext.in_context.overflow import OVERFLOW, Fitted, fit
+from generation_ext.in_context.overflow import OVERFLOW, Demonstration, FittedText, fit
 from generation_ext.in_context.seq2seq import read_label_logits
 from generation_ext.prompts import Example, Task
-from generation_ext.shared_prefix.batching import Batch, Planner, check_memory_limit, run_in_batches
-from generation_ext.shared_prefix.cache import EMPTY, common_prefix, encode_prefix, layout, read_logits
+from generation_ext.shared_prefix.batching import BatchPlanner, check_memory_limit, run_in_batches
+from generation_ext.shared_prefix.cache import common_prefix, encode_prefix, layout, read_logits
 from generation_ext.shared_prefix.encoding import TextEncoder, label_tokens
 from generation_ext.shared_prefix.token_tree import TokenTree
 from peft_ext.language_model import ENCODER, ENCODER_DECODER, inference, language_model
 
 
-Demonstration = tuple[Example, str]
 NORMALIZATIONS = ("sum", "mean")
 # What stands for "no input" (Zhao et al. 2021, section 5).
 CONTENT_FREE = ("N/A", "", "[MASK]")
@@ -113,25 +112,22 @@ class LabelScorer:
             raise ValueError(f"normalization={normalization!r} is unknown; choose one of {NORMALIZATIONS}.")
         if overflow not in OVERFLOW:
             raise ValueError(f"overflow={overflow!r} is unknown; choose one of {OVERFLOW}.")
-        if max_length is not None and max_length < 1:
-            raise ValueError(f"max_length={max_length} must be positive, or None for what the model's config says.")
         check_memory_limit(memory_limit)
-        self.traits = language_model(model)
-        if self.traits.kind == ENCODER:
+        self.language_model = language_model(model)
+        if self.language_model.kind == ENCODER:
             raise ValueError(
-                f"model ({type(self.traits.model).__name__}) is an encoder, which gives no text a probability; use a "
-                "causal or an encoder-decoder language model."
+                f"model ({type(self.language_model.base).__name__}) is an encoder, which gives no text a probability; use "
+                "a causal or an encoder-decoder language model."
             )
         self.model, self.task = model, task
         self.normalization, self.overflow, self.memory_limit = normalization, overflow, memory_limit
         self.progressbar = progressbar
-        self.encoder = TextEncoder(tokenizer, self.traits.kind)
-        self.labels = label_tokens(task, self.encoder, self.traits)
-        limits = [limit for limit in (max_length, self.traits.max_length) if limit is not None]
+        self.encoder = TextEncoder(tokenizer, self.language_model.kind)
+        self.labels = label_tokens(task, self.encoder, self.language_model)
+        self.max_length = self.language_model.length_limit(max_length)
         # of an encoder-decoder model, the labels don't lie behind the text
-        room = 0 if self.traits.kind == ENCODER_DECODER else self.labels.longest
-        self.max_length = min(limits) if limits else None
-        self.max_tokens = None if self.max_length is None else self.max_length - room
+        behind = 0 if self.language_model.kind == ENCODER_DECODER else self.labels.longest
+        self.max_tokens = None if self.max_length is None else self.max_length - behind
 
     def score(
         self, examples: Sequence[Example], demonstrations: Sequence[Demonstration] = (), calibrate: bool = False
@@ -148,8 +144,7 @@ class LabelScorer:
             TypeError, ValueError: If an example or a demonstration doesn't fit the task, or a text doesn't fit the
                 model and `overflow` says so.
         """
-        shared = list(demonstrations)
-        return self.score_each(examples, [shared] * len(examples), calibrate)
+        return self.score_each(examples, [list(demonstrations)] * len(examples), calibrate)
 
     def score_each(
         self,
@@ -165,70 +160,53 @@ class LabelScorer:
             raise ValueError(f"{len(examples)} examples, but demonstrations for {len(demonstrations)} of them.")
         if not len(examples):
             return self._result([], np.zeros((0, len(self.task.labels)), np.float32), None)
-        fitted = self._fit(examples, demonstrations)
+        texts = self._fit(examples, demonstrations)
         groups: dict[Any, list[int]] = {}
-        for index, text in enumerate(fitted):
+        for index, text in enumerate(texts):
             groups.setdefault((id(demonstrations[index]), text.dropped), []).append(index)
-        texts = [text.tokens for text in fitted]
-        free: list[range] = []  # for each group, where its texts without content are
-        for members in groups.values():
-            added = self._content_free(fitted[members[0]]) if calibrate else []
-            free.append(range(len(texts), len(texts) + len(added)))
-            texts += added
-        together: list[list[int]] = [[*members, *extra] for members, extra in zip(groups.values(), free)]
-        log_probs = self._run(texts, together)
-        prior = None
-        if calibrate:
-            prior = np.zeros((len(fitted), log_probs.shape[1]), np.float32)
-            for members, extra in zip(groups.values(), free):
-                prior[members] = np.log(np.exp(_normalized(log_probs[list(extra)])).mean(axis=0))
-        return self._result(fitted, log_probs[: len(fitted)], prior)
+        if not calibrate:
+            return self._result(texts, self._run(texts, list(groups.values())), None)
+        content_free: list[FittedText] = []
+        for group in groups.values():
+            first = len(texts) + len(content_free)
+            content_free += self._content_free(texts[group[0]].demonstrations)
+            group += range(first, first + len(CONTENT_FREE))
+        log_probs = self._run(texts + content_free, list(groups.values()))
+        prior = np.zeros((len(texts), log_probs.shape[1]), np.float32)
+        for group in groups.values():
+            inputs, without = group[: -len(CONTENT_FREE)], group[-len(CONTENT_FREE) :]
+            prior[inputs] = np.log(np.exp(_normalized(log_probs[without])).mean(axis=0))
+        return self._result(texts, log_probs[: len(texts)], prior)
 
-    def _fit(self, examples: Sequence[Example], demonstrations: Sequence[Sequence[Demonstration]]) -> list[Fitted]:
-        fitted = fit(
+    def _fit(self, examples: Sequence[Example], demonstrations: Sequence[Sequence[Demonstration]]) -> list[FittedText]:
+        texts = fit(
             self.task, self.encoder, examples, demonstrations, self.max_tokens, self.overflow, self.labels.moved
         )
-        dropped, truncated = sum(text.dropped for text in fitted), sum(text.truncated > 0 for text in fitted)
+        dropped, truncated = sum(text.dropped for text in texts), sum(text.truncated > 0 for text in texts)
         if dropped or truncated:
-            done = [f"{dropped} demonstrations were dropped"] * (dropped > 0) + [f"{truncated} were truncated"] * (
-                truncated > 0
-            )
-            what = " and ".join(done)
-            count = sum(text.dropped > 0 or text.truncated > 0 for text in fitted)
+            done = [f"{dropped} demonstrations were dropped"] * (dropped > 0)
+            done += [f"{truncated} were truncated"] * (truncated > 0)
+            count = sum(text.dropped > 0 or text.truncated > 0 for text in texts)
             warnings.warn(
-                f"{count} of {len(fitted)} inputs are too long for {self.max_tokens} tokens; {what}. The result's "
-                "`dropped` and `truncated` say where.",
+                f"{count} of {len(texts)} inputs are too long for {self.max_tokens} tokens; {' and '.join(done)}. The "
+                "result's `dropped` and `truncated` say where.",
                 stacklevel=4,
             )
-        return fitted
+        return texts
 
-    def _content_free(self, text: Fitted) -> list[list[int]]:
-        empty = [dict.fromkeys(self.task.fields, content) for content in CONTENT_FREE]
-        fitted = fit(
-            self.task,
-            self.encoder,
-            empty,
-            [text.demonstrations] * len(empty),
-            self.max_tokens,
-            "error",
-            self.labels.moved,
-        )
-        return [each.tokens for each in fitted]
+    def _content_free(self, demonstrations: Sequence[Demonstration]) -> list[FittedText]:
+        examples = [dict.fromkeys(self.task.fields, content) for content in CONTENT_FREE]
+        shown = [demonstrations] * len(examples)
+        return fit(self.task, self.encoder, examples, shown, self.max_tokens, "error", self.labels.moved)
 
-    def _run(self, texts: list[list[int]], groups: list[list[int]]) -> np.ndarray:
-        """Scores `[texts, labels]` of token ids, of which those of a group share their beginning."""
+    def _run(self, texts: list[FittedText], groups: list[list[int]]) -> np.ndarray:
+        """Scores `[texts, labels]` of texts, of which those of a group share their demonstrations."""
+        tokens = [text.tokens for text in texts]
         result = np.zeros((len(texts), len(self.task.labels)), np.float32)
         with inference(self.model), tqdm(total=len(texts), desc="Scoring", disable=not self.progressbar) as bar:
-            if self.traits.kind == ENCODER_DECODER:
-                self._run_seq2seq(texts, result, bar)
-            else:
-                small = [group for group in groups if len(group) < _OWN_PREFIX]
-                for group in groups:
-                    if len(group) >= _OWN_PREFIX:
-                        prefix = common_prefix([texts[index] for index in group])
-                        self._run_trees(texts, [[index] for index in group], prefix, result, bar)
-                if small:
-                    self._run_trees(texts, small, [], result, bar)
+            for indices, scores in self._passes(tokens, groups):
+                result[indices] = scores
+                bar.update(len(indices))
         if not np.isfinite(result).all():
             raise ValueError(
                 "the model gives NaN or infinite log-probabilities; its weights are damaged, or its dtype overflows "
@@ -236,40 +214,45 @@ class LabelScorer:
             )
         return result
 
-    def _run_trees(
-        self, texts: list[list[int]], groups: list[list[int]], prefix: list[int], result: np.ndarray, bar: tqdm
-    ) -> None:
-        """Run groups of texts, each as a tree, on a shared prefix."""
-        encoded = encode_prefix(self.traits, prefix) if prefix else EMPTY
+    def _passes(self, texts: list[list[int]], groups: list[list[int]]) -> Iterator[tuple[list[int], np.ndarray]]:
+        """Indices of some texts and their scores, forward pass by forward pass."""
+        if self.language_model.kind == ENCODER_DECODER:
+            yield from self._seq2seq_passes(texts)
+            return
+        small = [group for group in groups if len(group) < _OWN_PREFIX]
+        for group in groups:
+            if len(group) >= _OWN_PREFIX:
+                prefix = common_prefix([texts[index] for index in group])
+                yield from self._tree_passes(texts, [[index] for index in group], prefix)
+        if small:
+            yield from self._tree_passes(texts, small, [])
+
+    def _tree_passes(
+        self, texts: list[list[int]], groups: list[list[int]], prefix: list[int]
+    ) -> Iterator[tuple[list[int], np.ndarray]]:
+        """Each group of texts as a tree, on a shared prefix."""
+        model = self.language_model
+        encoded = encode_prefix(model, prefix)
         trees = [self._tree([texts[index][len(prefix) :] for index in group]) for group in groups]
-        leaves = max(len(tree.paths()) for tree in trees[:1]) if not self.traits.trees else 1
-        planner = Planner(self.traits, self.memory_limit, len(prefix), leaves)
+        planner = BatchPlanner(model, self.memory_limit, len(prefix), 1 if model.trees else len(trees[0].paths()))
 
-        def run(batch: Batch) -> np.ndarray:
-            order = [index for row in batch for index in row]
-            place = {index: number for number, index in enumerate(order)}
-            rows = layout(self.traits, [trees[index] for index in order], [[place[i] for i in row] for row in batch])
-            return self._label_scores(read_logits(self.traits, rows, encoded))
+        def run(indices: list[int], rows: list[list[int]]) -> np.ndarray:
+            packed = layout(model, [trees[index] for index in indices], rows)
+            return self._label_scores(read_logits(model, packed, encoded))
 
-        for indices, scores in run_in_batches(
-            planner, [len(tree) for tree in trees], [len(tree.reads) for tree in trees], run
-        ):
-            members = [index for group in indices for index in groups[group]]
-            result[members] = scores
-            bar.update(len(members))
+        lengths, reads = [len(tree) for tree in trees], [len(tree.reads) for tree in trees]
+        for indices, scores in run_in_batches(planner, lengths, reads, run):
+            yield [text for index in indices for text in groups[index]], scores
 
-    def _run_seq2seq(self, texts: list[list[int]], result: np.ndarray, bar: tqdm) -> None:
+    def _seq2seq_passes(self, texts: list[list[int]]) -> Iterator[tuple[list[int], np.ndarray]]:
         branches = max(1, len(self.labels.nodes.paths()))
-        planner = Planner(self.traits, self.memory_limit, branches=branches)
+        planner = BatchPlanner(self.language_model, self.memory_limit, branches=branches)
 
-        def run(batch: Batch) -> np.ndarray:
-            order = [index for row in batch for index in row]
-            return self._label_scores(read_label_logits(self.traits, [texts[index] for index in order], self.labels))
+        def run(indices: list[int], rows: list[list[int]]) -> np.ndarray:
+            logits = read_label_logits(self.language_model, [texts[index] for index in indices], self.labels)
+            return self._label_scores(logits)
 
-        lengths = [len(text) for text in texts]
-        for indices, scores in run_in_batches(planner, lengths, [self.labels.states] * len(texts), run):
-            result[indices] = scores
-            bar.update(len(indices))
+        return run_in_batches(planner, [len(text) for text in texts], [self.labels.states] * len(texts), run)
 
     def _tree(self, texts: Sequence[Sequence[int]]) -> TokenTree:
         tree = TokenTree()
@@ -290,9 +273,9 @@ class LabelScorer:
             columns.append(parts.sum(dim=1) if self.normalization == "sum" else parts.mean(dim=1))
         return torch.stack(columns, dim=1).cpu().numpy()
 
-    def _result(self, fitted: Sequence[Fitted], log_probs: np.ndarray, prior: Optional[np.ndarray]) -> LabelScores:
-        dropped = np.array([text.dropped for text in fitted], dtype=np.int64)
-        truncated = np.array([text.truncated for text in fitted], dtype=np.int64)
+    def _result(self, texts: Sequence[FittedText], log_probs: np.ndarray, prior: Optional[np.ndarray]) -> LabelScores:
+        dropped = np.array([text.dropped for text in texts], dtype=np.int64)
+        truncated = np.array([text.truncated for text in texts], dtype=np.int64)
         return LabelScores(tuple(self.task.labels), log_probs, prior, dropped, truncated)
 
 

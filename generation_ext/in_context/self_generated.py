@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Optional, Union
 
 import numpy as np
@@ -14,12 +14,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from generation_ext.in_context.overflow import BOTH, DROP, TRUNCATE
+from generation_ext.in_context.overflow import BOTH, DROP, TRUNCATE, Demonstration, largest_that_fits
 from generation_ext.in_context.pools import Pool, PoolFile, draw
-from generation_ext.in_context.scoring import Demonstration, LabelScorer, LabelScores
+from generation_ext.in_context.sampler import Decoding, Sampler
+from generation_ext.in_context.scoring import LabelScorer, LabelScores
 from generation_ext.prompts import Example, Task
-from generation_ext.shared_prefix.sampling import Decoding, Sampler
-from peft_ext.language_model import ENCODER_DECODER
+from peft_ext.language_model import ENCODER_DECODER, identity
 
 
 class SelfGeneratedICL:
@@ -95,35 +95,32 @@ class SelfGeneratedICL:
         )
         self.task, self.shots, self.samples, self.conditioned = task, shots, samples, conditioned
         self.balanced, self.self_consistent, self.calibrate = balanced, self_consistent, calibrate
-        self.decoding, self.seed, self.progressbar = decoding or Decoding(), seed, progressbar
+        self.decoding = replace(decoding or Decoding(), samples=samples, max_new_tokens=task.max_new_tokens, seed=seed)
+        if self.decoding.stop:
+            raise ValueError(f"decoding.stop={self.decoding.stop} is for chats; a demonstration ends with its line.")
+        self.seed, self.progressbar = seed, progressbar
         self.sampler = Sampler(
-            self.scorer.traits,
+            self.scorer.language_model,
             self.scorer.encoder,
             tokenizer,
             self.decoding,
             task.min_new_tokens,
-            task.max_new_tokens,
             memory_limit,
         )
 
     @property
     def settings(self) -> dict[str, Any]:
         """Everything that generated texts depend on, beside the inputs."""
-        model = self.scorer.traits.model
         task = asdict(self.task)
         return {
-            "model": model.config._name_or_path or type(model).__name__,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "adapters": _adapters(self.scorer.model),
+            "model": identity(self.scorer.model),
             "task": {name: task[name] for name in ("template", "labels", "generated_field")},
             "prompt": self.task.generation_template if self.conditioned else self.task.class_only_template,
-            "new_tokens": [self.task.min_new_tokens, self.task.max_new_tokens],
-            "samples": self.samples,
+            "min_new_tokens": self.task.min_new_tokens,
             "conditioned": self.conditioned,
             "overflow": self.scorer.overflow,
             "max_length": self.scorer.max_tokens,
-            **self.decoding.settings(),
-            "seed": self.seed,
+            **asdict(self.decoding),
         }
 
     def generate(self, examples: Sequence[Example], pool_file: Optional[Union[str, os.PathLike]] = None) -> list[Pool]:
@@ -145,16 +142,15 @@ class SelfGeneratedICL:
         prompts = self._prompts([values[index] for index in missing])
         # the prompts of one input have about the same length; they are sampled together, so that a pool is whole
         longest = [max(by_label, key=len) for by_label in prompts]
-        rows = self.samples * len(labels)
         with tqdm(total=len(missing), desc="Generating", disable=not self.progressbar) as bar:
-            for batch in self.sampler.batches(longest, rows):
-                jobs = [(place, number) for place in batch for number in range(len(labels))]
-                keys = [f"{self.seed}/{missing[place]}/{labels[number]}" for place, number in jobs]
-                texts = self.sampler.sample([prompts[place][number] for place, number in jobs], keys, self.samples)
-                found = dict(zip(jobs, texts))
-                for place in batch:
-                    samples = {label: found[place, number] for number, label in enumerate(labels)}
-                    file.add(missing[place], Pool(values[missing[place]], samples))
+            for batch in self.sampler.batches(longest, self.samples * len(labels)):
+                keys = [f"{self.seed}/{missing[number]}/{label}" for number in batch for label in labels]
+                texts = iter(
+                    self.sampler.sample([prompt for number in batch for prompt in prompts[number]], keys, self.samples)
+                )
+                for number in batch:
+                    samples = {label: next(texts) for label in labels}
+                    file.add(missing[number], Pool(values[missing[number]], samples))
                 bar.update(len(batch))
         return [file.pools[index] for index in range(len(values))]
 
@@ -163,13 +159,12 @@ class SelfGeneratedICL:
 
         A text is classified without demonstrations, with contextual calibration.
         """
-        candidates = [pool.demonstrations(self.task) for pool in pools]
-        flat = [demonstration for each in candidates for demonstration in each]
-        found = iter(self.scorer.score([example for example, _ in flat], calibrate=True).predictions())
+        demonstrations = [each for pool in pools for each in pool.demonstrations(self.task)]
+        predictions = iter(self.scorer.score([example for example, _ in demonstrations], calibrate=True).predictions())
         kept = []
         for pool in pools:
             samples = {
-                label: [text for text in texts if text and next(found) == label]
+                label: [text for text in texts if text and next(predictions) == label]
                 for label, texts in pool.samples.items()
             }
             kept.append(Pool(pool.example, samples))
@@ -219,36 +214,32 @@ class SelfGeneratedICL:
 
     def _prompts(self, examples: Sequence[dict[str, str]]) -> list[list[list[int]]]:
         """For each input the token ids of one prompt for each label."""
-        labels = list(self.task.labels)
         limit = self.scorer.max_length
-        if limit is not None and self.scorer.traits.kind != ENCODER_DECODER:
+        if limit is not None and self.scorer.language_model.kind != ENCODER_DECODER:
             limit -= self.task.max_new_tokens
-        prompts = []
-        for index, example in enumerate(examples):
-            prompts.append([self._prompt(index, example, label, limit) for label in labels])
-        return prompts
+        return [
+            [self._prompt(index, example, label, limit) for label in self.task.labels]
+            for index, example in enumerate(examples)
+        ]
 
     def _prompt(self, index: int, example: dict[str, str], label: str, limit: Optional[int]) -> list[int]:
-        def encode(room: Optional[int]) -> list[int]:
-            shorter = {name: value[:room] for name, value in example.items()}
+        def encode(characters: Optional[int]) -> list[int]:
+            shorter = {name: value[:characters] for name, value in example.items()}
             return self.scorer.encoder([self.task.generation_prompt(shorter, label, self.conditioned)])[0]
+
+        def attempt(characters: int) -> Optional[tuple[int, list[int]]]:
+            tokens = encode(characters)
+            return (characters, tokens) if limit is None or len(tokens) <= limit else None
 
         tokens = encode(None)
         if limit is None or len(tokens) <= limit:
             return tokens
-        if self.scorer.overflow not in (TRUNCATE, BOTH) or len(encode(0)) > limit:
+        truncates = self.scorer.overflow in (TRUNCATE, BOTH)
+        fitting = largest_that_fits(attempt, max(map(len, example.values()))) if truncates else None
+        if fitting is None:
             raise ValueError(
                 f"input {index}: the prompt that asks for a {label!r} one takes {len(tokens)} tokens, but {limit} fit "
                 f"before {self.task.max_new_tokens} new ones; shorten it, or use overflow={BOTH!r}."
             )
-        fewest, most = 0, max(map(len, example.values()))
-        while fewest < most:
-            room = (fewest + most + 1) // 2
-            fewest, most = (room, most) if len(encode(room)) <= limit else (fewest, room - 1)
-        warnings.warn(f"input {index} is cut to {fewest} characters for its generation prompt.", stacklevel=4)
-        return encode(fewest)
-
-
-def _adapters(model: torch.nn.Module) -> list[str]:
-    active = getattr(model, "active_adapters", None) if hasattr(model, "peft_config") else None
-    return list(active) if isinstance(active, (list, tuple)) else []
+        warnings.warn(f"input {index} is cut to {fitting[0]} characters for its generation prompt.", stacklevel=4)
+        return fitting[1]

@@ -10,13 +10,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from peft_ext.runs import differences, plain, read_settings, write_settings
 
 
 class FeatureFile:
@@ -41,7 +42,7 @@ class FeatureFile:
         self._settings_file, self._partial, self._done_file = (
             path.with_name(path.name + ending) for ending in (".json", ".partial", ".done")
         )
-        self._check(json.loads(json.dumps(dict(settings))))
+        self._check(plain(settings))
         self.finished = path.is_file()
         if not self.finished:
             self._open()
@@ -68,21 +69,15 @@ class FeatureFile:
         if not self._settings_file.is_file():
             if self.path.exists():
                 raise ValueError(f"output={str(self.path)!r} exists and was not made by this; choose another file.")
-            partial = self._settings_file.with_name(self._settings_file.name + ".tmp")
-            partial.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-            os.replace(partial, self._settings_file)
+            write_settings(self._settings_file, settings)
             return
-        try:
-            found = json.loads(self._settings_file.read_text(encoding="utf-8"))
-            names = [name for name in settings if found.get(name) != settings[name]]
-        except (ValueError, AttributeError) as error:
+        stored = read_settings(self._settings_file)
+        changes = differences(stored, settings)
+        if changes:
             raise ValueError(
-                f"{str(self._settings_file)!r} is damaged ({error}); delete it and the features."
-            ) from error
-        if names:
-            raise ValueError(
-                f"output={str(self.path)!r} holds features of other {', '.join(names)}; choose another file, or delete "
-                "it with its .json file."
+                f"output={str(self.path)!r} holds features of other {', '.join(each.key for each in changes)}; choose another "
+                "file, or delete it with its .json file. (Files of earlier versions don't tell adapters apart and have to "
+                "be made again.)"
             )
 
     def _open(self) -> None:

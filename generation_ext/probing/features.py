@@ -15,18 +15,19 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from generation_ext.probing.feature_file import FeatureFile, digest
-from generation_ext.shared_prefix.batching import Batch, Planner, check_memory_limit, run_in_batches
+from generation_ext.shared_prefix.batching import BatchPlanner, check_memory_limit, run_in_batches
 from generation_ext.shared_prefix.cache import (
     EMPTY,
     SharedPrefix,
     common_prefix,
     encode_prefix,
+    encode_whole,
     layout,
     run_backbone,
 )
 from generation_ext.shared_prefix.encoding import TextEncoder
 from generation_ext.shared_prefix.token_tree import PackedRows, TokenTree, unfold
-from peft_ext.language_model import CAUSAL, inference, language_model
+from peft_ext.language_model import CAUSAL, identity, inference, language_model
 
 
 POOLING = ("last", "mean")
@@ -81,11 +82,9 @@ class FeatureExtractor:
             raise ValueError(f"pooling={pooling!r} is unknown; choose one of {POOLING}.")
         if overflow not in OVERFLOW:
             raise ValueError(f"overflow={overflow!r} is unknown; choose one of {OVERFLOW}.")
-        if max_length is not None and max_length < 1:
-            raise ValueError(f"max_length={max_length} must be positive, or None for what the model's config says.")
         check_memory_limit(memory_limit)
-        self.traits = language_model(model)
-        layers = self.traits.model.config.get_text_config().num_hidden_layers
+        self.language_model = language_model(model)
+        layers = self.language_model.base.config.get_text_config().num_hidden_layers
         if not isinstance(layer, int) or not -layers - 1 <= layer <= layers:
             raise ValueError(
                 f"layer={layer!r} must be an integer from {-layers - 1} to {layers}: the model has {layers}."
@@ -94,9 +93,8 @@ class FeatureExtractor:
         self.layers = layers
         self.model, self.pooling, self.overflow = model, pooling, overflow
         self.memory_limit, self.progressbar = memory_limit, progressbar
-        self.encoder = TextEncoder(tokenizer, self.traits.kind)
-        limits = [limit for limit in (max_length, self.traits.max_length) if limit is not None]
-        self.max_length = min(limits) if limits else None
+        self.encoder = TextEncoder(tokenizer, self.language_model.kind)
+        self.max_length = self.language_model.length_limit(max_length)
 
     def extract(
         self, texts: Sequence[str], prefix: str = "", output: Optional[Union[str, os.PathLike]] = None
@@ -139,23 +137,22 @@ class FeatureExtractor:
         with inference(self.model), tqdm(total=len(texts), desc="Features", disable=not self.progressbar) as bar:
             bar.update(len(texts) - len(wanted))
             shared = self._shared([tokens[index] for index in wanted], [starts[index] for index in wanted])
-            encoded = encode_prefix(self.traits, shared) if shared else EMPTY
+            encoded = encode_prefix(self.language_model, shared)
             trees = [self._tree(text, start, len(shared)) for text, start in zip(tokens, starts)]
             kept = self.layers if self.layer != -1 else 0
-            planner = Planner(self.traits, self.memory_limit, len(shared), kept_states=kept)
+            planner = BatchPlanner(self.language_model, self.memory_limit, len(shared), kept_states=kept)
 
-            def run(batch: Batch) -> np.ndarray:
-                order = [index for row in batch for index in row]
-                return self._run([trees[index] for index in order], batch, encoded)
+            def run(indices: list[int], rows: list[list[int]]) -> np.ndarray:
+                return self._run([trees[index] for index in indices], rows, encoded)
 
             lengths = [len(tree) for tree in trees]
-            for indices, found in run_in_batches(planner, lengths, [0] * len(trees), run, wanted):
-                if not np.isfinite(found).all():
+            for indices, states in run_in_batches(planner, lengths, [0] * len(trees), run, wanted):
+                if not np.isfinite(states).all():
                     raise ValueError(
                         "the model gives NaN or infinite hidden states; its weights are damaged, or its dtype overflows "
                         "(load it with dtype=torch.float32 or bfloat16)."
                     )
-                features[indices] = found
+                features[indices] = states
                 if file is not None:
                     file.mark(indices)
                 bar.update(len(indices))
@@ -192,7 +189,7 @@ class FeatureExtractor:
 
     def _shared(self, texts: list[list[int]], starts: list[int]) -> list[int]:
         """The beginning that runs once."""
-        if self.traits.kind != CAUSAL or len(texts) < 2:
+        if self.language_model.kind != CAUSAL or len(texts) < 2:
             return []
         shared = common_prefix(texts)
         # a mean needs the hidden states of all tokens of the text
@@ -203,10 +200,8 @@ class FeatureExtractor:
         tree.reads = tree.reads[-1:] if self.pooling == "last" else tree.reads[start - shared :]
         return tree
 
-    def _run(self, trees: list[TokenTree], batch: Batch, prefix: SharedPrefix) -> np.ndarray:
+    def _run(self, trees: list[TokenTree], rows: list[list[int]], prefix: SharedPrefix) -> np.ndarray:
         """Features `[trees, hidden]`."""
-        numbers = iter(range(len(trees)))
-        rows = [[next(numbers) for _ in row] for row in batch]
         packed = self._layout(trees, rows)
         hidden = self._hidden(packed, prefix)
         places = packed.places.to(hidden.device)
@@ -218,12 +213,10 @@ class FeatureExtractor:
 
     def _hidden(self, rows: PackedRows, prefix: SharedPrefix) -> torch.Tensor:
         kwargs: dict[str, Any] = {} if self.layer == -1 else {"output_hidden_states": True}
-        if self.traits.kind == CAUSAL:
-            output = run_backbone(self.traits, rows, prefix, **kwargs)
+        if self.language_model.kind == CAUSAL:
+            output = run_backbone(self.language_model, rows, prefix, **kwargs)
         else:
-            mask = (torch.arange(rows.tokens.shape[1]) < rows.lengths[:, None]).long()
-            device = self.traits.device
-            output = self.traits.backbone(input_ids=rows.tokens.to(device), attention_mask=mask.to(device), **kwargs)
+            output, _ = encode_whole(self.language_model, rows, **kwargs)
         return output.last_hidden_state if self.layer == -1 else output.hidden_states[self.layer]
 
     def _size(self) -> int:
@@ -232,13 +225,11 @@ class FeatureExtractor:
             return self._hidden(self._layout([TokenTree.chain([0])], [[0]]), EMPTY).shape[-1]
 
     def _layout(self, trees: list[TokenTree], rows: list[list[int]]) -> PackedRows:
-        return layout(self.traits, trees, rows) if self.traits.kind == CAUSAL else unfold(trees)
+        return layout(self.language_model, trees, rows) if self.language_model.kind == CAUSAL else unfold(trees)
 
     def _settings(self, texts: list[str], prefix: str) -> dict[str, Any]:
-        model = self.traits.model
         return {
-            "model": model.config._name_or_path or type(model).__name__,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "model": identity(self.model),
             "layer": self.layer,
             "pooling": self.pooling,
             "overflow": self.overflow,

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from generation_ext.probing.features import FeatureExtractor, digest
 from generation_ext.probing.heads import HEADS, Head
 from generation_ext.prompts import Example, Task
+from peft_ext.language_model import identity
 
 
 try:
@@ -307,7 +308,14 @@ class PALPClassifier(ClassifierMixin, BaseEstimator):
         else:
             folder = Path(self.memory)
             folder.mkdir(parents=True, exist_ok=True)
-            settings = [prefix, str(self.layer), self.pooling, self.overflow, str(self.max_length)]
+            settings = [
+                identity(extractor.model),
+                prefix,
+                str(self.layer),
+                self.pooling,
+                self.overflow,
+                str(self.max_length),
+            ]
             features = extractor.extract(texts, prefix, folder / f"{digest([*settings, *texts])[:32]}.npy")
         if not np.isfinite(features).all():
             row = int(np.flatnonzero(~np.isfinite(features).all(1))[0])

@@ -13,7 +13,6 @@ import torch
 from peft_ext.language_model import LanguageModel
 
 
-Batch = list[list[int]]  # for each row the indices of its trees
 _Result = TypeVar("_Result")
 
 # Tokens of a row that several trees share. Longer rows copy the prefix less often, but see more of what the mask hides.
@@ -23,11 +22,11 @@ _CPU_TOKENS, _ACCELERATOR_TOKENS = 2048, 65536
 _UNKNOWN_FREE = 2**32  # where the system doesn't say
 
 
-class Planner:
+class BatchPlanner:
     """Splits trees into batches.
 
     Args:
-        traits: The model.
+        model: The model.
         memory_limit: Bytes that a forward pass may take beside weights and prefix; None: a quarter of what is free.
         prefix_length: Tokens of the shared prefix.
         branches: Most rows that a tree takes where trees are unfolded; 1 otherwise.
@@ -39,21 +38,21 @@ class Planner:
 
     def __init__(
         self,
-        traits: LanguageModel,
+        model: LanguageModel,
         memory_limit: Optional[int],
         prefix_length: int = 0,
         branches: int = 1,
         kept_states: int = 0,
     ) -> None:
         check_memory_limit(memory_limit)
-        self.traits, self.prefix_length, self.branches = traits, prefix_length, branches
+        self.model, self.prefix_length, self.branches = model, prefix_length, branches
         self.kept_states = kept_states
-        self.memory_limit = free_bytes(traits.device) // 4 if memory_limit is None else memory_limit
-        self.row_tokens = ROW_TOKENS if traits.trees and prefix_length else 1
-        self.most_tokens = _CPU_TOKENS if traits.device.type == "cpu" else _ACCELERATOR_TOKENS
+        self.memory_limit = free_bytes(model.device) // 4 if memory_limit is None else memory_limit
+        self.row_tokens = ROW_TOKENS if model.trees and prefix_length else 1
+        self.most_tokens = _CPU_TOKENS if model.device.type == "cpu" else _ACCELERATOR_TOKENS
 
-    def batches(self, lengths: Sequence[int], reads: Sequence[int], wanted: Sequence[int]) -> list[Batch]:
-        """Batches of rows of trees, the longest first, so that a lack of memory shows at once.
+    def batches(self, lengths: Sequence[int], reads: Sequence[int], wanted: Sequence[int]) -> list[list[list[int]]]:
+        """Batches of rows of indices of trees, the longest first, so that a lack of memory shows at once.
 
         Args:
             lengths: Tokens of each tree.
@@ -61,8 +60,8 @@ class Planner:
             wanted: Indices of the trees to plan for.
         """
         order = sorted(wanted, key=lambda index: -lengths[index])
-        batches: list[Batch] = []
-        batch: Batch = []
+        batches: list[list[list[int]]] = []
+        batch: list[list[int]] = []
         read = 0
         for row in self._rows(lengths, order):
             longest = max(sum(lengths[index] for index in each) for each in (*batch, row))
@@ -81,12 +80,12 @@ class Planner:
             rows, length: Of the batch; rows before trees are unfolded.
             reads: Tokens that go through the output head.
         """
-        widths, rows = self.traits.widths, rows * self.branches
-        size = torch.finfo(self.traits.dtype).bits // 8
+        widths, rows = self.model.widths, rows * self.branches
+        size = torch.finfo(self.model.dtype).bits // 8
         tokens, seen = rows * length, self.prefix_length + length
         products = tokens * ((6 + self.kept_states) * widths.hidden + 3 * widths.widest) * size
         attention = rows * seen * 2 * (widths.keys + widths.queries) * size
-        masks = rows * length * seen * (4 * widths.heads * 2 if self.traits.eager else 6)
+        masks = rows * length * seen * (4 * widths.heads * 2 if self.model.eager else 6)
         return products + attention + masks + reads * widths.vocabulary * (size + 8)
 
     def _rows(self, lengths: Sequence[int], order: Sequence[int]) -> Iterator[list[int]]:
@@ -121,13 +120,20 @@ class Planner:
 
 
 def run_in_batches(
-    planner: Planner,
+    planner: BatchPlanner,
     lengths: Sequence[int],
     reads: Sequence[int],
-    run: Callable[[Batch], _Result],
+    run: Callable[[list[int], list[list[int]]], _Result],
     wanted: Optional[Sequence[int]] = None,
 ) -> Iterator[tuple[list[int], _Result]]:
     """Run all trees, in smaller batches after the device ran out of memory.
+
+    Args:
+        planner: Says how many at a time.
+        lengths: Tokens of each tree.
+        reads: Of each tree, the tokens that go through the output head.
+        run: Runs the trees with these indices, in rows that name them by their place in the batch.
+        wanted: Indices of the trees to run; None: all.
 
     Yields:
         The indices of the trees of a batch, row by row, and what `run` gave for it.
@@ -136,12 +142,14 @@ def run_in_batches(
     while pending:
         for batch in planner.batches(lengths, reads, pending):
             indices = [index for row in batch for index in row]
+            number = iter(range(len(indices)))
             try:
-                result = run(batch)
+                result = run(indices, [[next(number) for _ in row] for row in batch])
             except torch.OutOfMemoryError:
                 if len(indices) == 1:
                     raise
-                planner.shrink(_size_of(planner, batch, lengths, reads))
+                longest = max(sum(lengths[index] for index in row) for row in batch)
+                planner.shrink(planner.bytes(len(batch), longest, sum(reads[index] for index in indices)))
                 break
             done = set(indices)
             pending = [index for index in pending if index not in done]
@@ -169,8 +177,3 @@ def check_memory_limit(memory_limit: Optional[int]) -> None:
         )
     if not memory_limit > 0 or math.isinf(memory_limit):
         raise ValueError(f"memory_limit={memory_limit!r} must be a positive number of bytes.")
-
-
-def _size_of(planner: Planner, batch: Batch, lengths: Sequence[int], reads: Sequence[int]) -> int:
-    longest = max(sum(lengths[index] for index in row) for row in batch)
-    return planner.bytes(len(batch), longest, sum(reads[index] for row in batch for index in row))

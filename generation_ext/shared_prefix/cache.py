@@ -11,7 +11,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from generation_ext.shared_prefix.token_tree import PackedRows, TokenTree, pack, unfold
-from peft_ext.language_model import LanguageModel
+from peft_ext.language_model import ENCODER_DECODER, LanguageModel
 
 
 class SharedPrefix(NamedTuple):
@@ -90,6 +90,13 @@ def run_backbone(
         The backbone's output, `last_hidden_state` `[R, L, hidden]`.
     """
     return model.backbone(**_inputs(model, rows, prefix, cache), **kwargs)
+
+
+def encode_whole(model: LanguageModel, rows: PackedRows, **kwargs: Any) -> tuple[Any, torch.Tensor]:
+    """What an encoder, or the one of an encoder-decoder model, gives for unfolded rows, and their mask `[R, L]`."""
+    encoder = model.base.get_encoder() if model.kind == ENCODER_DECODER else model.backbone
+    mask = _flat_mask(rows, 0).to(model.device)
+    return encoder(input_ids=rows.tokens.to(model.device), attention_mask=mask, **kwargs), mask
 
 
 def read_logits(model: LanguageModel, rows: PackedRows, prefix: SharedPrefix) -> torch.Tensor:

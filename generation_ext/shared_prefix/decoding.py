@@ -10,31 +10,37 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, Optional
 
+import numpy as np
 import torch
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from generation_ext.shared_prefix.cache import EMPTY, SharedPrefix, encode_prefix
+from generation_ext.shared_prefix.sampling import Sampling
 from peft_ext.language_model import CAUSAL, FULL, LanguageModel
 
 
+# A text is searched for what ends it every so many tokens.
+STOP_STEPS = 4
 ATTENTION = "almost_shared_prefix"
 # Scores of so many pairs of tokens are computed at once.
 _MOST_SCORES = 1 << 25
+# When so few of a batch's texts go on, the finished ones are dropped.
+_LIVE_SHARE = 0.75
 # The rows' own keys and values get room for so many more tokens at once.
 _BUFFER_STEP = 64
 _CACHE: ContextVar[Optional[Cache]] = ContextVar("almost_cache", default=None)
 
 
-class Rows:
+class DecodingBatch:
     """Texts that are written side by side.
 
     Args:
-        traits: A causal model.
+        model: A causal model.
         prefix: What all texts begin with, see [`encode_prefix`]; empty where the model can't share it.
         prompts: For each text the tokens after the prefix; at least one.
         samples: Texts that go on from each prompt.
@@ -42,16 +48,16 @@ class Rows:
 
     def __init__(
         self,
-        traits: LanguageModel,
+        model: LanguageModel,
         prefix: SharedPrefix,
         prompts: Sequence[Sequence[int]],
         samples: int = 1,
     ) -> None:
-        self.traits, self.prefix, self.samples = traits, prefix, samples
-        self.shares = can_share(traits)
+        self.model, self.prefix, self.samples = model, prefix, samples
+        self.shares = can_share(model)
         if len(prefix) and not self.shares:
             raise ValueError("prefix must be empty, since this model's attention can't be taken apart.")
-        longest, device = max(map(len, prompts)), traits.device
+        longest, device = max(map(len, prompts)), model.device
         self.tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
         lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=device)
         # [rows, own tokens]: which of a row's own columns are its text
@@ -59,10 +65,10 @@ class Rows:
         # what comes next stands here
         self.positions = lengths + len(prefix)
         if self.shares:
-            self.cache = Cache(layers=[_RowLayer(*layer) for layer in _prefix_layers(traits, prefix)])
+            self.cache = Cache(layers=[_BufferedLayer(*layer) for layer in _prefix_layers(model, prefix)])
         else:
-            self.cache = DynamicCache(config=traits.model.config)
-        self._last_only = "logits_to_keep" in inspect.signature(traits.model.forward).parameters
+            self.cache = DynamicCache(config=model.base.config)
+        self._last_only = "logits_to_keep" in inspect.signature(model.base.forward).parameters
 
     def start(self) -> torch.Tensor:
         """Run the prompts; logits `[prompts * samples, vocabulary]` of what comes next."""
@@ -87,36 +93,78 @@ class Rows:
         self.mask, self.positions = self.mask[rows], self.positions[rows]
 
     def _run(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        inputs: dict[str, Any] = {"input_ids": tokens, "use_cache": True, self.traits.cache_argument: self.cache}
+        inputs: dict[str, Any] = {"input_ids": tokens, "use_cache": True, self.model.cache_argument: self.cache}
         if self._last_only:
             inputs["logits_to_keep"] = 1
-        if self.traits.positions:
+        if self.model.takes_positions:
             inputs["position_ids"] = positions
         if not self.shares:
-            return self.traits.model(**inputs, attention_mask=self.mask.long()).logits[:, -1]
+            return self.model.base(**inputs, attention_mask=self.mask.long()).logits[:, -1]
         count = tokens.shape[1]
         causal = torch.ones(count, self.mask.shape[1], dtype=torch.bool, device=tokens.device)
         visible = causal.tril(self.mask.shape[1] - count) & self.mask[:, None]
         # a padding token sees itself, so that no softmax is over nothing
         visible = visible | torch.eye(self.mask.shape[1], dtype=torch.bool, device=tokens.device)[-count:]
         visible = torch.nn.functional.pad(visible, (0, _buffer_length(self.mask.shape[1]) - self.mask.shape[1]))
-        with _attention(self.traits, self.cache):
-            return self.traits.model(**inputs, attention_mask=visible[:, None]).logits[:, -1]
+        with _attention(self.model, self.cache):
+            return self.model.base(**inputs, attention_mask=visible[:, None]).logits[:, -1]
 
 
-def can_share(traits: LanguageModel) -> bool:
+def can_share(model: LanguageModel) -> bool:
     """Whether a model's attention can be taken apart: full attention that goes through transformers' interface, without a
     cap or a sink in it."""
-    config = traits.model.config.get_text_config(decoder=True)
-    own = getattr(traits.model, "_can_set_attn_implementation", lambda: False)()
-    plain = not getattr(config, "attn_logit_softcapping", None) and not hasattr(config, "attention_sink")
-    kinds = {type(module).__name__ for module in traits.model.modules() if hasattr(module, "sinks")}
-    return bool(
-        traits.kind == CAUSAL and traits.trees and set(traits.windows) == {FULL} and own and plain and not kinds
-    )
+    own = getattr(model.base, "_can_set_attn_implementation", lambda: False)()
+    plain = not getattr(model.config, "attn_logit_softcapping", None) and not hasattr(model.config, "attention_sink")
+    kinds = {type(module).__name__ for module in model.base.modules() if hasattr(module, "sinks")}
+    return bool(model.kind == CAUSAL and model.trees and set(model.windows) == {FULL} and own and plain and not kinds)
 
 
-class _RowLayer(DynamicLayer):
+def sample_tokens(
+    model: LanguageModel,
+    prefix: SharedPrefix,
+    prompts: Sequence[Sequence[int]],
+    generators: Sequence[np.random.Generator],
+    sampling: Sampling,
+    ends: Collection[int],
+    over: Optional[Callable[[Sequence[int]], bool]] = None,
+) -> list[list[int]]:
+    """New tokens of `len(generators)` texts, a whole number for each prompt; the last is one of `ends`, if the model has
+    ended the text.
+
+    Args:
+        model: A causal model, in inference mode.
+        prefix: What all texts begin with; empty where the model can't share it.
+        prompts: For each, the tokens after the prefix; at least one.
+        generators: Each text's random numbers.
+        sampling: Temperature, top-k, nucleus, length.
+        ends: Tokens that end a text.
+        over: Whether a text, by its tokens so far, has ended in another way; asked every `STOP_STEPS` tokens.
+    """
+    batch = DecodingBatch(model, prefix, prompts, len(generators) // len(prompts))
+    logits = batch.start()
+    written: list[list[int]] = [[] for _ in generators]
+    running, finished = list(range(len(generators))), set()
+    for step in range(sampling.max_new_tokens):
+        drawn = sampling.draw(logits, [generators[index] for index in running])
+        for index, token in zip(running, drawn.tolist()):
+            if index not in finished:
+                written[index].append(token)
+                if token in ends:
+                    finished.add(index)
+        if over is not None and step % STOP_STEPS == STOP_STEPS - 1:
+            finished |= {index for index in running if index not in finished and over(written[index])}
+        live = [row for row, index in enumerate(running) if index not in finished]
+        if not live or step == sampling.max_new_tokens - 1:
+            break
+        if len(live) <= _LIVE_SHARE * len(running):
+            kept = torch.tensor(live, device=drawn.device)
+            batch.keep(kept)
+            drawn, running = drawn[kept], [running[row] for row in live]
+        logits = batch.step(drawn)
+    return written
+
+
+class _BufferedLayer(DynamicLayer):
     """The rows' own keys and values at the beginning of a buffer; a prefix's beside them.
 
     Attention reads the buffer whole, its end hidden: products of bfloat16 with a slice of it, which isn't contiguous, take
@@ -152,22 +200,22 @@ def _buffer_length(needed: int) -> int:
 
 def _longer(buffer: torch.Tensor, needed: int) -> torch.Tensor:
     # zeros, as what is hidden is still multiplied by a weight of zero
-    room = buffer.new_zeros(*buffer.shape[:2], _buffer_length(needed) - buffer.shape[-2], buffer.shape[-1])
-    return torch.cat([buffer, room], dim=-2)
+    free = buffer.new_zeros(*buffer.shape[:2], _buffer_length(needed) - buffer.shape[-2], buffer.shape[-1])
+    return torch.cat([buffer, free], dim=-2)
 
 
 def _prefix_layers(
-    traits: LanguageModel, prefix: SharedPrefix
+    model: LanguageModel, prefix: SharedPrefix
 ) -> list[tuple[Optional[torch.Tensor], Optional[torch.Tensor]]]:
     if len(prefix):
         return list(zip(prefix.keys, prefix.values))
-    return [(None, None)] * traits.model.config.get_text_config(decoder=True).num_hidden_layers
+    return [(None, None)] * model.config.num_hidden_layers
 
 
 @contextlib.contextmanager
-def _attention(traits: LanguageModel, cache: Cache) -> Iterator[None]:
+def _attention(model: LanguageModel, cache: Cache) -> Iterator[None]:
     """For one forward pass, the model's attention is ours."""
-    config = traits.model.config.get_text_config(decoder=True)
+    config = model.config
     before, token = config._attn_implementation, _CACHE.set(cache)
     config._attn_implementation = ATTENTION
     try:
@@ -189,9 +237,7 @@ def _shared_attention(
     """An attention function of transformers' interface; `[R, heads, L, size]` -> `[R, L, heads, size]`."""
     cache = _CACHE.get()
     if cache is None:
-        raise ValueError(
-            f"attn_implementation={ATTENTION!r} belongs to trl_ext's decoding; load the model with 'sdpa'."
-        )
+        raise ValueError(f"attn_implementation={ATTENTION!r} belongs to our decoding; load the model with 'sdpa'.")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rows, heads, length, size = query.shape
     groups = key.shape[1]
@@ -232,9 +278,9 @@ def _attend_in_pieces(
     return torch.cat([piece for piece, _ in pieces], dim=2), torch.cat([sums for _, sums in pieces], dim=2)
 
 
-def prefix_of(traits: LanguageModel, tokens: Sequence[int]) -> SharedPrefix:
+def prefix_of(model: LanguageModel, tokens: Sequence[int]) -> SharedPrefix:
     """Run a model over a prefix once; empty where its attention can't be taken apart."""
-    return encode_prefix(traits, tokens) if can_share(traits) else EMPTY
+    return encode_prefix(model, tokens) if can_share(model) else EMPTY
 
 
 AttentionInterface.register(ATTENTION, _shared_attention)

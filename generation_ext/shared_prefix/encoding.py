@@ -102,28 +102,27 @@ class LabelTokens(NamedTuple):
         tree.reads += [after, *range(start, len(tree))]
 
 
-def label_tokens(task: Task, encoder: TextEncoder, traits: LanguageModel) -> LabelTokens:
+def label_tokens(task: Task, encoder: TextEncoder, model: LanguageModel) -> LabelTokens:
     """A task's label words as tokens that go on after its template.
 
     Raises:
         ValueError: If a label has no tokens, the same ones as another, or is tokenised together with the template's end.
     """
-    if traits.kind == ENCODER_DECODER:
-        ids, moved = encoder.pieces([word.strip() for word in task.words]), 0
+    moved = 0
+    if model.kind == ENCODER_DECODER:
+        ids: Optional[list[list[int]]] = encoder.pieces([word.strip() for word in task.words])
     else:
         stem = task.text(dict.fromkeys(task.fields, _PROBE))
-        moved = 0
-        found = _continuations(encoder, stem, task.words)
-        if found is None:
-            moved = len(stem) - len(stem.rstrip())
-            kept = stem.rstrip()
-            found = _continuations(encoder, kept, [stem[len(kept) :] + word for word in task.words]) if moved else None
-        if found is None:
-            raise ValueError(
-                f"labels={task.words}: the tokenizer makes one token of the end of the template "
-                f"{task.template[-20:]!r} and the beginning of a label; begin the labels with a space."
-            )
-        ids = found
+        ids = _continuations(encoder, stem, task.words)
+        kept = stem.rstrip()
+        if ids is None and len(kept) < len(stem):
+            moved = len(stem) - len(kept)
+            ids = _continuations(encoder, kept, [stem[len(kept) :] + word for word in task.words])
+    if ids is None:
+        raise ValueError(
+            f"labels={task.words}: the tokenizer makes one token of the end of the template {task.template[-20:]!r} and "
+            "the beginning of a label; begin the labels with a space."
+        )
     _check_distinct(task, ids)
     nodes, steps = _tree_of(ids)
     return LabelTokens(ids, nodes, steps, moved)
@@ -138,30 +137,30 @@ def _continuations(encoder: TextEncoder, stem: str, words: Sequence[str]) -> Opt
 
 
 def _check_distinct(task: Task, ids: Sequence[Sequence[int]]) -> None:
-    seen: dict[tuple[int, ...], str] = {}
+    labels: dict[tuple[int, ...], str] = {}
     for (label, word), tokens in zip(task.labels.items(), ids):
         if not tokens:
             raise ValueError(
                 f"labels: the tokenizer makes no token of {word!r}, the word of {label!r}; choose another."
             )
-        if tuple(tokens) in seen:
+        if tuple(tokens) in labels:
             raise ValueError(
-                f"labels: {seen[tuple(tokens)]!r} and {label!r} are the same tokens {list(tokens)} to this tokenizer; "
+                f"labels: {labels[tuple(tokens)]!r} and {label!r} are the same tokens {list(tokens)} to this tokenizer; "
                 "choose other words."
             )
-        seen[tuple(tokens)] = label
+        labels[tuple(tokens)] = label
 
 
 def _tree_of(ids: Sequence[Sequence[int]]) -> tuple[TokenTree, list[list[tuple[int, int]]]]:
     tree = TokenTree()
-    known: dict[tuple[int, ...], int] = {(): ROOT}
+    nodes: dict[tuple[int, ...], int] = {(): ROOT}
     steps = []
     for label in ids:
         step = []
         for length, token in enumerate(label):
             before = tuple(label[:length])
-            if before not in known:
-                known[before] = tree.append(label[length - 1 : length], known[before[:-1]])
-            step.append((known[before] + 1, token))
+            if before not in nodes:
+                nodes[before] = tree.append(label[length - 1 : length], nodes[before[:-1]])
+            step.append((nodes[before] + 1, token))
         steps.append(step)
     return tree, steps

@@ -119,12 +119,12 @@ def unfold(trees: Sequence[TokenTree]) -> PackedRows:
     paths = [(index, path) for index, tree in enumerate(trees) for path in tree.paths()]
     lengths = [len(path) for _, path in paths]
     tokens = np.zeros((len(paths), max(lengths)), dtype=np.int64)
-    found: dict[tuple[int, int], tuple[int, int]] = {}
+    positions: dict[tuple[int, int], tuple[int, int]] = {}
     for row, (index, path) in enumerate(paths):
         tokens[row, : len(path)] = [trees[index].tokens[node] for node in path]
         for column, node in enumerate(path):
-            found.setdefault((index, node), (row, column))
-    places = [found[index, read] for index, tree in enumerate(trees) for read in tree.reads]
+            positions.setdefault((index, node), (row, column))
+    places = [positions[index, read] for index, tree in enumerate(trees) for read in tree.reads]
     depths = torch.arange(max(lengths)).expand(len(paths), -1)
     return PackedRows(
         torch.from_numpy(tokens),

@@ -1,6 +1,7 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
 """ALMoST (Kim et al. 2023): alignment with synthetic feedback, from a language model and a handful of demonstrations."""
 
+from generation_ext.shared_prefix.sampling import Sampling
 from trl_ext.almost.config import ComparisonsConfig, QueriesConfig, ResponsesConfig, SelfPlayConfig
 from trl_ext.almost.data.comparisons import build_comparisons, heuristic_filter, write_comparisons, write_responses
 from trl_ext.almost.data.queries import mine_queries
@@ -8,7 +9,6 @@ from trl_ext.almost.data.self_play import reward_statistics, self_play
 from trl_ext.almost.pipeline import Pipeline
 from trl_ext.almost.recipe import AlmostConfig, load_recipe
 from trl_ext.almost.rewards import RewardModel
-from trl_ext.almost.token_sampling import Sampling
 from trl_ext.almost.writing.backends import Backend, Request, TransformersBackend, VLLMBackend
 from trl_ext.almost.writing.generators import Rung, parse_ladder
 from trl_ext.almost.writing.loading import load_backend

@@ -8,8 +8,8 @@ from typing import Any, Optional
 
 import torch
 
+from generation_ext.shared_prefix.sampling import Sampling
 from trl_ext.almost.prompts.roles import AUTO, FORMATS
-from trl_ext.almost.token_sampling import Sampling
 
 
 @dataclass

@@ -12,6 +12,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaForCausalLM
 
+from generation_ext.shared_prefix.sampling import Sampling
 from tests.almost.training.trained import write_lines
 from tests.tiny.folders import save_long_model
 from tests.tiny.tokenizers import byte_tokenizer
@@ -28,7 +29,6 @@ from trl_ext.almost.evaluation.tasks import (
 )
 from trl_ext.almost.prompts.chat import dialogue, request_text
 from trl_ext.almost.rewards import RewardModel
-from trl_ext.almost.token_sampling import Sampling
 from trl_ext.almost.writing.backends import Request, TransformersBackend
 from trl_ext.scripts import almost_eval
 

@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from generation_ext.shared_prefix import decoding
-from generation_ext.shared_prefix.decoding import Rows, can_share, prefix_of
-from generation_ext.shared_prefix.sampling import Decoding, SeededSampling, draw_tokens, row_generator
+from generation_ext.shared_prefix.decoding import DecodingBatch, can_share, prefix_of
+from generation_ext.shared_prefix.sampling import Sampling, SeededSampling, draw_tokens, row_generator
 from peft_ext.language_model import language_model
 from tests.tiny.byte_models import CAUSAL, model
 from tests.tiny.tokenizers import tokenizer, tokenizer_for
-from trl_ext.almost.token_sampling import Sampling
 from trl_ext.almost.writing.backends import Request, TransformersBackend, VLLMBackend, tokens_of
 
 
@@ -45,8 +44,8 @@ def test_texts_are_those_of_a_plain_loop(name):
     backend = TransformersBackend(lm, words, batch_size=4)
     expected = [[one_by_one(lm, words, request, n, SAMPLING) for n in range(2)] for request in REQUESTS]
     assert backend.generate(REQUESTS, SAMPLING) == expected
-    assert can_share(backend.traits) == (name in ("llama", "gpt2"))
-    assert (len(backend._prefix) >= len(SHARED)) == can_share(backend.traits)
+    assert can_share(backend.language_model) == (name in ("llama", "gpt2"))
+    assert (len(backend._prefix) >= len(SHARED)) == can_share(backend.language_model)
 
 
 def test_a_text_does_not_depend_on_its_company():
@@ -73,28 +72,28 @@ def test_what_is_done_is_left_out_and_the_rest_is_the_same():
 @pytest.mark.parametrize("name", CAUSAL)
 @torch.no_grad()
 def test_logits_of_rows_that_come_and_go(name, monkeypatch):
-    monkeypatch.setattr(decoding, "_BUFFER_STEP", 4)  # room is made anew on the way
+    monkeypatch.setattr(decoding, "_BUFFER_STEP", 4)  # buffers grow on the way
     lm = model(name)
-    traits = language_model(lm)
+    subject = language_model(lm)
     generator = torch.Generator().manual_seed(0)
     draw = lambda count: torch.randint(3, 250, (count,), generator=generator).tolist()  # noqa: E731
     prefix, prompts = draw(20), [draw(5), draw(9), draw(2)]
-    shares = can_share(traits)
+    shares = can_share(subject)
     begun = prompts if shares else [prefix + prompt for prompt in prompts]
-    rows = Rows(traits, prefix_of(traits, prefix if shares else []), begun, samples=2)
+    batch = DecodingBatch(subject, prefix_of(subject, prefix if shares else []), begun, samples=2)
     texts = [prefix + prompt for prompt in prompts for _ in range(2)]
-    logits = rows.start()
+    logits = batch.start()
     for step in range(5):  # more than there is room for at first
         expected = torch.stack([lm(torch.tensor([text]), use_cache=False).logits[0, -1] for text in texts])
         torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
         if step == 2:
             kept = torch.tensor([0, 3, 4])
-            rows.keep(kept)
+            batch.keep(kept)
             texts = [list(texts[place]) for place in kept]
         new = draw(len(texts))
         for text, token in zip(texts, new):
             text.append(token)
-        logits = rows.step(torch.tensor(new))
+        logits = batch.step(torch.tensor(new))
     assert lm.config.get_text_config()._attn_implementation in ("sdpa", "eager"), "the model keeps its own attention"
 
 
@@ -107,7 +106,8 @@ def test_stop_strings_and_ends(monkeypatch):
     assert stopped == [[text.split(mark)[0] for text in texts] for texts in free] != free
     drawn = [4, 5, words.eos_token_id, 6, 7]
     monkeypatch.setattr(
-        "trl_ext.almost.token_sampling.draw_tokens", lambda logits, *rest: torch.full((len(logits),), drawn.pop(0))
+        "generation_ext.shared_prefix.sampling.draw_tokens",
+        lambda logits, *rest: torch.full((len(logits),), drawn.pop(0)),
     )
     assert backend.generate(REQUESTS[:1], Sampling(max_new_tokens=5)) == [[words.decode([4, 5])]]
 
@@ -119,7 +119,7 @@ def test_a_whole_vocabulary_is_sorted_only_where_the_top_does_not_tell():
     for top_p in (1.0, 0.9, 0.1):
         whole = draw_tokens(scores, uniforms, 0.9, top_k=2000, top_p=top_p)
         assert draw_tokens(scores, uniforms, 0.9, top_k=0, top_p=top_p).tolist() == whole.tolist()
-    processor = SeededSampling(Decoding(temperature=0.9, top_k=0, top_p=0.9), ["a"] * 6)
+    processor = SeededSampling(Sampling(temperature=0.9, top_k=0, top_p=0.9), ["a"] * 6)
     assert (processor(torch.zeros(6, 1), scores) > -torch.inf).sum(-1).tolist() == [1] * 6
 
 

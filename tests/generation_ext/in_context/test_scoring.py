@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import BartConfig, BartForConditionalGeneration
 
 from generation_ext.in_context import scoring
 from generation_ext.in_context.scoring import CONTENT_FREE, LabelScorer
@@ -56,6 +57,31 @@ def test_equals_the_naive_loop(name, shown):
     scores = LabelScorer(model(name), tokenizer_for(name), TASK).score(TEXTS, shown)
     close(scores.log_probs, naive(name, TASK, TEXTS, [shown] * len(TEXTS)))
     assert scores.labels == ("neg", "pos", "very", "other")
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_a_decoder_begins_as_in_generate(name):
+    """The model's config, its generation config and their start tokens all disagree."""
+    if name == "t5":
+        lm = copy.deepcopy(model("t5"))
+    else:
+        sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "vocab_size": 260, "init_std": 0.2}
+        sizes.update(encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64)
+        torch.manual_seed(0)
+        config = BartConfig(**sizes, pad_token_id=1, eos_token_id=258, bos_token_id=0, forced_eos_token_id=None)
+        lm = BartForConditionalGeneration(config).eval()
+    lm.config.decoder_start_token_id, lm.config.bos_token_id = 3, 4
+    lm.generation_config.decoder_start_token_id, lm.generation_config.bos_token_id = 5, 6
+    ids = torch.tensor([tokenizer_for("t5")("In: a joy\nOut:")["input_ids"]])
+    assert lm.generate(ids, max_new_tokens=1)[0, 0] == 5
+    words = tokenizer_for("t5")
+    expected = []
+    for word in TASK.words:
+        label = words(word.strip(), add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            logits = lm(input_ids=ids, decoder_input_ids=torch.tensor([[5, *label[:-1]]])).logits[0]
+        expected.append(logits.log_softmax(-1)[range(len(label)), label].sum().item())
+    close(LabelScorer(lm, words, TASK).score(["a joy"]).log_probs, np.array([expected]))
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
@@ -106,8 +132,10 @@ def test_packed_model_and_lora():
 @pytest.mark.parametrize("limit", [1, 300_000])
 def test_small_batches(name, limit, monkeypatch):
     sizes = []
-    batches = batching.Planner.batches
-    monkeypatch.setattr(batching.Planner, "batches", lambda *args: sizes.append(len(batches(*args))) or batches(*args))
+    batches = batching.BatchPlanner.batches
+    monkeypatch.setattr(
+        batching.BatchPlanner, "batches", lambda *args: sizes.append(len(batches(*args))) or batches(*args)
+    )
     scorer = LabelScorer(model(name), tokenizer_for(name), TASK, memory_limit=limit)
     scores = scorer.score(TEXTS, SHOWN)
     assert sizes[0] > 1
@@ -117,11 +145,11 @@ def test_small_batches(name, limit, monkeypatch):
 def test_goes_on_after_the_device_ran_out_of_memory(monkeypatch):
     calls = []
 
-    def scarce(traits, rows, prefix):
+    def scarce(subject, rows, prefix):
         calls.append(rows.tokens.numel())
         if rows.tokens.numel() > 64:
             raise torch.OutOfMemoryError("out of memory")
-        return read(traits, rows, prefix)
+        return read(subject, rows, prefix)
 
     read = scoring.read_logits
     monkeypatch.setattr(scoring, "read_logits", scarce)

@@ -14,10 +14,11 @@ import torch
 from transformers import LogitsProcessorList
 
 from generation_ext.in_context.pools import Pool, PoolFile, draw
+from generation_ext.in_context.sampler import Decoding
 from generation_ext.in_context.scoring import LabelScorer
 from generation_ext.in_context.self_generated import SelfGeneratedICL
 from generation_ext.prompts import CB, SST2, Task
-from generation_ext.shared_prefix.sampling import Decoding, SeededSampling
+from generation_ext.shared_prefix.sampling import SeededSampling
 from tests.tiny.byte_models import model
 from tests.tiny.tokenizers import tokenizer, tokenizer_for
 
@@ -83,6 +84,12 @@ def test_goes_on_after_the_device_ran_out_of_memory(pools):
     ours.sampler._sample = scarce
     assert ours.generate(TEXTS) == pools
     assert max(sizes) > 3 >= sizes[-1]
+
+
+def test_a_decoder_begins_as_in_generate():
+    lm = copy.deepcopy(model("t5"))
+    lm.config.decoder_start_token_id, lm.generation_config.decoder_start_token_id = 3, 5
+    assert SelfGeneratedICL(lm, tokenizer_for("t5"), TASK, **FAST).sampler.config.decoder_start_token_id == 5
 
 
 def test_seeds(pools):
@@ -187,6 +194,54 @@ def test_files_that_are_refused(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "something\nelse\n"
     with pytest.raises(FileNotFoundError, match="folder"):
         PoolFile(tmp_path / "missing" / "pools.jsonl", {})
+
+
+def test_pools_of_another_adapter_are_refused(tmp_path):
+    """Of the same name, on the same base, with as many parameters."""
+    from peft import LoraConfig, get_peft_model
+
+    def ours(seed):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM")
+        adapted = get_peft_model(copy.deepcopy(model("llama")), config).eval()
+        return SelfGeneratedICL(adapted, tokenizer_for("llama"), TASK, **FAST)
+
+    path = tmp_path / "pools.jsonl"
+    first = ours(1).generate(TEXTS[:1], path)
+    assert ours(2).generate(TEXTS[:1]) != first
+    with pytest.raises(ValueError, match=r"other settings \(model\)"):
+        ours(2).generate(TEXTS[:1], path)
+    assert ours(1).generate(TEXTS[:1], path) == first
+
+
+def test_pools_hold_any_character(tmp_path):
+    path = tmp_path / "pools.jsonl"
+    pools = [Pool({"text": f"a{mark}b"}, {"negative": [f"{mark}c", "d"]}) for mark in ("\u2028", "\u2029", "\x85")]
+    file = PoolFile(path, {"seed": 1})
+    for index, pool in enumerate(pools):
+        file.add(index, pool)
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"index": 3, "exam')
+    again = PoolFile(path, {"seed": 1})
+    assert list(again.pools.values()) == pools and path.read_bytes() == whole
+    assert [again.get(index, pool.example) for index, pool in enumerate(pools)] == pools
+
+
+def test_pools_of_an_earlier_version_are_refused(tmp_path):
+    path = tmp_path / "pools.jsonl"
+    path.write_text('{"format": 1, "settings": {"model": "gpt2", "parameters": 5, "adapters": ["default"]}}\n')
+    with pytest.raises(ValueError, match="has format 1, .* doesn't say which adapter's texts it holds"):
+        PoolFile(path, {})
+    one_line = tmp_path / "note.jsonl"
+    one_line.write_text("something")
+    with pytest.raises(ValueError, match="is no file of pools"):
+        PoolFile(one_line, {})
+    assert one_line.read_text() == "something"
+
+
+def test_a_stop_belongs_to_chats():
+    with pytest.raises(ValueError, match="decoding.stop"):
+        sg_icl(decoding=Decoding(stop=("x",)))
 
 
 # drawing and scoring

@@ -9,6 +9,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from generation_ext.probing import features as module
 from generation_ext.probing.features import FeatureExtractor
@@ -85,9 +86,7 @@ def test_small_batches(name, limit, monkeypatch):
 
 def test_the_prefix_runs_once(monkeypatch):
     lengths, encode = [], module.encode_prefix
-    monkeypatch.setattr(
-        module, "encode_prefix", lambda traits, shared: lengths.append(len(shared)) or encode(traits, shared)
-    )
+    monkeypatch.setattr(module, "encode_prefix", lambda lm, shared: lengths.append(len(shared)) or encode(lm, shared))
     seen, run = [], FeatureExtractor._run
     monkeypatch.setattr(
         FeatureExtractor, "_run", lambda self, trees, *rest: seen.extend(map(len, trees)) or run(self, trees, *rest)
@@ -158,6 +157,36 @@ def test_files_that_are_refused(tmp_path):
         extractor.extract(TEXTS, output=tmp_path / "mine.npy")
     (tmp_path / "features.npy.json").write_text("[")
     with pytest.raises(ValueError, match="is damaged"):
+        extractor.extract(TEXTS, PREFIX, output)
+
+
+def adapted(seed):
+    """The same base, and an adapter of the same name with weights of its own."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM")
+        return get_peft_model(copy.deepcopy(model("llama")), config).eval()
+
+
+def test_features_of_another_adapter_are_refused(tmp_path):
+    output, one, other = tmp_path / "features.npy", adapted(1), adapted(2)
+    first = FeatureExtractor(one, tokenizer_for("llama")).extract(TEXTS, PREFIX, output)
+    assert not np.allclose(FeatureExtractor(other, tokenizer_for("llama")).extract(TEXTS, PREFIX), first)
+    with pytest.raises(ValueError, match="holds features of other model;"):
+        FeatureExtractor(other, tokenizer_for("llama")).extract(TEXTS, PREFIX, output)
+    np.testing.assert_array_equal(
+        FeatureExtractor(adapted(1), tokenizer_for("llama")).extract(TEXTS, PREFIX, output), first
+    )
+
+
+def test_files_that_name_no_adapter_are_refused(tmp_path):
+    output = tmp_path / "features.npy"
+    extractor = FeatureExtractor(model("gpt2"), tokenizer())
+    extractor.extract(TEXTS, PREFIX, output)
+    settings = json.loads((tmp_path / "features.npy.json").read_text())
+    earlier = {**settings, "model": "GPT2LMHeadModel", "parameters": 5}
+    (tmp_path / "features.npy.json").write_text(json.dumps(earlier))
+    with pytest.raises(ValueError, match="other model, parameters; .* earlier versions don't tell adapters apart"):
         extractor.extract(TEXTS, PREFIX, output)
 
 

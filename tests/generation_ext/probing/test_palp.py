@@ -9,6 +9,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 
 pytest.importorskip("sklearn", reason="PALPClassifier is an estimator of scikit-learn")
@@ -189,6 +190,21 @@ def test_pipeline_and_grid_search():
     assert search.best_estimator_.named_steps["palp"].model is model("llama")
     assert set(search.predict(["GREAT FUN"])) <= {"good", "bad"}
     assert len(cross_val_score(palp(), TEXTS, LABELS, cv=3)) == 3
+
+
+def test_each_adapter_has_features_of_its_own(tmp_path):
+    """Adapters of one name on one base; each is fitted on what it gives, not on what the memory has of the other."""
+    means = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM")
+        lm = get_peft_model(copy.deepcopy(model("llama")), config).eval()
+        options = {"template": TEMPLATE, "random_state": 0}
+        kept = PALPClassifier(lm, tokenizer_for("llama"), memory=tmp_path / "features", **options).fit(TEXTS, LABELS)
+        alone = PALPClassifier(lm, tokenizer_for("llama"), **options).fit(TEXTS, LABELS)
+        np.testing.assert_array_equal(kept.mean_, alone.mean_)
+        means.append(kept.mean_)
+    assert not np.allclose(*means)
 
 
 def test_features_are_kept_between_fits(tmp_path, monkeypatch):

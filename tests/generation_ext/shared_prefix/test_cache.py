@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from generation_ext.shared_prefix.batching import Planner, run_in_batches
+from generation_ext.shared_prefix.batching import BatchPlanner, run_in_batches
 from generation_ext.shared_prefix.cache import EMPTY, common_prefix, encode_prefix, layout, read_logits
 from generation_ext.shared_prefix.token_tree import TokenTree, pack, unfold
 from peft_ext.language_model import inference, language_model
@@ -33,10 +33,10 @@ def forest() -> list[TokenTree]:
 @pytest.mark.parametrize("name", CAUSAL)
 @pytest.mark.parametrize("prefix", [[], list(range(100, 140))], ids=["no prefix", "prefix"])
 def test_every_path_stands_alone(name, prefix):
-    traits, trees = language_model(model(name)), forest()
+    subject, trees = language_model(model(name)), forest()
     with inference(model(name)):
-        rows = layout(traits, trees, [[0, 2], [1]])
-        found = read_logits(traits, rows, encode_prefix(traits, prefix))
+        rows = layout(subject, trees, [[0, 2], [1]])
+        found = read_logits(subject, rows, encode_prefix(subject, prefix))
         expected = []
         for tree in trees:
             logits = {}
@@ -50,12 +50,12 @@ def test_every_path_stands_alone(name, prefix):
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_a_prefix_is_not_copied_and_not_changed(name):
-    traits = language_model(model(name))
+    subject = language_model(model(name))
     with inference(model(name)):
-        prefix = encode_prefix(traits, list(range(60)))
+        prefix = encode_prefix(subject, list(range(60)))
         before = [keys.clone() for keys in prefix.keys]
-        rows = layout(traits, forest())
-        assert torch.equal(read_logits(traits, rows, prefix), read_logits(traits, rows, prefix))
+        rows = layout(subject, forest())
+        assert torch.equal(read_logits(subject, rows, prefix), read_logits(subject, rows, prefix))
     assert all(torch.equal(keys, old) for keys, old in zip(prefix.keys, before))
     assert all(keys.shape == (1, 2, 60, 8) for keys in prefix.keys), "sliding layers keep it whole too"
     assert prefix.cache().layers[0].keys is prefix.keys[0]
@@ -82,10 +82,10 @@ def test_layouts():
 
 @pytest.mark.parametrize("prefix", [0, 300])
 def test_batches_are_whole_sorted_and_within_the_limit(prefix):
-    traits = language_model(model("llama"))
+    subject = language_model(model("llama"))
     lengths = [7, 300, 20, 20, 90, 1, 45, 260, 12] * 20
     for limit in (10**6, 10**7, 10**9):
-        planner = Planner(traits, limit, prefix)
+        planner = BatchPlanner(subject, limit, prefix)
         batches = planner.batches(lengths, [2] * len(lengths), range(len(lengths)))
         seen = [index for batch in batches for row in batch for index in row]
         assert sorted(seen) == list(range(len(lengths)))
@@ -98,13 +98,13 @@ def test_batches_are_whole_sorted_and_within_the_limit(prefix):
 
 
 def test_memory_runs_out_for_good():
-    traits = language_model(model("llama"))
+    subject = language_model(model("llama"))
 
-    def fail(batch):
+    def fail(indices, rows):
         raise torch.OutOfMemoryError("out of memory")
 
     with pytest.raises(torch.OutOfMemoryError):
-        list(run_in_batches(Planner(traits, None, 10), [5] * 20, [1] * 20, fail))
+        list(run_in_batches(BatchPlanner(subject, None, 10), [5] * 20, [1] * 20, fail))
 
 
 def test_empty_prefix():

@@ -14,6 +14,7 @@ from typing import Any, Optional
 import torch
 
 from generation_ext.data_files import read_rows
+from generation_ext.shared_prefix.sampling import Sampling
 from peft_ext.files import check_folder_writable, write_json
 from peft_ext.models import DEFAULT_MODEL
 from trl_ext.almost.evaluation.judges import ChatJudge, Judge, RewardJudge
@@ -27,7 +28,6 @@ from trl_ext.almost.evaluation.win_rate import compare, write_answers
 from trl_ext.almost.models import load_chat_tokenizer, load_policy
 from trl_ext.almost.prompts.chat import HUMAN
 from trl_ext.almost.rewards import RewardModel
-from trl_ext.almost.token_sampling import Sampling
 
 
 logger = logging.getLogger(__name__)

@@ -13,11 +13,11 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from generation_ext.shared_prefix.sampling import Sampling
 from trl_ext.almost.evaluation.judges import Comparison, Judge, Judgement
 from trl_ext.almost.evaluation.statistics import win_rate, with_interval
 from trl_ext.almost.prompts.chat import HUMAN, request_text
 from trl_ext.almost.store import RowFile
-from trl_ext.almost.token_sampling import Sampling
 from trl_ext.almost.writing.backends import Request, TransformersBackend
 
 

@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import nn
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from trl_ext.almost.token_sampling import Sampling
+from generation_ext.shared_prefix.sampling import Sampling
 from trl_ext.almost.writing.backends import TransformersBackend
 
 

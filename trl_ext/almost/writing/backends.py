@@ -12,10 +12,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from generation_ext.shared_prefix.cache import EMPTY, SharedPrefix, common_prefix
-from generation_ext.shared_prefix.decoding import can_share, prefix_of
-from generation_ext.shared_prefix.sampling import row_generator
+from generation_ext.shared_prefix.decoding import STOP_STEPS, can_share, prefix_of, sample_tokens
+from generation_ext.shared_prefix.sampling import Sampling, row_generator
 from peft_ext.language_model import CAUSAL, inference, language_model
-from trl_ext.almost.token_sampling import STOP_STEPS, Sampling, sample_tokens
 
 
 # A prefix of fewer tokens isn't worth a pass of its own.
@@ -72,14 +71,14 @@ class TransformersBackend:
     """
 
     def __init__(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32) -> None:
-        self.traits = language_model(model)
-        if self.traits.kind != CAUSAL:
-            raise TypeError(f"model ({type(self.traits.model).__name__}) is no causal language model.")
+        self.language_model = language_model(model)
+        if self.language_model.kind != CAUSAL:
+            raise TypeError(f"model ({type(self.language_model.base).__name__}) is no causal language model.")
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be positive.")
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.new_tokens = 0
-        ends = getattr(self.traits.model.generation_config, "eos_token_id", None)
+        ends = getattr(self.language_model.base.generation_config, "eos_token_id", None)
         self.ends = {*(ends if isinstance(ends, (list, tuple)) else [ends]), *tokenizer.all_special_ids} - {None}
         self._prefix: SharedPrefix = EMPTY
 
@@ -107,7 +106,7 @@ class TransformersBackend:
             places = order[start : start + size]
             if all(map(done, places)):
                 continue
-            with inference(self.traits.model):
+            with inference(self.language_model.base):
                 prefix = self._run_prefix(shared)
                 texts = self._batch([prompts[i][len(shared) :] for i in places], places, requests, prefix, sampling)
             yield list(zip(places, texts))
@@ -128,18 +127,20 @@ class TransformersBackend:
         if len({count for _, count in groups}) == 1:
             rests = [rest for rest, _ in groups]
         generators = [row_generator(f"{sampling.seed}/{key}") for key in keys]
-        with inference(self.traits.model):
-            written = sample_tokens(self.traits, self._run_prefix(shared), rests, generators, sampling, self.ends)
+        with inference(self.language_model.base):
+            written = sample_tokens(
+                self.language_model, self._run_prefix(shared), rests, generators, sampling, self.ends
+            )
         self.new_tokens += sum(map(len, written))
         return written
 
     def _shared(self, prompts: Sequence[Sequence[int]]) -> Sequence[int]:
-        shared = common_prefix(prompts) if can_share(self.traits) and len(prompts) > 1 else []
+        shared = common_prefix(prompts) if can_share(self.language_model) and len(prompts) > 1 else []
         return shared if len(shared) >= _SHORTEST_PREFIX else []
 
     def _run_prefix(self, tokens: Sequence[int]) -> SharedPrefix:
         if self._prefix.tokens != tuple(tokens):
-            self._prefix = prefix_of(self.traits, tokens)
+            self._prefix = prefix_of(self.language_model, tokens)
         return self._prefix
 
     def _batch(
@@ -157,7 +158,7 @@ class TransformersBackend:
             for number in range(count)
         ]
         over = partial(self._has_stop, stop=sampling.stop) if sampling.stop else None
-        written = sample_tokens(self.traits, prefix, prompts, generators, sampling, self.ends, over)
+        written = sample_tokens(self.language_model, prefix, prompts, generators, sampling, self.ends, over)
         written = [tokens[:-1] if tokens[-1] in self.ends else tokens for tokens in written]
         self.new_tokens += sum(map(len, written))
         texts = [_before_stop(self._text(tokens), sampling.stop) for tokens in written]
@@ -172,7 +173,7 @@ class TransformersBackend:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _check(self, requests: Sequence[Request], prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
-        limit = self.traits.max_length
+        limit = self.language_model.max_length
         for request, prompt in zip(requests, prompts):
             if not prompt:
                 raise ValueError(f"request {request.key!r} has an empty prompt.")
