@@ -10,6 +10,7 @@ import copy
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
@@ -18,6 +19,9 @@ from torch import nn
 
 from peft_ext import AlphaTuningConfig, BottleneckConfig, PeqaConfig
 from tests.tiny.models import TINY_MODELS, inputs, logits_of, tiny
+
+
+_FRESH: dict[tuple, PeftModel] = {}
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,16 @@ class Case:
         return inputs(self.model)
 
     def fresh(self, adapter_name: str = "default", dtype: torch.dtype = torch.float32, **overrides) -> PeftModel:
-        """The model with an adapter as the tuner starts it, the same at every call: an identity."""
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return get_peft_model(self.float_model(dtype), self.config(**overrides), adapter_name).eval()
+        """The model with an adapter as the tuner starts it, the same at every call: an identity.
+
+        Each is wrapped once and copied: finding a layer's codes takes far longer than what most tests look at.
+        """
+        key = (repr(self), adapter_name, dtype, repr(overrides))
+        if key not in _FRESH:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                _FRESH[key] = get_peft_model(self.float_model(dtype), self.config(**overrides), adapter_name).eval()
+        return copy.deepcopy(_FRESH[key])
 
     def moved(self, adapter_name: str = "default", dtype: torch.dtype = torch.float32, **overrides) -> PeftModel:
         """The model with an adapter away from the identity, so that a path that ignores it can't pass."""
@@ -55,10 +65,13 @@ class Case:
 
     def with_two_adapters(self) -> PeftModel:
         """Adapters "default" (active) and "other", both away from the identity and unlike each other."""
-        model = self.moved()
-        model.add_adapter("other", self.config())
-        move_adapter(model, "other", strength=self.strength, seed=1)
-        return model.eval()
+        key = (repr(self), "default", "other")
+        if key not in _FRESH:
+            model = self.moved()
+            model.add_adapter("other", self.config())
+            move_adapter(model, "other", strength=self.strength, seed=1)
+            _FRESH[key] = model.eval()
+        return copy.deepcopy(_FRESH[key])
 
     def logits(self, model: nn.Module, **kwargs) -> torch.Tensor:
         with torch.no_grad():
@@ -68,6 +81,11 @@ class Case:
     def merges(self) -> bool:
         """Whether the tuner's adapters can be merged; a non-linear one's can't."""
         return self.config_cls is not BottleneckConfig
+
+    @property
+    def saves_modules(self) -> bool:
+        """Whether a module is trained in full beside the adapter, by its own name or as a classifier's head."""
+        return bool(self.kwargs.get("modules_to_save")) or self.kwargs.get("task_type") == "SEQ_CLS"
 
     @property
     def generates(self) -> bool:
@@ -126,13 +144,22 @@ CASES = [
     _bottleneck("mlp-head", "mlp", bottleneck_dim=4, target_modules=["lin0"], modules_to_save=["head"]),
     _bottleneck("conv", "conv", bottleneck_dim=4, target_modules=["lin0"]),
 ]
+# For bookkeeping, which knows neither bits nor groups, start or parametrisation: one row for each tuner, architecture and
+# whether there is a head that is trained in full.
+ONE_PER_ARCHITECTURE = list({(row.config_cls, row.model, row.saves_modules): row for row in reversed(CASES)}.values())[
+    ::-1
+]
 CASES_THAT_GENERATE = [case for case in CASES if case.generates]
 CASES_THAT_MERGE = [case for case in CASES if case.merges]
 TRANSFORMERS_CASES = [case for case in CASES if TINY_MODELS[case.model].blocks]
 
 
-def case_ids(cases: list[Case]) -> list[str]:
-    return [case.name for case in cases]
+def over(cases: list[Case]) -> pytest.MarkDecorator:
+    """Parametrises `case` over these rows only."""
+    return pytest.mark.parametrize("case", cases, ids=[case.name for case in cases])
+
+
+once_per_architecture = over(ONE_PER_ARCHITECTURE)
 
 
 def prefix_of(model: PeftModel) -> str:

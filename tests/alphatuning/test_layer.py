@@ -13,12 +13,12 @@ from peft_ext import AlphaTuningConfig, PeqaConfig, calibrate
 from peft_ext.quant.binary import quantize_binary
 from peft_ext.quant.error_feedback import quantize_binary_calibrated
 from peft_ext.quant.linear import PackedLinear
-from tests.cases import CASES, assert_differs, assert_same, case_ids, move_adapter, train, tuner_layers
+from tests.cases import CASES, assert_differs, assert_same, move_adapter, over, train, tuner_layers
 from tests.tiny.models import HIDDEN, LAYERS, inputs, logits_of, tiny
 
 
 ALPHA_CASES = [case for case in CASES if case.config_cls is AlphaTuningConfig]
-alpha_cases = pytest.mark.parametrize("case", ALPHA_CASES, ids=case_ids(ALPHA_CASES))
+alpha_cases = over(ALPHA_CASES)
 LLAMA_CHANNELS = LAYERS * (2 * HIDDEN + 2 * HIDDEN // 2 + 2 * 2 * HIDDEN + HIDDEN)
 BATCHES = [
     {"input_ids": torch.randint(3, 100, (2, 16), generator=torch.Generator().manual_seed(seed))} for seed in range(3)

@@ -19,8 +19,8 @@ from tests.cases import (
     adapter_parameters,
     assert_differs,
     assert_same,
-    case_ids,
     move_adapter,
+    over,
     train,
     tuner_layers,
 )
@@ -28,7 +28,7 @@ from tests.tiny.models import HIDDEN, LAYERS, inputs, logits_of, tiny
 
 
 PEQA_CASES = [case for case in CASES if case.config_cls is PeqaConfig]
-peqa_cases = pytest.mark.parametrize("case", PEQA_CASES, ids=case_ids(PEQA_CASES))
+peqa_cases = over(PEQA_CASES)
 # q, o: HIDDEN; k, v: HIDDEN / 2; gate, up: 2 * HIDDEN; down: HIDDEN
 LLAMA_CHANNELS = LAYERS * (2 * HIDDEN + 2 * HIDDEN // 2 + 2 * 2 * HIDDEN + HIDDEN)
 

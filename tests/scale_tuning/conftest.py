@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from tests.cases import CASES, case_ids
+from tests.cases import CASES
 
 
 def pytest_generate_tests(metafunc):
-    """A test takes `case` for the whole table; one that needs fewer rows parametrises `case` itself."""
+    """A test takes `case` for the whole table; one that needs fewer rows has a mark of its own (`tests.cases.over`)."""
     own = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
     if "case" in metafunc.fixturenames and not any(names == "case" for names in own):
-        metafunc.parametrize("case", CASES, ids=case_ids(CASES))
+        metafunc.parametrize("case", CASES, ids=[case.name for case in CASES])

@@ -10,18 +10,25 @@ import torch
 from peft import get_peft_model
 
 from peft_ext import PeqaConfig
-from tests.cases import CASES, adapter_parameters, assert_differs, assert_same, case_ids, move_adapter, tuner_layers
+from tests.cases import (
+    CASES,
+    ONE_PER_ARCHITECTURE,
+    adapter_parameters,
+    assert_differs,
+    assert_same,
+    move_adapter,
+    once_per_architecture,
+    over,
+    tuner_layers,
+)
 from tests.tiny.models import logits_of, tiny
 
 
-def _saves_modules(case) -> bool:
-    return bool(case.kwargs.get("modules_to_save")) or case.kwargs.get("task_type") == "SEQ_CLS"
+plain_cases = over([case for case in CASES if not case.saves_modules])
+plain_once_per_architecture = over([case for case in ONE_PER_ARCHITECTURE if not case.saves_modules])
 
 
-WITHOUT_MODULES_TO_SAVE = [case for case in CASES if not _saves_modules(case)]
-plain_cases = pytest.mark.parametrize("case", WITHOUT_MODULES_TO_SAVE, ids=case_ids(WITHOUT_MODULES_TO_SAVE))
-
-
+@once_per_architecture
 def test_set_adapter(case):
     model = case.with_two_adapters()
     assert model.active_adapters == ["default"]
@@ -48,6 +55,7 @@ def test_an_added_adapter_starts_as_the_base_and_changes_no_other(case):
     assert_same(case.logits(model), base)
 
 
+@once_per_architecture
 def test_adapters_share_one_base(case):
     model = case.moved()
     before = {name: id(layer.get_base_layer()) for name, layer in tuner_layers(model).items()}
@@ -55,7 +63,7 @@ def test_adapters_share_one_base(case):
     assert {name: id(layer.get_base_layer()) for name, layer in tuner_layers(model).items()} == before
 
 
-@plain_cases
+@plain_once_per_architecture
 def test_switching_freezes_what_was_unfrozen_by_hand(case):
     """As PEFT's own layers do, though ours look only at the adapters that can be unfrozen."""
     model = case.with_two_adapters()
@@ -72,6 +80,7 @@ def test_switching_freezes_what_was_unfrozen_by_hand(case):
     assert not any(parameter.requires_grad for parameter in adapter_parameters(model, "third").values())
 
 
+@once_per_architecture
 def test_only_the_active_adapter_requires_grad(case):
     model = case.with_two_adapters()
     for active, inactive in (("default", "other"), ("other", "default")):
@@ -82,6 +91,7 @@ def test_only_the_active_adapter_requires_grad(case):
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+@once_per_architecture
 def test_set_requires_grad(case):
     model = case.with_two_adapters()
     model.set_requires_grad(["default", "other"], requires_grad=False)
@@ -108,6 +118,7 @@ def test_several_active_adapters(case):
     assert all(parameter.requires_grad for parameter in adapter_parameters(model, "other").values())
 
 
+@once_per_architecture
 def test_adding_a_name_that_exists_changes_nothing(case):
     model = case.moved()
     before = case.logits(model)
@@ -116,12 +127,14 @@ def test_adding_a_name_that_exists_changes_nothing(case):
     assert torch.equal(case.logits(model), before)
 
 
+@once_per_architecture
 def test_setting_an_unknown_adapter(case):
     model = case.moved()
     with pytest.raises(ValueError, match="nobody"):
         model.set_adapter("nobody")
 
 
+@once_per_architecture
 def test_delete_the_active_adapter(case):
     model = case.with_two_adapters()
     model.set_adapter("other")
@@ -137,6 +150,7 @@ def test_delete_the_active_adapter(case):
     assert torch.equal(case.logits(model), expected)
 
 
+@once_per_architecture
 def test_delete_an_inactive_adapter(case):
     model = case.with_two_adapters()
     before = case.logits(model)
@@ -155,6 +169,7 @@ def test_delete_the_last_adapter_leaves_the_base(case):
         assert_same(logits_of(model.base_model, case.inputs()), base)
 
 
+@once_per_architecture
 def test_delete_then_add_again_starts_anew(case):
     model = case.with_two_adapters()
     with model.disable_adapter():
@@ -165,6 +180,7 @@ def test_delete_then_add_again_starts_anew(case):
     assert_same(case.logits(model.eval()), base)
 
 
+@once_per_architecture
 def test_delete_an_unknown_adapter(case):
     model = case.moved()
     with pytest.raises(ValueError, match="nobody.* does not exist"):
@@ -201,7 +217,7 @@ def test_weighted_adapter_of_two(case, weights):
     assert_same(case.logits(model), case.logits(case.moved()))
 
 
-@plain_cases
+@plain_once_per_architecture
 def test_weighted_adapter_is_not_trained_by_itself(case):
     model = case.with_two_adapters()
     model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "sum")
@@ -209,7 +225,7 @@ def test_weighted_adapter_is_not_trained_by_itself(case):
     assert not any(parameter.requires_grad for parameter in adapter_parameters(model, "sum").values())
 
 
-@plain_cases
+@plain_once_per_architecture
 def test_weighted_adapter_of_an_unknown_one(case):
     model = case.moved()
     with pytest.raises(ValueError, match="nobody.* does not exist"):
@@ -217,7 +233,7 @@ def test_weighted_adapter_of_an_unknown_one(case):
     assert "sum" not in model.peft_config
 
 
-@plain_cases
+@plain_once_per_architecture
 def test_weighted_adapter_needs_a_weight_for_each(case):
     model = case.with_two_adapters()
     with pytest.raises(ValueError, match="weight"):

@@ -14,17 +14,20 @@ from torch import nn
 
 from tests.cases import (
     CASES_THAT_GENERATE,
+    ONE_PER_ARCHITECTURE,
     TRANSFORMERS_CASES,
     adapter_parameters,
     assert_differs,
     assert_same,
-    case_ids,
     move_adapter,
+    once_per_architecture,
+    over,
     tuner_layers,
 )
 from tests.tiny.models import logits_of
 
 
+@once_per_architecture
 def test_attributes(case):
     model = case.fresh()
     config = model.peft_config["default"]
@@ -44,6 +47,7 @@ def test_every_target_becomes_a_tuner_layer(case):
         assert layer.active_adapters == ["default"] and not layer.merged and not layer.disable_adapters
 
 
+@once_per_architecture
 def test_tuner_layers_show_the_size_of_the_layer_that_they_replace(case):
     before = dict(case.float_model().named_modules())
     for name, layer in tuner_layers(case.fresh().base_model.model).items():
@@ -57,6 +61,7 @@ def test_tuner_layers_show_the_size_of_the_layer_that_they_replace(case):
             assert torch.equal(layer.bias, before[name].bias)
 
 
+@once_per_architecture
 def test_custom_adapter_name(case):
     model = case.moved(adapter_name="mine")
     assert list(model.peft_config) == ["mine"]
@@ -65,6 +70,7 @@ def test_custom_adapter_name(case):
     assert torch.isfinite(case.logits(model)).all()
 
 
+@once_per_architecture
 def test_forward_takes_positional_and_keyword_arguments(case):
     model = case.moved()
     batch = case.inputs()
@@ -105,7 +111,7 @@ def test_a_moved_adapter_changes_the_output(case):
     assert_differs(case.logits(case.moved()), case.logits(case.fresh()))
 
 
-@pytest.mark.parametrize("case", TRANSFORMERS_CASES, ids=case_ids(TRANSFORMERS_CASES))
+@over([case for case in ONE_PER_ARCHITECTURE if case in TRANSFORMERS_CASES])
 def test_inputs_embeds(case):
     model = case.moved()
     batch = case.inputs()
@@ -116,7 +122,7 @@ def test_inputs_embeds(case):
         assert_same(model(inputs_embeds=embeds, **rest)[0], expected)
 
 
-@pytest.mark.parametrize("case", CASES_THAT_GENERATE, ids=case_ids(CASES_THAT_GENERATE))
+@over(CASES_THAT_GENERATE)
 def test_generate(case):
     model = case.moved()
     batch = {key: value for key, value in case.inputs().items() if key != "decoder_input_ids"}
@@ -128,7 +134,7 @@ def test_generate(case):
         assert torch.equal(cached, model.generate(batch["input_ids"], attention_mask=mask, **kwargs))
 
 
-@pytest.mark.parametrize("case", CASES_THAT_GENERATE, ids=case_ids(CASES_THAT_GENERATE))
+@over([case for case in ONE_PER_ARCHITECTURE if case.generates])
 def test_generate_uses_the_adapter(case):
     model = case.moved()
     batch = {key: value for key, value in case.inputs().items() if key != "decoder_input_ids"}
@@ -154,6 +160,7 @@ def test_disable_adapter_gives_the_base(case):
     assert torch.equal(case.logits(model), enabled)
 
 
+@once_per_architecture
 def test_disable_adapter_is_undone_after_an_error(case):
     model = case.moved()
     enabled = case.logits(model)
@@ -163,6 +170,7 @@ def test_disable_adapter_is_undone_after_an_error(case):
     assert all(not layer.disable_adapters for layer in tuner_layers(model).values())
 
 
+@once_per_architecture
 def test_disable_and_enable_adapter_layers(case):
     model = case.moved()
     enabled = case.logits(model)
@@ -198,6 +206,7 @@ def test_state_dict_round_trip(case):
     assert torch.equal(case.logits(other), case.logits(model))
 
 
+@once_per_architecture
 def test_layer_and_model_status(case):
     model = case.moved()
     layers = model.get_layer_status()
@@ -219,6 +228,7 @@ def test_layer_and_model_status(case):
     assert model.get_model_status().merged_adapters == ("irregular" if model.modules_to_save else ["default"])
 
 
+@once_per_architecture
 def test_inject_adapter_in_model(case):
     expected = case.logits(case.fresh())
     model = inject_adapter_in_model(case.config(), case.float_model()).eval()
@@ -250,6 +260,7 @@ def test_wrapping_does_not_change_the_callers_config(case):
     assert again.peft_config["default"].to_dict()
 
 
+@once_per_architecture
 def test_repr_names_the_layers(case):
     text = repr(case.fresh())
     assert next(iter(model_name for model_name in case.float_model()._modules)) in text

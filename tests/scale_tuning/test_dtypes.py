@@ -9,14 +9,14 @@ from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import nn
 
-from tests.cases import CASES, adapter_parameters, assert_differs, assert_same, case_ids, move_adapter, train
+from tests.cases import CASES, adapter_parameters, assert_differs, assert_same, move_adapter, over, train
 from tests.tiny.models import logits_of
 
 
 HALVES = [torch.float16, torch.bfloat16]
 FEW_NAMES = ("peqa-llama-3bit-groups", "peqa-gpt2-4bit", "peqa-mlp-4bit", "alphatuning-gpt2-4bit", "bottleneck-llama")
 FEW = [case for case in CASES if case.name in FEW_NAMES]
-few_cases = pytest.mark.parametrize("case", FEW, ids=case_ids(FEW))
+few_cases = over(FEW)
 # Tracing takes seconds; the tuner layers of larger models are the same.
 COMPILED_NAMES = (
     "peqa-mlp-4bit",
@@ -134,7 +134,7 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("case", COMPILED, ids=case_ids(COMPILED))
+@over(COMPILED)
 def test_compile(case, _fresh_compiler, tmp_path):
     """One graph without breaks; a hot swap needs no second one."""
     model = case.with_two_adapters()
@@ -153,7 +153,7 @@ def test_compile(case, _fresh_compiler, tmp_path):
     assert_same(case.logits(compiled), second)
 
 
-@pytest.mark.parametrize("case", COMPILED[1:], ids=case_ids(COMPILED[1:]))
+@over(COMPILED[1:])
 def test_training_a_compiled_model(case, _fresh_compiler):
     model, reference = case.moved(), case.moved()
     model.base_model.model.drop = reference.base_model.model.drop = nn.Identity()

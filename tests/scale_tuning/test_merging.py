@@ -11,16 +11,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from tests.cases import (
     CASES_THAT_MERGE,
+    ONE_PER_ARCHITECTURE,
     adapter_parameters,
     assert_differs,
     assert_same,
-    case_ids,
     move_adapter,
+    over,
     tuner_layers,
 )
 
 
-pytestmark = pytest.mark.parametrize("case", CASES_THAT_MERGE, ids=case_ids(CASES_THAT_MERGE))
+merging_cases = over(CASES_THAT_MERGE)
+merging_once_per_architecture = over([case for case in ONE_PER_ARCHITECTURE if case.merges])
 
 
 def _state(model) -> dict[str, torch.Tensor]:
@@ -34,6 +36,7 @@ def _assert_same_state(model, before: dict[str, torch.Tensor]) -> None:
         torch.testing.assert_close(after[key], value, rtol=0.0, atol=0.0, equal_nan=True, msg=key)
 
 
+@merging_cases
 def test_merge_and_unmerge(case):
     model = case.moved()
     before, state = case.logits(model), _state(model)
@@ -46,6 +49,7 @@ def test_merge_and_unmerge(case):
     assert torch.equal(case.logits(model), before)
 
 
+@merging_cases
 def test_unmerge_is_exact_even_where_a_scale_became_zero(case):
     model = case.moved()
     for parameter in adapter_parameters(model).values():
@@ -57,6 +61,7 @@ def test_unmerge_is_exact_even_where_a_scale_became_zero(case):
     _assert_same_state(model, state)
 
 
+@merging_once_per_architecture
 def test_merging_twice_warns_and_changes_nothing(case):
     model = case.moved()
     model.merge_adapter()
@@ -66,12 +71,14 @@ def test_merging_twice_warns_and_changes_nothing(case):
     _assert_same_state(model, state)
 
 
+@merging_once_per_architecture
 def test_unmerging_without_a_merge_warns(case):
     model = case.moved()
     with pytest.warns(UserWarning, match="Already unmerged"):
         model.unmerge_adapter()
 
 
+@merging_cases
 def test_disable_adapter_while_merged_gives_the_base(case):
     model = case.fresh()
     base = case.logits(model)
@@ -83,6 +90,7 @@ def test_disable_adapter_while_merged_gives_the_base(case):
     assert_same(case.logits(model), enabled)
 
 
+@merging_cases
 def test_training_cannot_silently_use_a_merged_adapter(case):
     model = case.moved()
     enabled = case.logits(model)
@@ -93,6 +101,7 @@ def test_training_cannot_silently_use_a_merged_adapter(case):
     assert_differs(case.logits(model), enabled)
 
 
+@merging_cases
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_safe_merge_refuses_a_broken_adapter_and_leaves_the_base_alone(case, broken):
     model = case.moved()
@@ -109,6 +118,7 @@ def test_safe_merge_refuses_a_broken_adapter_and_leaves_the_base_alone(case, bro
     _assert_same_state(model, state)
 
 
+@merging_cases
 @pytest.mark.parametrize("safe_merge", [False, True])
 def test_merge_and_unload(case, safe_merge):
     model = case.moved()
@@ -120,6 +130,7 @@ def test_merge_and_unload(case, safe_merge):
     assert_same(case.logits(merged), before)
 
 
+@merging_once_per_architecture
 def test_merge_and_unload_a_merged_model(case):
     model = case.moved()
     before = case.logits(model)
@@ -129,6 +140,7 @@ def test_merge_and_unload_a_merged_model(case):
     assert_same(case.logits(merged), before)
 
 
+@merging_cases
 def test_unload_gives_the_base(case):
     model = case.fresh()
     base = case.logits(model)
@@ -138,6 +150,7 @@ def test_unload_gives_the_base(case):
     assert_same(case.logits(unloaded), base)
 
 
+@merging_cases
 def test_unload_a_merged_model_keeps_what_was_merged(case):
     model = case.moved()
     before = case.logits(model)
@@ -145,12 +158,10 @@ def test_unload_a_merged_model_keeps_what_was_merged(case):
     assert_same(case.logits(model.unload()), before)
 
 
+@merging_cases
 def test_merge_one_of_two_adapters(case):
     model = case.with_two_adapters()
-    if case.kwargs.get("modules_to_save") or case.kwargs.get("task_type") == "SEQ_CLS":
-        model.set_adapter("other")
-    else:
-        model.set_adapter("default")
+    model.set_adapter("other" if case.saves_modules else "default")
     active = model.active_adapters
     expected = case.logits(model)
     twin = copy.deepcopy(model)
@@ -161,9 +172,8 @@ def test_merge_one_of_two_adapters(case):
     assert_same(case.logits(twin.merge_and_unload(adapter_names=[inactive])), expected)
 
 
+@over([case for case in CASES_THAT_MERGE if not case.saves_modules])  # PEFT lets only one with a head be active
 def test_merging_two_adapters_equals_both_active(case):
-    if case.kwargs.get("modules_to_save") or case.kwargs.get("task_type") == "SEQ_CLS":
-        pytest.skip("PEFT lets only one adapter with modules_to_save be active")
     model = case.with_two_adapters()
     first = case.logits(model)
     model.base_model.set_adapter(["default", "other"])
@@ -179,12 +189,14 @@ def test_merging_two_adapters_equals_both_active(case):
     _assert_same_state(one_by_one, state)
 
 
+@merging_once_per_architecture
 def test_adapter_names_to_merge_must_be_a_list(case):
     model = case.moved()
     with pytest.raises(TypeError, match="list"):
         model.merge_adapter(adapter_names="default")
 
 
+@merging_once_per_architecture
 def test_a_merged_adapter_cannot_be_deleted(case):
     model = case.with_two_adapters()
     model.merge_adapter()

@@ -11,7 +11,16 @@ from peft import get_peft_model
 
 from peft_ext import PeqaConfig
 from peft_ext.scale_tuning.layer import ScaleTuningLinear
-from tests.cases import CASES, CASES_THAT_MERGE, assert_differs, assert_same, case_ids, move_adapter, tuner_layers
+from tests.cases import (
+    CASES,
+    ONE_PER_ARCHITECTURE,
+    assert_differs,
+    assert_same,
+    move_adapter,
+    once_per_architecture,
+    over,
+    tuner_layers,
+)
 from tests.tiny.models import tiny
 
 
@@ -20,7 +29,7 @@ NAMES = ["default", "__base__", "other"]
 OPT_ATTENTION = {"target_modules": ["q_proj", "k_proj", "v_proj"]}
 MIXED_CASES = [replace(case, kwargs=OPT_ATTENTION) if case.model == "opt" else case for case in CASES]
 MIXED_CASES_THAT_GENERATE = [case for case in MIXED_CASES if case.generates]
-mixed_cases = pytest.mark.parametrize("case", MIXED_CASES, ids=case_ids(MIXED_CASES))
+mixed_cases = over(MIXED_CASES)
 
 
 def _expected(case, model) -> torch.Tensor:
@@ -60,12 +69,14 @@ def test_all_rows_of_one_adapter(case):
     assert_same(case.logits(model, adapter_names=["__base__"] * 3), base)
 
 
+@once_per_architecture
 def test_a_disabled_model_ignores_the_names(case):
     model = case.with_two_adapters()
     with model.disable_adapter():
         assert torch.equal(case.logits(model, adapter_names=NAMES), case.logits(model))
 
 
+@once_per_architecture
 def test_unknown_name(case):
     model = case.with_two_adapters()
     with pytest.raises(ValueError, match="non-existing adapter.*nobody"):
@@ -73,6 +84,7 @@ def test_unknown_name(case):
     assert torch.isfinite(case.logits(model)).all()
 
 
+@once_per_architecture
 @pytest.mark.parametrize("names", [["default"], ["default"] * 4, []], ids=["short", "long", "empty"])
 def test_wrong_number_of_names(case, names):
     model = case.with_two_adapters()
@@ -82,19 +94,21 @@ def test_wrong_number_of_names(case, names):
     assert torch.equal(case.logits(model), before)  # the hooks are gone after the error
 
 
+@once_per_architecture
 def test_names_must_be_a_list(case):
     model = case.with_two_adapters()
     with pytest.raises(TypeError, match="adapter names"):
         case.logits(model, adapter_names="default")
 
 
+@once_per_architecture
 def test_training_mode_is_refused(case):
     model = case.with_two_adapters().train()
     with pytest.raises(ValueError, match="training mode"):
         case.logits(model, adapter_names=NAMES)
 
 
-@pytest.mark.parametrize("case", CASES_THAT_MERGE, ids=case_ids(CASES_THAT_MERGE))
+@over([case for case in ONE_PER_ARCHITECTURE if case.merges])
 def test_merged_adapters_are_refused(case):
     model = case.with_two_adapters()
     model.merge_adapter()
@@ -102,7 +116,7 @@ def test_merged_adapters_are_refused(case):
         case.logits(model, adapter_names=NAMES)
 
 
-@pytest.mark.parametrize("case", MIXED_CASES_THAT_GENERATE, ids=case_ids(MIXED_CASES_THAT_GENERATE))
+@over(MIXED_CASES_THAT_GENERATE)
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generate(case, beams):
     model = case.with_two_adapters()

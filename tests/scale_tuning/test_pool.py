@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from peft_ext import AdapterPool, AlphaTuningConfig, PeqaConfig
 from peft_ext.quant.conversion import packed_layers
-from tests.cases import CASES_THAT_MERGE, assert_differs, assert_same, case_ids, move_adapter
+from tests.cases import CASES_THAT_MERGE, assert_differs, assert_same, move_adapter, over
 from tests.tiny.models import inputs, tiny
 
 
 FILE = "adapter_model.safetensors"
 # A pool is for scales; a classifier's head is trained in full, which it has no room for.
 POOL_CASES = [case for case in CASES_THAT_MERGE if "modules_to_save" not in case.kwargs and case.model != "bert"]
-pool_cases = pytest.mark.parametrize("case", POOL_CASES, ids=case_ids(POOL_CASES))
+pool_cases = over(POOL_CASES)
 # OPT flattens batch and tokens, which leaves no samples to tell apart
 MIXED_CASES = [case for case in POOL_CASES if case.model != "opt"]
 
@@ -60,7 +60,7 @@ def test_activate(case, tmp_path):
 
 
 @pytest.mark.parametrize("together", [True, False])
-@pytest.mark.parametrize("case", MIXED_CASES, ids=case_ids(MIXED_CASES))
+@over(MIXED_CASES)
 def test_mixed(case, together, tmp_path, monkeypatch):
     if not together:
         monkeypatch.setattr("peft_ext.scale_tuning.pool._STACKED_BYTES", 0)

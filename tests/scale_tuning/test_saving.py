@@ -28,8 +28,9 @@ from tests.cases import (
     adapter_parameters,
     assert_differs,
     assert_same,
-    case_ids,
     move_adapter,
+    once_per_architecture,
+    over,
     prefix_of,
     tuner_layers,
 )
@@ -40,7 +41,7 @@ from tests.tiny.folders import save_tiny
 FEW_NAMES = ("peqa-llama-3bit-groups", "peqa-gpt2-4bit", "peqa-t5-4bit", "peqa-bert-4bit", "peqa-mlp-groups-head")
 FEW_NAMES += ("bottleneck-llama", "bottleneck-bert-pfeiffer")
 FEW = [case for case in CASES if case.name in FEW_NAMES]
-few_cases = pytest.mark.parametrize("case", FEW, ids=case_ids(FEW))
+few_cases = over(FEW)
 
 
 def _load(case, path, **kwargs) -> PeftModel:
@@ -76,6 +77,7 @@ def test_file_holds_the_adapter_and_nothing_of_the_base(case, tmp_path):
     assert layers == {f"base_model.model.{name}" for name in model.base_model.targeted_module_names}
 
 
+@once_per_architecture
 def test_adapter_config_is_for_inference_and_names_the_method(case, tmp_path):
     model = case.moved()
     model.save_pretrained(tmp_path)
@@ -116,6 +118,7 @@ def test_subfolder(case, tmp_path):
     assert_same(case.logits(restored), case.logits(model), tolerance=1e-6)
 
 
+@once_per_architecture
 def test_selected_adapters(case, tmp_path):
     model = case.with_two_adapters()
     model.save_pretrained(tmp_path / "both")
@@ -129,6 +132,7 @@ def test_selected_adapters(case, tmp_path):
     assert_same(case.logits(restored), case.logits(model), tolerance=1e-6)
 
 
+@once_per_architecture
 def test_names_that_contain_each_other(case, tmp_path):
     model = case.moved(adapter_name="adapter")
     for seed, name in enumerate(("adapter_2", "other_adapter", "a"), start=1):
@@ -203,7 +207,7 @@ def test_state_dict_functions(case):
     assert_same(case.logits(other), case.logits(model), tolerance=1e-6)
 
 
-@pytest.mark.parametrize("case", CASES_THAT_MERGE, ids=case_ids(CASES_THAT_MERGE))
+@over(CASES_THAT_MERGE)
 def test_state_dict_of_a_merged_model_is_the_adapters_own(case):
     model = case.moved()
     before = {key: value.clone() for key, value in get_peft_model_state_dict(model).items()}

@@ -13,8 +13,9 @@ from tests.cases import (
     adapter_parameters,
     assert_differs,
     assert_same,
-    case_ids,
     loss_of,
+    once_per_architecture,
+    over,
     prefix_of,
     train,
     tuner_layers,
@@ -24,8 +25,8 @@ from tests.cases import (
 FEW_NAMES = ("peqa-llama-3bit-groups", "peqa-gpt2-4bit", "peqa-opt-4bit", "peqa-t5-4bit", "peqa-bert-4bit")
 FEW_NAMES += ("alphatuning-llama-4bit", "alphatuning-bert-all", "bottleneck-llama", "bottleneck-t5")
 FEW = [case for case in CASES if case.name in FEW_NAMES]
-few_cases = pytest.mark.parametrize("case", FEW, ids=case_ids(FEW))
-transformers_cases = pytest.mark.parametrize("case", TRANSFORMERS_CASES, ids=case_ids(TRANSFORMERS_CASES))
+few_cases = over(FEW)
+transformers_cases = over(TRANSFORMERS_CASES)
 
 
 def _gradients(model, batch) -> dict[str, torch.Tensor]:
@@ -141,6 +142,7 @@ def test_autocast(case, dtype):
     assert torch.cosine_similarity(found, exact, dim=0) > 0.95
 
 
+@once_per_architecture
 def test_inference_mode_trains_nothing(case):
     model = case.fresh(inference_mode=True)
     assert not any(parameter.requires_grad for parameter in adapter_parameters(model).values())
