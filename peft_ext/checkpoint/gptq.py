@@ -194,9 +194,9 @@ class PackedGptqHfQuantizer(HfQuantizer):
             model.set_submodule(name, _GptqLayer(tensors, module, bits))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        for name, module in list(model.named_modules()):
-            if isinstance(module, _GptqLayer):
-                model.set_submodule(name, module.packed(self.quantization_config, name))
+        # one after the other: what is packed goes before the next one is unpacked
+        for name in [name for name, module in model.named_modules() if isinstance(module, _GptqLayer)]:
+            model.set_submodule(name, model.get_submodule(name).packed(self.quantization_config, name))
         make_saveable(model)
         return model
 

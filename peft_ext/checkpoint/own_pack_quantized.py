@@ -18,7 +18,7 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 from peft_ext.checkpoint.files import TensorHeader, names_in_model, read_headers, stored_layers
 from peft_ext.checkpoint.pack_quantized import OWN_BITS, TENSORS, expand
 from peft_ext.checkpoint.saving import make_saveable
-from peft_ext.checkpoint.stored_layer import StoredLayer
+from peft_ext.checkpoint.stored_layer import StoredLayer, release_pages
 
 
 class PackedTensorsHfQuantizer(CompressedTensorsHfQuantizer):
@@ -46,9 +46,9 @@ class PackedTensorsHfQuantizer(CompressedTensorsHfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.packs:
             return super()._process_model_after_weight_loading(model, **kwargs)
-        for name, module in list(model.named_modules()):
-            if isinstance(module, _StoredIntegers):
-                model.set_submodule(name, module.packed(name))
+        # one after the other: what is packed goes before the next one is unpacked
+        for name in [name for name, module in model.named_modules() if isinstance(module, _StoredIntegers)]:
+            model.set_submodule(name, model.get_submodule(name).packed(name))
         make_saveable(model)
         return model
 
@@ -86,4 +86,5 @@ class _StoredIntegers(StoredLayer):
         layer = expand(tensors, self.container_bits, self.bits, bias, name)
         layer.compute_dtype = self.compute_dtype
         layer.train(self.training)
+        release_pages(tensors["weight_packed"])
         return layer

@@ -42,6 +42,7 @@ from peft_ext.quant.uniform import UNIFORM_BITS, Quantized
 _VLLM_BITS, _VLLM_GROUP_SIZES = (4, 8), (32, 64, 128)
 # In the model's config: the width of each layer that isn't stored at its own; also tells that weights were packed.
 OWN_BITS = "packed_bits"
+_CODES_AT_ONCE = 1 << 20
 TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
 
@@ -127,7 +128,12 @@ def expand(
     scale = tensors["weight_scale"].detach().reshape(shape[0], -1).clone()
     packed_zero_point = tensors.get("weight_zero_point")
     try:
-        codes = unpack_words(tensors["weight_packed"], container_bits, bits, shape)
+        # some rows at a time: unpacking takes several bytes for a code
+        rows = max(1, _CODES_AT_ONCE // shape[1])
+        codes = torch.empty(shape, dtype=torch.uint8, device=scale.device)
+        for start in range(0, shape[0], rows):
+            part = tensors["weight_packed"][start : start + rows]
+            codes[start : start + rows] = unpack_words(part, container_bits, bits, torch.Size((len(part), shape[1])))
         if packed_zero_point is None:
             zero_point = torch.full_like(scale, 2 ** (bits - 1), dtype=torch.uint8)
         else:

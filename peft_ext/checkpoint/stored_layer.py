@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
 from collections.abc import Mapping
 from typing import Any, Optional
 
@@ -56,3 +59,17 @@ class StoredLayer(nn.Module):
                 f"layer {name!r} was offloaded, so its codes aren't there to be packed; load the model without offload "
                 "(device_map=None or a device that holds it)."
             )
+
+
+def release_pages(tensor: torch.Tensor) -> None:
+    """Give the pages of a stored tensor back that isn't read again.
+
+    safetensors maps its files, and what was read of them counts as the process's memory until the last tensor of a file is
+    gone: a model would be there twice at the end of its loading.
+    """
+    if tensor.device.type != "cpu" or not sys.platform.startswith("linux"):
+        return
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages of its own alone
+    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > start:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)

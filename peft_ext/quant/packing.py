@@ -16,6 +16,7 @@ import torch
 
 
 TILE_ROWS = 32
+_CODES_AT_ONCE = 1 << 20
 SUPPORTED_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 
 
@@ -45,6 +46,9 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     if codes.dim() != 2:
         raise ValueError(f"codes have shape {tuple(codes.shape)}; pass a matrix [out_features, in_features].")
     out_features, in_features = codes.shape
+    rows = max(1, _CODES_AT_ONCE // (TILE_ROWS * max(1, in_features))) * TILE_ROWS
+    if out_features > rows:  # a large weight in parts: each plane is as large as the codes
+        return torch.cat([pack(part, bits) for part in codes.split(rows)])
     tiles, input_bytes, _, _ = planes_shape(out_features, in_features, bits)
     padding = (0, input_bytes * 8 - in_features, 0, tiles * TILE_ROWS - out_features)
     codes = torch.nn.functional.pad(codes, padding).view(tiles, 2, TILE_ROWS // 2, input_bytes, 8)

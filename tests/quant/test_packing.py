@@ -83,3 +83,10 @@ def test_signs_are_the_bits(bits, rows, inputs, seed):
     for plane in range(bits):
         assert torch.equal(signs[plane] > 0, (codes >> plane) & 1 == 1)
     assert torch.equal(signs.abs(), torch.ones_like(signs))
+
+
+def test_a_large_weight_is_packed_in_parts_that_fit_together():
+    codes = torch.randint(8, (2 * 32 * 1024 + 7, 40), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    planes = pack(codes, 3)
+    assert planes.shape == (2 * 1024 + 1, 5, 3, 32)
+    assert torch.equal(unpack(planes, *codes.shape), codes)
