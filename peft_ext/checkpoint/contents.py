@@ -3,17 +3,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
 from peft import PeftConfig
-from safetensors import safe_open
 
 from peft_ext.checkpoint.bcq import BcqConfig, stored_format
-from peft_ext.checkpoint.files import TensorHeader, read_headers, stored_layers, weight_files
+from peft_ext.checkpoint.files import TensorHeader, read_headers, read_json, read_tensor, stored_layers, weight_files
+from peft_ext.checkpoint.gptq import QUANTIZE_CONFIG, read_quantize_config
 
 
 @dataclass
@@ -86,8 +85,8 @@ def read_contents(path: Path) -> Contents:
 
 
 def _checkpoint(path: Path) -> Contents:
-    config = _read_json(path / "config.json")
-    stored = config.get("quantization_config") or _quantize_config(path)
+    config = read_json(path / "config.json")
+    stored = config.get("quantization_config") or read_quantize_config(path / QUANTIZE_CONFIG)
     headers = read_headers(weight_files(path))
     method = stored.get("quant_method") or "float"
     tensor, reader = _READERS.get(method, ("", None))
@@ -107,18 +106,11 @@ def _checkpoint(path: Path) -> Contents:
     )
 
 
-def _quantize_config(path: Path) -> dict[str, Any]:
-    """AutoGPTQ's file of its own."""
-    own = path / "quantize_config.json"
-    return {"quant_method": "gptq", **_read_json(own)} if own.is_file() else {}
-
-
 def _pack_quantized(
     headers: dict[str, TensorHeader], name: str, stored: dict[str, Any], config: dict[str, Any]
 ) -> LayerContents:
-    shape_header, scale = _required(headers, name, "weight_shape"), _required(headers, name, "weight_scale")
-    with safe_open(shape_header.file, framework="pt") as file:
-        out_features, in_features = file.get_tensor(f"{name}.weight_shape").tolist()  # two numbers that no header has
+    header, scale = _required(headers, name, "weight_shape"), _required(headers, name, "weight_scale")
+    out_features, in_features = read_tensor(header, f"{name}.weight_shape").tolist()  # two numbers that no header has
     groups = list((stored.get("config_groups") or {}).values())
     if len(groups) == 1:
         bits = groups[0]["weights"]["num_bits"]
@@ -183,8 +175,6 @@ def _adapter(path: Path) -> Contents:
     layers = []
     for name in stored_layers(headers, f"{prefix}codes"):
         scale = _required(headers, name, f"{prefix}scale")
-        with safe_open(scale.file, framework="pt") as file:
-            fingerprint = int(file.get_tensor(f"{name}.{prefix}codes"))
         number_format = config.format_of(name)
         layers.append(
             LayerContents(
@@ -194,7 +184,7 @@ def _adapter(path: Path) -> Contents:
                 group_size=-1 if scale.shape[1] == 1 else number_format.group_size,
                 shape=scale.shape,
                 nbytes=_nbytes(headers, name),
-                fingerprint=fingerprint,
+                fingerprint=int(read_tensor(headers[f"{name}.{prefix}codes"], f"{name}.{prefix}codes")),
             )
         )
     version = getattr(config, "peft_version", None)
@@ -257,10 +247,3 @@ def _nbytes(headers: dict[str, TensorHeader], name: str) -> int:
 
 def _group_size(in_features: int, groups: int) -> int:
     return -1 if groups == 1 else in_features // groups
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is no JSON ({error}); download or save it again.") from error

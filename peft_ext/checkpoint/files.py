@@ -6,11 +6,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple, Union
+from typing import Any, NamedTuple, Union
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -40,7 +41,7 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():
         return sorted(folder.glob("*.safetensors"))
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    names = sorted(set(read_json(index)["weight_map"].values()))
     for name in names:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{str(folder)!r} lacks {name}, which its index names; download or save it again.")
@@ -67,6 +68,29 @@ def read_headers(files: Iterable[Union[str, PathLike]]) -> dict[str, TensorHeade
     return headers
 
 
+def read_tensor(header: TensorHeader, key: str) -> torch.Tensor:
+    """A stored tensor, read from its file alone."""
+    with safe_open(header.file, framework="pt") as file:
+        return file.get_tensor(key)
+
+
+def tensors_of(headers: Mapping[str, TensorHeader], layer: str, parts: Iterable[str]) -> dict[str, TensorHeader]:
+    """Those parts of a layer that are stored, such as `"planes"`."""
+    return {part: headers[f"{layer}.{part}"] for part in parts if f"{layer}.{part}" in headers}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A checkpoint's file of settings.
+
+    Raises:
+        ValueError: If it is damaged; names it.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is no JSON ({error}); download or save it again.") from error
+
+
 def stored_layers(headers: Iterable[str], tensor: str) -> list[str]:
     """The layers that have a tensor of that name, such as `"planes"`; layer 2 before layer 10."""
     names = [key.removesuffix(f".{tensor}") for key in headers if key.endswith(f".{tensor}")]
@@ -78,7 +102,7 @@ def names_in_model(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, s
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    keys, found = model.state_dict(), {}
+    keys, found = {f"{name}.weight": module for name, module in model.named_modules()}, {}
     for name in stored:
         key, _ = rename_source_key(f"{name}.weight", renamings, converters, model.base_model_prefix, keys)
         if key in keys:

@@ -19,12 +19,12 @@ transformers' own `gptq` quantizer is left alone: those who have gptqmodel keep 
 
 from __future__ import annotations
 
-import json
 import math
-from typing import Any, Optional
+from os import PathLike
+from pathlib import Path
+from typing import Any, Optional, Union
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -32,7 +32,15 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from peft_ext.checkpoint.files import TensorHeader, names_in_model, read_headers, stored_layers
+from peft_ext.checkpoint.files import (
+    TensorHeader,
+    names_in_model,
+    read_headers,
+    read_json,
+    read_tensor,
+    stored_layers,
+    tensors_of,
+)
 from peft_ext.checkpoint.pack_quantized import unpack_words
 from peft_ext.checkpoint.saving import make_saveable
 from peft_ext.checkpoint.stored_layer import StoredLayer
@@ -44,7 +52,7 @@ from peft_ext.quant.uniform import UNIFORM_BITS, Quantized
 QUANT_METHOD = "packed-gptq"
 VERSIONS = {"gptq": 1, "gptq_v2": 2}
 # AutoGPTQ keeps its config in a file of its own.
-_CONFIG_FILE = "quantize_config.json"
+QUANTIZE_CONFIG = "quantize_config.json"
 _TENSORS = ("qweight", "qzeros", "scales", "g_idx", "bias")
 _HUB_ARGUMENTS = (
     "cache_dir",
@@ -79,7 +87,7 @@ def load_gptq(
     stored = gptq_config(pretrained_model_name_or_path, config, **kwargs)
     if stored is None:
         raise ValueError(
-            f"{str(pretrained_model_name_or_path)!r} is no GPTQ checkpoint: neither its config.json nor a {_CONFIG_FILE} "
+            f"{str(pretrained_model_name_or_path)!r} is no GPTQ checkpoint: neither its config.json nor a {QUANTIZE_CONFIG} "
             "says quant_method='gptq'. Load it with from_pretrained."
         )
     config.quantization_config = PackedGptqConfig(**stored).to_dict()
@@ -101,13 +109,15 @@ def gptq_config(
     if stored is None:
         hub.pop("trust_remote_code", None)
         path = cached_file(
-            pretrained_model_name_or_path, _CONFIG_FILE, _raise_exceptions_for_missing_entries=False, **hub
+            pretrained_model_name_or_path, QUANTIZE_CONFIG, _raise_exceptions_for_missing_entries=False, **hub
         )
-        if path is None:
-            return None
-        with open(path, encoding="utf-8") as file:
-            stored = {"quant_method": "gptq", **json.load(file)}
+        stored = read_quantize_config(path)
     return {**stored, "quant_method": QUANT_METHOD} if stored.get("quant_method") == "gptq" else None
+
+
+def read_quantize_config(path: Union[str, PathLike, None]) -> dict[str, Any]:
+    """AutoGPTQ's file of settings, as config.json would have them; empty where there is none."""
+    return {"quant_method": "gptq", **read_json(Path(path))} if path is not None and Path(path).is_file() else {}
 
 
 class PackedGptqConfig(QuantizationConfigMixin):
@@ -189,7 +199,7 @@ class PackedGptqHfQuantizer(HfQuantizer):
         for name, key in in_file.items():
             module = modules[name]
             out_features, in_features = (module.weight.t() if isinstance(module, Conv1D) else module.weight).shape
-            tensors = {part: headers[f"{key}.{part}"] for part in _TENSORS if f"{key}.{part}" in headers}
+            tensors = tensors_of(headers, key, _TENSORS)
             bits = _check_tensors(key, tensors, in_features, out_features, self.quantization_config)
             model.set_submodule(name, _GptqLayer(tensors, module, bits))
 
@@ -279,7 +289,7 @@ def _check_tensors(
             f"layer {name!r} has {in_features} inputs in {groups} groups of unequal sizes, which packed layers don't have."
         )
     if "g_idx" in tensors:
-        _check_order(name, tensors["g_idx"], f"{name}.g_idx", in_features // groups)
+        _check_order(name, read_tensor(tensors["g_idx"], f"{name}.g_idx"), in_features // groups)
     return bits
 
 
@@ -297,10 +307,8 @@ def _width(name: str, shape: tuple[int, ...], in_features: int, out_features: in
     return fitting[0]
 
 
-def _check_order(name: str, header: TensorHeader, key: str, group_size: int) -> None:
+def _check_order(name: str, g_idx: torch.Tensor, group_size: int) -> None:
     """Refuse groups that don't consist of neighbouring inputs."""
-    with safe_open(header.file, framework="pt") as file:
-        g_idx = file.get_tensor(key)
     # transformers builds the model with the meta device as default
     if not torch.equal(g_idx.long(), torch.arange(len(g_idx), device="cpu") // group_size):
         raise ValueError(

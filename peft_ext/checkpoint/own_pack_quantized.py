@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
-from peft_ext.checkpoint.files import TensorHeader, names_in_model, read_headers, stored_layers
+from peft_ext.checkpoint.files import TensorHeader, names_in_model, read_headers, stored_layers, tensors_of
 from peft_ext.checkpoint.pack_quantized import OWN_BITS, TENSORS, expand
 from peft_ext.checkpoint.saving import make_saveable
 from peft_ext.checkpoint.stored_layer import StoredLayer, release_pages
@@ -39,7 +39,7 @@ class PackedTensorsHfQuantizer(CompressedTensorsHfQuantizer):
         weights = self.quantization_config.quantization_config.config_groups["group_0"].weights
         own_bits = getattr(model.config, OWN_BITS) or {}
         for name, key in in_file.items():
-            tensors = {part: headers[f"{key}.{part}"] for part in (*TENSORS, "bias") if f"{key}.{part}" in headers}
+            tensors = tensors_of(headers, key, (*TENSORS, "bias"))
             bits = own_bits.get(key, own_bits.get(name, weights.num_bits))
             model.set_submodule(name, _StoredIntegers(tensors, modules[name], weights.num_bits, bits, key))
 

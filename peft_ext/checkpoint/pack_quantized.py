@@ -16,15 +16,11 @@ points at 4 bits only; it rounds the scales to the model's float16 or bfloat16. 
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, Optional
 
 import torch
 from peft.utils.integrations import skip_init_on_device
-from safetensors import safe_open
 from torch import nn
 from transformers import CompressedTensorsConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -32,6 +28,16 @@ from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file
 
+from peft_ext.checkpoint.files import (
+    TensorHeader,
+    names_in_model,
+    read_headers,
+    read_json,
+    read_tensor,
+    stored_layers,
+    tensors_of,
+    weight_files,
+)
 from peft_ext.quant.conversion import dequantize_layers, float_layers, packed_layers
 from peft_ext.quant.formats import Uniform
 from peft_ext.quant.linear import PackedLinear
@@ -180,11 +186,11 @@ def restore(model: nn.Module) -> None:
     """
     if not isinstance(model, PreTrainedModel):
         return
-    prefix, own_bits = model.base_model_prefix, getattr(model.config, OWN_BITS, None) or {}
+    own_bits = getattr(model.config, OWN_BITS, None) or {}
+    in_config = names_in_model(model, own_bits)
     for name, module in model.named_modules():
         if is_compressed(module):
-            own = (own_bits[key] for key in _possible_names(name, prefix) if key in own_bits)
-            module.own_bits = next(own, module.quantization_scheme.weights.num_bits)
+            module.own_bits = own_bits.get(in_config.get(name), module.quantization_scheme.weights.num_bits)
     if not _lies_dequantized(model):
         return
     source = _checkpoint_config(model)
@@ -192,27 +198,25 @@ def restore(model: nn.Module) -> None:
         return
     scheme = next(iter(source["quantization_config"]["config_groups"].values()))["weights"]
     own_bits = source.get(OWN_BITS) or {}
-    layers = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and hasattr(m, "weight")}
-    with _open_checkpoint(model) as read:
-        for name, module in layers.items():
-            stored = _name_in_file(name, prefix, read)
-            if stored is None or module.weight.device.type == "meta":
-                continue
-            tensors = {key: read(f"{stored}.{key}") for key in TENSORS}
-            stored_bits = scheme["num_bits"]
-            present = {key: tensor for key, tensor in tensors.items() if tensor is not None}
-            packed = expand(present, stored_bits, own_bits.get(stored, stored_bits), module.bias, name)
-            packed.to(module.weight.device).compute_dtype = module.weight.dtype
-            if torch.equal(packed.weight, module.weight):
-                packed.train(module.training)
-                model.set_submodule(name, packed)
+    headers = _checkpoint_headers(model)
+    for name, key in names_in_model(model, stored_layers(headers, "weight_packed")).items():
+        module = model.get_submodule(name)
+        if type(module) is not nn.Linear or module.weight.device.type == "meta":
+            continue
+        found = tensors_of(headers, key, TENSORS)
+        tensors = {part: read_tensor(header, f"{key}.{part}") for part, header in found.items()}
+        packed = expand(tensors, scheme["num_bits"], own_bits.get(key, scheme["num_bits"]), module.bias, name)
+        packed.to(module.weight.device).compute_dtype = module.weight.dtype
+        if torch.equal(packed.weight, module.weight):
+            packed.train(module.training)
+            model.set_submodule(name, packed)
 
 
 def _lies_dequantized(model: PreTrainedModel) -> bool:
     """Whether a model may have come dequantised from a packed checkpoint."""
     if any(is_compressed(layer) or isinstance(layer, PackedLinear) for layer in model.modules()):
         return False
-    if hasattr(model.config, OWN_BITS) and _checkpoint_file(model, "config.json") is None:
+    if hasattr(model.config, OWN_BITS) and _checkpoint_folder(model) is None:
         raise ValueError(_not_found(model, "config.json"))
     return True
 
@@ -223,16 +227,6 @@ def _not_found(model: PreTrainedModel, name: str) -> str:
         "its integers from; load it from its own folder, without subfolder= and variant=. (To round its floats again, "
         f"del model.config.{OWN_BITS} first.)"
     )
-
-
-def _name_in_file(name: str, prefix: str, read: Callable[[str], Optional[torch.Tensor]]) -> Optional[str]:
-    """What a layer is called in a checkpoint, which may be of the model with or without its head; None: it isn't there."""
-    names = _possible_names(name, prefix)
-    return next((possible for possible in names if read(f"{possible}.weight_shape") is not None), None)
-
-
-def _possible_names(name: str, prefix: str) -> tuple[str, ...]:
-    return name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")
 
 
 def _own_bits(module: Any) -> int:
@@ -366,11 +360,10 @@ def group_sizes(layers: dict[str, PackedLinear]) -> set[int]:
 
 def _checkpoint_config(model: PreTrainedModel) -> Optional[dict[str, Any]]:
     """config.json of the pack-quantized integer checkpoint that a transformers model came from, if it did."""
-    path = _checkpoint_file(model, "config.json")
-    if path is None:
+    folder = _checkpoint_folder(model)
+    if folder is None:
         return None
-    with open(path, encoding="utf-8") as file:
-        config = json.load(file)
+    config = read_json(folder / "config.json")
     quantization = config.get("quantization_config") or {}
     groups = quantization.get("config_groups") or {}
     weights = [group.get("weights") or {} for group in groups.values()]
@@ -381,32 +374,21 @@ def _checkpoint_config(model: PreTrainedModel) -> Optional[dict[str, Any]]:
     return config if packed and fits else None
 
 
-def _checkpoint_file(model: PreTrainedModel, name: str) -> Optional[str]:
-    """A file of the folder or cached hub repository that a model was loaded from; never downloads."""
+def _checkpoint_folder(model: PreTrainedModel) -> Optional[Path]:
+    """The folder, or that of a cached hub repository, which a model was loaded from; never downloads."""
     source = getattr(getattr(model, "config", None), "_name_or_path", None)
     if not source:
         return None
-    if os.path.isdir(source):
-        path = os.path.join(source, name)
-        return path if os.path.isfile(path) else None
     try:
-        return cached_file(source, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+        found = cached_file(source, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False)
     except OSError:
         return None
+    return None if found is None else Path(found).parent
 
 
-@contextmanager
-def _open_checkpoint(model: PreTrainedModel) -> Iterator[Callable[[str], Optional[torch.Tensor]]]:
-    """Reads one tensor at a time, so that no more than a layer is in memory twice."""
-    index = _checkpoint_file(model, "model.safetensors.index.json")
-    if index is not None:
-        with open(index, encoding="utf-8") as file:
-            shards = sorted(set(json.load(file)["weight_map"].values()))
-    else:
-        shards = ["model.safetensors"]
-    paths = [path for path in (_checkpoint_file(model, shard) for shard in shards) if path is not None]
-    if not paths:
-        raise ValueError(_not_found(model, shards[0]))
-    files = [safe_open(path, framework="pt") for path in paths]
-    where = {key: file for file in files for key in file.keys()}
-    yield lambda key: where[key].get_tensor(key) if key in where else None
+def _checkpoint_headers(model: PreTrainedModel) -> dict[str, TensorHeader]:
+    folder = _checkpoint_folder(model)
+    files = [] if folder is None else weight_files(folder)
+    if not files:
+        raise ValueError(_not_found(model, "model.safetensors"))
+    return read_headers(files)

@@ -73,56 +73,23 @@ def quantize_binary(
     return BinaryQuantized(codes.view(out_features, in_features), alpha)
 
 
-def dequantize_binary(codes: torch.Tensor, alpha: torch.Tensor, offset: Optional[torch.Tensor] = None) -> torch.Tensor:
-    """`sum_p alpha_p * B_p` (`+ offset`).
+def dequantize_binary(codes: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """`sum_p alpha_p * B_p`.
 
     Args:
         codes: uint8 `[out, in]`.
         alpha: float `[out, groups, bits]`.
-        offset: float `[out, groups]` or None.
 
     Returns:
         `[out, in]` in the dtype of `alpha`.
     """
     groups = codes.view(codes.shape[0], alpha.shape[1], -1)
-    levels = levels_of(alpha) if offset is None else levels_of(alpha) + offset[..., None]
-    return levels.gather(-1, groups.long()).view(codes.shape)
+    return levels_of(alpha).gather(-1, groups.long()).view(codes.shape)
 
 
 def levels_of(alpha: torch.Tensor) -> torch.Tensor:
     """The values that the codes `0 .. 2**bits - 1` stand for. `[..., bits]` -> `[..., 2**bits]`."""
     return alpha @ _signs(alpha.shape[-1], alpha).t()
-
-
-def uniform_to_binary(scale: torch.Tensor, zero_point: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Alphas `[out, groups, bits]` and offset `[out, groups]` that give uniform codes the same values.
-
-    `scale (q - z) = sum_p scale 2^(p-1) B_p + scale ((2^bits - 1) / 2 - z)`, p from 0; the codes stay as they are.
-    """
-    powers = 2.0 ** torch.arange(-1, bits - 1, dtype=scale.dtype, device=scale.device)
-    return scale[..., None] * powers, scale * ((2**bits - 1) / 2 - zero_point.to(scale.dtype))
-
-
-def binary_to_uniform(alpha: torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Undo [`uniform_to_binary`]: scale and zero point `[out, groups]`.
-
-    Raises:
-        ValueError: If the alphas don't double from plane to plane, or the zero point isn't an integer in range.
-    """
-    bits = alpha.shape[-1]
-    scale = 2 * alpha[..., 0]
-    zero_point = (2**bits - 1) / 2 - offset / scale
-    rounded = zero_point.round()
-    expected, expected_offset = uniform_to_binary(scale, rounded, bits)
-    tolerance = 1e-5 * scale.abs()
-    doubles = ((expected - alpha).abs() <= tolerance[..., None]).all()
-    whole = ((expected_offset - offset).abs() <= 2**bits * tolerance).all()
-    if not (doubles and whole and ((rounded >= 0) & (rounded < 2**bits)).all()):
-        raise ValueError(
-            "these alphas and offsets are no uniform grid (alphas that double from plane to plane, and an integer zero "
-            "point); only codes that came from a uniform format can go back to one."
-        )
-    return scale, rounded.to(torch.uint8)
 
 
 def nearest_codes(groups: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:

@@ -11,14 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_ext.quant.binary import (
-    binary_to_uniform,
     dequantize_binary,
     levels_of,
     nearest_codes,
     quantize_binary,
-    uniform_to_binary,
 )
-from peft_ext.quant.uniform import dequantize, quantize
 
 
 def signs_of(codes: torch.Tensor, plane: int) -> torch.Tensor:
@@ -123,26 +120,6 @@ def test_codes_stand_for_their_values(bits, rows, groups, size, seed):
     values = levels_of(alpha).gather(-1, codes.view(rows, groups, size).long())
     nearest = nearest_codes(values, alpha)
     torch.testing.assert_close(levels_of(alpha).gather(-1, nearest.long()), values)
-
-
-@pytest.mark.parametrize("group_size", [-1, 8])
-@pytest.mark.parametrize("sym", [False, True])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_uniform_codes_are_binary_codes(bits, sym, group_size):
-    weight = torch.randn(6, 32, dtype=torch.float64)
-    codes, scale, zero_point = quantize(weight, bits, group_size, sym)
-    alpha, offset = uniform_to_binary(scale, zero_point, bits)
-    expected = dequantize(codes, scale, zero_point)
-    torch.testing.assert_close(dequantize_binary(codes, alpha, offset), expected, rtol=1e-12, atol=1e-12)
-    back, zero = binary_to_uniform(alpha, offset)
-    torch.testing.assert_close(back, scale)
-    assert torch.equal(zero, zero_point)
-
-
-def test_free_alphas_are_no_uniform_grid():
-    codes, alpha = quantize_binary(torch.randn(4, 32), 3)
-    with pytest.raises(ValueError, match="no uniform grid"):
-        binary_to_uniform(alpha, torch.zeros(4, 1))
 
 
 @pytest.mark.parametrize("weight", [torch.zeros(3, 8), torch.ones(3, 8), torch.tensor([[0.0] * 7 + [1e30]] * 3)])
