@@ -34,16 +34,16 @@ class ModelArguments:
         return model, models.load_tokenizer(self.model)
 
 
-def run_command(program: str, package: str, commands: Mapping[str, str], argv: Sequence[str]) -> int:
+def run_command(program: str, package: str, commands: Mapping[str, str], argv: Optional[Sequence[str]] = None) -> int:
     """Run one of several commands; returns the exit status, see [`run_main`].
 
     Args:
         program: What the user typed, for messages.
         package: Where each command is a module of its name with a `main(argv)`.
         commands: Name -> what it does.
-        argv: The command, and its arguments.
+        argv: The command, and its arguments; None: those of the process.
     """
-    argv = list(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(usage(program, commands))
         return 0

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -112,6 +112,7 @@ def load(
     if adapter is not None:
         import peft_ext  # noqa: F401 (registers the tuner that the adapter names)
 
+        _check_adapter(adapter)
         model = PeftModel.from_pretrained(load(base, kind=kind, dtype=dtype, merge=True, **kwargs), adapter)
         return (_named(model.merge_and_unload(), adapter) if merge else model).eval()
     if kind == "auto":
@@ -222,6 +223,16 @@ def _classifier_on(model: PreTrainedModel, num_labels: int) -> PreTrainedModel:
     classifier = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype)
     setattr(classifier, classifier.base_model_prefix, getattr(model, model.base_model_prefix))
     return classifier
+
+
+def _check_adapter(adapter: str) -> None:
+    """Refuse one that isn't there before its base is loaded."""
+    try:
+        PeftConfig.from_pretrained(adapter)
+    except ValueError as error:
+        raise FileNotFoundError(
+            f"adapter={adapter!r} has no {_ADAPTER_CONFIG} that can be loaded, as save_pretrained writes it: {error}"
+        ) from error
 
 
 def _kind_of(config: PretrainedConfig) -> str:

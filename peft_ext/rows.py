@@ -23,8 +23,13 @@ Row = dict[str, Any]
 PathLike = Union[str, os.PathLike]
 
 
-def read_rows(path: PathLike, may_be_empty: bool = False) -> list[Row]:
+def read_rows(path: PathLike, may_be_empty: bool = False, argument: Optional[str] = None) -> list[Row]:
     """The rows of a complete `.jsonl` or `.csv` file, such as a user's data or what a finished stage has written.
+
+    Args:
+        path: The file.
+        may_be_empty: Whether it may have no rows.
+        argument: What named it, for messages.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -33,16 +38,44 @@ def read_rows(path: PathLike, may_be_empty: bool = False) -> list[Row]:
     path = Path(path)
     if path.suffix not in (".csv", ".jsonl"):
         raise ValueError(f"{path}: must end in .jsonl or .csv.")
-    if not path.is_file():
-        raise FileNotFoundError(f"{str(path)!r}: there is no such file.")
     if path.suffix == ".csv":
+        _check_there(path, argument)
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows: list[Row] = list(csv.DictReader(file))
     else:
-        rows = [_parsed(line, path) for line in _lines(path)]
+        rows = read_json_lines(path, argument)
     if not rows and not may_be_empty:
         raise ValueError(f"{path} has no rows.")
     return rows
+
+
+def read_json_lines(path: PathLike, argument: Optional[str] = None, may_be_torn: bool = False) -> list[Row]:
+    """The rows of a complete file of JSON lines, whatever its ending.
+
+    Args:
+        path: The file.
+        argument: What named it, for messages.
+        may_be_torn: Pass over a last line without its end, as a kill leaves it.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a line is no object; names file and line.
+    """
+    path = Path(path)
+    _check_there(path, argument)
+    return [_parsed(line, path) for line in _lines(path) if line.ended or not may_be_torn]
+
+
+def read_lines(path: PathLike, argument: Optional[str] = None) -> list[str]:
+    """The lines of a text file that aren't blank, without their ends.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a line is no UTF-8; names file and line.
+    """
+    path = Path(path)
+    _check_there(path, argument)
+    return [_decoded(line, path).removesuffix("\r") for line in _lines(path)]
 
 
 def write_rows(path: PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -203,11 +236,24 @@ def _lines(path: Path) -> Iterator[_Line]:
         start = end
 
 
-def _parsed(line: _Line, path: Path) -> Row:
-    where = f"{path}, line {line.number}"
+def _check_there(path: Path, argument: Optional[str]) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"{argument + '=' if argument else ''}{str(path)!r}: there is no such file.")
+
+
+def _decoded(line: _Line, path: Path) -> str:
     try:
         # a byte-order mark, which editors on Windows put first
-        value = json.loads(line.content.decode("utf-8-sig" if line.number == 1 else "utf-8"))
+        return line.content.decode("utf-8-sig" if line.number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}, line {line.number} is not UTF-8: {error}.") from None
+
+
+def _parsed(line: _Line, path: Path) -> Row:
+    where = f"{path}, line {line.number}"
+    text = _decoded(line, path)
+    try:
+        value = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{where} is no JSON: {error}.") from None
     if not isinstance(value, dict):

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Optional
+from functools import partial
 
 from peft_ext.command_line import run_command
 
@@ -16,11 +15,7 @@ COMMANDS = {
     "evaluate": "how well a critic foresees the reward, and what it gains at each strength",
 }
 
-
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run a command; returns the exit status, see `run_command`."""
-    argv = sys.argv[1:] if argv is None else argv
-    return run_command("python -m generation_ext.critic", "generation_ext.critic.commands", COMMANDS, argv)
+main = partial(run_command, "python -m generation_ext.critic", "generation_ext.critic.commands", COMMANDS)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,14 @@ from typing import Any, Optional
 
 import numpy as np
 
-from generation_ext.data_files import columns_of, fields_of, read_rows
+from generation_ext.columns import columns_of, fields_of, read_texts
 from generation_ext.in_context.overflow import DROP, OVERFLOW
 from generation_ext.in_context.scoring import Demonstration, LabelScorer, LabelScores
 from generation_ext.in_context.self_generated import SelfGeneratedICL
 from generation_ext.prompts import TASKS, Task
+from peft_ext.command_line import ModelArguments
 from peft_ext.files import check_writable, written_whole
+from peft_ext.rows import json_line, read_rows
 
 
 ZERO_SHOT, DEMONSTRATIONS, SG_ICL = METHODS = ("zero-shot", "demonstrations", "sg-icl")
@@ -45,11 +47,10 @@ def run(args: argparse.Namespace) -> str:
     """Classify, write the predictions; returns what is to be shown."""
     task = read_task(args.task)
     columns = columns_of(task.fields, args.fields)
-    rows = read_rows(args.data)[: args.limit]
-    examples = [fields_of(row, columns, f"{args.data}, row {i}") for i, row in enumerate(rows, start=1)]
+    rows, examples = read_texts(args.data, columns, limit=args.limit)
     shown = _demonstrations(args, task, columns)
     check_writable(args.output, "--output")
-    model, tokenizer = _load(args.model, args.adapter)
+    model, tokenizer = ModelArguments(args.model, args.adapter).load("auto")
     options = {
         "normalization": args.normalization,
         "overflow": args.overflow,
@@ -119,20 +120,6 @@ def _demonstrations(args: argparse.Namespace, task: Task, columns: Mapping[str, 
     return shown
 
 
-def _load(name: Optional[str], adapter: Optional[str]) -> tuple[Any, Any]:
-    from peft import PeftModel
-    from transformers import AutoModelForSeq2SeqLM
-
-    from peft_ext.models import load_config, load_model, load_tokenizer
-
-    tokenizer = load_tokenizer(name)
-    if load_config(name).is_encoder_decoder:
-        model = AutoModelForSeq2SeqLM.from_pretrained(name)
-    else:
-        model = load_model(name)
-    return (model if adapter is None else PeftModel.from_pretrained(model, adapter)), tokenizer
-
-
 def _write(path: Path, scores: LabelScores) -> None:
     """One JSON line for each input; the file is whole or not there."""
     with written_whole(path) as partial, open(partial, "w", encoding="utf-8") as file:
@@ -143,16 +130,16 @@ def _write(path: Path, scores: LabelScores) -> None:
                 line["dropped_demonstrations"] = int(scores.dropped[index])
             if scores.truncated[index]:
                 line["truncated_characters"] = int(scores.truncated[index])
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(json_line(line) + "\n")
 
 
 def _summary(args: argparse.Namespace, scores: LabelScores, gold: Sequence[Any]) -> str:
     predictions = scores.predictions()
     lines = [f"{len(predictions)} predictions in {args.output}"]
     lines += [f"  {label}: {predictions.count(label)}" for label in scores.labels]
-    known = [label == prediction for label, prediction in zip(gold, predictions) if label is not None]
-    if known:
-        lines.append(f"accuracy: {100 * sum(known) / len(known):.1f} % of {len(known)} labelled inputs")
+    correct = [label == prediction for label, prediction in zip(gold, predictions) if label is not None]
+    if correct:
+        lines.append(f"accuracy: {100 * sum(correct) / len(correct):.1f} % of {len(correct)} labelled inputs")
     return "\n".join(lines)
 
 

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Optional
+from functools import partial
 
 from peft_ext.command_line import run_command
 
@@ -15,11 +14,7 @@ COMMANDS = {
     "predict": "classes and probabilities of texts",
 }
 
-
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run a command; returns the exit status, see `run_command`."""
-    argv = sys.argv[1:] if argv is None else argv
-    return run_command("python -m generation_ext.probing", "generation_ext.probing.commands", COMMANDS, argv)
+main = partial(run_command, "python -m generation_ext.probing", "generation_ext.probing.commands", COMMANDS)
 
 
 if __name__ == "__main__":

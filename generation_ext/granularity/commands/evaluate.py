@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +12,12 @@ from generation_ext.granularity.commands.arguments import (
     DataArguments,
     DecodingArguments,
     ModelArguments,
-    load_model,
     parse,
     read_texts,
 )
 from generation_ext.granularity.metrics import paraphrase_metrics
 from generation_ext.granularity.training import paraphrase
-from peft_ext.files import check_writable, written_whole
+from peft_ext.files import check_writable, write_json
 
 
 @dataclass
@@ -36,11 +34,10 @@ def main(argv: Sequence[str]) -> None:
     if args.output:
         check_writable(Path(args.output), "output")
     sources, targets = ([pair[name] for pair in pairs] for name in ("source", "target"))
-    model, tokenizer = load_model(args.model)
-    found = paraphrase(model, tokenizer, sources, batch_size=args.batch_size, num_beams=args.num_beams)
-    metrics = {"pairs": len(pairs), **paraphrase_metrics(found, targets, sources)}
+    model, tokenizer = args.load()
+    paraphrases = paraphrase(model, tokenizer, sources, batch_size=args.batch_size, num_beams=args.num_beams)
+    metrics = {"pairs": len(pairs), **paraphrase_metrics(paraphrases, targets, sources)}
     for name, value in metrics.items():
         print(f"{name:>12}  {value:.2f}" if name != "pairs" else f"{name:>12}  {value}")
     if args.output:
-        with written_whole(Path(args.output)) as partial:
-            partial.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+        write_json(Path(args.output), metrics)

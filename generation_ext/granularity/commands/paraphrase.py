@@ -8,17 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
-from generation_ext.data_files import write_rows
 from generation_ext.granularity.commands.arguments import (
     DataArguments,
     DecodingArguments,
     ModelArguments,
-    load_model,
     parse,
     read_texts,
 )
 from generation_ext.granularity.training import paraphrase
 from peft_ext.files import check_writable
+from peft_ext.rows import write_rows
 
 
 @dataclass
@@ -39,9 +38,9 @@ def main(argv: Sequence[str]) -> None:
         if Path(args.output).suffix not in (".jsonl", ".csv"):
             raise ValueError(f"output={args.output!r} must end in .jsonl or .csv.")
         check_writable(Path(args.output), "output")
-    found = paraphrase(*load_model(args.model), texts, batch_size=args.batch_size, num_beams=args.num_beams)
+    paraphrases = paraphrase(*args.load(), texts, batch_size=args.batch_size, num_beams=args.num_beams)
     if args.output:
-        write_rows(Path(args.output), [{"source": text, "paraphrase": each} for text, each in zip(texts, found)])
-        print(f"{len(found)} paraphrases in {args.output}")
+        write_rows(args.output, [{"source": text, "paraphrase": each} for text, each in zip(texts, paraphrases)])
+        print(f"{len(paraphrases)} paraphrases in {args.output}")
     else:
-        print("\n".join(found))
+        print("\n".join(paraphrases))

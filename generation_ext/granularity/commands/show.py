@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
-from generation_ext.granularity.commands.arguments import ModelArguments, has_granularities, load_model, parse
+from generation_ext.granularity.commands.arguments import ModelArguments, has_granularities, parse
 from generation_ext.granularity.pictures import as_text, heat_map, sentence_granularities
 from peft_ext.files import check_writable
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
         if not args.output.endswith(".png"):
             raise ValueError(f"output={args.output!r} must end in .png.")
         check_writable(Path(args.output), "output")
-    model, tokenizer = load_model(args.model)
+    model, tokenizer = args.load()
     if not has_granularities(model):
         raise ValueError(f"model={args.model!r} has no granularities: it was trained with mode=none, or is no C-DNPG.")
     tokens, z = sentence_granularities(model, tokenizer, args.text)

@@ -13,20 +13,20 @@ Started again with the same arguments, a run goes on where it was stopped.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
-import yaml
 from transformers import AutoTokenizer, Seq2SeqTrainingArguments, set_seed
 
-from generation_ext.granularity.commands.arguments import DataArguments, parse, read_texts
+from generation_ext.columns import DataArguments
+from generation_ext.granularity.commands.arguments import parse, read_texts
 from generation_ext.granularity.modeling import CDNPGConfig, CDNPGForConditionalGeneration
 from generation_ext.granularity.tokenizer import train_tokenizer
 from generation_ext.granularity.training import paraphrase_trainer
-from peft_ext.files import check_folder_writable, written_whole
+from peft_ext.files import written_whole
+from peft_ext.runs import RunFolder, drop_checkpoints, last_checkpoint
 
 
 PLAIN = "none"
@@ -64,14 +64,11 @@ class TrainArguments(DataArguments):
 def main(argv: Sequence[str]) -> None:
     """Check everything, train, save."""
     (args,) = parse(argv, TrainArguments)
-    if not args.output_dir:
-        raise ValueError("output_dir is missing: pass --output_dir.")
-    run = Path(args.output_dir)
-    check_folder_writable(run, "output_dir")
-    settings = {name: value for name, value in asdict(args).items() if name != "output_dir"}
-    _check_run(run, settings)
-    if (run / "metrics.json").is_file():
-        print(f"{run} is finished already: {(run / 'metrics.json').read_text(encoding='utf-8').strip()}")
+    run_folder = RunFolder(args.output_dir)
+    run, settings = run_folder.folder, {name: value for name, value in asdict(args).items() if name != "output_dir"}
+    finished = run_folder.check(settings)
+    if finished is not None:
+        print(f"{run} is finished already: {json.dumps(finished)}")
         return
     pairs = read_texts(args.data, "data", ("source", "target"), args)
     if args.validation:
@@ -82,43 +79,22 @@ def main(argv: Sequence[str]) -> None:
     if not pairs:
         raise ValueError(f"data={args.data!r} has too few pairs; at least two are needed.")
     _config(args, args.vocab_size)  # refuses before anything is written
-    run.mkdir(parents=True, exist_ok=True)
-    with written_whole(run / "config.yaml") as partial:
-        partial.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    run_folder.start(settings)
     tokenizer = _tokenizer(args, run, pairs)
     set_seed(args.seed)
     model = CDNPGForConditionalGeneration(_config(args, len(tokenizer)))
     trainer = paraphrase_trainer(model, tokenizer, _training(args, run), pairs, held_out)
-    trainer.train(resume_from_checkpoint=any(run.glob("checkpoint-*")) or None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(run))
     metrics = {**trainer.evaluate(), "steps": trainer.state.global_step, "parameters": model.num_parameters()}
     with written_whole(run / "model") as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-    for checkpoint in run.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-    with written_whole(run / "metrics.json") as partial:
-        partial.write_text(json.dumps(metrics) + "\n", encoding="utf-8")
+    run_folder.finish(metrics)
+    drop_checkpoints(run)
     print(
         f"validation loss {metrics['eval_loss']:.3f} after {metrics['steps']} steps; the model is in {run / 'model'}"
     )
     print(f"Next: python -m generation_ext.granularity paraphrase {run} --texts 'how do i learn to swim'")
-
-
-def _check_run(run: Path, settings: dict[str, Any]) -> None:
-    """Refuse a folder that holds another run, or something else."""
-    file = run / "config.yaml"
-    if not file.is_file():
-        if run.is_dir() and any(run.iterdir()):
-            raise FileExistsError(f"output_dir={str(run)!r} holds something else; choose a new folder.")
-        return
-    known = yaml.safe_load(file.read_text(encoding="utf-8"))
-    differing = [name for name, value in settings.items() if known.get(name) != value]
-    if differing:
-        name = differing[0]
-        raise ValueError(
-            f"output_dir={str(run)!r} holds a run with {name}={known.get(name)!r}, not {settings[name]!r}; choose a new "
-            "folder, or start it with the same arguments."
-        )
 
 
 def _config(args: TrainArguments, vocab_size: int) -> CDNPGConfig:

@@ -13,11 +13,11 @@ from typing import Any, Optional
 
 import numpy as np
 
-from generation_ext.data_files import columns_of
-from generation_ext.probing.commands.arguments import RUN, DataArguments, ModelArguments, labelled, load_model, parse
+from generation_ext.columns import columns_of
+from generation_ext.probing.commands.arguments import RUN, DataArguments, ModelArguments, labelled, parse
 from generation_ext.probing.palp import NONE, PALPClassifier
 from generation_ext.prompts import Task
-from peft_ext.files import check_folder_writable, written_whole
+from peft_ext.files import check_folder_writable, write_json
 
 
 @dataclass
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
     validation = _complete(args.validation, "validation", columns, args) if args.validation else None
     options = _options(args, template)
     PALPClassifier(**options).check_options()
-    model, tokenizer = load_model(args)
+    model, tokenizer = args.load("auto")
     # what was encoded before a kill is not encoded again
     features = output.with_name(output.name + "-features")
     classifier = PALPClassifier(
@@ -72,8 +72,7 @@ def main(argv: Sequence[str]) -> None:
     ).fit(texts, labels)
     classifier.save_pretrained(output)
     run = {name: getattr(args, name) for name in ("model", "adapter", "dtype", "fields", "label_column")}
-    with written_whole(output / RUN) as partial:
-        partial.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    write_json(output / RUN, run)
     print(f"{len(texts)} texts of {len(classifier.classes_)} classes: classifier in {output}")
     for text, name in classifier.demonstrations_:
         print(f"  shown for {name}: {' / '.join(classifier.task_.values(text).values())}")
@@ -109,7 +108,7 @@ def _options(args: TrainArguments, template: str) -> dict[str, Any]:
 def _complete(
     path: str, argument: str, columns: dict[str, str], args: TrainArguments
 ) -> tuple[list[dict[str, str]], list[Any]]:
-    texts, labels = labelled(path, argument, columns, args.label_column, args.limit)
+    texts, labels = labelled(path, argument, columns, args)
     if None in labels:
         row = labels.index(None) + 1
         raise ValueError(

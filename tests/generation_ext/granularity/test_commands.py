@@ -46,7 +46,7 @@ def test_a_run_folder(folder, capsys):
     assert train(folder, folder / "run") == 0
     assert "is finished already" in capsys.readouterr().out
     assert train(folder, folder / "run", "--seed", "3") == 2
-    assert "holds a run with seed=0, not 3" in capsys.readouterr().err
+    assert "holds a run with other settings (seed: was 0, is 3)" in capsys.readouterr().err
 
 
 def test_goes_on_after_a_kill(folder, tmp_path, monkeypatch):

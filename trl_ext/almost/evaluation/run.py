@@ -13,10 +13,10 @@ from typing import Any, Optional
 
 import torch
 
-from generation_ext.data_files import read_rows
 from generation_ext.shared_prefix.sampling import Sampling
 from peft_ext.files import check_folder_writable, write_json
 from peft_ext.models import DEFAULT_MODEL
+from peft_ext.rows import read_rows
 from trl_ext.almost.evaluation.judges import ChatJudge, Judge, RewardJudge
 from trl_ext.almost.evaluation.tasks import (
     hhh_of_model,

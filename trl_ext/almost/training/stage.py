@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import ModelConfig, ScriptArguments, get_peft_config
 
-from generation_ext.data_files import read_rows
 from peft_ext import PeqaConfig
 from peft_ext.files import check_folder_writable, sweep, write_json
+from peft_ext.rows import read_rows
 from trl_ext.almost.models import save_whole
 from trl_ext.almost.store import digest
 
