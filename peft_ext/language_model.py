@@ -118,6 +118,11 @@ def start_token(model: nn.Module) -> int:
     raise ValueError("the encoder-decoder model has no decoder_start_token_id; set it in its generation_config.")
 
 
+def padding_token(tokenizer: Any) -> int:
+    """The token that rows of a batch are filled up with; one without a padding token takes its end token, or any."""
+    return next(int(token) for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
+
+
 def cache_name(parameters: Collection[str]) -> Optional[str]:
     """What a forward pass with these parameters calls its cache; None if it takes none."""
     return next((name for name in CACHE_NAMES if name in parameters), None)

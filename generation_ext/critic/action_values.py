@@ -14,9 +14,10 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from generation_ext.critic.losses import value_loss
 from generation_ext.critic.processor import CriticLogitsProcessor
-from generation_ext.critic.rollouts import Rollout, decoder_start, device_of, evaluating, frozen, padded
+from generation_ext.critic.rollouts import Rollout, frozen, padded
 from generation_ext.critic.value import Critic
 from generation_ext.shared_prefix.candidates import branch
+from peft_ext.language_model import device_of, inference, start_token
 
 
 class Tried(NamedTuple):
@@ -33,7 +34,6 @@ class Tried(NamedTuple):
     hidden: torch.Tensor
 
 
-@torch.no_grad()
 def try_candidates(
     model: nn.Module, critic: Critic, rollouts: Sequence[Rollout], count: int, seed: int, batch_size: int = 32
 ) -> list[Tried]:
@@ -57,7 +57,7 @@ def try_candidates(
     states = [generator.randrange(len(rollout.completion_ids)) for rollout in rollouts]
     order = sorted(range(len(rollouts)), key=lambda row: (states[row], len(rollouts[row].prompt_ids)))
     tried: dict[int, Tried] = {}
-    with CriticLogitsProcessor(model, critic, top_k=count) as processor, evaluating(model):
+    with CriticLogitsProcessor(model, critic, top_k=count) as processor, inference(model):
         for rows in _batches(order, states, batch_size, same_state):
             tries = _Tries(processor)
             inputs = _inputs(model, [rollouts[row] for row in rows], [states[row] for row in rows])
@@ -145,8 +145,7 @@ def _inputs(model: Any, rollouts: list[Rollout], states: list[int]) -> dict[str,
         tokens, mask = padded([rollout.prompt_ids + text for rollout, text in zip(rollouts, texts)], 0, "left")
         return {"input_ids": tokens.to(device), "attention_mask": mask.to(device)}
     tokens, mask = padded([rollout.prompt_ids for rollout in rollouts], 0, "right")
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    written = torch.tensor([[decoder_start(base), *text] for text in texts])
+    written = torch.tensor([[start_token(model), *text] for text in texts])
     return {
         "input_ids": tokens.to(device),
         "attention_mask": mask.to(device),

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import nn
@@ -16,11 +15,10 @@ from generation_ext.critic.rollouts import Rollout, encode, fill_hidden
 from generation_ext.critic.value import Critic
 
 
-@dataclass
-class Values:
+class Values(NamedTuple):
     """A critic's values of roll-outs, on the CPU.
 
-    Args:
+    Attributes:
         values: `[roll-outs, states]` float32; 0 outside the mask.
         mask: `[roll-outs, states]` bool.
         outcomes: `[roll-outs]`, the rewards.

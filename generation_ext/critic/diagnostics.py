@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -97,3 +98,12 @@ def summary(values: torch.Tensor, outcomes: torch.Tensor, mask: torch.Tensor) ->
             figures[f"explained_variance_at_{position}"] = row["explained_variance"]
             figures[f"calibration_error_at_{position}"] = row["calibration_error"]
     return {name: value for name, value in figures.items() if value == value}
+
+
+def finite(value: Any) -> Any:
+    """Figures for JSON, which has no NaN: it becomes null."""
+    if isinstance(value, dict):
+        return {name: finite(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

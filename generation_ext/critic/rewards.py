@@ -15,13 +15,13 @@ from typing import Any, Optional, Union
 
 # TRL's shape: called with the keywords prompts, completions, completion_ids and the data set's other columns, all lists
 # of one length; a None leaves that text out. Besides TRL's columns there is `control_code` if the critic has any.
-RewardFunction = Callable[..., Sequence[Optional[float]]]
+RewardFunc = Callable[..., Sequence[Optional[float]]]
 
 # A softmax in float32 sums to one within this.
 _ROUNDING = 1e-5
 
 
-def from_texts(score: Callable[[list[str]], Sequence[float]]) -> RewardFunction:
+def from_texts(score: Callable[[list[str]], Sequence[float]]) -> RewardFunc:
     """A reward function from a function of whole texts.
 
     Args:
@@ -36,7 +36,7 @@ def from_texts(score: Callable[[list[str]], Sequence[float]]) -> RewardFunction:
     return _named(reward, score)
 
 
-def from_classifier(classifier: Any, label: Any = None) -> RewardFunction:
+def from_classifier(classifier: Any, label: Any = None) -> RewardFunc:
     """A reward function from a scikit-learn classifier (or pipeline) of texts: the probability of one label.
 
     Args:
@@ -67,7 +67,7 @@ def from_classifier(classifier: Any, label: Any = None) -> RewardFunction:
     return _named(reward, classifier)
 
 
-def from_pipeline(pipeline: Any, label: Optional[str] = None, batch_size: int = 16) -> RewardFunction:
+def from_pipeline(pipeline: Any, label: Optional[str] = None, batch_size: int = 16) -> RewardFunc:
     """A reward function from a transformers text-classification pipeline: the score of one label.
 
     Args:
@@ -102,7 +102,7 @@ def name_of(reward: Any) -> str:
 
 
 def score(
-    reward: RewardFunction,
+    reward: RewardFunc,
     prompts: list[str],
     completions: list[str],
     completion_ids: list[list[int]],
@@ -163,7 +163,7 @@ def check_callable(reward: Any) -> None:
         )
 
 
-def _checked(value: Any, reward: RewardFunction, prompt: str, completion: str) -> Optional[float]:
+def _checked(value: Any, reward: RewardFunc, prompt: str, completion: str) -> Optional[float]:
     if value is None:
         return None
     text = f"for the text {prompt + completion!r}" if isinstance(prompt, str) and isinstance(completion, str) else ""
@@ -207,7 +207,7 @@ def _check_label(label: str, known: Any) -> None:
         raise ValueError(f"label={label!r} is not one of the classifier's labels; choose one of {sorted(known)}.")
 
 
-def _named(reward: RewardFunction, source: Any) -> RewardFunction:
+def _named(reward: RewardFunc, source: Any) -> RewardFunc:
     name: Union[str, None] = getattr(source, "__name__", None)
     reward.__name__ = name or type(source).__name__
     return reward

@@ -7,13 +7,12 @@ kept; they are many times larger, and one forward pass gives them again.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Optional, Union
 
 from generation_ext.critic.rollouts import Rollout
-from peft_ext.files import append_lines
+from peft_ext.rows import Row, append_rows, keep_rows, read_json_lines
 
 
 _FIELDS = ("prompt", "completion", "prompt_ids", "completion_ids", "reward", "control_code", "columns")
@@ -31,11 +30,11 @@ class RolloutWriter:
     def __init__(self, path: Union[str, Path], keep: Optional[int] = None) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        _cut(self.path, keep)
+        keep_rows(self.path, keep)
 
     def write(self, rollouts: Iterable[Rollout]) -> None:
         """Append roll-outs, and wait until the system has them on disk."""
-        append_lines(self.path, (json.dumps(_plain(rollout), ensure_ascii=False) for rollout in rollouts))
+        append_rows(self.path, ({name: getattr(rollout, name) for name in _FIELDS} for rollout in rollouts))
 
 
 def read_rollouts(path: Union[str, Path]) -> list[Rollout]:
@@ -55,17 +54,12 @@ def read_rollouts(path: Union[str, Path]) -> list[Rollout]:
 
 
 def _read(file: Path) -> list[Rollout]:
-    lines = file.read_bytes().split(b"\n")[:-1]
-    return [_parsed(line, file, number) for number, line in enumerate(lines, start=1) if line.strip()]
+    rows = read_json_lines(file, may_be_torn=True)
+    return [_rollout(row, f"{file}, row {number}") for number, row in enumerate(rows, start=1)]
 
 
-def _parsed(line: bytes, file: Path, number: int) -> Rollout:
-    where = f"{file}, line {number}"
-    try:
-        entry: Any = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where} is not JSON ({error}); the file is damaged, or no file of roll-outs.") from None
-    missing = [name for name in _NEEDED if not isinstance(entry, dict) or name not in entry]
+def _rollout(entry: Row, where: str) -> Rollout:
+    missing = [name for name in _NEEDED if name not in entry]
     if missing:
         raise ValueError(f"{where} has no {missing[0]!r}; it is no roll-out that RolloutWriter wrote.")
     for name in ("prompt_ids", "completion_ids"):
@@ -77,19 +71,3 @@ def _parsed(line: bytes, file: Path, number: int) -> Rollout:
     if reward is not None and (not isinstance(reward, (int, float)) or not 0 <= reward <= 1):
         raise ValueError(f"{where}: reward is {reward!r}; it must be in [0, 1], or null to leave the roll-out out.")
     return Rollout(**{name: entry[name] for name in _FIELDS if name in entry})
-
-
-def _plain(rollout: Rollout) -> dict[str, Any]:
-    return {name: getattr(rollout, name) for name in _FIELDS}
-
-
-def _cut(path: Path, keep: Optional[int]) -> None:
-    """Cut a file off after its last whole line, or after `keep` lines."""
-    if not path.is_file():
-        return
-    content = path.read_bytes()
-    lines = content.split(b"\n")[:-1][:keep]
-    size = sum(len(line) + 1 for line in lines)
-    if size != len(content):
-        with path.open("r+b") as file:
-            file.truncate(size)

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from generation_ext.critic.rewards import RewardFunction, score
-from generation_ext.critic.value import Critic, backbone
+from generation_ext.critic.rewards import RewardFunc, score
+from generation_ext.critic.value import Critic
+from peft_ext.language_model import backbone, device_of, inference, padding_token, start_token, unwrapped
 
 
 @dataclass
@@ -111,7 +112,7 @@ class RolloutSampler:
         self,
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
-        reward: Optional[RewardFunction] = None,
+        reward: Optional[RewardFunc] = None,
         critic: Optional[Critic] = None,
         *,
         max_new_tokens: int = 24,
@@ -137,7 +138,6 @@ class RolloutSampler:
         self.sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         self.max_prompt_length = max_prompt_length
 
-    @torch.no_grad()
     def sample(
         self, rows: Sequence[dict[str, Any]], seed: int, with_hidden: bool = True, **generate_kwargs: Any
     ) -> list[Rollout]:
@@ -156,7 +156,7 @@ class RolloutSampler:
         inputs, prompt_ids = self._tokenize(prompts)
         # one token more than is kept, so that there is a hidden state after the last one
         extra = 1 if with_hidden else 0
-        with _sampling_from(seed, self.model), evaluating(self.model), _recording(self.model, with_hidden) as steps:
+        with _sampling_from(seed, self.model), inference(self.model), _recording(self.model, with_hidden) as steps:
             sequences = self.model.generate(
                 **inputs,
                 max_new_tokens=self.max_new_tokens + extra,
@@ -164,7 +164,7 @@ class RolloutSampler:
                 num_beams=1,
                 num_return_sequences=1,
                 return_dict_in_generate=False,
-                pad_token_id=_pad_id(self.tokenizer),
+                pad_token_id=padding_token(self.tokenizer),
                 **self.sampling,
                 **generate_kwargs,
             )
@@ -194,7 +194,7 @@ class RolloutSampler:
         right."""
         side = "right" if self.model.config.is_encoder_decoder else "left"
         ids = [self._prompt_ids(prompt) for prompt in prompts]
-        batch, mask = padded(ids, _pad_id(self.tokenizer), side)
+        batch, mask = padded(ids, padding_token(self.tokenizer), side)
         device = device_of(self.model)
         return {"input_ids": batch.to(device), "attention_mask": mask.to(device)}, ids
 
@@ -243,7 +243,6 @@ class RolloutSampler:
             rollout.reward = reward
 
 
-@torch.no_grad()
 def fill_hidden(
     model: nn.Module, rollouts: Sequence[Rollout], batch_size: int = 32, critic: Optional[Critic] = None
 ) -> None:
@@ -256,7 +255,7 @@ def fill_hidden(
         critic: Its LoRA takes part, if it has one.
     """
     by_length = sorted(rollouts, key=lambda rollout: len(rollout.prompt_ids) + len(rollout.completion_ids))
-    with evaluating(model):
+    with inference(model):
         for start in range(0, len(by_length), batch_size):
             batch = by_length[start : start + batch_size]
             for rollout, states in zip(batch, encode(model, batch, critic)):
@@ -269,7 +268,7 @@ def encode(model: nn.Module, rollouts: Sequence[Rollout], critic: Optional[Criti
     A row's first `rollout.states` states count, what follows is padding. Gradients go into the critic's LoRA, if it has
     one.
     """
-    base = _base(model)
+    base: Any = unwrapped(model)
     decoder: Any = backbone(model)
     device = device_of(model)
     prompts = [rollout.prompt_ids for rollout in rollouts]
@@ -279,8 +278,7 @@ def encode(model: nn.Module, rollouts: Sequence[Rollout], critic: Optional[Criti
         tokens, mask = (part.to(device) for part in padded(prompts, 0, "right"))
         encoder: Any = base.get_encoder()
         encoded = encoder(input_ids=tokens, attention_mask=mask)[0]
-        start = decoder_start(base)
-        inputs, _ = padded([[start, *completion] for completion in completions], 0, "right")
+        inputs, _ = padded([[start_token(base), *completion] for completion in completions], 0, "right")
         with _adapted(critic, model):
             return decoder(
                 input_ids=inputs.to(device),
@@ -338,17 +336,6 @@ def _recording(model: nn.Module, wanted: bool) -> Iterator[list[torch.Tensor]]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-@contextmanager
 def _sampling_from(seed: int, model: nn.Module) -> Iterator[None]:
     device = device_of(model)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -371,27 +358,10 @@ def padded(rows: Sequence[Sequence[int]], pad: int, side: str) -> tuple[torch.Te
     tokens = torch.full((len(rows), longest), pad, dtype=torch.long)
     mask = torch.zeros_like(tokens)
     for number, row in enumerate(rows):
-        place = slice(longest - len(row), None) if side == "left" else slice(0, len(row))
-        tokens[number, place] = torch.tensor(list(row), dtype=torch.long)
-        mask[number, place] = 1
+        columns = slice(longest - len(row), None) if side == "left" else slice(0, len(row))
+        tokens[number, columns] = torch.tensor(list(row), dtype=torch.long)
+        mask[number, columns] = 1
     return tokens, mask
-
-
-def _base(model: Any) -> Any:
-    """Below PEFT's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model's weights are."""
-    return next(model.parameters()).device
-
-
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    return 0
 
 
 def _end_ids(model: Any) -> set[int]:
@@ -405,17 +375,3 @@ def _up_to_end(tokens: list[int], end: set[int]) -> list[int]:
         if token in end:
             return tokens[: number + 1]
     return tokens
-
-
-def decoder_start(base: Any) -> int:
-    """The token that an encoder-decoder model's decoder begins with.
-
-    Raises:
-        ValueError: If neither of its configs names one.
-    """
-    for config in (base.generation_config, base.config):
-        for name in ("decoder_start_token_id", "bos_token_id"):
-            token = getattr(config, name, None)
-            if token is not None:
-                return int(token[0] if isinstance(token, list) else token)
-    raise ValueError("the encoder-decoder model has no decoder_start_token_id; set it in its generation_config.")

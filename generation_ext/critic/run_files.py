@@ -8,7 +8,6 @@ rollouts/iteration-0003-000.safetensors the critic's values of their states as t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
@@ -18,6 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from generation_ext.critic.rollout_files import RolloutWriter, read_rollouts
 from generation_ext.critic.rollouts import Rollout
+from peft_ext.files import sweep, write_json, written_whole
+from peft_ext.runs import differences, plain, read_settings
 
 
 class RunFiles:
@@ -44,28 +45,26 @@ class RunFiles:
         if not self.writes:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        sweep(self.folder)
         for pattern in ("iteration-*.jsonl", "iteration-*.safetensors"):
             for old in self.folder.glob(pattern):
                 old.unlink()
-        partial = self.folder / f".{self._settings.name}"
-        partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        partial.replace(self._settings)
+        write_json(self._settings, settings)
 
     def check(self, settings: dict[str, Any]) -> None:
         """Check that the run that is here, if there is one, had these settings.
 
         Raises:
-            ValueError: Names the first setting that differs.
+            ValueError: Names the settings that differ.
         """
-        if not self.started:
-            return
-        theirs = json.loads(self._settings.read_text(encoding="utf-8"))
-        for name, value in settings.items():
-            if theirs.get(name) != value:
-                raise ValueError(
-                    f"{name}={value!r}, but the run in {str(self.folder.parent)!r} had {theirs.get(name)!r}; resume it "
-                    "with its own settings, or start a new one in another output_dir."
-                )
+        stored = read_settings(self._settings)
+        # a setting that a run of an earlier version didn't write down is taken to be the same
+        changes = [] if stored is None else differences({**plain(settings), **stored}, plain(settings))
+        if changes:
+            raise ValueError(
+                f"the run in {str(self.folder.parent)!r} had other settings ({'; '.join(map(str, changes))}); resume it "
+                "with its own, or start a new one in another output_dir."
+            )
 
     def rollouts(self, iteration: int, count: int, batch_size: int) -> list[Rollout]:
         """The roll-outs of an iteration that are here; of an unfinished one, those of its whole batches."""
@@ -85,10 +84,8 @@ class RunFiles:
         """Write the values `[roll-outs, states]` that an iteration begins with; its targets depend on them."""
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
-            path = self._path(iteration, "safetensors")
-            partial = path.with_name(f".{path.name}")
-            save_file({"values": values.contiguous()}, partial)
-            partial.replace(path)
+            with written_whole(self._path(iteration, "safetensors")) as partial:
+                save_file({"values": values.contiguous()}, partial)
 
     def kept_values(self, iteration: int, shape: torch.Size) -> Optional[torch.Tensor]:
         """The values that an iteration began with, or None.

@@ -15,7 +15,6 @@ from accelerate.utils import broadcast
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from generation_ext.critic.action_values import Tried, action_value_loss, stacked, try_candidates
@@ -34,11 +33,12 @@ from generation_ext.critic.batches import (
 )
 from generation_ext.critic.diagnostics import by_position, summary
 from generation_ext.critic.losses import value_loss
-from generation_ext.critic.rewards import RewardFunction, check_callable
+from generation_ext.critic.rewards import RewardFunc, check_callable
 from generation_ext.critic.rollouts import Rollout, RolloutSampler, encode, fill_hidden, prompt_rows, schedule
 from generation_ext.critic.run_files import RunFiles
 from generation_ext.critic.training_config import CriticConfig
 from generation_ext.critic.value import Critic
+from peft_ext.runs import last_checkpoint
 
 
 __all__ = ["CriticConfig", "CriticTrainer"]
@@ -78,7 +78,7 @@ class CriticTrainer(Trainer):
         model: Critic,
         args: CriticConfig,
         language_model: nn.Module,
-        reward_func: Optional[RewardFunction] = None,
+        reward_func: Optional[RewardFunc] = None,
         train_dataset: Optional[Iterable[Any]] = None,
         eval_dataset: Optional[Iterable[Any]] = None,
         processing_class: Optional[PreTrainedTokenizerBase] = None,
@@ -145,8 +145,9 @@ class CriticTrainer(Trainer):
         self._iteration = None
         if self._resuming:
             self._files.check(self._settings())
-            if resume_from_checkpoint is True and self._files.started:
-                resume_from_checkpoint = get_last_checkpoint(str(self.args.output_dir))
+            if resume_from_checkpoint is True:
+                # Trainer refuses True where there is none, which is right unless roll-outs were collected
+                resume_from_checkpoint = last_checkpoint(str(self.args.output_dir)) or not self._files.started
         else:
             with self.args.main_process_first(desc="clearing old roll-outs"):
                 if self.is_world_process_zero():
@@ -212,10 +213,10 @@ class CriticTrainer(Trainer):
             ignore_keys: For Trainer's signature; there is nothing to ignore.
             metric_key_prefix: Comes before the names of the figures.
         """
-        known = self._values(self._held_out(eval_dataset))
-        outcomes = discounted_outcomes(known.outcomes, known.mask, self.args.gamma)
-        loss = (known.values - outcomes).square()[known.mask].mean()
-        figures = {"loss": float(loss), **summary(known.values, outcomes, known.mask)}
+        values, mask, rewards = self._values(self._held_out(eval_dataset))
+        outcomes = discounted_outcomes(rewards, mask, self.args.gamma)
+        loss = (values - outcomes).square()[mask].mean()
+        figures = {"loss": float(loss), **summary(values, outcomes, mask)}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -231,8 +232,8 @@ class CriticTrainer(Trainer):
     def evaluate_positions(self, eval_dataset: Optional[Iterable[Any]] = None) -> list[dict[str, Any]]:
         """Explained variance and calibration of each position, see `diagnostics.by_position`; roll-outs as in
         `evaluate`."""
-        known = self._values(self._held_out(eval_dataset))
-        return by_position(known.values, discounted_outcomes(known.outcomes, known.mask, self.args.gamma), known.mask)
+        values, mask, rewards = self._values(self._held_out(eval_dataset))
+        return by_position(values, discounted_outcomes(rewards, mask, self.args.gamma), mask)
 
     def _begin_epoch(self, step: int) -> None:
         """Set the order of the epoch that begins after `step` steps, and begin its iteration if it is the first."""
@@ -257,27 +258,27 @@ class CriticTrainer(Trainer):
         seconds = time.perf_counter() - start
         if begins:
             self._prepare_critic(rollouts)
-            known = self._values(rollouts)
-            self._files.keep_values(iteration, known.values)
+            estimates = self._values(rollouts)
+            self._files.keep_values(iteration, estimates.values)
         else:
             if not has_lora(self._critic):
                 self._fill_hidden(rollouts)
-            known = self._kept_values(iteration, rollouts)
-        rewards = terminal_rewards(known.outcomes, known.mask)
-        advantages = generalized_advantages(rewards, known.values, known.mask, self.args.gamma, self.args.lam)
-        targets = advantages + known.values
+            estimates = self._kept_values(iteration, rollouts)
+        rewards = terminal_rewards(estimates.outcomes, estimates.mask)
+        advantages = generalized_advantages(rewards, estimates.values, estimates.mask, self.args.gamma, self.args.lam)
+        targets = advantages + estimates.values
         self._data.items = [
             {
                 "rollout": rollout,
                 "targets": targets[row, : rollout.states],
-                "values": known.values[row, : rollout.states],
+                "values": estimates.values[row, : rollout.states],
             }
             for row, rollout in enumerate(rollouts)
         ]
         for item, tried in zip(self._data.items, self._tried(rollouts, iteration)):
             item["tried"] = tried
         if begins:
-            self._log_iteration(known, seconds)
+            self._log_iteration(estimates, seconds)
 
     def _rollouts(self, iteration: int) -> list[Rollout]:
         """This process's roll-outs of an iteration, those with a reward."""
@@ -395,22 +396,22 @@ class CriticTrainer(Trainer):
             **({"tried": stacked([item["tried"] for item in items])} if "tried" in items[0] else {}),
         }
 
-    def _log_iteration(self, known: Values, seconds: float) -> None:
+    def _log_iteration(self, estimates: Values, seconds: float) -> None:
         """Over all processes: their roll-outs have one width, whatever they ended after."""
-        width = self.args.max_new_tokens + 1 if _are_prompts(self._train_source) else known.mask.shape[1]
         if self.args.world_size > 1:
-            known = self._gathered(known, width)
-        figures = summary(known.values, discounted_outcomes(known.outcomes, known.mask, self.args.gamma), known.mask)
-        rewards = {"reward_mean": float(known.outcomes.mean()), "reward_std": float(known.outcomes.std(correction=0))}
+            prompts = _are_prompts(self._train_source)
+            estimates = self._gathered(estimates, self.args.max_new_tokens + 1 if prompts else estimates.mask.shape[1])
+        values, mask, outcomes = estimates
+        figures = summary(values, discounted_outcomes(outcomes, mask, self.args.gamma), mask)
+        rewards = {"reward_mean": float(outcomes.mean()), "reward_std": float(outcomes.std(correction=0))}
         self.log({**rewards, **figures, "rollout_seconds": round(seconds, 2)})
 
-    def _gathered(self, known: Values, width: int) -> Values:
+    def _gathered(self, estimates: Values, width: int) -> Values:
         rows = len(self._data)
         values, mask = torch.zeros(rows, width), torch.zeros(rows, width, dtype=torch.bool)
         outcomes = torch.zeros(rows)
-        size = known.mask.shape
-        values[: size[0], : size[1]], mask[: size[0], : size[1]] = known.values, known.mask
-        outcomes[: size[0]] = known.outcomes
+        own = tuple(slice(size) for size in estimates.mask.shape)
+        values[own], mask[own], outcomes[own[0]] = estimates
         gathered = [self.accelerator.gather(part.to(self.args.device)).cpu() for part in (values, mask, outcomes)]
         there = gathered[1].any(dim=1)
         return Values(*(part[there] for part in gathered))
@@ -477,7 +478,7 @@ def _sampler(
     args: CriticConfig,
     language_model: nn.Module,
     tokenizer: Optional[PreTrainedTokenizerBase],
-    reward_func: Optional[RewardFunction],
+    reward_func: Optional[RewardFunc],
     critic: Critic,
 ) -> Any:
     if tokenizer is None:

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from peft_ext.checkpoint.pack_quantized import vllm_notice
 from peft_ext.checkpoint.saving import make_saveable, take_over
 from peft_ext.command_line import parse
-from peft_ext.commands.packed_base import mebibytes
 from peft_ext.commands.run_folder import new_folder
 from peft_ext.files import written_whole
 from peft_ext.models import load, load_tokenizer
 from peft_ext.quant.conversion import dequantize_layers, packed_layers
+from peft_ext.tables import mebibytes
 
 
 # What `--to` names, and the checkpoint format of ours that it means.

@@ -14,7 +14,7 @@ from typing import Optional
 import peft_ext  # noqa: F401 (registers the tuners that adapters name)
 from peft_ext.checkpoint.contents import Contents, LayerContents, read_contents
 from peft_ext.command_line import parse
-from peft_ext.commands.packed_base import aligned, mebibytes
+from peft_ext.tables import mebibytes, pairs
 
 
 @dataclass
@@ -63,7 +63,7 @@ def _described(contents: Contents, every_layer: bool) -> str:
     if contents.kind == "adapter":
         rows.append(("trained scales", f"{sum(math.prod(layer.shape) for layer in contents.layers):,}"))
         rows.append(("fingerprint", _joint_fingerprint(contents.layers)))
-    lines = [f"{contents.path}: {contents.kind}", aligned([(name, value) for name, value in rows if value])]
+    lines = [f"{contents.path}: {contents.kind}", pairs([(name, value) for name, value in rows if value])]
     if every_layer:
         lines += [f"  {layer.name}: {_one(layer)}, {mebibytes(layer.nbytes)}" for layer in contents.layers]
         return "\n".join(lines)

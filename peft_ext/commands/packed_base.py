@@ -136,19 +136,8 @@ def file_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def aligned(rows: list[tuple[str, str]]) -> str:
-    """Names and figures in two columns."""
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"  {name:<{width}}  {value:>16}" for name, value in rows)
-
-
 def number(value: Optional[float]) -> str:
     """A perplexity as text."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if value >= 1000 and math.isfinite(value) else f"{value:.2f}"
-
-
-def mebibytes(count: int) -> str:
-    """A size as text."""
-    return f"{count / 2**20:.2f} MiB"

@@ -27,6 +27,7 @@ from peft_ext.memory.estimate import (
 )
 from peft_ext.memory.trace import OPTIMIZERS, Generation, TrainingStep
 from peft_ext.models import DEFAULT_MODEL, load_config
+from peft_ext.tables import aligned, mebibytes
 
 
 METHODS = ("peqa", "alphatuning", "lora", "full")
@@ -158,7 +159,7 @@ def _text(
         "Not counted: the framework itself, quantising, and what an allocator keeps unused. On a CPU that can be a third: "
         "set MALLOC_MMAP_THRESHOLD_=131072."
     )
-    return "\n".join([heading, "", _aligned(rows), "", training, "", _aligned(served), "", generating, notes])
+    return "\n".join([heading, "", aligned(rows), "", training, "", aligned(served), "", generating, notes])
 
 
 def _plain(
@@ -174,19 +175,10 @@ def _plain(
     }
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width, the first one left-aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = [
-        [row[0].ljust(widths[0]), *[cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]] for row in rows
-    ]
-    return "\n".join("  " + "  ".join(line) for line in lines)
-
-
 def _size(count: Optional[int]) -> str:
     if count is None:
         return "-"
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else mebibytes(count)
 
 
 def _devices(gpus: int) -> str:

@@ -11,16 +11,15 @@ from peft_ext import AlphaTuningConfig, PeqaConfig
 from peft_ext.command_line import parse
 from peft_ext.commands.packed_base import (
     PackedBaseArguments,
-    aligned,
     file_bytes,
     load_blocks,
     load_checked,
-    mebibytes,
     number,
     write_base,
 )
 from peft_ext.commands.run_folder import new_folder
 from peft_ext.scale_tuning.config import ScaleTuningConfig
+from peft_ext.tables import mebibytes, pairs
 
 
 # The tuner's config whose format a checkpoint holds.
@@ -55,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
         ("packed checkpoint", mebibytes(file_bytes(folder))),
         ("time to quantise", f"{measured['seconds']['quantize']:.0f} s"),
     ]
-    print(aligned(rows))
+    print(pairs(rows))
     print(f"\nThe checkpoint is in {folder}. Next: peft-ext generate --model {folder} --prompt '...'")
 
 

@@ -22,11 +22,9 @@ from peft_ext import AlphaTuningConfig, PeqaConfig
 from peft_ext.command_line import parse
 from peft_ext.commands.packed_base import (
     PackedBaseArguments,
-    aligned,
     file_bytes,
     load_blocks,
     load_checked,
-    mebibytes,
     number,
     write_base,
 )
@@ -35,6 +33,7 @@ from peft_ext.models import load
 from peft_ext.perplexity import perplexity
 from peft_ext.runs import RunFolder, last_checkpoint, read_settings
 from peft_ext.scale_tuning.config import ScaleTuningConfig
+from peft_ext.tables import mebibytes, pairs
 
 
 METHODS = {"peqa": PeqaConfig, "alphatuning": AlphaTuningConfig}
@@ -127,7 +126,7 @@ def table(metrics: dict[str, Any]) -> str:
         ("time to quantise", f"{seconds['quantize']:.0f} s"),
         ("time to tune", f"{seconds['train']:.0f} s, {metrics['steps']} steps"),
     ]
-    return aligned(rows)
+    return pairs(rows)
 
 
 def _quantize(

@@ -1,35 +1,23 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""What the commands share: flags that name a language model, critics, prompts and a reward, and how those are loaded."""
+"""What the commands share: flags that name a language model, critics and prompts, and how those are loaded."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
-from transformers import PreTrainedTokenizerBase
-
 from generation_ext.critic.rollouts import prompt_rows
 from generation_ext.critic.value import Critic
-from peft_ext import command_line, models
-from peft_ext.files import written_whole
+from peft_ext import command_line
+from peft_ext.command_line import ModelArguments
+from peft_ext.rows import read_json_lines, read_lines
+from peft_ext.runs import read_settings
 
 
-@dataclass
-class ModelArguments:
-    """Which language model."""
-
-    model: Optional[str] = field(
-        default=None,
-        metadata={
-            "help": "Hub id, folder or .gguf file of the language model; a run's own, or SmolLM2-135M-Instruct."
-        },
-    )
-    adapter: Optional[str] = field(default=None, metadata={"help": "Folder of a PEFT adapter for it."})
-    dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16."})
+parse = partial(command_line.parse, program="python -m generation_ext.critic")
 
 
 @dataclass
@@ -43,6 +31,13 @@ class CriticArguments(ModelArguments):
     mode: str = field(default="exact", metadata={"help": "exact, or action-value (a critic with that head)."})
     mask_others: bool = field(default=False, metadata={"help": "Rule out all other tokens."})
 
+    def load(self, kind: str = "causal") -> tuple[Any, Any]:
+        """The language model in eval mode, and its tokenizer; the first critic's run's if the flags name none."""
+        if self.model is None:
+            run = read_settings(Path(self.critic[0], "config.yaml")) or {}
+            self.model, self.adapter = run.get("model"), self.adapter or run.get("adapter")
+        return super().load(kind)
+
 
 @dataclass
 class PromptArguments:
@@ -52,37 +47,6 @@ class PromptArguments:
         default=None, metadata={"help": "A text file with a prompt a line, or JSON lines with a field of that name."}
     )
     prompt_field: str = field(default="prompt", metadata={"help": "Field of JSON lines that holds the prompt."})
-
-
-def parse(argv: Sequence[str], *kinds: type, positional: Optional[str] = None) -> tuple[Any, ...]:
-    """Dataclasses from flags and a YAML file, see `peft_ext.command_line.parse`."""
-    return command_line.parse(argv, *kinds, positional=positional, program="python -m generation_ext.critic")
-
-
-def load_model(args: ModelArguments, run: Optional[str] = None) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The language model in eval mode, and its tokenizer.
-
-    Args:
-        args: What names it.
-        run: A run whose language model is taken if the arguments name none.
-
-    Raises:
-        FileNotFoundError, ImportError: If there is no such model or adapter.
-    """
-    if args.dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype={args.dtype!r} is unknown; choose one of auto, float32, bfloat16, float16.")
-    name, adapter = args.model, args.adapter
-    if name is None and run is not None:
-        settings = read_run(run)
-        name, adapter = settings.get("model"), adapter or settings.get("adapter")
-    if adapter is not None and not Path(adapter, "adapter_config.json").is_file():
-        raise FileNotFoundError(f"adapter={adapter!r} has no adapter_config.json, as save_pretrained writes it.")
-    model: Any = models.load_model(name, dtype=args.dtype)
-    if adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, adapter)
-    return model.eval(), models.load_tokenizer(name)
 
 
 def critic_folders(names: Sequence[str]) -> list[Path]:
@@ -113,16 +77,6 @@ def load_critics(folders: Sequence[Path], model: Any) -> list[Critic]:
     return [Critic.from_pretrained(folder).eval().attach(model).to(model.device) for folder in folders]
 
 
-def read_run(folder: str) -> dict[str, Any]:
-    """The arguments that a run was started with; nothing for a critic's bare folder."""
-    file = Path(folder, "config.yaml")
-    if not file.is_file():
-        return {}
-    import yaml
-
-    return yaml.safe_load(file.read_text(encoding="utf-8"))
-
-
 def load_prompts(args: PromptArguments) -> list[dict[str, Any]]:
     """Rows with a `prompt`.
 
@@ -133,7 +87,7 @@ def load_prompts(args: PromptArguments) -> list[dict[str, Any]]:
         raise ValueError("prompts is missing: pass --prompts, a text or JSON-lines file.")
     path = Path(args.prompts).expanduser()
     if path.suffix not in (".jsonl", ".json"):
-        return prompt_rows([line for line in read_lines(path, "prompts") if line.strip()])
+        return prompt_rows(read_lines(path, "prompts"))
     rows = read_json_lines(path, "prompts")
     for row in rows:
         if args.prompt_field not in row:
@@ -143,64 +97,3 @@ def load_prompts(args: PromptArguments) -> list[dict[str, Any]]:
             )
         row["prompt"] = row.pop(args.prompt_field)
     return prompt_rows(rows)
-
-
-def read_lines(path: Path, argument: str) -> list[str]:
-    """The lines of a text file, without their ends.
-
-    Raises:
-        FileNotFoundError: Names the argument.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{argument}={str(path)!r}: there is no such file.")
-    return path.read_text(encoding="utf-8").splitlines()
-
-
-def read_json_lines(path: Path, argument: str) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file.
-
-    Raises:
-        ValueError, FileNotFoundError: Names the argument, and the line that is none.
-    """
-    rows = []
-    for number, line in enumerate(read_lines(path, argument), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{argument}={str(path)!r}: line {number} is not JSON ({error}).") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{argument}={str(path)!r}: line {number} is {row!r}, not an object with fields.")
-        rows.append(row)
-    return rows
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    with written_whole(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-def as_json(value: Any) -> str:
-    """JSON text; NaN, which JSON doesn't have, becomes null."""
-    return json.dumps(_plain(value), indent=2) + "\n"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """A table; the first row is its head."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
-
-
-def figure(value: Optional[float], digits: int = 3) -> str:
-    """A number in a table."""
-    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(entry) for name, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

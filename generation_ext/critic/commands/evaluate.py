@@ -12,22 +12,19 @@ from generation_ext.critic.batches import values_of
 from generation_ext.critic.commands.arguments import (
     CriticArguments,
     PromptArguments,
-    aligned,
-    as_json,
     critic_folders,
-    figure,
     load_critics,
-    load_model,
     load_prompts,
     parse,
-    write_whole,
 )
 from generation_ext.critic.commands.reward_arguments import RewardArguments, load_reward
-from generation_ext.critic.diagnostics import by_position, calibration_table, explained_variance
+from generation_ext.critic.diagnostics import by_position, calibration_table, explained_variance, finite
 from generation_ext.critic.processor import CriticLogitsProcessor
 from generation_ext.critic.rollout_files import read_rollouts
 from generation_ext.critic.rollouts import Rollout, RolloutSampler, schedule
 from generation_ext.critic.value import Critic
+from peft_ext.files import check_writable, write_json
+from peft_ext.tables import aligned, figure
 
 
 @dataclass
@@ -55,8 +52,8 @@ def main(argv: Sequence[str]) -> None:
     for name in ("count", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name}={getattr(args, name)} must be at least 1.")
-    if args.output and not Path(args.output).absolute().parent.is_dir():
-        raise FileNotFoundError(f"output={args.output!r}: its folder does not exist.")
+    if args.output:
+        check_writable(Path(args.output), "output")
     if args.rollouts and args.strengths:
         raise ValueError("strengths need prompts and a reward to sample anew; leave out --rollouts.")
     if len(args.critic) > 1:
@@ -65,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
     saved = read_rollouts(args.rollouts) if args.rollouts else None
     rows = load_prompts(args) if saved is None else []
     reward = load_reward(args) if saved is None else None
-    model, tokenizer = load_model(args, args.critic[0])
+    model, tokenizer = args.load()
     critic = load_critics(folders, model)[0]
     sampler = RolloutSampler(
         model,
@@ -79,12 +76,12 @@ def main(argv: Sequence[str]) -> None:
     rows = schedule(rows, critic.config.control_codes, args.count, args.seed) if rows else []
     rollouts = saved if saved is not None else _sampled(sampler, rows, args)
     result = _foreseen(critic, model, [rollout for rollout in rollouts if rollout.reward is not None], args.batch_size)
-    print(_table(result["positions"]))
+    print(positions_table(result["positions"]))
     if args.strengths:
         result["strengths"] = [_steered(sampler, rows, args, critic, strength) for strength in args.strengths]
         print("\n" + _strengths_table(result["strengths"]))
     if args.output:
-        write_whole(Path(args.output), as_json(result))
+        write_json(Path(args.output), finite(result))
 
 
 def _sampled(
@@ -100,15 +97,14 @@ def _sampled(
 def _foreseen(critic: Critic, model: Any, rollouts: list[Rollout], batch_size: int) -> dict[str, Any]:
     if not rollouts:
         raise ValueError("none of the roll-outs has a reward; there is nothing to evaluate on.")
-    known = values_of(critic, model, rollouts, batch_size)
-    outcomes = known.outcomes[:, None].expand(known.mask.shape)
-    values, outcomes_inside = known.values[known.mask], outcomes[known.mask]
+    values, mask, rewards = values_of(critic, model, rollouts, batch_size)
+    outcomes = rewards[:, None].expand(mask.shape)
     return {
         "rollouts": len(rollouts),
-        "reward_mean": float(known.outcomes.mean()),
-        "explained_variance": explained_variance(values, outcomes_inside),
-        "positions": by_position(known.values, outcomes, known.mask),
-        "calibration": calibration_table(values, outcomes_inside),
+        "reward_mean": float(rewards.mean()),
+        "explained_variance": explained_variance(values[mask], outcomes[mask]),
+        "positions": by_position(values, outcomes, mask),
+        "calibration": calibration_table(values[mask], outcomes[mask]),
     }
 
 
@@ -134,7 +130,8 @@ def _steered(
     }
 
 
-def _table(positions: list[dict[str, Any]]) -> str:
+def positions_table(positions: list[dict[str, Any]]) -> str:
+    """How well a critic foresees the reward by position, as text; see `diagnostics.by_position`."""
     head = ["tokens", "roll-outs", "explained variance", "calibration error", "mean V", "mean reward"]
     names = ("explained_variance", "calibration_error", "value", "outcome")
     rows = [[str(row["position"]), str(row["count"]), *(figure(row[name]) for name in names)] for row in positions]

@@ -10,7 +10,7 @@ from typing import Any, Optional
 
 import torch
 
-from generation_ext.critic.commands.arguments import CriticArguments, critic_folders, load_critics, load_model, parse
+from generation_ext.critic.commands.arguments import CriticArguments, critic_folders, load_critics, parse
 from generation_ext.critic.generate import critic_generate
 from generation_ext.critic.processor import CriticLogitsProcessor
 from generation_ext.critic.value import Critic
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     if not prompts or not all(prompts):
         raise ValueError("no prompt, or an empty one: pass --prompt TEXT, or lines on the standard input.")
     folders = critic_folders(args.critic)
-    model, tokenizer = load_model(args, args.critic[0])
+    model, tokenizer = args.load()
     critics = load_critics(folders, model)
     texts = [_with_code(critics, prompt, args.control_code) for prompt in prompts]
     side = "right" if model.config.is_encoder_decoder else "left"

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
-from generation_ext.critic.commands.arguments import read_json_lines
-from generation_ext.critic.rewards import RewardFunction, check_callable, from_classifier, from_pipeline
+from generation_ext.critic.rewards import RewardFunc, check_callable, from_classifier, from_pipeline
+from peft_ext.rows import read_json_lines
 
 
 @dataclass
@@ -36,7 +36,7 @@ class RewardArguments:
     )
 
 
-def load_reward(args: RewardArguments) -> RewardFunction:
+def load_reward(args: RewardArguments) -> RewardFunc:
     """The reward function that the arguments name.
 
     Raises:
@@ -58,22 +58,22 @@ def load_reward(args: RewardArguments) -> RewardFunction:
     return from_classifier(_trained(args), args.label)
 
 
-def _function(name: str) -> RewardFunction:
-    place, _, function = name.rpartition(":")
-    if not place or not function:
+def _function(name: str) -> RewardFunc:
+    source, _, function = name.rpartition(":")
+    if not source or not function:
         raise ValueError(f"reward={name!r}: pass package.module:function or file.py:function.")
-    if place.endswith(".py"):
-        if not Path(place).is_file():
-            raise FileNotFoundError(f"reward={name!r}: there is no file {place!r}.")
-        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+    if source.endswith(".py"):
+        if not Path(source).is_file():
+            raise FileNotFoundError(f"reward={name!r}: there is no file {source!r}.")
+        spec = importlib.util.spec_from_file_location(Path(source).stem, source)
         if spec is None or spec.loader is None:
-            raise ImportError(f"reward={name!r}: {place!r} can't be imported.")
+            raise ImportError(f"reward={name!r}: {source!r} can't be imported.")
         module: Any = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     else:
-        module = importlib.import_module(place)
+        module = importlib.import_module(source)
     if not hasattr(module, function):
-        raise ValueError(f"reward={name!r}: {place} has no {function!r}.")
+        raise ValueError(f"reward={name!r}: {source} has no {function!r}.")
     check_callable(getattr(module, function))
     return getattr(module, function)
 

@@ -11,33 +11,23 @@ Started again with the same arguments, a run goes on where it was stopped, and a
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
-import yaml
 from transformers import set_seed
 
-from generation_ext.critic.commands.arguments import (
-    ModelArguments,
-    PromptArguments,
-    aligned,
-    as_json,
-    figure,
-    load_model,
-    load_prompts,
-    parse,
-    write_whole,
-)
+from generation_ext.critic.commands.arguments import PromptArguments, load_prompts, parse
+from generation_ext.critic.commands.evaluate import positions_table
 from generation_ext.critic.commands.reward_arguments import RewardArguments, load_reward
+from generation_ext.critic.diagnostics import finite
 from generation_ext.critic.rollouts import schedule
 from generation_ext.critic.training import CriticConfig, CriticTrainer
 from generation_ext.critic.value import Critic
+from peft_ext.command_line import ModelArguments
+from peft_ext.files import written_whole
+from peft_ext.runs import RunFolder, drop_checkpoints, last_checkpoint
 
 
 @dataclass
@@ -62,29 +52,33 @@ class TrainArguments(ModelArguments, PromptArguments, RewardArguments):
 def main(argv: Sequence[str]) -> None:
     """Check everything, then train and evaluate."""
     args, training = parse(argv, TrainArguments, CriticConfig)
-    run = _check_output(args, training)
-    if (run / "metrics.json").is_file():
+    run_folder, settings = RunFolder(training.output_dir), _arguments(args, training)
+    run = run_folder.folder
+    finished = run_folder.check(settings)
+    if finished is not None:
         print(f"{run} is finished already; its figures:")
-        print(table(json.loads((run / "metrics.json").read_text(encoding="utf-8"))))
+        print(table(finished))
         return
     prompts, held_out = _split(load_prompts(args), args.held_out, training.seed)
     reward = load_reward(args)
-    model, tokenizer = load_model(args)
+    model, tokenizer = args.load()
     set_seed(training.seed)
     critic = _critic(args, model)
     training.output_dir = str(run)
     trainer = CriticTrainer(critic, training, model, reward, prompts, held_out, tokenizer)
     with training.main_process_first(desc="writing the arguments"):
         if trainer.is_world_process_zero():
-            run.mkdir(parents=True, exist_ok=True)
-            write_whole(run / "config.yaml", yaml.safe_dump(_arguments(args, training)))
-    goes_on = (run / "rollouts" / "settings.json").is_file() or any(run.glob("checkpoint-*"))
+            run_folder.start(settings)
+    goes_on = (run / "rollouts" / "settings.json").is_file() or last_checkpoint(run) is not None
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=True if goes_on else None)
     seconds = time.perf_counter() - start
     metrics = _measure(trainer, args, seconds)
     if trainer.is_world_process_zero():
-        _finish(critic, run, metrics)
+        with written_whole(run / "critic") as folder:
+            critic.save_pretrained(folder)
+        run_folder.finish(finite(metrics))
+        drop_checkpoints(run)
         print(table(metrics))
         print(
             f"\nThe run is in {run}. Next: python -m generation_ext.critic generate {run} --prompt '...' --strength 2"
@@ -93,13 +87,7 @@ def main(argv: Sequence[str]) -> None:
 
 def table(metrics: dict[str, Any]) -> str:
     """The figures of a run by position, as text."""
-    head = ["tokens", "roll-outs", "explained variance", "calibration error", "mean V", "mean reward"]
-    names = ("explained_variance", "calibration_error", "value", "outcome")
-    rows = [
-        [str(row["position"]), str(row["count"]), *(figure(row[name]) for name in names)]
-        for row in metrics["positions"]
-    ]
-    return aligned([head, *rows]) + f"\n\n{metrics['steps']} steps in {metrics['seconds']:.0f} s."
+    return f"{positions_table(metrics['positions'])}\n\n{metrics['steps']} steps in {metrics['seconds']:.0f} s."
 
 
 def _critic(args: TrainArguments, model: Any) -> Critic:
@@ -125,26 +113,6 @@ def _split(rows: list[dict[str, Any]], share: float, seed: int) -> tuple[list[An
     return mixed[count:], mixed[:count]
 
 
-def _check_output(args: TrainArguments, training: CriticConfig) -> Path:
-    """The run folder: new, empty, or of a run with the same arguments."""
-    run = Path(str(training.output_dir)).expanduser().resolve()
-    if run.exists() and not run.is_dir():
-        raise FileExistsError(f"output_dir={str(run)!r} is a file; pass a folder.")
-    if run.is_dir() and any(run.iterdir()):
-        file = run / "config.yaml"
-        theirs = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
-        if theirs != _arguments(args, training):
-            raise FileExistsError(
-                f"output_dir={str(run)!r} is not empty and not a run with these arguments; pass another folder, or the "
-                "same arguments to continue that run."
-            )
-        return run
-    parent = next(path for path in (run, *run.parents) if path.exists())
-    if not os.access(parent, os.W_OK):
-        raise PermissionError(f"output_dir={str(run)!r} can't be written: no permission.")
-    return run
-
-
 def _measure(trainer: CriticTrainer, args: TrainArguments, seconds: float) -> dict[str, Any]:
     evaluation = trainer.evaluate()
     history = [entry for entry in trainer.state.log_history if "loss" in entry or "reward_mean" in entry]
@@ -158,25 +126,11 @@ def _measure(trainer: CriticTrainer, args: TrainArguments, seconds: float) -> di
     }
 
 
-def _finish(critic: Critic, run: Path, metrics: dict[str, Any]) -> None:
-    """Write what makes the run complete; the metrics come last."""
-    partial = run / ".critic-partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    critic.save_pretrained(partial)
-    shutil.rmtree(run / "critic", ignore_errors=True)
-    partial.replace(run / "critic")
-    write_whole(run / "metrics.json", as_json(metrics))
-    for checkpoint in run.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint, ignore_errors=True)
-
-
 def _arguments(args: TrainArguments, training: CriticConfig) -> dict[str, Any]:
     """What the run's result depends on, and a second run must repeat."""
     own = [name for name in CriticConfig.__annotations__ if name not in _FREE]
     names = (*own, "seed", "max_steps", "gradient_accumulation_steps", "warmup_steps", "max_grad_norm", "bf16", "fp16")
-    values: dict[str, Optional[Any]] = {name: getattr(training, name) for name in names}
-    plain = {name: getattr(value, "value", value) for name, value in values.items()}
-    return {**asdict(args), **plain}
+    return {**asdict(args), **{name: getattr(training, name) for name in names}}
 
 
 # what may differ between the start of a run and its going on

@@ -38,7 +38,8 @@ def main(argv: Sequence[str]) -> None:
         if Path(args.output).suffix not in (".jsonl", ".csv"):
             raise ValueError(f"output={args.output!r} must end in .jsonl or .csv.")
         check_writable(Path(args.output), "output")
-    paraphrases = paraphrase(*args.load(), texts, batch_size=args.batch_size, num_beams=args.num_beams)
+    model, tokenizer = args.load()
+    paraphrases = paraphrase(model, tokenizer, texts, batch_size=args.batch_size, num_beams=args.num_beams)
     if args.output:
         write_rows(args.output, [{"source": text, "paraphrase": each} for text, each in zip(texts, paraphrases)])
         print(f"{len(paraphrases)} paraphrases in {args.output}")

@@ -102,7 +102,7 @@ def test_the_same_arguments_show_a_finished_run_and_others_are_refused(place, ru
     assert train(place, run, num_iterations=1, action_values="true") == 0
     assert "is finished already" in capsys.readouterr().out
     assert train(place, run, num_iterations=2, action_values="true") == 2
-    assert "not a run with these arguments" in last_error(capsys)
+    assert "other settings (num_iterations: was 1, is 2)" in last_error(capsys)
 
 
 def test_a_stopped_run_goes_on(place, tmp_path, monkeypatch, capsys):
@@ -242,7 +242,7 @@ def test_a_bad_reward_ends_with_one_line(place, tmp_path, capsys):
 def test_bad_files(place, tmp_path, capsys):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt"\n', encoding="utf-8")
     assert train(place, tmp_path / "run", prompts=tmp_path / "bad.jsonl") == 2
-    assert "line 2 is not JSON" in last_error(capsys)
+    assert "line 2 is no JSON" in last_error(capsys)
     assert train(place, tmp_path / "run", prompts=place / "prompts.jsonl") == 2
     assert "no 'prompt'; pass --prompt_field" in last_error(capsys)
     assert train(place, tmp_path / "bad.jsonl") == 2

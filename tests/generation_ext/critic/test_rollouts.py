@@ -293,8 +293,9 @@ def test_keep_cuts_off_further_lines(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ("not json", "line 2 is not JSON"),
-        ("[]", "line 2 has no 'prompt'"),
+        ("not json", "line 2 is no JSON"),
+        ("[]", "line 2 is no object"),
+        ("{}", "row 2 has no 'prompt'"),
         ({"reward": 1.5}, "reward is 1.5"),
         ({"reward": "good"}, "reward is 'good'"),
         ({"completion_ids": [1.5]}, r"completion_ids is \[1.5\]"),
