@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Optional
+from functools import partial
 
 from peft_ext.command_line import run_command
 
@@ -15,11 +14,7 @@ COMMANDS = {
     "report": "write tables and plots of what is finished",
 }
 
-
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run a command; returns the exit status, see `run_command`."""
-    argv = sys.argv[1:] if argv is None else argv
-    return run_command("python -m peft_ext.ood", "peft_ext.ood.study.commands", COMMANDS, argv)
+main = partial(run_command, "python -m peft_ext.ood", "peft_ext.ood.study.commands", COMMANDS)
 
 
 if __name__ == "__main__":
