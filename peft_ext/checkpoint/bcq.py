@@ -29,8 +29,17 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from peft_ext.checkpoint.files import TensorHeader, names_in_model, read_headers, stored_layers
-from peft_ext.quant.conversion import dequantize_layers, float_layers, packed_layers, quantize_layer
-from peft_ext.quant.formats import BinaryCoding, NumberFormat, Uniform, check_number_format
+from peft_ext.quant.conversion import (
+    LINEAR_LAYERS,
+    check_layer,
+    dequantize_layers,
+    float_layers,
+    packed_layers,
+    quantize_layer,
+    replace_layer,
+    weight_of,
+)
+from peft_ext.quant.formats import BinaryCoding, NumberFormat, Uniform, check_number_format, group_size_of, groups_of
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.packing import TILE_ROWS
 
@@ -158,8 +167,8 @@ class BcqHfQuantizer(HfQuantizer):
             model, config.modules_to_not_convert, model._keep_in_fp32_modules, add_default_skips=True
         )
         for name, module in model.named_modules():
-            if isinstance(module, (nn.Linear, Conv1D)) and should_convert_module(name, skipped):
-                check_layer(name, config.format_of(name), _in_features(module))
+            if isinstance(module, LINEAR_LAYERS) and should_convert_module(name, skipped):
+                check_layer(name, module, config.format_of(name))
                 self.targets[name] = config.format_of(name)
         if not self.targets:
             raise ValueError(
@@ -185,7 +194,7 @@ class BcqHfQuantizer(HfQuantizer):
         stored = [] if headers is None else stored_layers(headers, "planes")
         in_file = names_in_model(model, stored)
         for name, module in list(model.named_modules()):
-            if not isinstance(module, (nn.Linear, Conv1D)):
+            if not isinstance(module, LINEAR_LAYERS):
                 continue
             number_format, key = config.format_of(name), in_file.get(name)
             if headers is None:
@@ -194,17 +203,15 @@ class BcqHfQuantizer(HfQuantizer):
             elif key is None:
                 continue
             else:
-                number_format = _checked(key, stored_format(headers, key), name, module, config)
-            conv1d = isinstance(module, Conv1D)
-            shape = (module.weight.t() if conv1d else module.weight).shape
+                number_format = _checked(key, headers, name, module, config)
+            shape, conv1d = weight_of(module).shape, isinstance(module, Conv1D)
             empty = PackedLinear.empty(number_format, shape, module.weight.dtype, module.bias, conv1d)
             if headers is not None and headers[f"{key}.planes"].shape != empty.planes.shape:
                 raise ValueError(
                     f"layer {key!r}: planes of shape {list(headers[f'{key}.planes'].shape)} aren't those of a weight of "
                     f"{list(shape)}, which the model has there; one of config.json and the weights isn't this checkpoint's."
                 )
-            empty.train(module.training)
-            model.set_submodule(name, empty)
+            replace_layer(model, name, empty)
         if stored and not in_file:
             raise ValueError(
                 f"the checkpoint's packed layers ({stored[0]!r} and others) are not in {type(model).__name__}; "
@@ -250,11 +257,10 @@ class _Quantize(ConversionOps):
         module.weight = nn.Parameter(value[0] if isinstance(value, list) else value, requires_grad=False)
         config = self.hf_quantizer.quantization_config
         packed = quantize_layer(module, self.hf_quantizer.targets[name], config.init_method, name)
-        packed.train(module.training)
         packed._is_hf_initialized = True  # type: ignore[assignment]
         for tensor in packed.parameters(recurse=False):
             tensor._is_hf_initialized = True  # type: ignore[attr-defined]
-        model.set_submodule(name, packed)
+        replace_layer(model, name, packed)
         if missing_keys is not None:
             missing_keys.discard(full_layer_name)
         return {}
@@ -281,18 +287,6 @@ def describe(model: PreTrainedModel) -> BcqConfig:
     return config
 
 
-def check_layer(name: str, number_format: NumberFormat, in_features: int) -> None:
-    """Refuse a format that doesn't fit a layer.
-
-    Raises:
-        ValueError: Names the layer, the argument and what fits.
-    """
-    try:
-        check_number_format(number_format, in_features)
-    except ValueError as error:
-        raise ValueError(f"layer {name!r}: {error}") from error
-
-
 def stored_format(headers: dict[str, TensorHeader], name: str) -> NumberFormat:
     """The format of one packed layer, as far as the padded shapes of its tensors tell.
 
@@ -312,35 +306,31 @@ def stored_format(headers: dict[str, TensorHeader], name: str) -> NumberFormat:
             f"layer {name!r}: scales of shape {list(scale.shape)} don't belong to planes of shape {list(planes)}; save "
             "or download the checkpoint again."
         )
-    group_size = -1 if scale.shape[1] == 1 else 8 * planes[1] // scale.shape[1]
+    group_size = group_size_of(8 * planes[1], scale.shape[1])
     return BinaryCoding(planes[2], group_size) if zero_point is None else Uniform(planes[2], group_size)
 
 
-def _checked(key: str, found: NumberFormat, name: str, module: Any, config: BcqConfig) -> NumberFormat:
+def _checked(key: str, headers: dict[str, TensorHeader], name: str, module: Any, config: BcqConfig) -> NumberFormat:
     """What the config says about a layer, once it agrees with the files.
 
     Args:
         key: The layer's name in the files.
-        found: Read off the planes' padded shapes.
+        headers: Of the files; the planes' shapes are padded.
         name: The layer's name in the model, which may have or lack the prefix of the model's body.
     """
-    in_features = _in_features(module)
+    in_features = weight_of(module).shape[1]
+    stored = stored_format(headers, key)
+    found = (stored.name, stored.bits, headers[f"{key}.scale"].shape[1])
     stated = [config.format_of(possible) for possible in (name, key)]
-    groups_found = 1 if found.group_size == -1 else round(in_features / found.group_size)
-    for number_format in stated:
-        groups = 1 if number_format.group_size == -1 else in_features // number_format.group_size
-        if (found.name, found.bits, groups_found) == (number_format.name, number_format.bits, groups):
-            return number_format
-    groups = 1 if stated[0].group_size == -1 else in_features // stated[0].group_size
+    as_found = [(one.name, one.bits, groups_of(in_features, one.group_size)) for one in stated]
+    if found in as_found:
+        return stated[as_found.index(found)]
     raise ValueError(
-        f"layer {key!r}: the checkpoint holds {found.name} of {found.bits} bits in {groups_found} groups per channel, but "
-        f"its config.json says {stated[0].name} of {stated[0].bits} bits in {groups}; one of the two files isn't this "
-        "checkpoint's. Save or download both again."
+        "layer {!r}: the checkpoint holds {} of {} bits in {} groups per channel, but its config.json says {} of {} bits in "
+        "{}; one of the two files isn't this checkpoint's. Save or download both again.".format(
+            key, *found, *as_found[0]
+        )
     )
-
-
-def _in_features(module: Any) -> int:
-    return module.weight.shape[0] if isinstance(module, Conv1D) else module.weight.shape[1]
 
 
 def _most_frequent(values: list[int]) -> int:

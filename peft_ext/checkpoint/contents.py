@@ -13,6 +13,7 @@ from peft import PeftConfig
 from peft_ext.checkpoint.bcq import BcqConfig, stored_format
 from peft_ext.checkpoint.files import TensorHeader, read_headers, read_json, read_tensor, stored_layers, weight_files
 from peft_ext.checkpoint.gptq import QUANTIZE_CONFIG, read_quantize_config
+from peft_ext.quant.formats import group_size_of
 
 
 @dataclass
@@ -120,7 +121,7 @@ def _pack_quantized(
         name=name,
         number_format="uniform integers",
         bits=(config.get("packed_bits") or {}).get(name, bits),
-        group_size=_group_size(in_features, scale.shape[-1] if len(scale.shape) > 1 else 1),
+        group_size=group_size_of(in_features, scale.shape[-1] if len(scale.shape) > 1 else 1),
         shape=(out_features, in_features),
         nbytes=_nbytes(headers, name),
     )
@@ -136,7 +137,7 @@ def _bcq(headers: dict[str, TensorHeader], name: str, stored: dict[str, Any], co
         name=name,
         number_format=number_format.name,
         bits=number_format.bits,
-        group_size=_group_size(in_features, groups),
+        group_size=group_size_of(in_features, groups),
         shape=(headers[f"{name}.scale"].shape[0], in_features),
         nbytes=_nbytes(headers, name),
     )
@@ -152,7 +153,7 @@ def _gptq(
         name=name,
         number_format="uniform integers",
         bits=rows * 32 // in_features,
-        group_size=_group_size(in_features, scales.shape[0]),
+        group_size=group_size_of(in_features, scales.shape[0]),
         shape=(out_features, in_features),
         nbytes=_nbytes(headers, name),
     )
@@ -243,7 +244,3 @@ def _required(headers: dict[str, TensorHeader], name: str, tensor: str) -> Tenso
 
 def _nbytes(headers: dict[str, TensorHeader], name: str) -> int:
     return sum(header.nbytes for key, header in headers.items() if key.rpartition(".")[0] == name)
-
-
-def _group_size(in_features: int, groups: int) -> int:
-    return -1 if groups == 1 else in_features // groups

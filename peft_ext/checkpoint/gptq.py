@@ -27,7 +27,6 @@ from typing import Any, Optional, Union
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -43,7 +42,8 @@ from peft_ext.checkpoint.files import (
 )
 from peft_ext.checkpoint.pack_quantized import unpack_words
 from peft_ext.checkpoint.saving import make_saveable
-from peft_ext.checkpoint.stored_layer import StoredLayer
+from peft_ext.checkpoint.stored_layer import StoredLayer, pack_stored_layers
+from peft_ext.quant.conversion import LINEAR_LAYERS, weight_of
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.uniform import UNIFORM_BITS, Quantized
 
@@ -190,23 +190,19 @@ class PackedGptqHfQuantizer(HfQuantizer):
             raise ValueError("the checkpoint has no qweight, as GPTQ's layers do; it is damaged or of another format.")
         in_file = names_in_model(model, stored)
         modules = dict(model.named_modules())
-        lost = set(stored) - {key for name, key in in_file.items() if isinstance(modules[name], (nn.Linear, Conv1D))}
+        lost = set(stored) - {key for name, key in in_file.items() if isinstance(modules[name], LINEAR_LAYERS)}
         if lost:
             raise ValueError(
                 f"the checkpoint's layer {min(lost)!r} ({len(lost)} such) is no linear layer of {type(model).__name__}. Load "
                 "it with the class that it was made from (auto_class=); experts that transformers merges can't be taken over."
             )
         for name, key in in_file.items():
-            module = modules[name]
-            out_features, in_features = (module.weight.t() if isinstance(module, Conv1D) else module.weight).shape
             tensors = tensors_of(headers, key, _TENSORS)
-            bits = _check_tensors(key, tensors, in_features, out_features, self.quantization_config)
-            model.set_submodule(name, _GptqLayer(tensors, module, bits))
+            bits = _check_tensors(key, tensors, weight_of(modules[name]).shape, self.quantization_config)
+            model.set_submodule(name, _GptqLayer(tensors, modules[name], bits, self.quantization_config))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        # one after the other: what is packed goes before the next one is unpacked
-        for name in [name for name, module in model.named_modules() if isinstance(module, _GptqLayer)]:
-            model.set_submodule(name, model.get_submodule(name).packed(self.quantization_config, name))
+        pack_stored_layers(model)
         make_saveable(model)
         return model
 
@@ -218,28 +214,26 @@ class _GptqLayer(StoredLayer):
     qzeros: nn.Parameter
     scales: nn.Parameter
 
-    def __init__(self, tensors: dict[str, TensorHeader], layer: Any, bits: int) -> None:
+    def __init__(self, tensors: dict[str, TensorHeader], layer: Any, bits: int, config: PackedGptqConfig) -> None:
         # scales are float32 here, so that loading in bfloat16 doesn't round them
         super().__init__(tensors, layer, {"scales": torch.float32})
-        self.bits = bits
+        self.bits, self.config = bits, config
 
-    def packed(self, config: PackedGptqConfig, name: str) -> PackedLinear:
+    def packed(self, name: str) -> PackedLinear:
         """The packed layer with the same codes, zero points and scales."""
-        self.check_loaded(name)
         groups, out_features = self.scales.shape
         shape = torch.Size((self.in_features, out_features))
         codes = unpack_words(self.qweight, self.bits, self.bits, shape, dim=0).t()
-        zero_point = _zero_points(self.qzeros, self.bits, torch.Size((groups, out_features)), config).t().contiguous()
+        zero_point = _zero_points(self.qzeros, self.bits, torch.Size((groups, out_features)), self.config)
+        zero_point = zero_point.t().contiguous()
         bias: Any = getattr(self, "bias", None)
         if bias is not None and not self.has_bias and not bias.any():
             bias = None  # AutoGPTQ gives every layer a bias, of zeros
         quantized = Quantized(codes.contiguous(), self.scales.t().contiguous(), zero_point)
-        sym = config.sym and bool((zero_point == 2 ** (self.bits - 1)).all())
-        layer = PackedLinear.from_quantized(
+        sym = self.config.sym and bool((zero_point == 2 ** (self.bits - 1)).all())
+        return PackedLinear.from_quantized(
             quantized, self.bits, bias, sym=sym, conv1d=self.conv1d, compute_dtype=self.compute_dtype
         )
-        layer.train(self.training)
-        return layer
 
 
 def _zero_points(qzeros: torch.Tensor, bits: int, shape: torch.Size, config: PackedGptqConfig) -> torch.Tensor:
@@ -253,7 +247,7 @@ def _zero_points(qzeros: torch.Tensor, bits: int, shape: torch.Size, config: Pac
 
 
 def _check_tensors(
-    name: str, tensors: dict[str, TensorHeader], in_features: int, out_features: int, config: PackedGptqConfig
+    name: str, tensors: dict[str, TensorHeader], weight_shape: tuple[int, ...], config: PackedGptqConfig
 ) -> int:
     """Refuse, before anything is loaded, a layer whose tensors don't fit; returns the width of its codes.
 
@@ -263,6 +257,7 @@ def _check_tensors(
     missing = [part for part in ("qweight", "qzeros", "scales") if part not in tensors]
     if missing:
         raise ValueError(f"layer {name!r}: the checkpoint has no {missing[0]}; download or save it again.")
+    out_features, in_features = weight_shape
     bits = _width(name, tensors["qweight"].shape, in_features, out_features, config)
     groups = 1 if config.group_size == -1 else math.ceil(in_features / config.group_size)
     even = groups == 1 or in_features % config.group_size == 0

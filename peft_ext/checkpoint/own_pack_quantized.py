@@ -18,7 +18,8 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 from peft_ext.checkpoint.files import TensorHeader, names_in_model, read_headers, stored_layers, tensors_of
 from peft_ext.checkpoint.pack_quantized import OWN_BITS, TENSORS, expand
 from peft_ext.checkpoint.saving import make_saveable
-from peft_ext.checkpoint.stored_layer import StoredLayer, release_pages
+from peft_ext.checkpoint.stored_layer import StoredLayer, pack_stored_layers, release_pages
+from peft_ext.quant.linear import PackedLinear
 
 
 class PackedTensorsHfQuantizer(CompressedTensorsHfQuantizer):
@@ -46,9 +47,7 @@ class PackedTensorsHfQuantizer(CompressedTensorsHfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.packs:
             return super()._process_model_after_weight_loading(model, **kwargs)
-        # one after the other: what is packed goes before the next one is unpacked
-        for name in [name for name, module in model.named_modules() if isinstance(module, _StoredIntegers)]:
-            model.set_submodule(name, model.get_submodule(name).packed(name))
+        pack_stored_layers(model)
         make_saveable(model)
         return model
 
@@ -76,15 +75,13 @@ class _StoredIntegers(StoredLayer):
                 "isn't this checkpoint's."
             )
 
-    def packed(self, name: str) -> nn.Module:
+    def packed(self, name: str) -> PackedLinear:
         """The packed layer with the same codes, zero points and scales."""
-        self.check_loaded(name)
         tensors: dict[str, torch.Tensor] = {
             part: getattr(self, part).data for part in TENSORS if isinstance(getattr(self, part, None), torch.Tensor)
         }
         bias: Any = getattr(self, "bias", None)
         layer = expand(tensors, self.container_bits, self.bits, bias, name)
         layer.compute_dtype = self.compute_dtype
-        layer.train(self.training)
         release_pages(tensors["weight_packed"])
         return layer

@@ -38,7 +38,7 @@ from peft_ext.checkpoint.files import (
     tensors_of,
     weight_files,
 )
-from peft_ext.quant.conversion import dequantize_layers, float_layers, packed_layers
+from peft_ext.quant.conversion import dequantize_layers, float_layers, packed_layers, replace_layer
 from peft_ext.quant.formats import Uniform
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.uniform import UNIFORM_BITS, Quantized
@@ -208,8 +208,7 @@ def restore(model: nn.Module) -> None:
         packed = expand(tensors, scheme["num_bits"], own_bits.get(key, scheme["num_bits"]), module.bias, name)
         packed.to(module.weight.device).compute_dtype = module.weight.dtype
         if torch.equal(packed.weight, module.weight):
-            packed.train(module.training)
-            model.set_submodule(name, packed)
+            replace_layer(model, name, packed)
 
 
 def _lies_dequantized(model: PreTrainedModel) -> bool:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
 from peft_ext.checkpoint import bcq, pack_quantized
-from peft_ext.quant.conversion import packed_layers
+from peft_ext.quant.conversion import packed_layers, replace_layer
 from peft_ext.quant.linear import PackedLinear
 
 
@@ -73,9 +73,7 @@ def _take_over_the_rest(model: nn.Module) -> None:
     """Layers of a compressed base that nothing was tuned on are packed like the others, so that one writer has all."""
     for name, module in list(model.named_modules()):
         if pack_quantized.is_compressed(module):
-            packed = pack_quantized.take_over(module, name)
-            packed.train(module.training)
-            model.set_submodule(name, packed)
+            replace_layer(model, name, pack_quantized.take_over(module, name))
     pack_quantized.release_hook(model)
 
 

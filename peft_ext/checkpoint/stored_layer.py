@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Optional
 
@@ -14,12 +15,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_ext.checkpoint.files import TensorHeader
+from peft_ext.quant.conversion import replace_layer, weight_of
+from peft_ext.quant.linear import PackedLinear
 
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "I64": torch.int64}
 
 
-class StoredLayer(nn.Module):
+class StoredLayer(nn.Module, ABC):
     """Holds a layer's tensors as a checkpoint stores them, on the meta device at first, from their loading until they are
     packed.
 
@@ -34,7 +37,7 @@ class StoredLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.conv1d, self.compute_dtype = isinstance(layer, Conv1D), layer.weight.dtype
-        self.out_features, self.in_features = (layer.weight.t() if self.conv1d else layer.weight).shape
+        self.out_features, self.in_features = weight_of(layer).shape
         self.has_bias, self.training = layer.bias is not None, layer.training
         dtypes = {"bias": layer.weight.dtype, **(dtypes or {})}
         for part, header in tensors.items():
@@ -48,17 +51,26 @@ class StoredLayer(nn.Module):
         """Nothing; some models (GPT-2) initialise the weights of their layers' layers."""
         return torch.empty(0)
 
-    def check_loaded(self, name: str) -> None:
-        """Refuse a layer whose tensors aren't in memory.
+    @abstractmethod
+    def packed(self, name: str) -> PackedLinear:
+        """The packed layer with the same codes, zero points and scales; `name`: the layer's, for messages."""
 
-        Raises:
-            ValueError: Names the layer and the way out.
-        """
-        if any(tensor.device.type == "meta" for tensor in self.parameters()):
+
+def pack_stored_layers(model: nn.Module) -> None:
+    """Pack what has been loaded.
+
+    Raises:
+        ValueError: If a layer's tensors aren't in memory; names it and the way out.
+    """
+    # one after the other: what is packed goes before the next one is unpacked
+    for name in [name for name, module in model.named_modules() if isinstance(module, StoredLayer)]:
+        layer: Any = model.get_submodule(name)
+        if any(tensor.device.type == "meta" for tensor in layer.parameters()):
             raise ValueError(
                 f"layer {name!r} was offloaded, so its codes aren't there to be packed; load the model without offload "
                 "(device_map=None or a device that holds it)."
             )
+        replace_layer(model, name, layer.packed(name))
 
 
 def release_pages(tensor: torch.Tensor) -> None:

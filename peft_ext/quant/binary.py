@@ -11,15 +11,13 @@ from typing import NamedTuple, Optional
 
 import torch
 
-from peft_ext.quant.uniform import check_format, check_weight
+from peft_ext.quant.uniform import check_format, check_weight, grouped_rows
 
 
 BINARY_BITS = (1, 2, 3, 4, 8)
 BINARY_METHODS = ("greedy", "alternating")
 # Rounds of alternating refinement, as in LUT-GEMM's code.
 ROUNDS = 15
-# Rows are coded in chunks of about this many weights, so that a chunk's signs stay in a core's cache.
-_CHUNK = 1 << 18
 
 
 class BinaryQuantized(NamedTuple):
@@ -61,16 +59,13 @@ def quantize_binary(
     if method not in BINARY_METHODS:
         raise ValueError(f"method={method!r} is unknown; choose one of {BINARY_METHODS}.")
     weight = check_weight(weight)
-    out_features, in_features = weight.shape
-    size = in_features if group_size == -1 else group_size
-    groups = weight.view(out_features, -1, size)
+    size = weight.shape[1] if group_size == -1 else group_size
     counts = torch.ones(1, 1, size) if input_weight is None else input_weight.view(1, -1, size)
     counts = counts.to(weight)
     rounds = rounds if method == "alternating" else 0
-    rows = max(1, _CHUNK // in_features)
-    parts = [_code_rows(groups[start : start + rows], counts, bits, rounds) for start in range(0, out_features, rows)]
-    codes, alpha = (torch.cat(tensors) for tensors in zip(*parts))
-    return BinaryQuantized(codes.view(out_features, in_features), alpha)
+    parts = [_code_rows(rows, counts, bits, rounds) for rows in grouped_rows(weight, size)]
+    codes, alpha = map(torch.cat, zip(*parts))
+    return BinaryQuantized(codes.view(weight.shape), alpha)
 
 
 def dequantize_binary(codes: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:

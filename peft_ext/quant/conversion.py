@@ -9,8 +9,35 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_ext.quant.formats import NumberFormat
+from peft_ext.quant.formats import NumberFormat, check_number_format
 from peft_ext.quant.linear import PackedLinear
+
+
+# What can be packed.
+LINEAR_LAYERS = (nn.Linear, Conv1D)
+
+
+def weight_of(layer: Any) -> torch.Tensor:
+    """The weight `[out, in]`, whichever way round the layer stores it."""
+    return layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
+
+
+def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put a layer into a model in another one's place, and in its mode."""
+    layer.train(model.get_submodule(name).training)
+    model.set_submodule(name, layer)
+
+
+def check_layer(name: str, layer: Any, number_format: NumberFormat) -> None:
+    """Refuse a format that doesn't fit a layer.
+
+    Raises:
+        ValueError: Names the layer, the argument and what fits.
+    """
+    try:
+        check_number_format(number_format, weight_of(layer).shape[1])
+    except ValueError as error:
+        raise ValueError(f"layer {name!r}: {error}") from error
 
 
 def quantize_layer(
@@ -32,9 +59,7 @@ def quantize_layer(
     Raises:
         ValueError: If the weight can't be quantised so; names the layer.
     """
-    conv1d = isinstance(module, Conv1D)
-    weight = module.weight.detach()
-    weight = weight.t() if conv1d else weight
+    conv1d, weight = isinstance(module, Conv1D), weight_of(module).detach()
     if weight.device.type == "meta":
         return PackedLinear.empty(number_format, weight.shape, weight.dtype, module.bias, conv1d)
     try:
@@ -79,5 +104,5 @@ def float_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, PackedLinear)
+        if isinstance(module, LINEAR_LAYERS) and not isinstance(module, PackedLinear)
     }

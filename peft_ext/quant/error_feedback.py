@@ -108,8 +108,7 @@ def refit_alphas(
         are to be rounded again.
     """
     out_features, groups, bits = alpha.shape
-    damped = hessian.clone()
-    damped.diagonal().add_(damping * hessian.diagonal().mean().clamp(min=torch.finfo(hessian.dtype).tiny))
+    damped = _damped(hessian, damping * _mean_energy(hessian))
     planes = torch.arange(bits, dtype=torch.uint8, device=codes.device)[:, None, None]
     refitted, pulled = alpha.clone(), linear(weight - dequantize_binary(codes, alpha), damped)
     for group, columns in enumerate(torch.arange(weight.shape[1], device=codes.device).view(groups, -1)):
@@ -160,10 +159,8 @@ def follow_shift(
         share: Length of the step; 1 goes all the way.
         damping: Share of the mean diagonal that is added to the Hessian's diagonal.
     """
-    damped = hessian.clone()
-    damped.diagonal().add_(damping * hessian.diagonal().mean().clamp(min=torch.finfo(hessian.dtype).tiny))
     # (W C) H^-1 = (H^-1 (W C)^T)^T
-    step = torch.linalg.solve(damped, (weight @ shift).t()).t()
+    step = torch.linalg.solve(_damped(hessian, damping * _mean_energy(hessian)), (weight @ shift).t()).t()
     return torch.add(weight, step, alpha=share).contiguous()
 
 
@@ -235,16 +232,23 @@ def error_feedback(
     return result.t().contiguous()
 
 
+def _mean_energy(hessian: torch.Tensor) -> torch.Tensor:
+    return hessian.diagonal().mean().clamp(min=torch.finfo(hessian.dtype).tiny)
+
+
+def _damped(hessian: torch.Tensor, amount: torch.Tensor) -> torch.Tensor:
+    damped = hessian.clone()
+    damped.diagonal().add_(amount)
+    return damped
+
+
 def _inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     """Upper Cholesky factor of the inverse of the damped Hessian `[in, in]`."""
-    hessian = hessian.clone()
+    hessian, mean = hessian.clone(), _mean_energy(hessian)
     diagonal = hessian.diagonal()
-    mean = diagonal.mean().clamp(min=torch.finfo(hessian.dtype).tiny)
     diagonal.copy_(torch.where(diagonal > 0, diagonal, mean))  # an input that never fires pulls on nothing
     for _ in range(6):
-        damped = hessian.clone()
-        damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        lower, failed = torch.linalg.cholesky_ex(_damped(hessian, damping * mean))
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed:

@@ -32,7 +32,7 @@ class Uniform:
 
     def scale_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
         """Shape of the scales: `[out, groups]`."""
-        return out_features, _groups(in_features, self.group_size)
+        return out_features, groups_of(in_features, self.group_size)
 
     def quantize(
         self,
@@ -61,7 +61,7 @@ class BinaryCoding:
 
     def scale_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
         """Shape of the alphas: `[out, groups, bits]`."""
-        return out_features, _groups(in_features, self.group_size), self.bits
+        return out_features, groups_of(in_features, self.group_size), self.bits
 
     def quantize(
         self,
@@ -77,6 +77,16 @@ class BinaryCoding:
 
 
 NumberFormat = Union[Uniform, BinaryCoding]
+
+
+def groups_of(in_features: int, group_size: int) -> int:
+    """Groups of a row; a group size of -1 is all of it."""
+    return 1 if group_size == -1 else in_features // group_size
+
+
+def group_size_of(in_features: int, groups: int) -> int:
+    """The group size of a row in so many groups."""
+    return -1 if groups == 1 else in_features // groups
 
 
 def check_number_format(number_format: NumberFormat, in_features: Optional[int] = None) -> None:
@@ -103,7 +113,3 @@ def empty_quantized(
     if isinstance(number_format, BinaryCoding):
         return BinaryQuantized(codes, scale)
     return Quantized(codes, scale, torch.empty_like(scale, dtype=torch.uint8))
-
-
-def _groups(in_features: int, group_size: int) -> int:
-    return 1 if group_size == -1 else in_features // group_size

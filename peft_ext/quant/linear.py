@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from peft_ext.quant.binary import BinaryQuantized, dequantize_binary
-from peft_ext.quant.formats import BinaryCoding, NumberFormat, Uniform, empty_quantized
+from peft_ext.quant.formats import BinaryCoding, NumberFormat, Uniform, empty_quantized, group_size_of
 from peft_ext.quant.functional import PackedWeight, mixed_packed_linear, packed_linear
 from peft_ext.quant.packing import TILE_ROWS, pack, planes_shape, unpack
 from peft_ext.quant.uniform import Quantized, dequantize
@@ -154,8 +154,7 @@ class PackedLinear(nn.Linear):
     @property
     def group_size(self) -> int:
         """Inputs that share a scale; -1 where an output channel has a single one."""
-        groups = self.scale.shape[1]
-        return -1 if groups == 1 else self.in_features // groups
+        return group_size_of(self.in_features, self.scale.shape[1])
 
     @property
     def weight(self) -> torch.Tensor:

@@ -16,7 +16,7 @@ UNIFORM_BITS = (2, 3, 4, 8)
 UNIFORM_METHODS = ("minmax", "mse")
 # The range shrinks in these steps while a grid is searched; the first is min-max itself.
 SHRINK_FACTORS = tuple(1.0 - 0.02 * step for step in range(36))
-# Rows are searched in chunks of about this many weights, so that a chunk stays in a core's cache.
+# Rows are quantised in chunks of about this many weights, so that a chunk stays in a core's cache.
 _CHUNK = 1 << 18
 
 
@@ -119,16 +119,15 @@ def search_grid(
         shrink_factors: Tried in turn; `(1.0,)` is plain min-max.
         input_weight: `[in]`, the second moment of each input; the error of input `j` counts `input_weight[j]` times.
     """
-    out_features, in_features = weight.shape
-    size = in_features if group_size == -1 else group_size
-    groups = weight.view(out_features, -1, size)
+    size = weight.shape[1] if group_size == -1 else group_size
     weights = None if input_weight is None else input_weight.to(weight.dtype).view(1, -1, size)
-    rows = max(1, _CHUNK // in_features)
-    parts = [
-        _search_rows(groups[start : start + rows], bits, sym, shrink_factors, weights)
-        for start in range(0, out_features, rows)
-    ]
-    return Grid(torch.cat([part.scale for part in parts]), torch.cat([part.zero_point for part in parts]))
+    parts = [_search_rows(rows, bits, sym, shrink_factors, weights) for rows in grouped_rows(weight, size)]
+    return Grid(*map(torch.cat, zip(*parts)))
+
+
+def grouped_rows(weight: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
+    """A weight `[out, in]` in groups of `size` inputs, some rows at a time: `[rows, groups, size]`."""
+    return weight.view(len(weight), -1, size).split(max(1, _CHUNK // weight.shape[1]))
 
 
 def check_weight(weight: torch.Tensor) -> torch.Tensor:

@@ -14,8 +14,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_ext.checkpoint import pack_quantized
-from peft_ext.quant.conversion import quantize_layer
-from peft_ext.quant.formats import CALIBRATED, NumberFormat, check_number_format, same_format
+from peft_ext.quant.conversion import LINEAR_LAYERS, check_layer, quantize_layer
+from peft_ext.quant.formats import CALIBRATED, NumberFormat, same_format
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.scale_tuning.config import ScaleTuningConfig
 
@@ -60,7 +60,7 @@ def free_weight(module: nn.Module, model: nn.Module) -> None:
     PEFT, or a hook, holds the layer until the last one is packed. A layer that the model has under another name too
     keeps its weight, and so does a module that a weight is tied to.
     """
-    if isinstance(module, (nn.Linear, Conv1D)) and not any(other is module for other in model.modules()):
+    if isinstance(module, LINEAR_LAYERS) and not any(other is module for other in model.modules()):
         module.weight = None
 
 
@@ -81,7 +81,7 @@ def check_target(module: Any, config: ScaleTuningConfig, name: str) -> None:
         _check_format_of_base(config, name, module.in_features, module.number_format)
     elif pack_quantized.is_compressed(module):
         _check_format_of_base(config, name, module.in_features, pack_quantized.format_of(module, name))
-    elif isinstance(module, (nn.Linear, Conv1D)):
+    elif isinstance(module, LINEAR_LAYERS):
         _check_float_layer(module, config, name)
     else:
         raise ValueError(
@@ -97,18 +97,15 @@ def _is_offloaded(module: nn.Module) -> bool:
 
 
 def _check_float_layer(module: Any, config: ScaleTuningConfig, name: str) -> None:
-    weight, conv1d = module.weight, isinstance(module, Conv1D)
+    weight = module.weight
     if not weight.is_floating_point():
         raise ValueError(
             f"layer {name!r} has a {weight.dtype} weight in a format that is unknown here; load the float model."
         )
-    try:
-        check_number_format(config.format_of(name), weight.shape[0] if conv1d else weight.shape[1])
-    except ValueError as error:
-        raise ValueError(f"layer {name!r}: {error}") from error
+    check_layer(name, module, config.format_of(name))
     if weight.device.type != "meta" and not torch.isfinite(weight).all():
         raise ValueError(f"the weight of layer {name!r} has NaN or infinity; repair or reload the model.")
-    if config.fan_in_fan_out and not conv1d:
+    if config.fan_in_fan_out and not isinstance(module, Conv1D):
         message = f"fan_in_fan_out is set to True but {name!r} is a `torch.nn.Linear`; it is read as False there."
         warnings.warn(message, stacklevel=2)
 

@@ -136,13 +136,13 @@ def test_sizes_that_fill_no_word(bits, out_features, groups, size, version, seed
     scale = torch.rand(out_features, groups, generator=generator).half()
     tensors = gptq_layer(codes, scale, zero, bits, version)
     headers = {part: TensorHeader(tuple(tensor.shape), "I32", "") for part, tensor in tensors.items()}
-    layer = _GptqLayer(headers, nn.Linear(groups * size, out_features, bias=False), bits)
+    config = PackedGptqConfig(bits, sym=False, checkpoint_format="gptq" if version == 1 else "gptq_v2")
+    layer = _GptqLayer(headers, nn.Linear(groups * size, out_features, bias=False), bits, config)
     for part, tensor in tensors.items():
         layer.register_parameter(
             part, nn.Parameter(tensor.float() if part == "scales" else tensor, requires_grad=False)
         )
-    config = PackedGptqConfig(bits, sym=False, checkpoint_format="gptq" if version == 1 else "gptq_v2")
-    packed = layer.packed(config, "layer")
+    packed = layer.packed("layer")
     assert torch.equal(packed.codes().long(), codes)
     assert torch.equal(packed.zero_point.long(), zero) and torch.equal(packed.scale, scale.float())
 
