@@ -385,14 +385,24 @@ def identity(model: nn.Module) -> str:
     same name, a merged one, a quantised or fine-tuned base, and another float type are other models; a loaded adapter
     that isn't active makes no difference.
     """
-    digest = hashlib.sha256()
-    adapters, inactive = _adapter_tensors(model)
-    for name, tensor in adapters:
-        digest.update(f"{name}/".encode() + _content(tensor))
+    digest = hashlib.sha256(adapters_fingerprint(model).encode())
+    _, of_adapters = _adapter_tensors(model)
     for tensor in [*model.parameters(), *model.buffers()]:
-        if id(tensor) not in inactive:
+        if id(tensor) not in of_adapters:
             digest.update(_content(tensor, _SAMPLED_NUMBERS))
     return f"{base_fingerprint(model)}-{digest.hexdigest()[:16]}"
+
+
+def adapters_fingerprint(model: nn.Module) -> str:
+    """A short name of the weights of all active adapters; `"none"` if there are none.
+
+    What is saved with a base's fingerprint compares this, too: packed and cast copies of a base are the same to it.
+    """
+    digest = hashlib.sha256()
+    tensors, _ = _adapter_tensors(model)
+    for name, tensor in tensors:
+        digest.update(f"{name}/".encode() + _content(tensor))
+    return digest.hexdigest()[:16] if tensors else "none"
 
 
 def _adapter_tensors(model: nn.Module) -> tuple[list[tuple[str, torch.Tensor]], set[int]]:

@@ -4,15 +4,16 @@ tokens."""
 
 from __future__ import annotations
 
-import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from transformers import PreTrainedTokenizerBase
+
+from peft_ext.rows import read_json_lines
 
 
 PYTHON_DOCS = "python-docs"
@@ -126,36 +127,26 @@ def _read_folder(folder: Path, text_field: str) -> tuple[list[str], Optional[lis
 def _read_file(path: Path, text_field: str) -> list[str]:
     if path.suffix not in _SUFFIXES:
         raise ValueError(f"data={str(path)!r}: only .txt and .jsonl files can be read.")
+    if path.suffix == ".jsonl":
+        return _documents(read_json_lines(path), str(path), text_field)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    if path.suffix == ".txt":
-        return [text] if text.strip() else []
-    # not splitlines(): JSON strings may hold characters such as U+2028 unescaped
-    lines = enumerate(text.split("\n"), start=1)
-    documents = [_text_of_line(line, f"{path}, line {number}", text_field) for number, line in lines if line.strip()]
+    return [text] if text.strip() else []
+
+
+def _documents(rows: Iterable[Mapping[str, Any]], where: str, text_field: str) -> list[str]:
+    """The texts of rows that aren't blank."""
+    documents = []
+    for number, row in enumerate(rows, start=1):
+        if text_field not in row:
+            raise ValueError(f"{where}, row {number}: no field {text_field!r}; pass text_field, one of {sorted(row)}.")
+        if not isinstance(row[text_field], str):
+            kind = type(row[text_field]).__name__
+            raise ValueError(f"{where}, row {number}: field {text_field!r} is a {kind}, not a string.")
+        documents.append(row[text_field])
     return [document for document in documents if document.strip()]
-
-
-def _text_of_line(line: str, place: str, text_field: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not valid JSON ({error}).") from error
-    if not isinstance(record, dict):
-        raise ValueError(
-            f"{place}: expected a JSON object with a field {text_field!r}, got a {type(record).__name__}."
-        )
-    return _text_of_record(record, place, text_field)
-
-
-def _text_of_record(record: dict, place: str, text_field: str) -> str:
-    if text_field not in record:
-        raise ValueError(f"{place}: no field {text_field!r}; pass text_field, one of {sorted(record)}.")
-    if not isinstance(record[text_field], str):
-        raise ValueError(f"{place}: field {text_field!r} is a {type(record[text_field]).__name__}, not a string.")
-    return record[text_field]
 
 
 def _load_hub(data: str, data_config: Optional[str], text_field: str) -> tuple[list[str], Optional[list[str]]]:
@@ -173,13 +164,8 @@ def _load_hub(data: str, data_config: Optional[str], text_field: str) -> tuple[l
     if "train" not in dataset:
         raise ValueError(f"data={data!r} has no split 'train', only {sorted(dataset)}.")
     held_out = next((name for name in _VALIDATION_NAMES if name in dataset), None)
-
-    def texts(split: str) -> list[str]:
-        rows = enumerate(dataset[split])
-        documents = [_text_of_record(row, f"{data}, {split}, row {index}", text_field) for index, row in rows]
-        return [document for document in documents if document.strip()]
-
-    return texts("train"), None if held_out is None else texts(held_out)
+    texts = [_documents(dataset[split], f"{data}, {split}", text_field) for split in ("train", held_out) if split]
+    return texts[0], None if held_out is None else texts[1]
 
 
 def _split(documents: list[str], held_out: float, seed: int, data: str) -> TextSplits:

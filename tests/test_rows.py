@@ -12,7 +12,16 @@ import signal
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies
 
-from peft_ext.rows import RowFile, append_rows, keep_rows, read_grown_rows, read_rows, write_rows
+from peft_ext.rows import (
+    RowFile,
+    append_rows,
+    keep_rows,
+    read_grown_rows,
+    read_json_lines,
+    read_lines,
+    read_rows,
+    write_rows,
+)
 
 
 def test_rows_come_back_once_each(tmp_path):
@@ -138,3 +147,24 @@ def test_the_first_rows_are_kept(tmp_path):
         {"a": 1},
         {"a": "\u2028"},
     ]
+
+
+def test_lines_of_a_text_file(tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_bytes(f"\ufefffirst\u2028line\r\n\n second{ENDS}\n \nlast".encode())
+    assert read_lines(path) == ["first\u2028line", f" second{ENDS}", "last"]
+    path.write_bytes(b"a\n\xff\n")
+    with pytest.raises(ValueError, match="lines.txt, line 2 is not UTF-8"):
+        read_lines(path)
+    with pytest.raises(FileNotFoundError, match="^prompts='none.txt': there is no such file"):
+        read_lines("none.txt", "prompts")
+
+
+def test_a_torn_end_is_passed_over_where_it_may_be(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text('{"a": 1}\n{"a": 2}')
+    assert read_json_lines(path) == [{"a": 1}, {"a": 2}]
+    assert read_json_lines(path, may_be_torn=True) == [{"a": 1}]
+    path.write_text('{"a": 1}\n{"a": \n')
+    with pytest.raises(ValueError, match="line 2 is no JSON"):
+        read_json_lines(path, may_be_torn=True)

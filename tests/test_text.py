@@ -47,10 +47,10 @@ def test_a_folder_with_splits_is_used_as_it_is(tmp_path):
     [
         ("", "is empty"),
         ("\n\n", "is empty"),
-        ('{"text": "a"}\n{"text": ', "line 2: not valid JSON"),
+        ('{"text": "a"}\n{"text": ', "line 2 is no JSON"),
         ('{"body": "a"}', r"no field 'text'; pass text_field, one of \['body'\]"),
         ('{"text": 3}', "is a int, not a string"),
-        ("[1]", "expected a JSON object"),
+        ("[1]", "line 1 is no object"),
     ],
 )
 def test_bad_json_lines(tmp_path, content, message):
@@ -58,6 +58,18 @@ def test_bad_json_lines(tmp_path, content, message):
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
         load_text(str(path))
+
+
+def test_documents_may_hold_any_character(tmp_path):
+    text = "a\u2028b\u2029c\u0085d"
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": f"{text}{i}"}, ensure_ascii=False) + "\r\n" for i in range(20)),
+        encoding="utf-8-sig",
+    )
+    splits = load_text(str(tmp_path / "a.jsonl"))
+    assert sorted(splits.train + splits.held_out) == sorted(f"{text}{i}" for i in range(20))
+    (tmp_path / "b.txt").write_text(text * 20, encoding="utf-8-sig")
+    assert "".join(documents[0] for documents in load_text(str(tmp_path / "b.txt"))) == text * 20
 
 
 def test_missing_and_unreadable(tmp_path):

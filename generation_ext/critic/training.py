@@ -38,6 +38,7 @@ from generation_ext.critic.rollouts import Rollout, RolloutSampler, encode, fill
 from generation_ext.critic.run_files import RunFiles
 from generation_ext.critic.training_config import CriticConfig
 from generation_ext.critic.value import Critic
+from peft_ext.language_model import adapters_fingerprint
 from peft_ext.runs import last_checkpoint
 
 
@@ -432,6 +433,7 @@ class CriticTrainer(Trainer):
             **{name: getattr(args, name) for name in names},
             "world_size": args.world_size,
             "model": config.base_model_fingerprint,
+            "adapters": adapters_fingerprint(self.language_model),
             "control_codes": config.control_codes,
             "prompt_template": config.prompt_template,
             "train_dataset": hashlib.sha256(source.encode()).hexdigest()[:16],

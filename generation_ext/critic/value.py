@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import math
 import string
+import warnings
 from collections.abc import Iterator
 from typing import Any, Optional
 
@@ -16,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from peft_ext.language_model import (
+    adapters_fingerprint,
     backbone,
     base_fingerprint,
     base_name,
@@ -37,6 +39,7 @@ class CriticModelConfig(PretrainedConfig):
         hidden_size: Width of the language model's last hidden state, which is what its output head reads.
         base_model_name_or_path: Where the language model lies; for messages, it may have moved.
         base_model_fingerprint: What tells language models apart, see [`base_fingerprint`].
+        base_model_adapters: What tells the adapters on it apart, see [`adapters_fingerprint`]; None: not known.
         head: `"linear"` (the paper's) or `"mlp"` (one hidden layer).
         mlp_size: Width of the MLP's hidden layer.
         lora_rank: 0, or the rank of the critic's own LoRA: the critic then reads hidden states that the language model
@@ -65,6 +68,7 @@ class CriticModelConfig(PretrainedConfig):
         hidden_size: int = 768,
         base_model_name_or_path: Optional[str] = None,
         base_model_fingerprint: Optional[str] = None,
+        base_model_adapters: Optional[str] = None,
         head: str = "linear",
         mlp_size: int = 256,
         lora_rank: int = 0,
@@ -82,6 +86,7 @@ class CriticModelConfig(PretrainedConfig):
         self.hidden_size = hidden_size
         self.base_model_name_or_path = base_model_name_or_path
         self.base_model_fingerprint = base_model_fingerprint
+        self.base_model_adapters = base_model_adapters
         self.head = head
         self.mlp_size = mlp_size
         self.lora_rank = lora_rank
@@ -183,6 +188,7 @@ class Critic(PreTrainedModel):
             hidden_size=hidden_size(model),
             base_model_name_or_path=base_name(model),
             base_model_fingerprint=base_fingerprint(model),
+            base_model_adapters=adapters_fingerprint(model),
             head=head,
             mlp_size=mlp_size,
             lora_rank=lora_rank,
@@ -287,7 +293,7 @@ class Critic(PreTrainedModel):
             self.head.bias.fill_(float(torch.logit(torch.tensor(value), eps=1e-3)))
 
     def check_model(self, model: nn.Module) -> None:
-        """Check that the critic belongs to a language model.
+        """Check that the critic belongs to a language model; warns if that has other adapters than it was made on.
 
         Raises:
             ValueError: If hidden sizes or fingerprints differ (without a fingerprint: the names); names both models.
@@ -311,6 +317,17 @@ class Critic(PreTrainedModel):
         elif config.base_model_name_or_path and base_name(model) not in (None, config.base_model_name_or_path):
             raise ValueError(
                 f"{own}, but {other}; if they are the same, set the critic's config.base_model_name_or_path to None."
+            )
+        adapters = adapters_fingerprint(model)
+        if config.base_model_adapters not in (None, adapters):
+            was, now = (
+                "no adapter" if weights == "none" else f"the adapter weights {weights}"
+                for weights in (config.base_model_adapters, adapters)
+            )
+            warnings.warn(
+                f"{own} with {was}, but {other} with {now}: its hidden states may mean something else; load the adapter "
+                "that the critic was trained on, or train a critic for this one.",
+                stacklevel=3,
             )
 
     def attach(self, model: nn.Module) -> Critic:

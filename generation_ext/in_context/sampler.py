@@ -13,7 +13,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Pr
 from generation_ext.shared_prefix.batching import BatchPlanner, check_memory_limit, free_bytes
 from generation_ext.shared_prefix.encoding import TextEncoder
 from generation_ext.shared_prefix.sampling import Sampling, SeededSampling
-from peft_ext.language_model import ENCODER_DECODER, LanguageModel, inference, start_token
+from peft_ext.language_model import ENCODER_DECODER, LanguageModel, inference, padding_token, start_token
 
 
 _CPU_ROWS, _ACCELERATOR_ROWS = 128, 1024
@@ -75,7 +75,7 @@ class Sampler:
         self.memory_limit = memory_limit
         ends = getattr(model.base.generation_config, "eos_token_id", None)
         end = tokenizer.eos_token_id if ends is None else ends
-        self.pad = next(t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if t is not None)
+        self.pad = padding_token(tokenizer)
         self.config = GenerationConfig(
             do_sample=False,  # the processor draws
             num_beams=1,

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from generation_ext.critic import Critic
 from generation_ext.critic.__main__ import main
+from generation_ext.critic.commands.arguments import PromptArguments, load_prompts
+from generation_ext.critic.commands.reward_arguments import RewardArguments, load_reward
 from generation_ext.critic.rollout_files import read_rollouts
 from tests.tiny.folders import save_tiny_model
 
@@ -247,6 +249,28 @@ def test_bad_files(place, tmp_path, capsys):
     assert "no 'prompt'; pass --prompt_field" in last_error(capsys)
     assert train(place, tmp_path / "bad.jsonl") == 2
     assert "is a file; pass a folder" in last_error(capsys)
+
+
+STRANGE = "a\u2028b\u2029c\u0085d"
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl"])
+def test_prompts_may_hold_any_character(tmp_path, name):
+    texts = [STRANGE, "second"]
+    lines = texts if name.endswith("txt") else [json.dumps({"text": t}, ensure_ascii=False) for t in texts]
+    (tmp_path / name).write_text("\r\n".join(lines), encoding="utf-8-sig", newline="")
+    rows = load_prompts(PromptArguments(str(tmp_path / name), "text"))
+    assert [row["prompt"] for row in rows] == texts
+
+
+def test_labelled_texts_may_hold_any_character(tmp_path):
+    pytest.importorskip("sklearn")
+    rows = [{"text": f"good {STRANGE}", "label": "x"}, {"text": "bad", "label": "y"}]
+    path = tmp_path / "labelled"  # of any ending
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8-sig")
+    reward = load_reward(RewardArguments(labelled_texts=str(path), label="x"))
+    good, bad = reward(prompts=["", ""], completions=["good", "bad"])
+    assert good > 0.5 > bad
 
 
 def test_bad_arguments_of_generate_and_evaluate(place, run, tmp_path, capsys):

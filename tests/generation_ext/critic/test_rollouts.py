@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from generation_ext.critic import Critic, backbone
+from generation_ext.critic.action_values import try_candidates
 from generation_ext.critic.rewards import from_texts
 from generation_ext.critic.rollout_files import RolloutWriter, read_rollouts
 from generation_ext.critic.rollouts import Rollout, RolloutSampler, encode, fill_hidden, prompt_rows, schedule
@@ -126,6 +127,31 @@ def test_the_model_is_left_as_it_was():
     sampler(model).sample(ROWS, seed=1)
     assert model.training and not backbone(model)._forward_hooks
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("run", [
+    lambda model, rollouts: sampler(model).sample(ROWS, seed=1),
+    lambda model, rollouts: fill_hidden(model, rollouts),
+    lambda model, rollouts: try_candidates(model, Critic.for_model(model), rollouts, 3, seed=1),
+], ids=["sample", "fill_hidden", "try_candidates"])  # fmt: skip
+def test_every_part_of_the_model_keeps_its_own_mode(run):
+    rollouts = sampler(tiny("llama")).sample(ROWS, seed=1)
+    model = tiny("llama").train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    run(model, rollouts)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_the_start_token_is_the_one_that_generate_takes():
+    """Which is the generation config's, where the two configs disagree."""
+    model = tiny("t5")
+    model.generation_config.decoder_start_token_id = 5
+    rollouts = sampler(model).sample(ROWS, seed=1)
+    again = copy.deepcopy(rollouts)
+    fill_hidden(model, again)
+    for one, other in zip(rollouts, again):
+        torch.testing.assert_close(one.hidden, other.hidden, atol=2e-5, rtol=1e-4)
 
 
 def test_hooks_go_when_generate_fails():
@@ -250,14 +276,15 @@ def some_rollouts() -> list[Rollout]:
 def test_files_give_back_what_was_written(tmp_path):
     rollouts = some_rollouts()
     rollouts[2].reward = None
+    rollouts[1].completion += "\u2028, \u2029 or \u0085"
     path = tmp_path / "new folder" / "rollouts.jsonl"
     writer = RolloutWriter(path)
     writer.write(rollouts[:2])
     writer.write(rollouts[2:])
     assert read_rollouts(path) == rollouts
     assert read_rollouts(path.parent) == rollouts
-    assert len(path.read_text(encoding="utf-8").splitlines()) == 4
-    assert json.loads(path.read_text(encoding="utf-8").splitlines()[0])["prompt"] == PROMPTS[0]
+    lines = path.read_text(encoding="utf-8").split("\n")
+    assert len(lines) == 5 and json.loads(lines[0])["prompt"] == PROMPTS[0]
 
 
 def test_every_write_is_on_disk_before_the_next(tmp_path):

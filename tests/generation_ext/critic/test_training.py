@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 from generation_ext.critic import Critic
@@ -435,6 +436,19 @@ def test_a_run_killed_while_collecting_goes_on_with_its_rollouts(tmp_path, monke
     assert_same(weights(whole), weights(going_on))
 
 
+def test_a_checkpoint_that_a_kill_left_incomplete_is_not_gone_on_from(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 5, "save_total_limit": 3}
+    whole = trainer(tmp_path / "whole", **options)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path / "killed", callbacks=[StopsAt(11)], **options).train()
+    (tmp_path / "killed" / "checkpoint-10" / "trainer_state.json").unlink()
+    going_on = trainer(tmp_path / "killed", **options)
+    going_on.train(resume_from_checkpoint=True)
+    assert going_on.state.global_step == 16
+    assert_same(weights(whole), weights(going_on))
+
+
 def test_without_saved_rollouts_a_resumed_run_samples_them_again(tmp_path, monkeypatch):
     options = {"save_strategy": "steps", "save_steps": 5, "save_rollouts": False}
     whole = trainer(tmp_path / "whole", **options)
@@ -455,6 +469,24 @@ def test_a_resumed_run_must_have_its_own_settings(tmp_path):
         trainer(tmp_path, temperature=2.0).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="train_dataset: was"):
         trainer(tmp_path, prompts=PROMPTS[:2]).train(resume_from_checkpoint=True)
+
+
+def test_a_resumed_run_must_have_its_own_adapter(tmp_path):
+    def adapted(seed):
+        model = get_peft_model(tiny("llama"), LoraConfig(r=2, target_modules="all-linear"))
+        torch.manual_seed(seed)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight)
+        return model
+
+    trainer(tmp_path, model=adapted(0)).train()
+    with pytest.raises(ValueError, match="had other settings .adapters: was"):
+        trainer(tmp_path, model=adapted(1)).train(resume_from_checkpoint=True)
+    path = tmp_path / "rollouts" / "settings.json"
+    before = {name: value for name, value in json.loads(path.read_text()).items() if name != "adapters"}
+    path.write_text(json.dumps(before))  # as earlier versions wrote it
+    trainer(tmp_path, model=adapted(1)).train(resume_from_checkpoint=True)
 
 
 def test_a_new_run_in_an_old_folder_samples_anew(tmp_path):

@@ -158,6 +158,23 @@ def test_refuses_another_model():
         critic.attach(tiny("llama"))
 
 
+def test_another_adapter_is_said(tmp_path, recwarn):
+    trained, other = lora_model("llama"), lora_model("llama")
+    with torch.no_grad():
+        next(weight for name, weight in other.named_parameters() if "lora_B" in name)[0, 0] += 1
+    Critic.for_model(trained).save_pretrained(tmp_path)
+    critic = Critic.from_pretrained(tmp_path).attach(trained)
+    assert not [warning for warning in recwarn if warning.category is UserWarning]
+    with pytest.warns(UserWarning, match="with the adapter weights .* but .* with the adapter weights"):
+        critic.attach(other)
+    with pytest.warns(UserWarning, match="but .* with no adapter"):
+        critic.attach(tiny("llama"))
+    critic.config.base_model_adapters = None  # as earlier versions saved it
+    recwarn.clear()
+    critic.attach(other)
+    assert not recwarn.list
+
+
 def test_without_a_fingerprint_names_are_compared():
     critic = Critic(CriticModelConfig(hidden_size=HIDDEN, base_model_name_or_path="owner/llama"))
     model = tiny("llama")

@@ -9,13 +9,15 @@ import shutil
 import pytest
 
 from generation_ext.granularity.__main__ import main
+from peft_ext.files import written_whole
 
 
+STRANGE = {"source": "how do i\u2028 make\u2029 a\u0085 song?", "target": "what is the best way to make a song?"}
 PAIRS = [
     {"source": f"how do i {verb} a {noun}?", "target": f"what is the best way to {verb} a {noun}?"}
     for verb in ("learn", "make", "find", "sell")
     for noun in ("song", "cake", "house", "trick")
-]
+] + [STRANGE]
 SMALL = ["--hidden_size", "36", "--layers", "2", "--ffn_size", "40", "--vocab_size", "80", "--batch_size", "4"]
 SMALL += ["--learning_rate", "3e-3", "--warmup_steps", "2"]
 
@@ -23,9 +25,10 @@ SMALL += ["--learning_rate", "3e-3", "--warmup_steps", "2"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("granularity")
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
+    lines = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in PAIRS)
+    (folder / "pairs.jsonl").write_text(lines, encoding="utf-8-sig")
     rows = "".join(f'"{pair["source"]}","{pair["target"]}"\n' for pair in PAIRS)
-    (folder / "pairs.csv").write_text("question,other\n" + rows)
+    (folder / "pairs.csv").write_text("question,other\n" + rows, encoding="utf-8")
     assert train(folder, folder / "run") == 0
     assert train(folder, folder / "plain", "--mode", "none", steps=2) == 0
     return folder
@@ -70,6 +73,25 @@ def test_goes_on_after_a_kill(folder, tmp_path, monkeypatch):
     assert resumed["steps"] == 6 and resumed["eval_loss"] == pytest.approx(whole["eval_loss"], rel=1e-4)
 
 
+def test_a_checkpoint_that_a_kill_left_incomplete_is_not_gone_on_from(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("generation_ext.granularity.commands.train.written_whole", stopped_at("model"))
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, tmp_path / "run")
+    monkeypatch.undo()
+    (tmp_path / "run" / "checkpoint-6" / "trainer_state.json").unlink()
+    assert train(folder, tmp_path / "run") == 0
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["steps"] == 6
+
+
+def stopped_at(name):
+    def write(target):
+        if target.name == name:
+            raise KeyboardInterrupt
+        return written_whole(target)
+
+    return write
+
+
 def test_paraphrase(folder, tmp_path, capsys):
     command = ["paraphrase", str(folder / "run"), "--num_beams", "2"]
     assert main([*command, "--texts", "how do i make a cake?", "how do i sell a house?"]) == 0
@@ -77,7 +99,7 @@ def test_paraphrase(folder, tmp_path, capsys):
     output = tmp_path / "out.jsonl"
     columns = ["--fields", "source=question", "target=other"]
     assert main([*command, "--data", str(folder / "pairs.csv"), *columns, "--output", str(output)]) == 0
-    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    rows = [json.loads(line) for line in output.read_text(encoding="utf-8").split("\n")[:-1]]
     assert [row["source"] for row in rows] == [pair["source"] for pair in PAIRS]
 
 

@@ -63,6 +63,20 @@ def test_encoder_decoder_and_csv(folder):
     assert [row["probabilities"] for row in found] == expected(scores)
 
 
+@pytest.mark.parametrize("name", ["strange.jsonl", "strange.csv"])
+def test_inputs_may_hold_any_character(folder, name):
+    """As a sentence of RTE's test set does."""
+    text = "in \u0085the city\u2028 of \u2029 X"
+    if name.endswith("jsonl"):
+        content = json.dumps({"text": text}, ensure_ascii=False) + "\r\n" + '{"text": "b"}'
+    else:
+        content = f"text\r\n{text}\r\nb\r\n"
+    (folder / name).write_text(content, encoding="utf-8-sig", newline="")
+    found = call(folder, "--method", "zero-shot", data=name)
+    scores = LabelScorer(model("llama"), tokenizer(), SST2, normalization="mean").score([text, "b"])
+    assert [row["probabilities"] for row in found] == expected(scores)
+
+
 def test_demonstrations(folder):
     rows = folder / "labelled.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:2] * 3))
