@@ -20,24 +20,24 @@ from typing import Any, Optional
 
 import torch
 
-from benchmarks.almost_ablations import FILTERS, LADDERS, Ablations
+from benchmarks.almost_ablations import FILTERS, GENERATORS, Ablations
 from benchmarks.almost_smoke import write_smoke
 from benchmarks.almost_speed import SPEED_STAGES, measure_speed
 from benchmarks.common import RESULTS, ROOT, Results, describe, log, markdown_table, verdict
 from benchmarks.in_context import default_data_dir
+from peft_ext.rows import read_rows
 from trl_ext.almost.pipeline import Pipeline
 from trl_ext.almost.recipe import STAGES, AlmostConfig, load_recipe
-from trl_ext.almost.store import read_rows
 
 
 RECIPE = ROOT / "trl_ext" / "recipes" / "smollm2-135m.yaml"
 # The targets.
 HELDOUT, HHH, LENGTH, SPEED, HOURS = 0.70, 0.55, 1.5, 1.5, 3.0
-PARTS = ("run", "filters", "ladders", "samples", "gains", "speed")
+PARTS = ("run", "filters", "generators", "samples", "gains", "speed")
 # Stages that come after what a part measures.
 _LATER = {
     "filters": ("self_play", "sft", "rlsf", "rlsf_queries"),
-    "ladders": ("self_play", "sft", "rlsf", "rlsf_queries"),
+    "generators": ("self_play", "sft", "rlsf", "rlsf_queries"),
     "samples": ("rlsf", "rlsf_queries"),
 }
 
@@ -93,7 +93,7 @@ class Study:
         return [
             ("run", "", self._run),
             *(("filters", name, lambda name=name: ablations.filter(name)) for name in FILTERS),
-            *(("ladders", name, lambda name=name: ablations.ladder(name)) for name in LADDERS),
+            *(("generators", name, lambda name=name: ablations.generators(name)) for name in GENERATORS),
             ("samples", "", ablations.samples),
             ("gains", "", ablations.gains),
             *(("speed", stage, lambda stage=stage: self._speed(stage)) for stage in SPEED_STAGES),
@@ -132,7 +132,7 @@ class Study:
             self._stages(),
             self._filters(),
             self._ablation("filters", FILTERS),
-            self._ablation("ladders", LADDERS),
+            self._ablation("generators", GENERATORS),
         ]
         parts += [self._gains(), self._speeds(), self._verdicts(), self._samples(), self._environment()]
         return "\n\n".join(part for part in parts if part)

@@ -1,12 +1,11 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""What of ALMoST's run is measured beyond the run: reward models of other filters and ladders, one sample against N, gains under
-the second reward model."""
+"""What of ALMoST's run is measured beyond the run: reward models of other filters and generators, one sample against N, gains
+under the second reward model."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import json
 import shutil
 import sys
@@ -16,17 +15,17 @@ from typing import Any, Optional
 
 import yaml
 
-from trl_ext.almost.data.comparisons import COMPARISONS as TRAINING_PAIRS
-from trl_ext.almost.data.comparisons import HELDOUT, build_comparisons, write_comparisons
+from peft_ext.rows import Row, read_rows
+from trl_ext.almost.data.comparisons import HELDOUT, TRAINING, build_comparisons, write_comparisons
 from trl_ext.almost.data.self_play import self_play
-from trl_ext.almost.evaluation.run import EvaluationArguments, evaluate, load_rows
+from trl_ext.almost.evaluation.run import EvaluationArguments, load_rows
+from trl_ext.almost.evaluation.run import run as evaluate
 from trl_ext.almost.evaluation.statistics import with_interval
 from trl_ext.almost.evaluation.tasks import hhh_of_rewards
 from trl_ext.almost.recipe import COMPARISONS, EVALUATION, RESPONSES, REWARD, SCRIPTS, SELF_PLAY, SFT, AlmostConfig
 from trl_ext.almost.rewards import RewardModel
-from trl_ext.almost.store import Row, read_rows
-from trl_ext.almost.writing.generators import Rung, parse_ladder
-from trl_ext.almost.writing.loading import load_backend
+from trl_ext.almost.writing.generators import Generator, parse_generators
+from trl_ext.almost.writing.loading import backend_of
 
 
 # Name -> changes of the recipe's comparisons; the as-is reward model comes on top.
@@ -35,7 +34,7 @@ FILTERS: dict[str, dict[str, Any]] = {
     "heuristic": {},
     "heuristic and as-is": {},
 }
-LADDERS = ("shots", "bits", "shots and bits")
+GENERATORS = ("shots", "bits", "shots and bits")
 _OF_THE_RUN = ("heuristic", "shots and bits")
 
 
@@ -58,15 +57,17 @@ class Ablations:
         settings = self.config.data_config(COMPARISONS)
         settings = dataclasses.replace(settings, **FILTERS[name])
         reward = self.second().score if "as-is" in name else None
-        return self._reward_model(name, self._answers(), self.config.data_config(RESPONSES).ladder, settings, reward)
+        return self._reward_model(
+            name, self._answers(), self.config.data_config(RESPONSES).generators, settings, reward
+        )
 
-    def ladder(self, name: str) -> dict[str, Any]:
-        """A reward model of comparisons on a part of the ladder."""
-        ladder = parse_ladder(self.config.data_config(RESPONSES).ladder)
-        chosen = [place for place, rung in enumerate(ladder) if name == LADDERS[2] or _belongs(rung, ladder, name)]
+    def generators(self, name: str) -> dict[str, Any]:
+        """A reward model of comparisons between some of the generators."""
+        every = parse_generators(self.config.data_config(RESPONSES).generators)
+        chosen = [place for place, each in enumerate(every) if name == GENERATORS[2] or _belongs(each, every, name)]
         rows = [{**row, "rung": chosen.index(row["rung"])} for row in self._answers() if row["rung"] in chosen]
         return self._reward_model(
-            name, rows, [ladder[place] for place in chosen], self.config.data_config(COMPARISONS), None
+            name, rows, [every[place] for place in chosen], self.config.data_config(COMPARISONS), None
         )
 
     def samples(self) -> dict[str, Any]:
@@ -74,7 +75,7 @@ class Ablations:
         folder, config = self.work / "one sample", self.config.data_config(SELF_PLAY)
         queries = read_rows(self.run / "queries.jsonl")
         one = dataclasses.replace(config, samples=1)
-        backend = load_backend(one.model_name_or_path, backend=one.backend, batch_size=one.batch_size, dtype=one.dtype)
+        backend = backend_of(one)
         self_play(backend, one, queries, folder / "demonstrations.jsonl")
         del backend
         first = {row["id"]: row["messages"] for row in read_rows(folder / "demonstrations.jsonl")}
@@ -148,13 +149,13 @@ class Ablations:
         return str(self.config.block(EVALUATION)["start"])
 
     def _reward_model(
-        self, name: str, rows: Sequence[Row], ladder: Sequence[Rung], settings: Any, reward: Any
+        self, name: str, rows: Sequence[Row], generators: Sequence[Generator], settings: Any, reward: Any
     ) -> dict[str, Any]:
         folder = self.run if name in _OF_THE_RUN else self.work / f"reward model, {name}"
         if folder != self.run:
-            comparisons, _ = build_comparisons(rows, ladder, settings, reward)
+            comparisons, _ = build_comparisons(rows, generators, settings, reward)
             write_comparisons(comparisons, folder, settings)
-            files = {"dataset_name": str(folder / TRAINING_PAIRS), "eval_dataset_name": str(folder / HELDOUT)}
+            files = {"dataset_name": str(folder / TRAINING), "eval_dataset_name": str(folder / HELDOUT)}
             self._script(REWARD, folder / "reward_model", **files)
         model = self._load(folder / "reward_model")
         hits = model.score_pairs(read_rows(folder / HELDOUT)).hits
@@ -170,7 +171,7 @@ class Ablations:
         block = {**self.config.block(stage), **changes, "output_dir": str(output)}
         path.write_text(yaml.safe_dump(block), encoding="utf-8")
         with contextlib.redirect_stdout(sys.stderr):
-            importlib.import_module(f"trl_ext.scripts.{SCRIPTS[stage]}").main(["--config", str(path)])
+            SCRIPTS[stage].run(*SCRIPTS[stage].parse(["--config", str(path)]))
 
     def _win_rate(self, folder: Path, model: Path, baseline: str) -> dict[str, Any]:
         block = {key: value for key, value in self.config.block(EVALUATION).items() if key not in ("run_dir", "start")}
@@ -187,13 +188,13 @@ class Ablations:
         return evaluate(args)[str(model)]["win_rate"]
 
 
-def _belongs(rung: Rung, ladder: Sequence[Rung], name: str) -> bool:
+def _belongs(generator: Generator, every: Sequence[Generator], name: str) -> bool:
     if name == "shots":
-        return rung.bits is None
-    quantised = next((each for each in ladder if each.bits is not None), None)
+        return generator.bits is None
+    quantised = next((each for each in every if each.bits is not None), None)
     if quantised is None:
-        raise ValueError("the ladder has no rung with bits; the part 'ladders' compares with one.")
-    return (rung.prompt, rung.shots) == (quantised.prompt, quantised.shots)
+        raise ValueError("no generator has bits; the part 'generators' compares with one.")
+    return (generator.prompt, generator.shots) == (quantised.prompt, quantised.shots)
 
 
 def _row(name: str, reward: Any, difference: Any = None, length: Optional[float] = None) -> dict[str, Any]:

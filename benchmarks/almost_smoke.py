@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from benchmarks.in_context import smoke_model
-from trl_ext.almost.store import write_rows
+from peft_ext.rows import write_rows
 
 
 _TRAINING = {
@@ -27,7 +27,7 @@ _RECIPE: dict[str, Any] = {
     "rlsf_queries": {"count": 4},
     "responses": {
         "max_new_tokens": 8,
-        "ladder": [{"shots": 1}, {"shots": 0}, {"shots": 0, "bits": 3}],
+        "generators": [{"shots": 1}, {"shots": 0}, {"shots": 0, "bits": 3}],
     },
     "comparisons": {"heuristic_filter": False, "length_aware": False, "heldout_share": 0.25},
     "reward_model": {**_TRAINING, "max_length": 128},

@@ -25,7 +25,7 @@ from trl_ext.almost.recipe import QUERIES, RESPONSES, RLSF, SELF_PLAY, AlmostCon
 from trl_ext.almost.training.rlsf_generation import merged_copy
 from trl_ext.almost.training.stage import AlmostModelConfig, adapter_config
 from trl_ext.almost.writing.backends import Request, TransformersBackend, tokens_of
-from trl_ext.almost.writing.generators import parse_ladder
+from trl_ext.almost.writing.generators import parse_generators
 from trl_ext.almost.writing.loading import load_speaker
 
 
@@ -37,7 +37,7 @@ def measure_speed(config: AlmostConfig, stage: str, count: int) -> dict[str, flo
 
     Args:
         config: The recipe.
-        stage: `"queries"`, `"responses"` (its first rung), `"self_play"` (first answers, N samples) or `"rlsf"` (as it trains).
+        stage: `"queries"`, `"responses"` (the best generator), `"self_play"` (first answers) or `"rlsf"` (as it trains).
         count: Requests.
     """
     if stage == RLSF:
@@ -94,8 +94,8 @@ def _work(config: AlmostConfig, stage: str, tokenizer: Any, count: int) -> tuple
         prompts = [mining_prompt((queries[n:] + queries[:n])[: settings.shots]) for n in range(len(queries))]
         sampling = settings.sampling(stop=MINING_STOPS, samples=settings.samples)
     elif stage == RESPONSES:
-        rung = parse_ladder(settings.ladder)[0]
-        style, shots = load_style(rung.prompt), rung.shots
+        generator = parse_generators(settings.generators)[0]
+        style, shots = load_style(generator.prompt), generator.shots
         prompts = [assistant_prompt(tokenizer, query, style, shots, settings.chat_format) for query in queries]
         sampling = settings.sampling(stop=ASSISTANT_STOPS)
     else:

@@ -6,18 +6,24 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
+from pathlib import Path
 
 import pytest
 import yaml
 
+import trl_ext.almost
+from peft_ext import command_line
+from peft_ext.rows import read_rows
 from tests.tiny.folders import save_long_model
 from trl_ext.almost.data.self_play import self_play
 from trl_ext.almost.pipeline import FILES, Pipeline
 from trl_ext.almost.plan import plan
 from trl_ext.almost.recipe import STAGES, AlmostConfig, check_recipe, load_recipe, override
-from trl_ext.almost.store import read_rows
+from trl_ext.almost.writing.loading import backend_of
 from trl_ext.scripts import almost
+from trl_ext.scripts.almost_queries import QueriesArguments
 
 
 TRAINING = {
@@ -36,7 +42,7 @@ RECIPE = {
     "rlsf_queries": {"count": 4},
     "responses": {
         "max_new_tokens": 8,
-        "ladder": [{"prompt": "hhh", "shots": 1}, {"prompt": "hhh", "shots": 0}, {"shots": 0, "bits": 2}],
+        "generators": [{"prompt": "hhh", "shots": 1}, {"prompt": "hhh", "shots": 0}, {"shots": 0, "bits": 2}],
     },
     "comparisons": {"heuristic_filter": False, "length_aware": False, "heldout_share": 0.2},
     "reward_model": TRAINING,
@@ -107,13 +113,13 @@ def test_a_training_stage_is_its_script(base, tmp_path, monkeypatch):
 
 def data_stages(base, run_dir):
     """All stages that write texts; rewards are lengths."""
-    responses = {**RECIPE["responses"], "ladder": RECIPE["responses"]["ladder"][:2]}
+    responses = {**RECIPE["responses"], "generators": RECIPE["responses"]["generators"][:2]}
     pipeline = Pipeline(recipe(base, run_dir, until="comparisons", responses=responses))
     pipeline.run()
     config = pipeline.config.data_config("self_play")
     path = pipeline.run_files.path("demonstrations.jsonl")
     reward = lambda prompts, responses: [float(len(response)) for response in responses]  # noqa: E731
-    self_play(pipeline.backend("self_play"), config, pipeline.rows("queries.jsonl"), path, reward)
+    self_play(backend_of(config), config, read_rows(pipeline.run_files.path("queries.jsonl")), path, reward)
 
 
 def killed_after(count, work):
@@ -184,7 +190,7 @@ def test_two_processes_do_not_share_a_run(base, tmp_path):
         ({"queries": {"count": 0}}, "queries: count=0"),
         ({"queries": {"dtype": "float8x"}}, "queries: dtype='float8x' is no float type"),
         ({"self_play": {"reward_dtype": "int8"}}, "self_play: reward_dtype='int8' is no float type"),
-        ({"responses": {"ladder": ["shots=1"]}}, "at least two ranks"),
+        ({"responses": {"generators": ["shots=1"]}}, "at least two ranks"),
         ({"sft": {"learning_rat": 1}}, "sft: .*learning_rat"),
         ({"rlsf": {"trainer": "ppo"}}, "rlsf: trainer='ppo'"),
         ({"reward_model": {"max_steps": "many"}}, "reward_model: .*max_steps"),
@@ -241,6 +247,37 @@ def test_blocks_inherit(tmp_path):
         with pytest.raises(ValueError, match="must look like queries.count=100"):
             override(config, [bad])
     check_recipe(changed)
+
+
+def test_settings_parse_the_same_once_flags_were_parsed(tmp_path):
+    """transformers' parser puts classes in place of the names of a dataclass's types."""
+    command_line.parse(["--output_file", "q.jsonl"], QueriesArguments)
+    config = AlmostConfig(run_dir=str(tmp_path), queries={"temperature": "1e-1"})
+    assert config.data_config("queries").temperature == 0.1
+
+
+def test_a_recipe_and_a_run_of_before_say_ladder(base, tmp_path):
+    """`ladder` is what `generators` were called; run directories and recipes keep that name."""
+    path, generators = tmp_path / "recipe.yaml", RECIPE["responses"]["generators"]
+    old = {**RECIPE["responses"], "ladder": generators}
+    del old["generators"]
+    path.write_text(yaml.safe_dump({**RECIPE, "model_name_or_path": base, "responses": old}))
+    config = load_recipe(str(path), run_dir=str(tmp_path / "run"))
+    assert config.data_config("responses").generators == generators
+    assert override(config, ["responses.ladder=[a, b]"]).data_config("responses").generators == ["a", "b"]
+    pipeline = Pipeline(config)
+    settings = pipeline.settings("responses")
+    pipeline.run_files.begin("responses", {"ladder": settings.pop("generators"), **settings})
+    assert Pipeline(config).run_files.begin("responses", pipeline.settings("responses")), "the same settings"
+    with pytest.raises(ValueError, match="responses.generators: was"):
+        Pipeline(override(config, ["responses.generators=[shots=1, shots=0]"]))
+
+
+def test_the_library_stands_without_its_scripts():
+    files = Path(trl_ext.almost.__file__).parent.rglob("*.py")
+    assert not [
+        path for path in files if re.search(r"(from|import) trl_ext.scripts", path.read_text(encoding="utf-8"))
+    ]
 
 
 def test_the_script(base, tmp_path, capsys):

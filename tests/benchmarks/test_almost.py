@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("trl")
 
 from benchmarks import almost  # noqa: E402
-from benchmarks.almost_ablations import FILTERS, LADDERS  # noqa: E402
+from benchmarks.almost_ablations import FILTERS, GENERATORS  # noqa: E402
 from benchmarks.almost_speed import SPEED_STAGES  # noqa: E402
 
 
@@ -23,10 +23,10 @@ def test_almost(tmp_path, capsys):
     almost.main(flags)
     shown = capsys.readouterr().out
     assert "not measured" not in shown
-    for name in (*FILTERS, *LADDERS, *SPEED_STAGES, "queries: accepted", "comparisons: pairs", "RLSF, over SFT"):
+    for name in (*FILTERS, *GENERATORS, *SPEED_STAGES, "queries: accepted", "comparisons: pairs", "RLSF, over SFT"):
         assert f"| {name} |" in shown, name
     rows = json.loads(output.read_text())["rows"]
-    assert len(rows) == 3 + len(FILTERS) + len(LADDERS) + len(SPEED_STAGES)
+    assert len(rows) == 3 + len(FILTERS) + len(GENERATORS) + len(SPEED_STAGES)
     (filters,) = (row["result"] for row in rows if row["settings"]["name"] == "none")
     assert filters["pairs"] > 0 and 0 <= filters["heldout"]["value"] <= 1
     before = output.read_text()

@@ -1,41 +1,42 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
 """ALMoST (Kim et al. 2023): alignment with synthetic feedback, from a language model and a handful of demonstrations."""
 
-from generation_ext.shared_prefix.sampling import Sampling
-from trl_ext.almost.config import ComparisonsConfig, QueriesConfig, ResponsesConfig, SelfPlayConfig
-from trl_ext.almost.data.comparisons import build_comparisons, heuristic_filter, write_comparisons, write_responses
-from trl_ext.almost.data.queries import mine_queries
-from trl_ext.almost.data.self_play import reward_statistics, self_play
-from trl_ext.almost.pipeline import Pipeline
-from trl_ext.almost.recipe import AlmostConfig, load_recipe
-from trl_ext.almost.rewards import RewardModel
-from trl_ext.almost.writing.backends import Backend, Request, TransformersBackend, VLLMBackend
-from trl_ext.almost.writing.generators import Rung, parse_ladder
-from trl_ext.almost.writing.loading import load_backend
+from __future__ import annotations
+
+import importlib
+from typing import Any
 
 
-__all__ = [
-    "AlmostConfig",
-    "Backend",
-    "ComparisonsConfig",
-    "Pipeline",
-    "QueriesConfig",
-    "Request",
-    "ResponsesConfig",
-    "RewardModel",
-    "Rung",
-    "Sampling",
-    "SelfPlayConfig",
-    "TransformersBackend",
-    "VLLMBackend",
-    "build_comparisons",
-    "heuristic_filter",
-    "load_backend",
-    "load_recipe",
-    "mine_queries",
-    "parse_ladder",
-    "reward_statistics",
-    "self_play",
-    "write_comparisons",
-    "write_responses",
-]
+# Where each public name lives; imported when it is asked for, as TRL does.
+_HOMES = {
+    "AlmostConfig": "recipe",
+    "Backend": "writing.backends",
+    "ComparisonsConfig": "config",
+    "Generator": "writing.generators",
+    "Pipeline": "pipeline",
+    "QueriesConfig": "config",
+    "Request": "writing.backends",
+    "ResponsesConfig": "config",
+    "RewardModel": "rewards",
+    "Sampling": "writing.backends",
+    "SelfPlayConfig": "config",
+    "TransformersBackend": "writing.backends",
+    "VLLMBackend": "writing.backends",
+    "build_comparisons": "data.comparisons",
+    "heuristic_filter": "data.comparisons",
+    "load_backend": "writing.loading",
+    "load_recipe": "recipe",
+    "mine_queries": "data.queries",
+    "parse_generators": "writing.generators",
+    "reward_statistics": "data.self_play",
+    "self_play": "data.self_play",
+    "write_comparisons": "data.comparisons",
+    "write_responses": "data.responses",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

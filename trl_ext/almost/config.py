@@ -12,8 +12,12 @@ from generation_ext.shared_prefix.sampling import Sampling
 from trl_ext.almost.prompts.roles import AUTO, FORMATS
 
 
+# What settings were called in earlier versions, whose recipes and runs are read; old name -> new.
+RENAMED = {"ladder": "generators"}
+
+
 @dataclass
-class GeneratorConfig:
+class WritingConfig:
     """What all stages that write texts share."""
 
     model_name_or_path: Optional[str] = field(
@@ -47,7 +51,7 @@ class GeneratorConfig:
 
 
 @dataclass
-class QueriesConfig(GeneratorConfig):
+class QueriesConfig(WritingConfig):
     """Mining of queries."""
 
     temperature: float = field(default=1.2, metadata={"help": "Logits are divided by it."})
@@ -83,10 +87,10 @@ class QueriesConfig(GeneratorConfig):
 
 
 @dataclass
-class ResponsesConfig(GeneratorConfig):
-    """Answers of every rung of a ladder."""
+class ResponsesConfig(WritingConfig):
+    """Answers of every generator."""
 
-    ladder: list[str] = field(
+    generators: list[str] = field(
         default_factory=lambda: [
             "prompt=faithful,shots=3",
             "prompt=hhh,shots=5",
@@ -94,9 +98,15 @@ class ResponsesConfig(GeneratorConfig):
             "prompt=hhh,shots=1,bits=3",
         ],
         metadata={
-            "help": "Rungs, best first, such as prompt=hhh,shots=3,bits=2,model=owner/name; in YAML mappings, too."
+            "help": "Who answers, best first, such as prompt=hhh,shots=3,bits=2,model=owner/name; in YAML mappings, too."
         },
     )
+    ladder: Optional[list[str]] = field(default=None, metadata={"help": "What --generators was called before."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ladder is not None:
+            self.generators, self.ladder = self.ladder, None
 
 
 @dataclass
@@ -121,7 +131,7 @@ class ComparisonsConfig:
 
 
 @dataclass
-class SelfPlayConfig(GeneratorConfig):
+class SelfPlayConfig(WritingConfig):
     """Conversations of a person and an assistant, the best of N answers at each turn."""
 
     samples: int = field(default=4, metadata={"help": "Answers that the reward model chooses from; 1: none is asked."})

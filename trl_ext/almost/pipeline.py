@@ -6,8 +6,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import importlib
-import json
 import logging
 import os
 import shlex
@@ -15,25 +13,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
-from peft_ext.files import check_folder_writable, sweep, written_whole
-from trl_ext.almost.data.comparisons import (
-    COMPARISONS as COMPARISONS_FILE,
-)
-from trl_ext.almost.data.comparisons import (
-    HELDOUT,
-    build_comparisons,
-    write_comparisons,
-    write_responses,
-)
-from trl_ext.almost.data.queries import mine_queries
-from trl_ext.almost.data.self_play import self_play
+from peft_ext.files import check_folder_writable, sweep
+from peft_ext.runs import StagedRun, lock, read_settings, write_settings
+from trl_ext.almost.config import RENAMED
+from trl_ext.almost.data import comparisons, queries, responses, self_play
 from trl_ext.almost.recipe import (
     COMPARISONS,
     EVALUATION,
@@ -51,10 +39,6 @@ from trl_ext.almost.recipe import (
     check_evaluation_data,
     check_recipe,
 )
-from trl_ext.almost.rewards import RewardModel
-from trl_ext.almost.store import Run, read_rows
-from trl_ext.almost.writing.backends import Backend
-from trl_ext.almost.writing.loading import load_backend
 
 
 logger = logging.getLogger(__name__)
@@ -72,9 +56,9 @@ FILES = {
     QUERIES: Files((), ("queries.jsonl",)),
     RLSF_QUERIES: Files(("queries.jsonl",), ("rlsf_queries.jsonl",)),
     RESPONSES: Files(("queries.jsonl",), ("responses.jsonl",)),
-    COMPARISONS: Files(("responses.jsonl",), (COMPARISONS_FILE, HELDOUT)),
-    REWARD: Files((COMPARISONS_FILE, HELDOUT), ("reward_model",)),
-    REWARD_2: Files((COMPARISONS_FILE, HELDOUT), ("reward_model_2",)),
+    COMPARISONS: Files(("responses.jsonl",), (comparisons.TRAINING, comparisons.HELDOUT)),
+    REWARD: Files((comparisons.TRAINING, comparisons.HELDOUT), ("reward_model",)),
+    REWARD_2: Files((comparisons.TRAINING, comparisons.HELDOUT), ("reward_model_2",)),
     SELF_PLAY: Files(("queries.jsonl", "reward_model"), ("demonstrations.jsonl",)),
     SFT: Files(("demonstrations.jsonl",), ("sft",)),
     RLSF: Files(("rlsf_queries.jsonl", "sft", "reward_model"), ("rlsf",)),
@@ -101,7 +85,7 @@ class Pipeline:
         self.config = config
         folder = Path(config.run_dir).expanduser()
         check_folder_writable(folder, "run_dir")
-        self.run_files = Run(folder)
+        self.run_files = StagedRun(folder, RENAMED)
         for stage in config.stages:
             self.run_files.check(stage, self.settings(stage))
 
@@ -114,8 +98,8 @@ class Pipeline:
 
     def is_done(self, stage: str) -> bool:
         """Whether a stage has finished, as far as its manifest says."""
-        known = self.run_files.manifest(stage)
-        return bool(known and known["done"])
+        manifest = self.run_files.manifest(stage)
+        return bool(manifest and manifest["done"])
 
     def run(self) -> dict[str, dict[str, Any]]:
         """Run what isn't done.
@@ -130,9 +114,9 @@ class Pipeline:
         if EVALUATION in self.config.stages and not self.is_done(EVALUATION):
             check_evaluation_data(self.config)
         self.run_files.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.run_files.path(".lock"))
+        alone = lock(self.run_files.path(".lock"))
         try:
-            lock.acquire(timeout=0)
+            alone.acquire(timeout=0)
         except Timeout:
             raise ValueError(
                 f"run_dir={self.config.run_dir!r}: another process works on this run; wait for it, or end it."
@@ -142,7 +126,7 @@ class Pipeline:
             for stage in self.config.stages:
                 self._run_stage(stage)
         finally:
-            lock.release()
+            alone.release()
         return {stage: (self.run_files.manifest(stage) or {})["counts"] for stage in self.config.stages}
 
     def _run_stage(self, stage: str) -> None:
@@ -152,7 +136,7 @@ class Pipeline:
             return
         logger.info("%s", stage)
         start = time.monotonic()
-        counts = self._script(stage) if stage in SCRIPTS else _DATA_STAGES[stage](self)
+        counts = self._run_script(stage) if stage in SCRIPTS else self._write_data(stage)
         gc.collect()
         self.run_files.finish(stage, files.outputs, counts, time.monotonic() - start)
 
@@ -165,18 +149,30 @@ class Pipeline:
             return Files((*files.inputs, *models), files.outputs)
         return files
 
-    def _script(self, stage: str) -> dict[str, Any]:
+    def _write_data(self, stage: str) -> dict[str, Any]:
+        config, path = self.config.data_config(stage), self.run_files.path
+        if stage in (QUERIES, RLSF_QUERIES):
+            avoid = [path("queries.jsonl")] if stage == RLSF_QUERIES else []
+            return queries.run(config, path(f"{stage}.jsonl"), avoid)
+        if stage == RESPONSES:
+            return responses.run(config, path("queries.jsonl"), path("responses.jsonl"))
+        if stage == COMPARISONS:
+            generators = self.config.data_config(RESPONSES).generators
+            return comparisons.run(config, generators, path("responses.jsonl"), path("."))
+        return self_play.run(config, path("queries.jsonl"), path("demonstrations.jsonl"), path("reward_model"))
+
+    def _run_script(self, stage: str) -> dict[str, Any]:
         """Run a training script with its block as its YAML, in a process of its own unless it is to run inline."""
         path = self.run_files.path("configs") / f"{stage}.yaml"
         path.parent.mkdir(exist_ok=True)
-        with written_whole(path) as partial:
-            partial.write_text(yaml.safe_dump(self.config.block(stage), sort_keys=False), encoding="utf-8")
+        write_settings(path, self.config.block(stage))
+        script = SCRIPTS[stage]
         if self.config.launcher == INLINE:
             with contextlib.redirect_stdout(sys.stderr):
-                importlib.import_module(f"trl_ext.scripts.{SCRIPTS[stage]}").main(["--config", str(path)])
+                script.run(*script.parse(["--config", str(path)]))
             return self._script_counts(stage)
         start = shlex.split(self.config.launcher) or [sys.executable]
-        command = [*start, "-m", f"trl_ext.scripts.{SCRIPTS[stage]}", "--config", str(path)]
+        command = [*start, "-m", f"trl_ext.scripts.{script.PROGRAM}", "--config", str(path)]
         # what a script prints is progress here, so it goes to stderr
         dies = _end_with_parent if sys.platform == "linux" else None
         ended = subprocess.run(command, check=False, stdout=2, preexec_fn=dies)
@@ -189,82 +185,8 @@ class Pipeline:
 
     def _script_counts(self, stage: str) -> dict[str, Any]:
         name = "evaluation.json" if stage == EVALUATION else "training.json"
-        path = self.run_files.path(FILES[stage].outputs[0]) / name
-        if not path.is_file():
-            return {}
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = read_settings(self.run_files.path(FILES[stage].outputs[0]) / name) or {}
         return {key: value for key, value in result.items() if key != "history"}
-
-    def backend(self, stage: str) -> Backend:
-        """Who writes in a stage."""
-        config = self.config.data_config(stage)
-        return load_backend(
-            config.model_name_or_path, backend=config.backend, batch_size=config.batch_size, dtype=config.dtype
-        )
-
-    def rows(self, name: str) -> list[dict[str, Any]]:
-        """The rows of a file of the run."""
-        return read_rows(self.run_files.path(name))
-
-
-def _queries(pipeline: Pipeline) -> dict[str, Any]:
-    path = pipeline.run_files.path("queries.jsonl")
-    return mine_queries(pipeline.backend(QUERIES), pipeline.config.data_config(QUERIES), path)
-
-
-def _rlsf_queries(pipeline: Pipeline) -> dict[str, Any]:
-    avoid = [row["query"] for row in pipeline.rows("queries.jsonl")]
-    path = pipeline.run_files.path("rlsf_queries.jsonl")
-    return mine_queries(pipeline.backend(RLSF_QUERIES), pipeline.config.data_config(RLSF_QUERIES), path, avoid)
-
-
-def _responses(pipeline: Pipeline) -> dict[str, Any]:
-    config = pipeline.config.data_config(RESPONSES)
-
-    def load(rung: Any) -> Backend:
-        return load_backend(
-            rung.model or config.model_name_or_path,
-            rung.bits,
-            rung.group_size,
-            config.backend,
-            config.batch_size,
-            config.dtype,
-        )
-
-    return write_responses(load, config, pipeline.rows("queries.jsonl"), pipeline.run_files.path("responses.jsonl"))
-
-
-def _comparisons(pipeline: Pipeline) -> dict[str, Any]:
-    config = pipeline.config.data_config(COMPARISONS)
-    reward = None
-    if config.as_is_reward_model:
-        reward = RewardModel.from_pretrained(config.as_is_reward_model, batch_size=config.reward_batch_size).score
-    ladder = pipeline.config.data_config(RESPONSES).ladder
-    rows, counts = build_comparisons(pipeline.rows("responses.jsonl"), ladder, config, reward)
-    return {**counts, **write_comparisons(rows, pipeline.run_files.folder, config)}
-
-
-def _self_play(pipeline: Pipeline) -> dict[str, Any]:
-    config = pipeline.config.data_config(SELF_PLAY)
-    backend, reward = pipeline.backend(SELF_PLAY), None
-    if config.samples > 1:
-        reward = RewardModel.from_pretrained(
-            str(pipeline.run_files.path("reward_model")),
-            dtype=config.reward_dtype,
-            policy_tokenizer=backend.tokenizer,
-            batch_size=config.reward_batch_size,
-        ).score
-    path = pipeline.run_files.path("demonstrations.jsonl")
-    return self_play(backend, config, pipeline.rows("queries.jsonl"), path, reward)
-
-
-_DATA_STAGES: dict[str, Callable[[Pipeline], dict[str, Any]]] = {
-    QUERIES: _queries,
-    RLSF_QUERIES: _rlsf_queries,
-    RESPONSES: _responses,
-    COMPARISONS: _comparisons,
-    SELF_PLAY: _self_play,
-}
 
 
 def _end_with_parent() -> None:

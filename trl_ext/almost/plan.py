@@ -22,7 +22,7 @@ from trl_ext.almost.recipe import (
     SFT,
 )
 from trl_ext.almost.writing.backends import tokens_of
-from trl_ext.almost.writing.generators import parse_ladder
+from trl_ext.almost.writing.generators import parse_generators
 
 
 # Share of the texts that become queries; what SmolLM2 reaches, about.
@@ -55,8 +55,8 @@ def plan(pipeline: Pipeline) -> list[Line]:
     estimate = _Estimate(pipeline)
     lines = []
     for stage in pipeline.config.stages:
-        known = pipeline.run_files.manifest(stage)
-        status = "to do" if known is None else "done" if known["done"] else "begun"
+        manifest = pipeline.run_files.manifest(stage)
+        status = "to do" if manifest is None else "done" if manifest["done"] else "begun"
         lines.append(Line(stage, status, *estimate.of(stage)))
     return lines
 
@@ -102,7 +102,7 @@ class _Estimate:
         if stage == RESPONSES:
             return self._responses()
         if stage == COMPARISONS:
-            return self._pairs(), 0, 0, "at most one pair less than rungs for each query"
+            return self._pairs(), 0, 0, "at most one pair less than ranks for each query"
         if stage in (REWARD, REWARD_2):
             return self._reward(stage)
         if stage == SELF_PLAY:
@@ -115,11 +115,11 @@ class _Estimate:
 
     def _responses(self) -> tuple[int, int, int, str]:
         config, queries = self.config.data_config(RESPONSES), self._queries()
-        ladder = parse_ladder(config.ladder)
-        prefix = sum(self._shots(rung.prompt, rung.shots) for rung in ladder)
-        new = sum(rung.max_new_tokens or config.max_new_tokens for rung in ladder)
-        rows = queries * len(ladder)
-        return rows, prefix + rows * self.query, round(FILLED * queries * new), f"{len(ladder)} rungs"
+        generators = parse_generators(config.generators)
+        prefix = sum(self._shots(generator.prompt, generator.shots) for generator in generators)
+        new = sum(generator.max_new_tokens or config.max_new_tokens for generator in generators)
+        rows = queries * len(generators)
+        return rows, prefix + rows * self.query, round(FILLED * queries * new), f"{len(generators)} generators"
 
     def _reward(self, stage: str) -> tuple[int, int, int, str]:
         block = self.config.block(stage)
@@ -159,7 +159,7 @@ class _Estimate:
         return int(self.config.data_config(QUERIES).count)
 
     def _pairs(self) -> int:
-        ranks = {rung.rank for rung in parse_ladder(self.config.data_config(RESPONSES).ladder)}
+        ranks = {each.rank for each in parse_generators(self.config.data_config(RESPONSES).generators)}
         return self._queries() * (len(ranks) - 1)
 
     def _shots(self, prompt: str, shots: int) -> int:

@@ -7,16 +7,18 @@ import contextlib
 import dataclasses
 import io
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, get_type_hints
 
 import yaml
-from trl import TrlParser
 
-from trl_ext.almost.config import ComparisonsConfig, QueriesConfig, ResponsesConfig, SelfPlayConfig
-from trl_ext.almost.writing.generators import parse_ladder
+from peft_ext.models import DEFAULT_MODEL
+from trl_ext.almost.config import RENAMED, ComparisonsConfig, QueriesConfig, ResponsesConfig, SelfPlayConfig
+from trl_ext.almost.evaluation import run as evaluation
+from trl_ext.almost.training import reward, rlsf, sft
+from trl_ext.almost.writing.generators import parse_generators
 
 
 QUERIES, RLSF_QUERIES, RESPONSES, COMPARISONS = "queries", "rlsf_queries", "responses", "comparisons"
@@ -33,13 +35,13 @@ INLINE = "inline"
 # In the order in which they run.
 STAGES = (QUERIES, RLSF_QUERIES, RESPONSES, COMPARISONS, REWARD, REWARD_2, SELF_PLAY, SFT, RLSF, EVALUATION)
 OPTIONAL = (RLSF_QUERIES, REWARD_2, SFT, RLSF, EVALUATION)
-# The stages that train run as a script of their own.
-SCRIPTS = {
-    REWARD: "almost_reward",
-    REWARD_2: "almost_reward",
-    SFT: "almost_sft",
-    RLSF: "almost_rlsf",
-    EVALUATION: "almost_eval",
+# The stages that run as a script of their own: each module's `parse` and `run` are that script.
+SCRIPTS: dict[str, Any] = {
+    REWARD: reward,
+    REWARD_2: reward,
+    SFT: sft,
+    RLSF: rlsf,
+    EVALUATION: evaluation,
 }
 DATA_CONFIGS: dict[str, type] = {
     QUERIES: QueriesConfig,
@@ -102,7 +104,7 @@ class AlmostConfig:
             value = getattr(self, stage) or {}
             if not isinstance(value, Mapping):
                 raise ValueError(f"{stage}={value!r} must be a mapping of settings, as in the recipes.")
-            setattr(self, stage, dict(value))
+            setattr(self, stage, {RENAMED.get(name, name): setting for name, setting in value.items()})
 
     @property
     def stages(self) -> list[str]:
@@ -133,17 +135,11 @@ class AlmostConfig:
             ValueError: If a key is unknown or a value out of its range; names the stage.
         """
         kind, values = DATA_CONFIGS[stage], self.block(stage)
-        known = [each.name for each in dataclasses.fields(kind)]
-        unknown = [name for name in values if name not in known]
-        if unknown:
-            raise ValueError(f"{stage}: {unknown[0]!r} is no setting of this stage; it has {known}.")
-        numbers = {each.name: each.type for each in dataclasses.fields(kind) if each.type in ("float", "int")}
+        _check_names(values, kind, stage)
+        types = get_type_hints(kind)
         try:
             # YAML reads 1e-5 as a text
-            values = {
-                n: float(v) if numbers.get(n) == "float" and isinstance(v, str) else v for n, v in values.items()
-            }
-            return kind(**values)
+            return kind(**{n: float(v) if types[n] is float and isinstance(v, str) else v for n, v in values.items()})
         except (ValueError, TypeError) as error:
             raise ValueError(f"{stage}: {error}") from error
 
@@ -167,10 +163,7 @@ def load_recipe(path: str, overrides: Sequence[str] = (), **values: Any) -> Almo
     if not isinstance(content, dict):
         raise ValueError(f"config={path!r} must hold a mapping.")
     content.update({name: value for name, value in values.items() if value is not None})
-    known = [each.name for each in dataclasses.fields(AlmostConfig)]
-    unknown = [name for name in content if name not in known]
-    if unknown:
-        raise ValueError(f"config={path!r} has a key {unknown[0]!r}; the keys are {known}.")
+    _check_names(content, AlmostConfig, f"config={path!r}")
     return override(AlmostConfig(**content), overrides)
 
 
@@ -180,15 +173,14 @@ def override(config: AlmostConfig, overrides: Sequence[str]) -> AlmostConfig:
     Raises:
         ValueError: If one is no `key=value` or `stage.key=value` of this recipe.
     """
-    known = [each.name for each in dataclasses.fields(AlmostConfig)]
-    values = {name: getattr(config, name) for name in known}
+    values = {each.name: getattr(config, each.name) for each in dataclasses.fields(AlmostConfig)}
     for text in overrides:
         key, sign, value = text.partition("=")
         stage, dot, name = key.partition(".")
-        if not sign or stage not in known or (stage in STAGES) != bool(dot):
+        if not sign or stage not in values or (stage in STAGES) != bool(dot):
             raise ValueError(f"set={text!r} must look like queries.count=100 or batch_size=16; stages are {STAGES}.")
         parsed = yaml.safe_load(value)
-        values[stage] = {**values[stage], name: parsed} if dot else parsed
+        values[stage] = {**values[stage], RENAMED.get(name, name): parsed} if dot else parsed
     return AlmostConfig(**values)
 
 
@@ -202,44 +194,26 @@ def check_recipe(config: AlmostConfig) -> None:
         if stage in DATA_CONFIGS:
             parsed = config.data_config(stage)
             if stage == RESPONSES:
-                parse_ladder(parsed.ladder)
+                parse_generators(parsed.generators)
         elif stage == EVALUATION:
             _evaluation_arguments(config)
         else:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / f"{stage}.yaml"
                 path.write_text(yaml.safe_dump(config.block(stage)), encoding="utf-8")
-                parse_script(stage, str(path))
+                _check_script(stage, path)
 
 
-def parse_script(stage: str, path: str) -> tuple[Any, ...]:
-    """A training script's dataclasses from its YAML.
-
-    Raises:
-        ValueError: Names the stage and what is wrong.
-    """
+def _check_script(stage: str, path: Path) -> None:
+    """Parse a script's YAML as it will; errors name the stage."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return TrlParser(_kinds(stage)(path), prog=stage).parse_args_and_config(["--config", path])
+            SCRIPTS[stage].parse(["--config", str(path)])
     except SystemExit as error:  # argparse
         raise ValueError(f"{stage}: {said.getvalue().strip().splitlines()[-1]}") from error
     except (ValueError, TypeError) as error:
         raise ValueError(f"{stage}: {error}") from error
-
-
-def _kinds(stage: str) -> Callable[[str], tuple[type, ...]]:
-    from trl_ext.almost.training.reward import AlmostRewardConfig, RewardArguments
-    from trl_ext.almost.training.rlsf import RLSF_CONFIGS, RLSFArguments
-    from trl_ext.almost.training.sft import AlmostSFTConfig, SFTArguments
-    from trl_ext.almost.training.stage import AlmostModelConfig
-    from trl_ext.scripts.almost_rlsf import trainer_of
-
-    if stage in (REWARD, REWARD_2):
-        return lambda path: (RewardArguments, AlmostRewardConfig, AlmostModelConfig)
-    if stage == SFT:
-        return lambda path: (SFTArguments, AlmostSFTConfig, AlmostModelConfig)
-    return lambda path: (RLSFArguments, RLSF_CONFIGS[trainer_of(["--config", path])], AlmostModelConfig)
 
 
 def check_evaluation_data(config: AlmostConfig) -> None:
@@ -248,33 +222,35 @@ def check_evaluation_data(config: AlmostConfig) -> None:
     Raises:
         ValueError, FileNotFoundError: If it isn't there; names the setting, and how to leave the stage out.
     """
-    from trl_ext.almost.evaluation.run import data_path
-
     arguments = _evaluation_arguments(config)
     try:
         for task in arguments.tasks:
-            data_path(arguments, task)
+            evaluation.data_path(arguments, task)
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(
             f"evaluation: {error} In a recipe: --set evaluation.data_dir=FOLDER, or --skip {EVALUATION} to leave it out."
         ) from error
 
 
-def _evaluation_arguments(config: AlmostConfig) -> Any:
+def _evaluation_arguments(config: AlmostConfig) -> evaluation.EvaluationArguments:
     """The evaluation looks into the run, which isn't there yet; so it is parsed without."""
-    from trl_ext.almost.evaluation.run import EvaluationArguments
-
     values = config.block(EVALUATION)
-    known = [each.name for each in dataclasses.fields(EvaluationArguments)]
-    unknown = [name for name in values if name not in known]
+    _check_names(values, evaluation.EvaluationArguments, EVALUATION)
+    return evaluation.EvaluationArguments(
+        **{**values, "run_dir": None, "output_dir": values.get("output_dir") or "evaluation"}
+    )
+
+
+def _check_names(values: Mapping[str, Any], kind: type, where: str) -> None:
+    names = [each.name for each in dataclasses.fields(kind)]
+    unknown = [name for name in values if name not in names]
     if unknown:
-        raise ValueError(f"{EVALUATION}: {unknown[0]!r} is no setting of this stage; it has {known}.")
-    return EvaluationArguments(**{**values, "run_dir": None, "output_dir": values.get("output_dir") or "evaluation"})
+        raise ValueError(f"{where}: {unknown[0]!r} is no setting here; there are {names}.")
 
 
 def _wiring(config: AlmostConfig, stage: str, run: Path) -> dict[str, Any]:
     """Where a training stage's inputs and outputs lie."""
-    model = config.model_name_or_path or "smollm2-135m-instruct"
+    model = config.model_name_or_path or DEFAULT_MODEL
     if stage == EVALUATION:
         return {"run_dir": str(run), "start": model}
     common = {"output_dir": str(run / stage), "model_name_or_path": model}

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Optional, Union
 
 import torch
@@ -13,13 +13,16 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_ext.almost.models import Dtype, load_chat_tokenizer, load_classifier, with_padding
+from peft_ext.language_model import device_of, inference
+from trl_ext.almost.models import Dtype, default_device, load_chat_tokenizer, load_classifier, with_padding
 from trl_ext.almost.prompts.chat import Messages, Prompt, as_messages, chat_text, with_chat_template
 
 
 logger = logging.getLogger(__name__)
 # An answer, or the assistant's messages as TRL passes them.
 Response = Union[str, Messages]
+# Prompts (texts or messages) and answers -> a number for each, higher is better.
+AnswerScorer = Callable[[Sequence[Any], Sequence[str]], Sequence[float]]
 
 
 class PairScores(NamedTuple):
@@ -84,7 +87,7 @@ class RewardModel:
         for name, value in (("max_length", max_length), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
-        self.model, self.tokenizer = model.eval(), with_padding(with_chat_template(tokenizer))
+        self.model, self.tokenizer = model, with_padding(with_chat_template(tokenizer))
         self.max_length, self.batch_size, self.progressbar = max_length, batch_size, progressbar
         # transformers finds the last token by it
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
@@ -121,7 +124,7 @@ class RewardModel:
                 "the reward model's own chat format.",
                 name,
             )
-        return cls(model.to(device or _default_device()), tokenizer, **kwargs)
+        return cls(model.to(device or default_device()), tokenizer, **kwargs)
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Response], **columns: Any) -> list[float]:
         """Rewards, as TRL's trainers ask for them; `columns` are ignored."""
@@ -179,8 +182,8 @@ class RewardModel:
         padding = self.tokenizer.pad_token_id
         input_ids = torch.tensor([row + [padding] * (width - len(row)) for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-        device = self.model.device
-        with torch.inference_mode():
+        device = device_of(self.model)
+        with inference(self.model):
             logits = self.model(input_ids=input_ids.to(device), attention_mask=mask.to(device)).logits
         return logits[:, 0].float().tolist()
 
@@ -213,8 +216,3 @@ def _answer(response: Response) -> list[dict[str, str]]:
     if [message["role"] for message in messages] != ["assistant"]:
         raise ValueError(f"response={response!r} must be a string or one message of the assistant.")
     return [{"role": "assistant", "content": messages[0]["content"].strip()}]
-
-
-def _default_device() -> torch.device:
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu")

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Optional
 
-from peft_ext.command_line import parse, run_command
+from peft_ext.command_line import parse, run_main
 from trl_ext.almost.pipeline import Pipeline
 from trl_ext.almost.plan import plan, show
 from trl_ext.almost.recipe import AlmostConfig, override
@@ -55,4 +55,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("trl_ext.scripts", "trl_ext.scripts", {"almost": ""}, ["almost", *sys.argv[1:]]))
+    sys.exit(run_main(main, sys.argv[1:], "almost"))

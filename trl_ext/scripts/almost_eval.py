@@ -14,14 +14,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from peft_ext.command_line import parse, run_command
-from trl_ext.almost.evaluation.run import EvaluationArguments, evaluate
+from peft_ext.command_line import run_main
+from trl_ext.almost.evaluation import run as evaluation
 
 
 def main(argv: Sequence[str]) -> None:
     """Parse the flags (and the YAML of `--config`), evaluate, and print a table."""
-    (args,) = parse(argv, EvaluationArguments, program="almost_eval")
-    print(table(evaluate(args)))
+    (args,) = evaluation.parse(argv)
+    print(table(evaluation.run(args)))
     print(f"\n{args.output_dir}/evaluation.json has all of it.")
 
 
@@ -52,4 +52,4 @@ def _percent(result: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("trl_ext.scripts", "trl_ext.scripts", {"almost_eval": ""}, ["almost_eval", *sys.argv[1:]]))
+    sys.exit(run_main(main, sys.argv[1:], "almost_eval"))

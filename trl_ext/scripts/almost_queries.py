@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Optional
 
-from peft_ext.command_line import parse, run_command
+from peft_ext.command_line import parse, run_main
+from peft_ext.runs import open_file
 from trl_ext.almost.config import QueriesConfig
-from trl_ext.almost.data.queries import mine_queries
-from trl_ext.almost.store import open_alone, read_rows
-from trl_ext.almost.writing.loading import load_backend
+from trl_ext.almost.data import queries
 
 
 @dataclass
@@ -33,14 +32,9 @@ class QueriesArguments(QueriesConfig):
 def main(argv: Sequence[str]) -> None:
     """Parse the flags (and the YAML of `--config`), mine, and say what the filters dropped."""
     (args,) = parse(argv, QueriesArguments, program="almost_queries")
-    path = open_alone(args.output_file, args)
-    avoid = [row["query"] for file in args.avoid or [] for row in read_rows(file)]
-    backend = load_backend(args.model_name_or_path, backend=args.backend, batch_size=args.batch_size, dtype=args.dtype)
-    for name, count in mine_queries(backend, args, path, avoid).items():
+    for name, count in queries.run(args, open_file(args.output_file, args), args.avoid or []).items():
         print(f"{name}: {count}")
 
 
 if __name__ == "__main__":
-    sys.exit(
-        run_command("trl_ext.scripts", "trl_ext.scripts", {"almost_queries": ""}, ["almost_queries", *sys.argv[1:]])
-    )
+    sys.exit(run_main(main, sys.argv[1:], "almost_queries"))

@@ -14,19 +14,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from peft_ext.command_line import parse, run_command
-from trl_ext.almost.training.reward import AlmostRewardConfig, RewardArguments, train_reward
-from trl_ext.almost.training.stage import AlmostModelConfig
+from peft_ext.command_line import run_main
+from trl_ext.almost.training import reward
 
 
 def main(argv: Sequence[str]) -> None:
     """Parse the flags (and the YAML of `--config`), and train."""
-    kinds = (RewardArguments, AlmostRewardConfig, AlmostModelConfig)
-    result = train_reward(*parse(argv, *kinds, program="almost_reward"))
+    result = reward.run(*reward.parse(argv))
     print(f"{result['pairs']} pairs; held-out accuracy: {result.get('held_out_accuracy', 'not measured')}")
 
 
 if __name__ == "__main__":
-    sys.exit(
-        run_command("trl_ext.scripts", "trl_ext.scripts", {"almost_reward": ""}, ["almost_reward", *sys.argv[1:]])
-    )
+    sys.exit(run_main(main, sys.argv[1:], "almost_reward"))

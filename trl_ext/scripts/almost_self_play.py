@@ -14,12 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Optional
 
-from peft_ext.command_line import parse, run_command
+from peft_ext.command_line import parse, run_main
+from peft_ext.runs import open_file
 from trl_ext.almost.config import SelfPlayConfig
-from trl_ext.almost.data.self_play import self_play
-from trl_ext.almost.rewards import RewardModel
-from trl_ext.almost.store import open_alone, read_rows
-from trl_ext.almost.writing.loading import load_backend
+from trl_ext.almost.data import self_play
 
 
 @dataclass
@@ -45,17 +43,7 @@ def main(argv: Sequence[str]) -> None:
     (args,) = parse(argv, SelfPlayArguments, program="almost_self_play")
     if not args.queries_file:
         raise ValueError("queries_file is missing: pass --queries_file.")
-    path, queries = open_alone(args.output_file, args), read_rows(args.queries_file)
-    backend = load_backend(args.model_name_or_path, backend=args.backend, batch_size=args.batch_size, dtype=args.dtype)
-    reward = None
-    if args.samples > 1:
-        reward = RewardModel.from_pretrained(
-            args.reward_model,
-            dtype=args.reward_dtype,
-            policy_tokenizer=backend.tokenizer,
-            batch_size=args.reward_batch_size,
-        ).score
-    counts = self_play(backend, args, queries, path, reward)
+    counts = self_play.run(args, args.queries_file, open_file(args.output_file, args), args.reward_model)
     best = counts.pop("best of")
     for name, count in counts.items():
         print(f"{name}: {count}")
@@ -64,8 +52,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(
-        run_command(
-            "trl_ext.scripts", "trl_ext.scripts", {"almost_self_play": ""}, ["almost_self_play", *sys.argv[1:]]
-        )
-    )
+    sys.exit(run_main(main, sys.argv[1:], "almost_self_play"))

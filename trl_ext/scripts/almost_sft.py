@@ -14,16 +14,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from peft_ext.command_line import parse, run_command
-from trl_ext.almost.training.sft import AlmostSFTConfig, SFTArguments, train_sft
-from trl_ext.almost.training.stage import AlmostModelConfig
+from peft_ext.command_line import run_main
+from trl_ext.almost.training import sft
 
 
 def main(argv: Sequence[str]) -> None:
     """Parse the flags (and the YAML of `--config`), and train."""
-    result = train_sft(*parse(argv, SFTArguments, AlmostSFTConfig, AlmostModelConfig, program="almost_sft"))
+    result = sft.run(*sft.parse(argv))
     print(f"{result['demonstrations']} demonstrations, {result['steps']} steps")
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("trl_ext.scripts", "trl_ext.scripts", {"almost_sft": ""}, ["almost_sft", *sys.argv[1:]]))
+    sys.exit(run_main(main, sys.argv[1:], "almost_sft"))

@@ -1,5 +1,5 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""Answers of a ladder, the heuristic filter, the pairing rule, the split."""
+"""The heuristic filter, the pairing rule, the split."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.almost.writers import Writer, sentence
-from trl_ext.almost.config import ComparisonsConfig, ResponsesConfig
+from peft_ext.rows import read_rows
+from trl_ext.almost.config import ComparisonsConfig
 from trl_ext.almost.data.comparisons import (
     build_comparisons,
     heuristic_filter,
     pair_up,
     write_comparisons,
-    write_responses,
 )
-from trl_ext.almost.store import read_rows
 
 
-LADDER = ["prompt=faithful,shots=3", "prompt=hhh,shots=5", "prompt=hhh,shots=1,bits=3", "prompt=hhh,shots=0,bits=3"]
-QUERIES = [{"id": number, "query": f"What is {number}?"} for number in range(10)]
+GENERATORS = [
+    "prompt=faithful,shots=3",
+    "prompt=hhh,shots=5",
+    "prompt=hhh,shots=1,bits=3",
+    "prompt=hhh,shots=0,bits=3",
+]
 GOOD = "A sentence that is long enough to pass, and ends as it should."
 
 
@@ -87,44 +89,6 @@ def test_pairing_by_hand():
     assert pair_up([], [], []) == []
 
 
-def loader(loaded, write=lambda key, n: f" {sentence(key)}\n\nHuman: more"):
-    def load(rung):
-        loaded.append(rung.name)
-        return Writer(write)
-
-    return load
-
-
-def test_every_rung_answers_every_query(tmp_path):
-    loaded, config = [], ResponsesConfig(ladder=LADDER, batch_size=4)
-    counts = write_responses(loader(loaded), config, QUERIES, tmp_path / "r.jsonl")
-    rows = read_rows(tmp_path / "r.jsonl")
-    assert [(row["query_id"], row["rung"]) for row in rows] == [(q, r) for q in range(10) for r in range(4)]
-    assert rows[5]["response"] == sentence("responses/1/1") and rows[5]["query"] == "What is 1?"
-    assert len(loaded) == 2, "a model is loaded once for rungs beside each other"
-    assert counts == {"responses": 40, "empty": 0}
-    write_responses(loader(loaded), config, QUERIES, tmp_path / "r.jsonl")
-    assert len(loaded) == 2, "nothing is missing, so nothing is loaded"
-
-
-def test_answers_go_on_after_an_interruption(tmp_path):
-    config, path = ResponsesConfig(ladder=LADDER, batch_size=4), tmp_path / "r.jsonl"
-
-    def interrupted(key, number):
-        if key == "responses/2/6":
-            raise KeyboardInterrupt
-        return sentence(key)
-
-    with pytest.raises(KeyboardInterrupt):
-        write_responses(loader([], interrupted), config, QUERIES, path)
-    assert len(read_rows(path)) == 24, "whole batches stay"
-    loaded = []
-    write_responses(loader(loaded, lambda key, n: sentence(key)), config, QUERIES, path)
-    assert loaded == ["the model, 3 bits, hhh 1-shot"], "finished rungs aren't loaded"
-    write_responses(loader([], lambda key, n: sentence(key)), config, QUERIES, tmp_path / "whole.jsonl")
-    assert path.read_text() == (tmp_path / "whole.jsonl").read_text()
-
-
 def answers(texts):
     return [
         {"id": f"{q}/{r}", "query_id": q, "rung": r, "query": f"What is {q}?", "response": text}
@@ -134,7 +98,9 @@ def answers(texts):
 
 
 def test_comparisons_are_trl_s():
-    rows, counts = build_comparisons(answers([[GOOD, GOOD[::1] + " More.", "", "short"]]), LADDER, ComparisonsConfig())
+    rows, counts = build_comparisons(
+        answers([[GOOD, GOOD[::1] + " More.", "", "short"]]), GENERATORS, ComparisonsConfig()
+    )
     assert rows == [
         {
             "id": "0/0>1",
@@ -153,9 +119,9 @@ def test_comparisons_are_trl_s():
         "pairs": 1,
         "comparisons": 1,
     }
-    plain, _ = build_comparisons(answers([[GOOD, GOOD]]), LADDER, ComparisonsConfig(conversational=False))
+    plain, _ = build_comparisons(answers([[GOOD, GOOD]]), GENERATORS, ComparisonsConfig(conversational=False))
     assert plain[0]["prompt"] == "What is 0?" and plain[0]["chosen"] == GOOD
-    unfiltered, _ = build_comparisons(answers([["short", "x"]]), LADDER, ComparisonsConfig(heuristic_filter=False))
+    unfiltered, _ = build_comparisons(answers([["short", "x"]]), GENERATORS, ComparisonsConfig(heuristic_filter=False))
     assert unfiltered[0]["rungs"] == [0, 1]
 
 
@@ -166,24 +132,24 @@ def test_the_as_is_reward_model_has_to_agree():
         assert len(prompts) == len(responses) == 4
         return [float("Best" in response) for response in responses]
 
-    rows, counts = build_comparisons(answers(texts), LADDER, ComparisonsConfig(), reward)
+    rows, counts = build_comparisons(answers(texts), GENERATORS, ComparisonsConfig(), reward)
     assert [row["query_id"] for row in rows] == [0]
     assert counts["pairs"] == 2 and counts["pairs that the as-is reward model dropped"] == 1
     with pytest.raises(ValueError, match="as-is reward model dropped 2.*Most fell to"):
-        build_comparisons(answers(texts), LADDER, ComparisonsConfig(), lambda p, r: [0.0] * len(r))
+        build_comparisons(answers(texts), GENERATORS, ComparisonsConfig(), lambda p, r: [0.0] * len(r))
 
 
 def test_nothing_left_says_which_filter_did_it():
     with pytest.raises(
         ValueError, match=r"no comparison is left of 4 answers.*bad: empty 3.*Most fell to 'bad: empty'"
     ):
-        build_comparisons(answers([["", "", "", GOOD]]), LADDER, ComparisonsConfig())
+        build_comparisons(answers([["", "", "", GOOD]]), GENERATORS, ComparisonsConfig())
     with pytest.raises(ValueError, match=r"bad: no full stop 2"):
-        build_comparisons(answers([[GOOD[:-1], GOOD[:-1]]]), LADDER, ComparisonsConfig())
+        build_comparisons(answers([[GOOD[:-1], GOOD[:-1]]]), GENERATORS, ComparisonsConfig())
 
 
 def test_the_split_is_by_query(tmp_path):
-    rows, _ = build_comparisons(answers([[GOOD] * 4] * 20), LADDER, ComparisonsConfig())
+    rows, _ = build_comparisons(answers([[GOOD] * 4] * 20), GENERATORS, ComparisonsConfig())
     counts = write_comparisons(rows, tmp_path, ComparisonsConfig(heldout_share=0.25, seed=3))
     train, heldout = read_rows(tmp_path / "comparisons.jsonl"), read_rows(tmp_path / "comparisons.heldout.jsonl")
     assert len({row["query_id"] for row in heldout}) == 5

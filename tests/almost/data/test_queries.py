@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import pytest
 
+from peft_ext.rows import read_rows
 from tests.almost.writers import Writer, sentence
 from trl_ext.almost.config import QueriesConfig
 from trl_ext.almost.data.queries import FILTERS, Miner, first_query, form_filter, mine_queries
 from trl_ext.almost.data.rouge import rouge_l, words_of
-from trl_ext.almost.store import read_rows
 
 
 CONFIG = QueriesConfig(count=30, batch_size=4, seed=1)

@@ -7,10 +7,10 @@ import math
 
 import pytest
 
+from peft_ext.rows import read_rows
 from tests.almost.writers import Writer, sentence
 from trl_ext.almost.config import SelfPlayConfig
 from trl_ext.almost.data.self_play import reward_statistics, self_play
-from trl_ext.almost.store import read_rows
 
 
 QUERIES = [{"id": number, "query": "What is it? " + "x" * number} for number in range(9)]

@@ -16,7 +16,8 @@ from generation_ext.shared_prefix.sampling import Sampling
 from tests.almost.training.trained import write_lines
 from tests.tiny.folders import save_long_model
 from tests.tiny.tokenizers import byte_tokenizer
-from trl_ext.almost.evaluation.run import EvaluationArguments, ResultFile, evaluate
+from trl_ext.almost.evaluation.run import EvaluationArguments, ResultFile
+from trl_ext.almost.evaluation.run import run as evaluate
 from trl_ext.almost.evaluation.tasks import (
     HHH_START,
     TRUTH_START,

@@ -9,9 +9,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from peft_ext.rows import read_rows
 from trl_ext.almost.evaluation.judges import ChatJudge, Comparison, Judgement, RewardJudge, parse_scores
 from trl_ext.almost.evaluation.win_rate import compare
-from trl_ext.almost.store import read_rows
 
 
 ASKED = Comparison("q", "a", "b")

@@ -1,14 +1,13 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""Prompts, styles of one's own, seeds, ladders."""
+"""Prompts, styles of one's own, seeds."""
 
 from __future__ import annotations
 
 import json
-import logging
 
 import pytest
 
-from tests.tiny.folders import save_long_model
+from peft_ext.rows import write_rows
 from tests.tiny.tokenizers import byte_tokenizer
 from trl_ext.almost.prompts.roles import (
     STYLES,
@@ -21,8 +20,6 @@ from trl_ext.almost.prompts.roles import (
     user_prompt,
     uses_chat,
 )
-from trl_ext.almost.writing.generators import Rung, parse_ladder
-from trl_ext.almost.writing.loading import load_backend, load_speaker
 
 
 CHATML = (
@@ -101,44 +98,13 @@ def test_seeds_and_mining(tmp_path):
     path.write_text('{"instruction": "Do  it.", "input": ""}\n{"instruction": "With", "input": "x"}\n{"query": "Q"}\n')
     assert seed_queries(str(path)) == ["Do it.", "Q"]
     path.write_text('{"text": 1}\n')
-    with pytest.raises(ValueError, match="line 1"):
+    with pytest.raises(ValueError, match="row 1 has neither"):
         seed_queries(str(path))
     with pytest.raises(FileNotFoundError):
         seed_queries(str(tmp_path / "none.jsonl"))
 
 
-def test_ladders(caplog):
-    ladder = parse_ladder(["prompt=faithful,shots=3", {"shots": 1, "bits": 2}, Rung(shots=1, rank=1)])
-    assert [rung.rank for rung in ladder] == [0, 1, 1] and ladder[1].bits == 2 and ladder[0].prompt == "faithful"
-    for bad, message in (
-        (["shots=1"], "at least two ranks"),
-        ([{"rank": 0}, {"rank": 0, "shots": 1}], "at least two ranks"),
-        (["shots=1", "shots=2", "shots=1"], "rungs 0 and 2 are the same"),
-        (["shots=1", "bits=5"], "rung 1: bits=5"),
-        (["shots=1", "shots=20"], "rung 1: shots=20"),
-        (["shots=1", {"size": 3}], "rung 1 has a field 'size'"),
-        (["shots=1", "few"], "must look like"),
-        (["shots=1", "prompt=rude"], "prompt='rude'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            parse_ladder(bad)
-    assert not caplog.records
-    with caplog.at_level(logging.WARNING):
-        parse_ladder(["shots=1", "shots=5"])
-    assert "hhh 1-shot stands above the model, hhh 5-shot" in caplog.text
-
-
-def test_a_model_of_few_bits_is_another_speaker(tmp_path):
-    import torch
-
-    folder = str(save_long_model(tmp_path / "model"))
-    plain, _ = load_speaker(folder)
-    backend = load_backend(folder, bits=2, batch_size=3)
-    ids = torch.arange(5, 40)[None]
-    with torch.no_grad():
-        difference = (plain(ids).logits - backend.model(ids).logits).abs().max()
-    assert difference > 1e-3 and backend.batch_size == 3
-    with pytest.raises(ValueError, match="backend='vllm' takes a hub id"):
-        load_backend(folder, bits=2, backend="vllm")
-    with pytest.raises(ValueError, match="backend='other'"):
-        load_backend(folder, backend="other")
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])
+def test_a_seed_may_hold_what_ends_lines_elsewhere(tmp_path, mark):
+    write_rows(tmp_path / "seeds.jsonl", [{"query": f"One{mark}two?"}, {"instruction": "Three."}])
+    assert seed_queries(str(tmp_path / "seeds.jsonl")) == ["One two?", "Three."]

@@ -14,20 +14,25 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from generation_ext.shared_prefix.sampling import row_generator
 from peft_ext.language_model import inference
+from peft_ext.rows import RowFile, write_rows
+from peft_ext.runs import last_checkpoint
 from tests.almost.training.trained import ANSWER, FLAGS, WORSE, write_lines, write_run
 from tests.tiny.tokenizers import byte_tokenizer
+from trl_ext.almost.config import ComparisonsConfig
+from trl_ext.almost.data import comparisons
+from trl_ext.almost.data.queries import read_queries
 from trl_ext.almost.models import load_policy
 from trl_ext.almost.rewards import RewardModel
 from trl_ext.almost.training import rlsf_generation
 from trl_ext.almost.training.reward import AlmostRewardConfig, RewardArguments, encode_pairs, half_of
-from trl_ext.almost.training.rlsf import prompts_of, summary
+from trl_ext.almost.training.rlsf import prompts_of, summary, trainer_of
 from trl_ext.almost.training.rlsf_generation import (
     MergedGRPOTrainer,
     MergedRLOOTrainer,
     _MergedGeneration,
     merged_copy,
 )
-from trl_ext.almost.training.stage import AlmostModelConfig, adapter_config, last_checkpoint, start
+from trl_ext.almost.training.stage import AlmostModelConfig, StageArguments, adapter_config, start
 from trl_ext.scripts import almost_reward, almost_rlsf, almost_sft
 
 
@@ -124,10 +129,11 @@ def test_a_finished_training_is_not_repeated(run, reward_models, monkeypatch, ca
 def test_other_settings_are_refused_with_both_values(run, reward_models):
     folder = reward_models("whole")
     with pytest.raises(
-        ValueError, match=r"other settings \(max_steps: 8 there, 9 now\).*--output_dir .*reward-whole-2"
+        FileExistsError,
+        match=r"output_dir=.*other settings \(max_steps: was 8, is 9\).*another folder.*reward-whole-2",
     ):
         almost_reward.main(reward_flags(run, folder, "--max_steps", "9"))
-    with pytest.raises(ValueError, match="holds no training of ours"):
+    with pytest.raises(FileExistsError, match="output_dir=.*holds no run of ours"):
         almost_reward.main(reward_flags(run, run / "base"))
 
 
@@ -139,11 +145,35 @@ def test_data_may_be_moved_but_not_changed(tmp_path):
     write_lines(tmp_path / "a.jsonl", [{"id": 0}])
     write_lines(tmp_path / "b.jsonl", [{"id": 0}])
     assert begin("mistyped.jsonl") is None and begin("a.jsonl") is None, "nothing has been trained on it"
-    (tmp_path / "out" / "checkpoint-1").mkdir()
+    write_lines(tmp_path / "out" / "checkpoint-1" / "trainer_state.json", [{}])
     assert begin("b.jsonl") is None
     write_lines(tmp_path / "b.jsonl", [{"id": 1}])
-    with pytest.raises(ValueError, match="dataset_name: 'sha256:.* there, 'sha256:.* now"):
+    with pytest.raises(FileExistsError, match='dataset_name: was "sha256:.*, is "sha256:'):
         begin("b.jsonl")
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])
+def test_what_a_stage_wrote_is_read_whatever_characters_an_answer_holds(tmp_path, mark):
+    """The fault: an answer with one of these was written by one stage, and a damaged file to the next."""
+    good = f"A first line.{mark}And a second one, of an answer that is long enough."
+    bad = "An answer that is as long, but that a generator of a worse rank has given."
+    answers = [
+        {"id": f"{q}/{n}", "query_id": q, "rung": n, "query": "Why?", "response": text}
+        for q in range(4)
+        for n, text in enumerate((good, bad))
+    ]
+    write_rows(tmp_path / "responses.jsonl", answers)
+    config = ComparisonsConfig(heldout_share=0.25, length_aware=False)
+    comparisons.run(config, ["shots=1", "shots=0"], tmp_path / "responses.jsonl", tmp_path)
+    data = StageArguments(
+        dataset_name=str(tmp_path / comparisons.TRAINING), eval_dataset_name=str(tmp_path / comparisons.HELDOUT)
+    )
+    assert [row["chosen"][0]["content"] for row in [*data.rows(), *data.held_out_rows()]] == [good] * 4
+    RowFile(tmp_path / "talks.jsonl").append([{"id": 0, "messages": [{"role": "assistant", "content": good}]}])
+    talks = StageArguments(dataset_name=str(tmp_path / "talks.jsonl")).rows()
+    assert talks[0]["messages"][0]["content"] == good
+    write_rows(tmp_path / "queries.jsonl", [{"id": 0, "query": f"Why?{mark}How?"}])
+    assert read_queries(tmp_path / "queries.jsonl")[0]["query"] == f"Why?{mark}How?"
 
 
 @contextlib.contextmanager
@@ -176,16 +206,6 @@ def test_an_interrupted_training_ends_with_the_same_weights(run, tmp_path, monke
         torch.testing.assert_close(cut[name], weight)
     assert result(tmp_path / "cut")["steps"] == 6
     assert result(tmp_path / "cut")["held_out_accuracy"] == result(tmp_path / "through")["held_out_accuracy"]
-
-
-def test_an_incomplete_checkpoint_is_removed(tmp_path):
-    for step, state in ((2, "{}"), (10, '{"a":'), (12, None)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if state is not None:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    assert last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-2")
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
-    assert last_checkpoint(str(tmp_path / "nowhere")) is None
 
 
 def test_a_pair_that_is_too_long_loses_its_beginning():
@@ -344,12 +364,12 @@ def test_a_reward_of_nan_stops_rlsf(run, sft, reward_models, tmp_path):
 def test_the_trainer_is_chosen_by_flag_or_yaml(tmp_path):
     config = tmp_path / "rlsf.yaml"
     config.write_text("trainer: grpo\n")
-    assert almost_rlsf.trainer_of([]) == "rloo"
-    assert almost_rlsf.trainer_of(["--trainer", "grpo", "--beta", "0.1"]) == "grpo"
-    assert almost_rlsf.trainer_of(["--config", str(config)]) == "grpo"
-    assert almost_rlsf.trainer_of(["--config", str(config), "--trainer=rloo"]) == "rloo"
+    assert trainer_of([]) == "rloo"
+    assert trainer_of(["--trainer", "grpo", "--beta", "0.1"]) == "grpo"
+    assert trainer_of(["--config", str(config)]) == "grpo"
+    assert trainer_of(["--config", str(config), "--trainer=rloo"]) == "rloo"
     with pytest.raises(ValueError, match="trainer='ppo' is unknown"):
-        almost_rlsf.trainer_of(["--trainer", "ppo"])
+        trainer_of(["--trainer", "ppo"])
 
 
 def test_adapters_from_flags():

@@ -1,94 +1,27 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""Synthetic feedback: every rung answers every query, and who stands higher is preferred, where length and looks agree
-(the paper's step 1)."""
+"""Comparisons: of two answers, that of the generator of the better rank is preferred, where length and looks agree (the second
+half of the paper's step 1)."""
 
 from __future__ import annotations
 
-import gc
-import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
-from tqdm.auto import tqdm
 
-from trl_ext.almost.config import ComparisonsConfig, ResponsesConfig
-from trl_ext.almost.prompts.roles import ASSISTANT_STOPS, assistant_prompt, clean_turn, load_style
-from trl_ext.almost.store import Row, RowFile, write_rows
-from trl_ext.almost.writing.backends import Backend, Request
-from trl_ext.almost.writing.generators import Rung, parse_ladder
+from peft_ext.rows import Row, read_rows, write_rows
+from trl_ext.almost.config import ComparisonsConfig
+from trl_ext.almost.rewards import AnswerScorer, RewardModel
+from trl_ext.almost.writing.generators import parse_generators
 
 
-# Prompts (texts or messages) and answers -> a number for each, higher is better.
-RewardFunction = Callable[[Sequence[Any], Sequence[str]], Sequence[float]]
-LoadBackend = Callable[[Rung], Backend]
 FEW_CHARS = 50
-COMPARISONS, HELDOUT = "comparisons.jsonl", "comparisons.heldout.jsonl"
+TRAINING, HELDOUT = "comparisons.jsonl", "comparisons.heldout.jsonl"
 # Reasons of the heuristic filter.
 BAD = ("short", "ends open", "begins with well", "no full stop", "does not know", "another turn", "image")
-
-
-def write_responses(
-    load: LoadBackend, config: ResponsesConfig, queries: Sequence[Row], path: Union[str, os.PathLike]
-) -> dict[str, int]:
-    """Answers of every rung to every query, as rows `{"id", "query_id", "rung", "query", "response"}`.
-
-    Args:
-        load: Loads what writes for a rung; called once for rungs beside each other of one model and width.
-        config: See [`ResponsesConfig`].
-        queries: Rows with `id` and `query`.
-        path: The file, appended batch by batch, and brought into order at the end.
-
-    Returns:
-        How many answers there are, how many of them empty, and their tokens by the rungs' tokenizers.
-    """
-    ladder, file = parse_ladder(config.ladder), RowFile(path)
-    with tqdm(total=len(ladder) * len(queries), initial=len(file), desc="responses") as bar:
-        for _, group in groupby(enumerate(ladder), key=lambda pair: (pair[1].model, pair[1].bits, pair[1].group_size)):
-            rungs = list(group)
-            missing = [f"{query['id']}/{place}" not in file for place, _ in rungs for query in queries]
-            if not any(missing):
-                continue
-            backend = load(rungs[0][1])
-            for place, rung in rungs:
-                _answer(backend, config, rung, place, queries, file, bar)
-            del backend
-            gc.collect()
-    file.sort(key=lambda row: (row["query_id"], row["rung"]))
-    return {"responses": len(file), "empty": sum(not row["response"] for row in file.rows.values())}
-
-
-def _answer(
-    backend: Backend, config: ResponsesConfig, rung: Rung, place: int, queries: Sequence[Row], file: RowFile, bar: Any
-) -> None:
-    style, tokenizer = load_style(rung.prompt), backend.tokenizer
-    requests = [
-        Request(
-            f"responses/{place}/{query['id']}",
-            assistant_prompt(tokenizer, query["query"], style, rung.shots, config.chat_format),
-        )
-        for query in queries
-    ]
-    sampling = config.sampling(
-        max_new_tokens=rung.max_new_tokens or config.max_new_tokens,
-        stop=ASSISTANT_STOPS,
-    )
-    ids = [f"{query['id']}/{place}" for query in queries]
-    for batch in backend.stream(requests, sampling, done=lambda index: ids[index] in file):
-        rows = [
-            {
-                "id": ids[index],
-                "query_id": queries[index]["id"],
-                "rung": place,
-                "query": queries[index]["query"],
-                "response": clean_turn(texts[0]),
-            }
-            for index, texts in batch
-        ]
-        bar.update(file.append(rows))
 
 
 class Pair(NamedTuple):
@@ -148,17 +81,26 @@ def pair_up(
     return pairs
 
 
+def run(config: ComparisonsConfig, generators: Sequence[Any], responses: Path, folder: Path) -> dict[str, int]:
+    """The stage: a file of answers becomes the files of comparisons in a folder; see [`build_comparisons`]."""
+    reward = None
+    if config.as_is_reward_model:
+        reward = RewardModel.from_pretrained(config.as_is_reward_model, batch_size=config.reward_batch_size).score
+    rows, counts = build_comparisons(read_rows(responses), generators, config, reward)
+    return {**counts, **write_comparisons(rows, folder, config)}
+
+
 def build_comparisons(
     responses: Sequence[Row],
-    ladder: Sequence[Any],
+    generators: Sequence[Any],
     config: ComparisonsConfig,
-    reward: Optional[RewardFunction] = None,
+    reward: Optional[AnswerScorer] = None,
 ) -> tuple[list[Row], dict[str, int]]:
     """Comparisons in TRL's preference format.
 
     Args:
-        responses: Rows of [`write_responses`].
-        ladder: The ladder that they come from.
+        responses: Rows of [`responses.write_responses`].
+        generators: Who they come from, see [`parse_generators`].
         config: See [`ComparisonsConfig`].
         reward: The as-is reward model; a pair that it ranks the other way round is dropped.
 
@@ -168,7 +110,7 @@ def build_comparisons(
     Raises:
         ValueError: If no pair is left; tells which filter dropped how many.
     """
-    ranks = [rung.rank or 0 for rung in parse_ladder(ladder)]
+    ranks = [generator.rank or 0 for generator in parse_generators(generators)]
     counts: Counter[str] = Counter({"responses": len(responses)})
     rows: list[Row] = []
     ordered = sorted(responses, key=lambda row: (row["query_id"], row["rung"]))
@@ -211,7 +153,7 @@ def write_comparisons(rows: Sequence[Row], folder: Path, config: ComparisonsConf
         )
     parts = {
         HELDOUT: [row for row in rows if row["query_id"] in heldout],
-        COMPARISONS: [row for row in rows if row["query_id"] not in heldout],
+        TRAINING: [row for row in rows if row["query_id"] not in heldout],
     }
     for name, part in parts.items():
         write_rows(folder / name, part)
@@ -244,7 +186,7 @@ def text_of(value: Any) -> str:
     return str(value[-1]["content"]) if isinstance(value, list) else str(value)
 
 
-def _agreed(rows: Sequence[Row], reward: RewardFunction) -> list[Row]:
+def _agreed(rows: Sequence[Row], reward: AnswerScorer) -> list[Row]:
     prompts = [row["prompt"] for row in rows]
     scores = reward([*prompts, *prompts], [text_of(row[side]) for side in ("chosen", "rejected") for row in rows])
     return [row for place, row in enumerate(rows) if scores[place] > scores[place + len(rows)]]
@@ -252,9 +194,9 @@ def _agreed(rows: Sequence[Row], reward: RewardFunction) -> list[Row]:
 
 def _nothing_left(counts: Mapping[str, int]) -> str:
     dropped = {name: count for name, count in counts.items() if count and ("bad" in name or "dropped" in name)}
-    most = max(dropped, key=lambda name: dropped[name], default="the ladder, which has no two ranks with an answer")
+    most = max(dropped, key=lambda name: dropped[name], default="the ranks, of which no two have an answer")
     listed = ", ".join(f"{name} {count}" for name, count in dropped.items()) or "nothing"
     return (
         f"no comparison is left of {counts['responses']} answers. Dropped: {listed}. Most fell to {most!r}; use stronger "
-        "rungs, a larger max_new_tokens, or turn that filter off."
+        "generators, a larger max_new_tokens, or turn that filter off."
     )

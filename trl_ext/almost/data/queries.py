@@ -13,17 +13,49 @@ from typing import Optional, Union
 import numpy as np
 from tqdm.auto import tqdm
 
+from peft_ext.rows import Row, RowFile, read_rows, write_rows
 from trl_ext.almost.config import QueriesConfig
 from trl_ext.almost.data.rouge import RougeIndex
 from trl_ext.almost.prompts.roles import MINING_STOPS, QUERY, mining_prompt, seed_queries
-from trl_ext.almost.store import RowFile, write_rows
 from trl_ext.almost.writing.backends import Backend, Request
+from trl_ext.almost.writing.loading import backend_of
 
 
 EMPTY, FORMAT, SHORT, LONG, SIMILAR = "empty", "format", "short", "long", "similar"
 FILTERS = (EMPTY, FORMAT, SHORT, LONG, SIMILAR)
 _ENDS = (".", "?", "!", '"', "'", ")")
 _ROLES = ("Human:", "Assistant:", QUERY, "User:", "<|")
+
+
+def run(
+    config: QueriesConfig, path: Union[str, os.PathLike], avoid: Iterable[Union[str, os.PathLike]] = ()
+) -> dict[str, int]:
+    """The stage: load who continues the lists, and mine; see [`mine_queries`].
+
+    Args:
+        config: See [`QueriesConfig`].
+        path: The file to write.
+        avoid: Files of queries that new ones must not be close to either.
+    """
+    others = [row["query"] for file in avoid for row in read_queries(file)]
+    return mine_queries(backend_of(config), config, path, others)
+
+
+def read_queries(path: Union[str, os.PathLike]) -> list[Row]:
+    """The rows of a file of queries.
+
+    Raises:
+        FileNotFoundError: If it isn't there.
+        ValueError: If a row lacks its `id` or `query`, or an id occurs twice; names the file and the row.
+    """
+    rows, ids = read_rows(path), set()
+    for number, row in enumerate(rows, start=1):
+        if "id" not in row or not isinstance(row.get("query"), str):
+            raise ValueError(f"{path}, row {number} must have an id and a query; it has {list(row)}.")
+        if row["id"] in ids:
+            raise ValueError(f"{path}, row {number}: id {row['id']!r} occurs twice.")
+        ids.add(row["id"])
+    return rows
 
 
 def mine_queries(

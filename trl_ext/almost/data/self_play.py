@@ -13,8 +13,9 @@ from typing import Any, Optional, Union
 import numpy as np
 from tqdm.auto import tqdm
 
+from peft_ext.rows import Row, RowFile
 from trl_ext.almost.config import SelfPlayConfig
-from trl_ext.almost.data.comparisons import RewardFunction
+from trl_ext.almost.data.queries import read_queries
 from trl_ext.almost.prompts.roles import (
     ASSISTANT_STOPS,
     USER_STOPS,
@@ -23,12 +24,31 @@ from trl_ext.almost.prompts.roles import (
     load_style,
     user_prompt,
 )
-from trl_ext.almost.store import Row, RowFile
+from trl_ext.almost.rewards import AnswerScorer, RewardModel
 from trl_ext.almost.writing.backends import Backend, Request
+from trl_ext.almost.writing.loading import backend_of
 
 
 # A person's message is longer than this only if the model has fallen out of its role.
 _LONGEST_USER_TURN = 500
+
+
+def run(
+    config: SelfPlayConfig,
+    queries: Union[str, os.PathLike],
+    path: Union[str, os.PathLike],
+    reward_model: Optional[Union[str, os.PathLike]] = None,
+) -> dict[str, Any]:
+    """The stage: load who plays and, for several samples, who chooses, and play on a file of queries; see [`self_play`]."""
+    rows, backend, reward = read_queries(queries), backend_of(config), None
+    if config.samples > 1 and reward_model is not None:
+        reward = RewardModel.from_pretrained(
+            str(reward_model),
+            dtype=config.reward_dtype,
+            policy_tokenizer=backend.tokenizer,
+            batch_size=config.reward_batch_size,
+        ).score
+    return self_play(backend, config, rows, path, reward)
 
 
 def self_play(
@@ -36,7 +56,7 @@ def self_play(
     config: SelfPlayConfig,
     queries: Sequence[Row],
     path: Union[str, os.PathLike],
-    reward: Optional[RewardFunction] = None,
+    reward: Optional[AnswerScorer] = None,
 ) -> dict[str, Any]:
     """Demonstrations in TRL's chat format, as rows `{"id", "messages", "rewards"}`; `rewards` has N numbers for each answer.
 
@@ -56,18 +76,18 @@ def self_play(
     if config.samples > 1 and reward is None:
         raise ValueError(f"samples={config.samples} needs a reward model to choose; pass one, or samples=1.")
     queries = queries[: config.count]
-    done, dropped = RowFile(path), _Dropped(path)
+    done, dropped = RowFile(path), RowFile(f"{os.fspath(path)}.dropped")  # what came to nothing isn't tried again
     # of about equal length, so that a batch's prompts are; the same batches after a kill
     order = sorted(range(len(queries)), key=lambda place: (-len(queries[place]["query"]), place))
-    with tqdm(total=len(queries), initial=len(done) + len(dropped.rows), desc="self-play") as bar:
+    with tqdm(total=len(queries), initial=len(done) + len(dropped), desc="self-play") as bar:
         for start in range(0, len(order), config.batch_size):
             batch = [queries[place] for place in order[start : start + config.batch_size]]
-            if all(query["id"] in done or query["id"] in dropped.rows for query in batch):
+            if all(query["id"] in done or query["id"] in dropped for query in batch):
                 continue
             talks = [_Conversation(query["id"], [_message("user", query["query"])]) for query in batch]
             _converse(backend, config, talks, reward)
             added = done.append([talk.row() for talk in talks if talk.rewards])
-            added += dropped.append([talk.id for talk in talks if not talk.rewards])
+            added += dropped.append([{"id": talk.id} for talk in talks if not talk.rewards])
             bar.update(added)
     if queries and not len(done):
         raise ValueError(
@@ -78,7 +98,7 @@ def self_play(
     answers = sum(len(row["rewards"]) for row in rows)
     return {
         "conversations": len(rows),
-        "without an answer": len(dropped.rows),
+        "without an answer": len(dropped),
         "answers": answers,
         "best of": reward_statistics(rows),
     }
@@ -124,22 +144,8 @@ class _Conversation:
         return {"id": self.id, "messages": self.messages[: last + 1], "rewards": self.rewards}
 
 
-class _Dropped:
-    """Ids of conversations that came to nothing, so that they aren't tried again."""
-
-    def __init__(self, path: Union[str, os.PathLike]) -> None:
-        self._file = RowFile(f"{os.fspath(path)}.dropped")
-
-    @property
-    def rows(self) -> dict[Any, Row]:
-        return self._file.rows
-
-    def append(self, ids: Sequence[Any]) -> int:
-        return self._file.append([{"id": each} for each in ids])
-
-
 def _converse(
-    backend: Backend, config: SelfPlayConfig, talks: Sequence[_Conversation], reward: Optional[RewardFunction]
+    backend: Backend, config: SelfPlayConfig, talks: Sequence[_Conversation], reward: Optional[AnswerScorer]
 ) -> None:
     for turn in range(config.max_turns):
         open_talks = [talk for talk in talks if not talk.over]
@@ -156,7 +162,7 @@ def _answer(
     config: SelfPlayConfig,
     talks: Sequence[_Conversation],
     turn: int,
-    reward: Optional[RewardFunction],
+    reward: Optional[AnswerScorer],
 ) -> None:
     style = load_style(config.prompt)
     prompts = [
@@ -176,7 +182,7 @@ def _answer(
 
 
 def _scores(
-    talks: Sequence[_Conversation], answers: Sequence[Sequence[str]], reward: Optional[RewardFunction]
+    talks: Sequence[_Conversation], answers: Sequence[Sequence[str]], reward: Optional[AnswerScorer]
 ) -> list[list[Optional[float]]]:
     """A number for each answer; None where it is empty, or nobody scores."""
     scores: list[list[Optional[float]]] = [[None] * len(texts) for texts in answers]

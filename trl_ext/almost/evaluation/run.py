@@ -3,20 +3,21 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
-import torch
-
 from generation_ext.shared_prefix.sampling import Sampling
+from peft_ext import command_line
 from peft_ext.files import check_folder_writable, write_json
 from peft_ext.models import DEFAULT_MODEL
 from peft_ext.rows import read_rows
+from peft_ext.runs import differences, plain, read_settings
 from trl_ext.almost.evaluation.judges import ChatJudge, Judge, RewardJudge
 from trl_ext.almost.evaluation.tasks import (
     hhh_of_model,
@@ -25,12 +26,13 @@ from trl_ext.almost.evaluation.tasks import (
     truthfulqa_of_rewards,
 )
 from trl_ext.almost.evaluation.win_rate import compare, write_answers
-from trl_ext.almost.models import load_chat_tokenizer, load_policy
+from trl_ext.almost.models import default_device, load_chat_tokenizer, load_policy
 from trl_ext.almost.prompts.chat import HUMAN
 from trl_ext.almost.rewards import RewardModel
 
 
 logger = logging.getLogger(__name__)
+PROGRAM = "almost_eval"
 TASKS = ("hhh", "truthfulqa", "win_rate")
 FILES = {"hhh": "hhh/test.jsonl", "truthfulqa": "truthfulqa/test.jsonl", "win_rate": "vicuna/questions.jsonl"}
 
@@ -125,23 +127,27 @@ class ResultFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self.results: dict[str, Any] = read_settings(path) or {}
 
     def get(
         self, name: str, task: str, settings: dict[str, Any], make: Callable[[], dict[str, Any]]
     ) -> dict[str, Any]:
         """A model's result on a task."""
-        settings = json.loads(json.dumps(settings))
-        known = self.results.get(name, {}).get(task)
-        if known is None or known["settings"] != settings:
+        result = self.results.get(name, {}).get(task)
+        if result is None or differences(result["settings"], plain(settings)):
             logger.info("%s: %s", task, name)
-            known = {**make(), "settings": settings}
-            self.results.setdefault(name, {})[task] = known
+            result = {**make(), "settings": plain(settings)}
+            self.results.setdefault(name, {})[task] = result
             write_json(self.path, self.results)
-        return known
+        return result
 
 
-def evaluate(args: EvaluationArguments) -> dict[str, Any]:
+def parse(argv: Sequence[str]) -> tuple[Any, ...]:
+    """What [`run`] takes, from flags and the YAML of `--config`."""
+    return command_line.parse(argv, EvaluationArguments, program=PROGRAM)
+
+
+def run(args: EvaluationArguments) -> dict[str, Any]:
     """Evaluate; goes on where an interrupted evaluation stopped.
 
     Returns:
@@ -157,14 +163,14 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any]:
     results = ResultFile(folder / "evaluation.json")
     for name in args.reward_models or []:
         _evaluate_rewards(args, results, name, data)
-    loaded = _Loaded(args)
+    loader = _LastModel(args)
     for name in args.models or []:
         for task, function in (("hhh", hhh_of_model), ("truthfulqa", truthfulqa_of_model)):
             if task in data:
                 settings = _settings(args, name)
-                results.get(name, task, settings, lambda: function(*loaded(name), data[task]))  # noqa: B023
+                results.get(name, task, settings, lambda: function(*loader(name), data[task]))  # noqa: B023
     if "win_rate" in data:
-        _evaluate_win_rates(args, results, loaded, folder, data["win_rate"])
+        _evaluate_win_rates(args, results, loader, folder, data["win_rate"])
     return results.results
 
 
@@ -204,66 +210,58 @@ def data_path(args: EvaluationArguments, task: str) -> Path:
     return path
 
 
-class _Loaded:
-    """The last model that was asked for, with its tokenizer."""
+class _LastModel:
+    """Loads models with their tokenizers, and keeps the last."""
 
     def __init__(self, args: EvaluationArguments) -> None:
         self.args, self.name = args, ""
-        self.value: Optional[tuple[Any, Any]] = None
+        self.model: Optional[tuple[Any, Any]] = None
 
     def __call__(self, name: str) -> tuple[Any, Any]:
-        if self.value is None or self.name != name:
-            self.value = None  # its memory first
-            device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-            model, tokenizer = load_policy(name, dtype=self.args.dtype), load_chat_tokenizer(name)
-            self.name, self.value = name, (model.to(device), tokenizer)
-        return self.value
+        if self.model is None or self.name != name:
+            self.model = None  # its memory first
+            policy = load_policy(name, dtype=self.args.dtype).to(default_device())
+            self.name, self.model = name, (policy, load_chat_tokenizer(name))
+        return self.model
 
 
 def _evaluate_rewards(args: EvaluationArguments, results: ResultFile, name: str, data: dict[str, Any]) -> None:
     settings = {**_settings(args, name), "max_length": args.reward_max_length}
-    rewards: list[RewardModel] = []
-
-    def run(function: Callable[..., dict[str, Any]], rows: Any) -> dict[str, Any]:
-        if not rewards:
-            rewards.append(_rewards(args, name))
-        return function(rewards[0], rows)
-
+    rewards = functools.cache(lambda: _rewards(args, name))  # once, and only if there is something to measure
     for task, function in (("hhh", hhh_of_rewards), ("truthfulqa", truthfulqa_of_rewards)):
         if task in data:
-            results.get(name, task, settings, lambda: run(function, data[task]))  # noqa: B023
+            results.get(name, task, settings, lambda: function(rewards(), data[task]))  # noqa: B023
 
 
 def _evaluate_win_rates(
-    args: EvaluationArguments, results: ResultFile, loaded: _Loaded, folder: Path, rows: list[dict[str, Any]]
+    args: EvaluationArguments, results: ResultFile, loader: _LastModel, folder: Path, rows: list[dict[str, Any]]
 ) -> None:
     if args.judge is None:
         raise ValueError("judge is missing: pass --judge, a reward model or the address of an endpoint.")
     questions = {row["id"]: row["query"] if "query" in row else row["turns"][0] for row in rows}
     baseline = str(args.baseline)
-    judges: list[Judge] = []
+    judged_by = [args.judge, args.judge_model, _fingerprint(args.judge)]
+    judgements = folder / f"judgements-{_short_hash(judged_by)}.jsonl"
+    judge = functools.cache(lambda: _judge(args))
 
-    def run(name: str) -> dict[str, Any]:
-        answers = {each: _answers(args, loaded, each, questions, folder) for each in (baseline, name)}
-        if not judges:
-            judges.append(_judge(args))
-        path = folder / f"judgements-{_digest([args.judge, args.judge_model, _fingerprint(str(args.judge))])}.jsonl"
-        return compare(questions, answers[name], answers[baseline], judges[0], path, args.seed)
+    def compared(name: str) -> dict[str, Any]:
+        answers = {each: _answers(args, loader, each, questions, folder) for each in (baseline, name)}
+        return compare(questions, answers[name], answers[baseline], judge(), judgements, args.seed)
 
     for name in args.models or []:
         if name != baseline:
             settings = {
                 **_settings(args, name),
                 "baseline": [baseline, _fingerprint(baseline)],
-                "judge": [args.judge, args.judge_model, _fingerprint(str(args.judge))],
-                "questions": _digest(questions),
+                "judge": judged_by,
+                "questions": _short_hash(questions),
                 "sampling": [args.temperature, args.max_new_tokens, args.seed, args.samples],
             }
-            results.get(name, "win_rate", settings, lambda: run(name))  # noqa: B023
+            results.get(name, "win_rate", settings, lambda: compared(name))  # noqa: B023
 
 
 def _answers(
-    args: EvaluationArguments, loaded: _Loaded, name: str, questions: dict[Any, str], folder: Path
+    args: EvaluationArguments, loader: _LastModel, name: str, questions: dict[Any, str], folder: Path
 ) -> dict[Any, list[str]]:
     if name.endswith(".jsonl"):
         rows = read_rows(Path(name).expanduser())
@@ -276,18 +274,10 @@ def _answers(
         seed=args.seed,
         samples=args.samples,
     )
-    made_by = [
-        name,
-        _fingerprint(name),
-        _digest(questions),
-        args.dtype,
-        args.temperature,
-        args.max_new_tokens,
-        args.seed,
-        args.samples,
-    ]
-    path = folder / f"answers-{_digest(made_by)}.jsonl"
-    return write_answers(*loaded(name), questions, path, sampling, args.batch_size)
+    sampled = [args.dtype, args.temperature, args.max_new_tokens, args.seed, args.samples]
+    made_by = [name, _fingerprint(name), _short_hash(questions), *sampled]
+    path = folder / f"answers-{_short_hash(made_by)}.jsonl"
+    return write_answers(*loader(name), questions, path, sampling, args.batch_size)
 
 
 def _judge(args: EvaluationArguments) -> Judge:
@@ -315,5 +305,5 @@ def _fingerprint(name: str) -> list[Any]:
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in kept]
 
 
-def _digest(value: Any) -> str:
+def _short_hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode("utf-8")).hexdigest()[:12]

@@ -14,10 +14,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from generation_ext.shared_prefix.sampling import Sampling
+from peft_ext.rows import RowFile
 from trl_ext.almost.evaluation.judges import Comparison, Judge, Judgement
 from trl_ext.almost.evaluation.statistics import win_rate, with_interval
 from trl_ext.almost.prompts.chat import HUMAN, request_text
-from trl_ext.almost.store import RowFile
 from trl_ext.almost.writing.backends import Request, TransformersBackend
 
 
@@ -133,8 +133,8 @@ class _Asked(NamedTuple):
     @property
     def name(self) -> str:
         # other answers get other judgements
-        digest = hashlib.sha256("\0".join((self.question, self.answer, self.baseline)).encode("utf-8")).hexdigest()
-        return f"{self.key}/{self.order}/{digest[:16]}"
+        texts_hash = hashlib.sha256("\0".join((self.question, self.answer, self.baseline)).encode("utf-8")).hexdigest()
+        return f"{self.key}/{self.order}/{texts_hash[:16]}"
 
     @property
     def shown(self) -> Comparison:

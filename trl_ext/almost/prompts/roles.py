@@ -1,5 +1,5 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""Prompts of all roles: the assistant on a ladder of shots and styles, a person who asks on, a miner of queries."""
+"""Prompts of all roles: the assistant in several styles and shots, a person who asks on, a miner of queries."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from peft_ext.rows import read_rows
 from trl_ext.almost.prompts.chat import ASSISTANT, HUMAN, Messages, Prompt, as_messages, request_text
 from trl_ext.almost.prompts.demonstrations import (
     FAITHFUL,
@@ -141,22 +142,15 @@ def seed_queries(path: str = "") -> list[str]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it holds no query.
+        ValueError: If a row has neither, or all are empty.
     """
     file = Path(path).expanduser() if path else Path(__file__).with_name("seeds.jsonl")
-    if not file.is_file():
-        raise FileNotFoundError(f"seeds={path!r}: there is no such file.")
     queries = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            text = row["query"] if "query" in row else "" if row.get("input") else row["instruction"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file}, line {number} is no row with a query or an instruction.") from error
-        if text.strip():
-            queries.append(" ".join(text.split()))
+    for number, row in enumerate(read_rows(file), start=1):
+        text = row["query"] if "query" in row else "" if row.get("input") else row.get("instruction")
+        if not isinstance(text, str):
+            raise ValueError(f"{file}, row {number} has neither a query nor an instruction.")
+        queries += [" ".join(text.split())] * bool(text.strip())
     if not queries:
         raise ValueError(f"seeds={path!r} holds no query.")
     return queries

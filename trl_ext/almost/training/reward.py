@@ -12,10 +12,22 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig, RewardConfig, RewardTrainer
 
+from peft_ext import command_line
 from trl_ext.almost.models import load_chat_tokenizer, load_classifier
 from trl_ext.almost.prompts.chat import as_messages
 from trl_ext.almost.rewards import RewardModel, encode_answer
-from trl_ext.almost.training.stage import StageArguments, StageDefaults, adapter_config, finish, load_data, run, start
+from trl_ext.almost.training.stage import (
+    AlmostModelConfig,
+    StageArguments,
+    StageDefaults,
+    adapter_config,
+    finish,
+    start,
+    train,
+)
+
+
+PROGRAM = "almost_reward"
 
 
 @dataclass
@@ -49,7 +61,12 @@ class AlmostRewardConfig(StageDefaults, RewardConfig):
     )
 
 
-def train_reward(script_args: RewardArguments, training_args: RewardConfig, model_args: ModelConfig) -> dict[str, Any]:
+def parse(argv: Sequence[str]) -> tuple[Any, ...]:
+    """What [`run`] takes, from flags and the YAML of `--config`."""
+    return command_line.parse(argv, RewardArguments, AlmostRewardConfig, AlmostModelConfig, program=PROGRAM)
+
+
+def run(script_args: RewardArguments, training_args: RewardConfig, model_args: ModelConfig) -> dict[str, Any]:
     """Train a reward model in `training_args.output_dir`, going on from its last checkpoint.
 
     Args:
@@ -66,15 +83,10 @@ def train_reward(script_args: RewardArguments, training_args: RewardConfig, mode
     done = start(training_args, script_args, model_args)
     if done is not None:
         return done
-    pairs = load_data(
-        script_args.dataset_name, "dataset_name", script_args.dataset_config, script_args.dataset_train_split
-    )
-    pairs = [pair for pair in pairs if script_args.half in (0, half_of(pair["prompt"]))]
+    pairs = [pair for pair in script_args.rows() if script_args.half in (0, half_of(pair["prompt"]))]
     if not pairs:
         raise ValueError(f"dataset_name={script_args.dataset_name!r} has no comparisons in half {script_args.half}.")
-    held_out = None
-    if script_args.eval_dataset_name:
-        held_out = load_data(script_args.eval_dataset_name, "eval_dataset_name", None, script_args.dataset_test_split)
+    held_out = script_args.held_out_rows()
     tokenizer = load_chat_tokenizer(model_args.model_name_or_path)
     set_seed(training_args.seed)  # of the new head
     trainer = RewardTrainer(
@@ -85,8 +97,8 @@ def train_reward(script_args: RewardArguments, training_args: RewardConfig, mode
         processing_class=tokenizer,
         peft_config=adapter_config(model_args, "SEQ_CLS"),
     )
-    model = run(trainer, tokenizer, script_args.merge_adapter)
-    result: dict[str, Any] = {"pairs": len(pairs), "held_out_pairs": len(held_out or [])}
+    model = train(trainer, tokenizer, script_args.merge_adapter)
+    result: dict[str, Any] = {"pairs": len(pairs), "held_out_pairs": len(held_out)}
     if held_out:
         scorer = RewardModel(
             model,

@@ -7,25 +7,35 @@ baseline and the KL penalty in the reward, so it needs no value model.
 
 from __future__ import annotations
 
-import logging
+import argparse
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
 
+import yaml
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, RLOOConfig, RLOOTrainer
 
+from peft_ext import command_line
 from trl_ext.almost.models import load_chat_tokenizer, load_policy, save_plain
 from trl_ext.almost.prompts.chat import as_messages
 from trl_ext.almost.rewards import RewardModel
 from trl_ext.almost.training.rlsf_generation import MergedGRPOTrainer, MergedRLOOTrainer, check_merged_generation
-from trl_ext.almost.training.stage import StageArguments, StageDefaults, adapter_config, finish, load_data, run, start
+from trl_ext.almost.training.stage import (
+    AlmostModelConfig,
+    StageArguments,
+    StageDefaults,
+    adapter_config,
+    finish,
+    start,
+    train,
+)
 
 
-logger = logging.getLogger(__name__)
-START = "start"  # the policy that a whole policy's KL is measured from, while it trains
+PROGRAM = "almost_rlsf"
+REFERENCE = "start"  # the policy that a whole policy's KL is measured from, while it trains
 # What is reported of TRL's log, and under which name.
 _REPORTED = {"reward": "reward", "kl": "kl", "completions/mean_length": "length"}
 _SHARE = 0.1  # of the log, at each end, is averaged
@@ -54,8 +64,8 @@ class RLSFArguments(StageArguments):
 
 
 @dataclass
-class AlmostRLOOConfig(StageDefaults, RLOOConfig):
-    """TRL's RLOOConfig; four answers to a prompt, a penalty on the KL divergence from the start, no dropout."""
+class _PolicyDefaults(StageDefaults):
+    """Four answers to a prompt, a penalty on the KL divergence from the SFT policy, no dropout."""
 
     num_generations: Optional[int] = field(default=4, metadata={"help": "Answers to each prompt."})
     beta: float = field(default=0.05, metadata={"help": "Weight of the KL divergence from the SFT policy."})
@@ -64,20 +74,44 @@ class AlmostRLOOConfig(StageDefaults, RLOOConfig):
 
 
 @dataclass
-class AlmostGRPOConfig(StageDefaults, GRPOConfig):
-    """TRL's GRPOConfig with the settings of [`AlmostRLOOConfig`]."""
+class AlmostRLOOConfig(_PolicyDefaults, RLOOConfig):
+    """TRL's RLOOConfig with our defaults."""
 
-    num_generations: Optional[int] = field(default=4, metadata={"help": "Answers to each prompt."})
-    beta: float = field(default=0.05, metadata={"help": "Weight of the KL divergence from the SFT policy."})
-    max_completion_length: Optional[int] = field(default=256, metadata={"help": "Most tokens of an answer."})
-    disable_dropout: bool = field(default=True, metadata={"help": "Leave dropout out, as the KL estimate needs it."})
+
+@dataclass
+class AlmostGRPOConfig(_PolicyDefaults, GRPOConfig):
+    """TRL's GRPOConfig with our defaults."""
 
 
 # `--trainer` -> the arguments that go with it.
 RLSF_CONFIGS: dict[str, type] = {"rloo": AlmostRLOOConfig, "grpo": AlmostGRPOConfig}
 
 
-def train_rlsf(
+def parse(argv: Sequence[str]) -> tuple[Any, ...]:
+    """What [`run`] takes, from flags and the YAML of `--config`."""
+    return command_line.parse(argv, RLSFArguments, RLSF_CONFIGS[trainer_of(argv)], AlmostModelConfig, program=PROGRAM)
+
+
+def trainer_of(argv: Sequence[str]) -> str:
+    """Which trainer the flags or the YAML ask for; it decides which further flags there are.
+
+    Raises:
+        ValueError: If there is no such trainer.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--trainer")
+    parser.add_argument("--config")
+    known, _ = parser.parse_known_args(list(argv))
+    name = known.trainer
+    if name is None and known.config is not None:
+        name = (yaml.safe_load(Path(known.config).read_text(encoding="utf-8")) or {}).get("trainer")
+    name = RLSFArguments.trainer if name is None else name
+    if name not in RLSF_CONFIGS:
+        raise ValueError(f"trainer={name!r} is unknown; choose one of {tuple(RLSF_CONFIGS)}.")
+    return name
+
+
+def run(
     script_args: RLSFArguments, training_args: Union[RLOOConfig, GRPOConfig], model_args: ModelConfig
 ) -> dict[str, Any]:
     """Raise a policy's reward on new queries, in `training_args.output_dir`, going on from its last checkpoint.
@@ -106,13 +140,11 @@ def train_rlsf(
     done = start(training_args, script_args, model_args)
     if done is not None:
         return done
-    rows = load_data(
-        script_args.dataset_name, "dataset_name", script_args.dataset_config, script_args.dataset_train_split
-    )
+    rows = script_args.rows()
     trainer = _trainer(script_args, training_args, model_args, prompts_of(rows))
-    run(trainer, trainer.processing_class, script_args.merge_adapter)
+    train(trainer, trainer.processing_class, script_args.merge_adapter)
     if trainer.is_world_process_zero():
-        shutil.rmtree(Path(str(training_args.output_dir)) / START, ignore_errors=True)
+        shutil.rmtree(Path(str(training_args.output_dir)) / REFERENCE, ignore_errors=True)
     result = {"prompts": len(rows), **summary(trainer.state.log_history)}
     return finish(trainer, result, script_args.dataset_name)
 
@@ -153,8 +185,8 @@ def _trainer(
     name, dtype = model_args.model_name_or_path, model_args.dtype or "float32"
     peft_config = adapter_config(model_args, "CAUSAL_LM")
     if peft_config is None:  # TRL loads the reference by the policy's name
-        with training_args.main_process_first(desc="writing the starting policy"):
-            name = save_plain(name, Path(str(training_args.output_dir)) / START, dtype=dtype)
+        with training_args.main_process_first(desc="writing the reference policy"):
+            name = save_plain(name, Path(str(training_args.output_dir)) / REFERENCE, dtype=dtype)
     tokenizer = load_chat_tokenizer(name)
     tokenizer.padding_side = tokenizer.truncation_side = "left"
     reward_model = RewardModel.from_pretrained(

@@ -11,9 +11,21 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
+from peft_ext import command_line
 from trl_ext.almost.models import load_chat_tokenizer, load_policy
 from trl_ext.almost.prompts.chat import encode_chat
-from trl_ext.almost.training.stage import StageArguments, StageDefaults, adapter_config, finish, load_data, run, start
+from trl_ext.almost.training.stage import (
+    AlmostModelConfig,
+    StageArguments,
+    StageDefaults,
+    adapter_config,
+    finish,
+    start,
+    train,
+)
+
+
+PROGRAM = "almost_sft"
 
 
 @dataclass
@@ -35,7 +47,12 @@ class AlmostSFTConfig(StageDefaults, SFTConfig):
     )
 
 
-def train_sft(script_args: SFTArguments, training_args: SFTConfig, model_args: ModelConfig) -> dict[str, Any]:
+def parse(argv: Sequence[str]) -> tuple[Any, ...]:
+    """What [`run`] takes, from flags and the YAML of `--config`."""
+    return command_line.parse(argv, SFTArguments, AlmostSFTConfig, AlmostModelConfig, program=PROGRAM)
+
+
+def run(script_args: SFTArguments, training_args: SFTConfig, model_args: ModelConfig) -> dict[str, Any]:
     """Fine-tune a language model in `training_args.output_dir`, going on from its last checkpoint.
 
     The loss is on what the assistant says, at every turn, and on the tokens that end its turns.
@@ -54,12 +71,7 @@ def train_sft(script_args: SFTArguments, training_args: SFTConfig, model_args: M
     done = start(training_args, script_args, model_args)
     if done is not None:
         return done
-    rows = load_data(
-        script_args.dataset_name, "dataset_name", script_args.dataset_config, script_args.dataset_train_split
-    )
-    held_out = None
-    if script_args.eval_dataset_name:
-        held_out = load_data(script_args.eval_dataset_name, "eval_dataset_name", None, script_args.dataset_test_split)
+    rows, held_out = script_args.rows(), script_args.held_out_rows()
     tokenizer = load_chat_tokenizer(model_args.model_name_or_path)
     trainer = SFTTrainer(
         model=load_policy(model_args.model_name_or_path, dtype=model_args.dtype or "float32"),
@@ -69,7 +81,7 @@ def train_sft(script_args: SFTArguments, training_args: SFTConfig, model_args: M
         processing_class=tokenizer,
         peft_config=adapter_config(model_args, "CAUSAL_LM"),
     )
-    run(trainer, tokenizer, script_args.merge_adapter)
+    train(trainer, tokenizer, script_args.merge_adapter)
     return finish(trainer, {"demonstrations": len(rows)}, script_args.dataset_name)
 
 

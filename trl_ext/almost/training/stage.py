@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Mapping
@@ -14,14 +13,12 @@ from typing import Any, Optional, Union
 import torch
 from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import ModelConfig, ScriptArguments, get_peft_config
 
 from peft_ext import PeqaConfig
-from peft_ext.files import check_folder_writable, sweep, write_json
 from peft_ext.rows import read_rows
+from peft_ext.runs import RunFolder, digest, drop_checkpoints, last_checkpoint
 from trl_ext.almost.models import save_whole
-from trl_ext.almost.store import digest
 
 
 logger = logging.getLogger(__name__)
@@ -105,6 +102,16 @@ class StageArguments(ScriptArguments):
         metadata={"help": "Write LoRA merged, as a model that every tool loads, and the adapter beside it."},
     )
 
+    def rows(self) -> list[dict]:
+        """What is trained on, see [`load_data`]."""
+        return load_data(self.dataset_name, "dataset_name", self.dataset_config, self.dataset_train_split)
+
+    def held_out_rows(self) -> list[dict]:
+        """What is held out; none if nothing names it."""
+        if not self.eval_dataset_name:
+            return []
+        return load_data(self.eval_dataset_name, "eval_dataset_name", None, self.dataset_test_split)
+
 
 def adapter_config(model_args: ModelConfig, task_type: str) -> Optional[PeftConfig]:
     """The adapter that the flags ask for; None: the whole model is trained.
@@ -153,46 +160,19 @@ def start(training_args: TrainingArguments, *others: Any) -> Optional[dict[str, 
         one.
 
     Raises:
-        ValueError: If the folder holds a training with other settings; names them.
+        FileExistsError: If the folder holds a training with other settings; names them.
         OSError: If the folder can't be written.
     """
-    folder = Path(str(training_args.output_dir)).expanduser()
+    run_folder = _run_folder(training_args)
     with training_args.main_process_first(desc="checking the output folder"):
-        check_folder_writable(folder, "output_dir")
-        settings = _settings(training_args, *others)
-        stored = _read(folder / SETTINGS)
-        has_trained = (folder / RESULT).is_file() or any(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
-        if stored is not None and has_trained:
-            _check_same(stored, settings, folder)
-        elif (
-            stored is None
-            and folder.is_dir()
-            and any(path for path in folder.iterdir() if not path.name.startswith("."))
-        ):
-            raise ValueError(f"output_dir={str(folder)!r} is not empty and holds no training of ours; pass another.")
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / SETTINGS, settings)
-        sweep(folder)
-    result = _read(folder / RESULT)
+        begun = run_folder.result is not None or last_checkpoint(run_folder.folder) is not None
+        result = run_folder.open(_settings(training_args, *others), begun)
     if result is not None:
-        logger.warning("%s is finished already; nothing is trained.", folder)
+        logger.warning("%s is finished already; nothing is trained.", run_folder.folder)
     return result
 
 
-def last_checkpoint(folder: str) -> Optional[str]:
-    """The newest checkpoint that is complete; those that a kill left incomplete are removed."""
-    found = sorted(Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.split("-")[-1]))
-    while found:
-        # the Trainer writes it last
-        if _read(found[-1] / "trainer_state.json") is not None:
-            return str(found[-1])
-        logger.warning("%s is incomplete (a kill while it was written) and is removed.", found[-1])
-        shutil.rmtree(found.pop(), ignore_errors=True)
-    return None
-
-
-def run(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, merge_adapter: bool) -> Any:
+def train(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, merge_adapter: bool) -> Any:
     """Train from the last checkpoint, and write the model whole; returns the model as it was written.
 
     A LoRA is written merged into `output_dir`, and by itself into its folder `adapter`; PEQA's scales, merged, make a
@@ -219,14 +199,12 @@ def run(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, merge_adapter: boo
 
 def finish(trainer: Trainer, result: Mapping[str, Any], dataset_name: Optional[str]) -> dict[str, Any]:
     """Push if asked to, write the result, which marks the folder as complete, and drop the checkpoints."""
-    folder = Path(str(trainer.args.output_dir))
     result = {**result, "steps": trainer.state.global_step, "history": trainer.state.log_history}
     if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
     if trainer.is_world_process_zero():
-        write_json(folder / RESULT, result)
-        for checkpoint in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-            shutil.rmtree(checkpoint, ignore_errors=True)
+        _run_folder(trainer.args).finish(result)
+        drop_checkpoints(trainer.args.output_dir)
     if hasattr(trainer, "end"):  # since transformers 5.18: finishes trackers and the process group
         trainer.end()
     return result
@@ -242,6 +220,10 @@ def _move_into(folder: Path, save: Any, tokenizer: PreTrainedTokenizerBase) -> N
     partial.rmdir()
 
 
+def _run_folder(training_args: TrainingArguments) -> RunFolder:
+    return RunFolder(training_args.output_dir, SETTINGS, RESULT)
+
+
 def _settings(training_args: TrainingArguments, *others: Any) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for arguments in (training_args, *others):
@@ -251,22 +233,4 @@ def _settings(training_args: TrainingArguments, *others: Any) -> dict[str, Any]:
         path = Path(str(values[name])).expanduser()
         if path.exists():  # by what is in it: a run may be moved
             values[name] = f"sha256:{digest(path)}"
-    return json.loads(json.dumps(values, default=str))
-
-
-def _check_same(stored: Mapping[str, Any], settings: Mapping[str, Any], folder: Path) -> None:
-    names = sorted({*stored, *settings})
-    changed = [name for name in names if stored.get(name) != settings.get(name)]
-    if changed:
-        lines = [f"{name}: {stored.get(name)!r} there, {settings.get(name)!r} now" for name in changed]
-        raise ValueError(
-            f"output_dir={str(folder)!r} holds a training with other settings ({'; '.join(lines)}). Pass these to "
-            f"continue it, or another folder, for example --output_dir {folder}-2."
-        )
-
-
-def _read(path: Path) -> Optional[dict[str, Any]]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
+    return values

@@ -29,7 +29,7 @@ class Request(NamedTuple):
 
 
 # Places in the list of requests, and each one's texts.
-Batch = list[tuple[int, list[str]]]
+WrittenTexts = list[tuple[int, list[str]]]
 
 
 class Backend(Protocol):
@@ -39,7 +39,7 @@ class Backend(Protocol):
 
     def stream(
         self, requests: Sequence[Request], sampling: Sampling, done: Callable[[int], bool] = ...
-    ) -> Iterator[Batch]:
+    ) -> Iterator[WrittenTexts]:
         """Texts of each request, batch by batch; batches whose requests are all `done` are left out, and what is in a
         batch doesn't depend on it, so that an interrupted run goes on to the same texts."""
 
@@ -84,12 +84,12 @@ class TransformersBackend:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[str]]:
         """Texts of each request; see [`Backend`]."""
-        found = dict(pair for batch in self.stream(requests, sampling) for pair in batch)
-        return [found[index] for index in range(len(requests))]
+        texts = dict(pair for batch in self.stream(requests, sampling) for pair in batch)
+        return [texts[index] for index in range(len(requests))]
 
     def stream(
         self, requests: Sequence[Request], sampling: Sampling, done: Callable[[int], bool] = _nothing_done
-    ) -> Iterator[Batch]:
+    ) -> Iterator[WrittenTexts]:
         """Texts of each request, batch by batch; see [`Backend`].
 
         Raises:
@@ -211,12 +211,12 @@ class VLLMBackend:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[str]]:
         """Texts of each request; see [`Backend`]."""
-        found = dict(pair for batch in self.stream(requests, sampling) for pair in batch)
-        return [found[index] for index in range(len(requests))]
+        texts = dict(pair for batch in self.stream(requests, sampling) for pair in batch)
+        return [texts[index] for index in range(len(requests))]
 
     def stream(
         self, requests: Sequence[Request], sampling: Sampling, done: Callable[[int], bool] = _nothing_done
-    ) -> Iterator[Batch]:
+    ) -> Iterator[WrittenTexts]:
         """Texts of each request, batch by batch; see [`Backend`]."""
         size = max(1, self.batch_size // sampling.samples)
         for start in range(0, len(requests), size):

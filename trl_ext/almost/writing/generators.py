@@ -1,5 +1,6 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""A ladder of generators: whoever stands higher is assumed to answer better, which is what replaces human labels."""
+"""Generators and their ranks: whoever has the better rank is assumed to answer better, which is what replaces human
+labels."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ BITS = (2, 3, 4, 8)
 
 
 @dataclass(frozen=True)
-class Rung:
-    """One generator of the ladder.
+class Generator:
+    """Who answers: a model, as it is or quantised, and what it is shown.
 
     Args:
         model: A hub id, a folder or `"smollm2-135m-instruct"`; None: the recipe's own model.
@@ -26,7 +27,7 @@ class Rung:
         prompt: `"hhh"`, `"faithful"`, or a JSON file with a preamble and demonstrations.
         bits: Width of its weights, quantised with PEQA: 2, 3, 4 or 8; None: as loaded. Fewer bits make a weaker speaker
             of the same model.
-        rank: Where it stands, 0 best; equal ranks are not compared. None: its place in the ladder.
+        rank: 0 best; equal ranks are not compared. None: its place in the list.
         max_new_tokens: Most tokens of an answer; None: what the stage says.
         group_size: Inputs that share a scale where there are `bits`; -1: all of a channel's.
 
@@ -63,45 +64,45 @@ class Rung:
         return f"{self.model or 'the model'}{bits}, {self.prompt} {self.shots}-shot"
 
 
-def parse_ladder(rungs: Sequence[Union[Rung, str, Mapping[str, Any]]]) -> list[Rung]:
-    """A ladder, best first.
+def parse_generators(values: Sequence[Union[Generator, str, Mapping[str, Any]]]) -> list[Generator]:
+    """Generators, best first.
 
     Args:
-        rungs: Mappings of [`Rung`]'s fields, as in YAML, or strings of them, as in a flag: `"prompt=hhh,shots=1,bits=2"`.
+        values: Mappings of [`Generator`]'s fields, as in YAML, or strings of them, as in a flag:
+            `"prompt=hhh,shots=1,bits=2"`.
 
     Returns:
-        Rungs that all have a rank.
+        Generators that all have a rank.
 
     Raises:
-        ValueError: If there are fewer than two ranks, a rung occurs twice, or a field is unknown.
+        ValueError: If there are fewer than two ranks, a generator occurs twice, or a field is unknown.
     """
-    ladder = [_rung(rung, place) for place, rung in enumerate(rungs)]
-    if len({rung.rank for rung in ladder}) < 2:
-        raise ValueError(f"ladder has {len(ladder)} rungs of one rank; a comparison needs at least two ranks.")
-    bare = [dataclasses.replace(rung, rank=None) for rung in ladder]
-    for place, rung in enumerate(bare):
-        if rung in bare[:place]:
-            raise ValueError(
-                f"ladder: rungs {bare.index(rung)} and {place} are the same ({rung.name}); leave one out."
-            )
-    _warn_of_order(ladder)
-    return ladder
+    generators = [_generator(value, number) for number, value in enumerate(values)]
+    if len({generator.rank for generator in generators}) < 2:
+        raise ValueError(f"generators: {len(generators)} of one rank; a comparison needs at least two ranks.")
+    unranked = [dataclasses.replace(generator, rank=None) for generator in generators]
+    for number, generator in enumerate(unranked):
+        first = unranked.index(generator)
+        if first < number:
+            raise ValueError(f"generators: {first} and {number} are the same ({generator.name}); leave one out.")
+    _warn_of_order(generators)
+    return generators
 
 
-def _rung(value: Union[Rung, str, Mapping[str, Any]], place: int) -> Rung:
-    if isinstance(value, Rung):
-        return value if value.rank is not None else dataclasses.replace(value, rank=place)
+def _generator(value: Union[Generator, str, Mapping[str, Any]], number: int) -> Generator:
+    if isinstance(value, Generator):
+        return value if value.rank is not None else dataclasses.replace(value, rank=number)
     fields: dict[str, Any] = dict(_assignments(value) if isinstance(value, str) else value)
-    known = [field.name for field in dataclasses.fields(Rung)]
-    unknown = [name for name in fields if name not in known]
+    names = [field.name for field in dataclasses.fields(Generator)]
+    unknown = [name for name in fields if name not in names]
     if unknown:
-        raise ValueError(f"ladder: rung {place} has a field {unknown[0]!r}; the fields are {known}.")
+        raise ValueError(f"generators: generator {number} has a field {unknown[0]!r}; the fields are {names}.")
     if fields.get("rank") is None:
-        fields["rank"] = place
+        fields["rank"] = number
     try:
-        return Rung(**fields)
+        return Generator(**fields)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"ladder: rung {place}: {error}") from error
+        raise ValueError(f"generators: generator {number}: {error}") from error
 
 
 def _assignments(text: str) -> dict[str, Any]:
@@ -109,18 +110,18 @@ def _assignments(text: str) -> dict[str, Any]:
     for part in text.split(","):
         name, sign, value = part.strip().partition("=")
         if not sign:
-            raise ValueError(f"ladder: rung {text!r} must look like 'prompt=hhh,shots=1,bits=2'.")
+            raise ValueError(f"generators: {text!r} must look like 'prompt=hhh,shots=1,bits=2'.")
         fields[name] = value if name in ("model", "prompt") else int(value) if value.lstrip("-").isdigit() else value
     return fields
 
 
-def _warn_of_order(ladder: Sequence[Rung]) -> None:
-    """More shots of one prompt, or more bits, are better (the paper's rules); say where a ladder has it the other way."""
-    for better in ladder:
-        for worse in ladder:
+def _warn_of_order(generators: Sequence[Generator]) -> None:
+    """More shots of one prompt, or more bits, are better (the paper's rules); say where the ranks have it otherwise."""
+    for better in generators:
+        for worse in generators:
             if (better.rank or 0) >= (worse.rank or 0) or better.model != worse.model or better.prompt != worse.prompt:
                 continue
             if better.shots <= worse.shots and (better.bits or 16) <= (worse.bits or 16):
                 logger.warning(
-                    "ladder: %s stands above %s, which has as many shots and bits.", better.name, worse.name
+                    "generators: %s ranks above %s, which has as many shots and bits.", better.name, worse.name
                 )

@@ -10,14 +10,25 @@ from peft import get_peft_model
 from transformers import PreTrainedTokenizerBase
 
 from peft_ext import PeqaConfig, calibrate
-from peft_ext.models import DEFAULT_MODEL, load_tokenizer
-from trl_ext.almost.models import base_of, load_chat_tokenizer, load_policy
+from peft_ext.language_model import device_of
+from peft_ext.models import DEFAULT_MODEL, load_tokenizer, locate
+from trl_ext.almost.config import WritingConfig
+from trl_ext.almost.models import default_device, load_chat_tokenizer, load_policy
 from trl_ext.almost.prompts.demonstrations import USER
 from trl_ext.almost.prompts.roles import STYLES, mining_prompt, seed_queries
 from trl_ext.almost.writing.backends import Backend, TransformersBackend, VLLMBackend
+from trl_ext.almost.writing.generators import Generator
 
 
 BACKENDS = ("transformers", "vllm")
+
+
+def backend_of(config: WritingConfig, generator: Optional[Generator] = None) -> Backend:
+    """Who writes in a stage: the stage's own model, or a generator."""
+    model, bits, group_size = config.model_name_or_path, None, 64
+    if generator is not None:
+        model, bits, group_size = generator.model or model, generator.bits, generator.group_size
+    return load_backend(model, bits, group_size, config.backend, config.batch_size, config.dtype)
 
 
 def load_backend(
@@ -48,7 +59,7 @@ def load_backend(
     if backend == "vllm":
         if bits is not None or model is None:
             raise ValueError(
-                f"backend='vllm' takes a hub id or a folder (model={model!r}, bits={bits}); for a quantised rung, write a "
+                f"backend='vllm' takes a hub id or a folder (model={model!r}, bits={bits}); for a quantised generator, write a "
                 "packed checkpoint with `peft-ext quantize` and name its folder as the model."
             )
         return VLLMBackend(model, dtype=dtype, **kwargs)
@@ -69,12 +80,10 @@ def load_speaker(
         **kwargs: Passed to `from_pretrained`.
     """
     loaded = load_policy(model, dtype=dtype, **kwargs)
-    name = model or DEFAULT_MODEL
     # without a template of its own a model has not been tuned to chat, and is shown the paper's plain dialogues
-    tokenizer = load_tokenizer(name) if base_of(name) is None else load_chat_tokenizer(name)
-    if torch.accelerator.is_available() and "device_map" not in kwargs:
-        loaded = loaded.to(torch.accelerator.current_accelerator())
-    return loaded, tokenizer
+    is_tuned = locate(model or DEFAULT_MODEL)[1] is not None
+    tokenizer = load_chat_tokenizer(model) if is_tuned else load_tokenizer(model)
+    return loaded if "device_map" in kwargs else loaded.to(default_device()), tokenizer
 
 
 def quantized(
@@ -93,7 +102,7 @@ def quantized(
     config = PeqaConfig(bits=bits, group_size=size, init_method="calibrated", task_type="CAUSAL_LM")
     tokens = tokenizer(_calibration_text(), verbose=False)["input_ids"]
     length = min(512, getattr(model.config, "max_position_embeddings", 512) or 512)
-    device = next(model.parameters()).device
+    device = device_of(model)
     blocks = [torch.tensor([tokens[i : i + length]], device=device) for i in range(0, len(tokens), length)]
     calibrated = calibrate(model, config, [{"input_ids": block} for block in blocks], progressbar=False)
     return get_peft_model(calibrated, config).merge_and_unload().eval()
