@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := runs/demo
 
-.PHONY: help demo test quality style notebooks sanitize bench clean
+.PHONY: help demo test test-all quality style notebooks sanitize bench clean
 
 help:
 	@echo "make demo       tune a 3-bit language model on Python's documentation, then generate with it (FORCE=1: again)"
-	@echo "make test       run the tests"
+	@echo "make test       run the tests but the slow ones"
+	@echo "make test-all   run all tests: the real model and the benchmarks' smoke tests as well"
 	@echo "make quality    ruff and mypy"
 	@echo "make style      let ruff mend what it can"
 	@echo "make notebooks  execute the notebooks"
@@ -37,8 +38,13 @@ demo: $(READY)
 	@echo "==> a fresh process loads the packed base and the adapter, and generates"
 	$(BIN)/peft-ext generate $(DEMO) --prompt "The for statement is used to" "A class definition is" --max_new_tokens 32
 
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 -n 2 --dist worksteal
+
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 -n 2 --dist loadfile --no-loadscope-reorder
+	$(TESTS) -m "not slow"
+
+test-all: $(READY)
+	$(TESTS)
 
 quality: $(READY)
 	$(BIN)/ruff check .

@@ -24,9 +24,14 @@ import torch  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items):
-    """Files of few, long tests first: the other worker has nothing left to do when one of them comes last."""
-    items.sort(key=lambda item: "real" not in item.path.parent.parts)
+    """`slow` is what runs the real model for long or a whole benchmark; first, since a worker that gets one last keeps the
+    other waiting, and since workers take tests from each other's end, which leaves their costly fixtures whole."""
+    for item in items:
+        if item.path.parent.name in ("real", "benchmarks"):
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)
