@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Optional, Union
 
 import torch
@@ -84,15 +84,15 @@ class CriticLogitsProcessor(LogitsProcessor):
         pad_token_id = _pad_token_id(model)
         self._own = PrefixEncoder(self.language_model, attention_mask, pad_token_id)
         self._adapted = {
-            number: PrefixEncoder(self.language_model, attention_mask, pad_token_id)
-            for number, critic in enumerate(self.critics)
+            critic: PrefixEncoder(self.language_model, attention_mask, pad_token_id)
+            for critic in self.critics
             if critic.config.lora_layers
         }
 
     @property
     def reads_model(self) -> bool:
         """Whether some critic reads the language model's own hidden states."""
-        return len(self._adapted) < len(self.critics)
+        return any(critic not in self._adapted for critic in self.critics)
 
     def __enter__(self) -> CriticLogitsProcessor:
         return self
@@ -144,28 +144,19 @@ class CriticLogitsProcessor(LogitsProcessor):
 
     def gain_on(self, prefix: Prefix, branches: Branches) -> torch.Tensor:
         """`strength * (log V(s + a) - log V(s))` of the critics without a LoRA, from candidates' states, `[batch, k]`."""
-        gain = torch.zeros(branches.hidden.shape[:2], device=prefix.hidden.device)
-        for number, (critic, strength) in enumerate(zip(self.critics, self.strengths)):
-            if number not in self._adapted and strength:
-                gain += strength * _log_ratio(critic, prefix.hidden, branches.hidden).to(gain.device)
-        return gain
+        return self._total(lambda critic: _log_ratio(critic, prefix.hidden, branches.hidden), branches.hidden[..., 0])
 
     def gain_of_adapted(self, input_ids: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
         """The same of the critics with a LoRA; each reads the text by itself."""
-        gain = torch.zeros(candidates.shape, device=candidates.device)
-        for number, encoder in self._adapted.items():
-            critic, strength = self.critics[number], self.strengths[number]
-            if not strength:
-                continue
+
+        def ratio(critic: Critic) -> torch.Tensor:
             with critic.adapted(self.model):
-                prefix = encoder(input_ids, self._cross(input_ids))
-                if self.mode == "exact":
-                    states = branch(self.language_model, prefix, candidates).hidden
-                    ratio = _log_ratio(critic, prefix.hidden, states)
-                else:
-                    ratio = _log_action_ratio(critic, prefix.hidden, candidates)
-            gain += strength * ratio.to(gain.device)
-        return gain
+                prefix = self._adapted[critic](input_ids, self._cross(input_ids))
+                if self.mode != "exact":
+                    return _log_action_ratio(critic, prefix.hidden, candidates)
+                return _log_ratio(critic, prefix.hidden, branch(self.language_model, prefix, candidates).hidden)
+
+        return self._total(ratio, candidates, adapted=True)
 
     def prefix(self, input_ids: torch.Tensor) -> Prefix:
         """The text so far as the language model has encoded it: in `generate`'s last forward pass, or in one of ours."""
@@ -191,11 +182,17 @@ class CriticLogitsProcessor(LogitsProcessor):
         hidden = self.recorder.hidden(input_ids)
         if hidden is None:
             hidden = self._own(input_ids, self._cross(input_ids)).hidden
-        gain = torch.zeros(candidates.shape, device=candidates.device)
-        for number, (critic, strength) in enumerate(zip(self.critics, self.strengths)):
-            if number not in self._adapted and strength:
-                gain += strength * _log_action_ratio(critic, hidden, candidates).to(gain.device)
-        return gain
+        return self._total(lambda critic: _log_action_ratio(critic, hidden, candidates), candidates)
+
+    def _total(
+        self, ratio: Callable[[Critic], torch.Tensor], like: torch.Tensor, adapted: bool = False
+    ) -> torch.Tensor:
+        """The sum of `strength * ratio` over the critics with a LoRA, or those without; of the shape of `like`."""
+        total = torch.zeros(like.shape, device=like.device)
+        for critic, strength in zip(self.critics, self.strengths):
+            if strength and (critic in self._adapted) == adapted:
+                total += strength * ratio(critic).to(total.device)
+        return total
 
     def _cross(self, input_ids: torch.Tensor) -> dict[str, Any]:
         """An encoder's states, which only `generate`'s own forward pass knows."""

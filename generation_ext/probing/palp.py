@@ -14,6 +14,7 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from generation_ext.probing import saving
 from generation_ext.probing.features import FeatureExtractor, digest
 from generation_ext.probing.heads import HEADS, Head
 from generation_ext.prompts import Example, Task
@@ -28,6 +29,8 @@ try:
 except ImportError as error:
     raise ImportError("PALPClassifier needs scikit-learn: pip install 'peft-ext[probing]'") from error
 
+# What is this process's or this machine's is not saved.
+_NOT_SAVED = ("model", "tokenizer", "memory", "memory_limit", "progressbar", "random_state", "label_words")
 NONE, PER_CLASS = DEMONSTRATIONS = ("none", "per-class")
 
 
@@ -206,10 +209,18 @@ class PALPClassifier(ClassifierMixin, BaseEstimator):
             NotFittedError: If it isn't fitted.
             TypeError: If its classes are neither strings, numbers nor booleans.
         """
-        from generation_ext.probing.saving import save
-
         check_is_fitted(self)
-        save(self, Path(folder))
+        classes = self.classes_.tolist()
+        if not all(isinstance(name, (str, int, float)) for name in classes):
+            raise TypeError(f"classes of type {type(classes[0]).__name__} can't be saved; use strings or numbers.")
+        content = {
+            "params": {name: value for name, value in self.get_params(deep=False).items() if name not in _NOT_SAVED},
+            "classes": classes,
+            "words": self.task_.words,
+            "demonstrations": [[self.task_.values(text), name] for text, name in self.demonstrations_],
+        }
+        head = {f"head.{name}": array for name, array in self.head_.arrays.items()}
+        saving.write(Path(folder), self.model, content, {"mean": self.mean_, "scale": self.scale_, **head})
 
     @classmethod
     def from_pretrained(
@@ -229,9 +240,17 @@ class PALPClassifier(ClassifierMixin, BaseEstimator):
             FileNotFoundError: If there is no classifier in the folder.
             ValueError: If it is damaged, or belongs to another model; names both.
         """
-        from generation_ext.probing.saving import load
-
-        return load(cls, Path(folder), model, tokenizer)
+        content, arrays = saving.read(Path(folder))
+        model, tokenizer = saving.base_of(Path(folder), content["base_model"], model, tokenizer)
+        words = dict(zip(content["classes"], content["words"]))
+        classifier = cls(model, tokenizer, label_words=words, **content["params"])
+        classifier.classes_ = np.array(content["classes"])
+        classifier.task_ = classifier._task()
+        classifier.demonstrations_ = [(text, name) for text, name in content["demonstrations"]]
+        classifier.prefix_ = classifier._prefix(range(len(classifier.demonstrations_)))
+        classifier.mean_, classifier.scale_ = arrays.pop("mean"), arrays.pop("scale")
+        classifier.head_ = HEADS[classifier.head]({name.removeprefix("head."): each for name, each in arrays.items()})
+        return classifier
 
     # ---- arguments
 

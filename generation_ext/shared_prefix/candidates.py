@@ -54,11 +54,10 @@ class Prefix:
     positions: Optional[torch.Tensor] = None
     cross: dict[str, Any] = field(default_factory=dict)
 
-    def after(self, hidden: torch.Tensor, cache: Optional[Cache] = None) -> Prefix:
+    def after(self, hidden: torch.Tensor) -> Prefix:
         """The prefix with one more token, whose last hidden states are `hidden`."""
         return replace(
             self,
-            cache=self.cache if cache is None else cache,
             length=self.length + 1,
             hidden=hidden,
             mask=None if self.mask is None else nn.functional.pad(self.mask, (0, 1), value=True),

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Optional
 
 import torch
@@ -27,7 +28,7 @@ class RecordedForward:
     input_ids: Optional[torch.Tensor]
     mask: Any
     positions: Optional[torch.Tensor]
-    cache: Optional[weakref.ref[Cache]]
+    cache: Callable[[], Optional[Cache]]
     length: int
     hidden: torch.Tensor
     tokens: int
@@ -73,10 +74,8 @@ class ForwardRecorder:
             input_ids: The text so far, `[batch, tokens]`.
         """
         recorded = self.recorded
-        cache = recorded.cache() if recorded is not None and recorded.cache is not None else None
-        if recorded is None or cache is None or not can_branch(cache):
-            return None
-        if not self._is_of(recorded, cache, input_ids):
+        cache = None if recorded is None else recorded.cache()
+        if recorded is None or cache is None or not can_branch(cache) or not self._is_of(recorded, cache, input_ids):
             return None
         mask = self._mask(recorded, cache)
         if mask is not None and mask.shape != (len(recorded.hidden), recorded.length):
@@ -89,10 +88,12 @@ class ForwardRecorder:
         recorded = self.recorded
         if recorded is None or len(recorded.hidden) != len(input_ids):
             return None
-        cache = recorded.cache() if recorded.cache is not None else None
-        if cache is not None:
-            return recorded.hidden if self._is_of(recorded, cache, input_ids) else None
-        return recorded.hidden if recorded.input_ids is not None and _equal(recorded.input_ids, input_ids) else None
+        cache = recorded.cache()
+        if cache is None:
+            same = recorded.input_ids is not None and _equal(recorded.input_ids, input_ids)
+        else:
+            same = self._is_of(recorded, cache, input_ids)
+        return recorded.hidden if same else None
 
     def _is_of(self, recorded: RecordedForward, cache: Cache, input_ids: torch.Tensor) -> bool:
         """Whether rows and last tokens are the same, and the cache has as many more tokens than `input_ids` (an
@@ -123,7 +124,7 @@ class ForwardRecorder:
             input_ids=given.get("input_ids"),
             mask=given.get("attention_mask"),
             positions=given.get("position_ids"),
-            cache=None if cache is None else weakref.ref(cache),
+            cache=(lambda: None) if cache is None else weakref.ref(cache),
             length=hidden.shape[1] if cache is None else _length(cache, hidden.shape[1]),
             hidden=hidden[:, -1].clone(),
             tokens=hidden.shape[1],
@@ -184,11 +185,11 @@ class PrefixEncoder:
         cross = cross or {}
         rows = self._rows(input_ids, cross)
         if rows is None or self._last is None:
-            prefix = self._encode(input_ids, cross)
+            self._last = self._encoded(input_ids, cross)
         else:
-            prefix = self._go_on(self._last, rows, input_ids, cross)
-        self._last, self._ids = prefix, input_ids
-        return prefix
+            self._last = self._continued(self._last, rows, input_ids)
+        self._ids = input_ids
+        return self._last
 
     def _rows(self, input_ids: torch.Tensor, cross: dict[str, Any]) -> Optional[torch.Tensor]:
         """Which row of the last texts each text goes on; None if some goes on none."""
@@ -210,44 +211,39 @@ class PrefixEncoder:
                 same &= (tensor[None] == tensor[:, None]).flatten(2).all(dim=-1)
         return same.int().argmax(dim=1) if same.any(dim=1).all() else None
 
-    def _encode(self, input_ids: torch.Tensor, cross: dict[str, Any]) -> Prefix:
-        mask = self._prompt_mask(input_ids)
-        config = self.model.config
-        cache: Cache = DynamicCache(config=config)
+    def _encoded(self, input_ids: torch.Tensor, cross: dict[str, Any]) -> Prefix:
+        cache: Cache = DynamicCache(config=self.model.config)
         if cross:
-            cache = EncoderDecoderCache(cache, DynamicCache(config=config))
-        if cross:
+            cache = EncoderDecoderCache(cache, DynamicCache(config=self.model.config))
             states = cross[_CROSS[0]]
             self._prompts = torch.unique(states.flatten(1), dim=0, return_inverse=True)[1].unsqueeze(-1)
-        kwargs: dict[str, Any] = dict(cross)
-        positions = None
+        mask, positions = self._prompt_mask(input_ids), None
         if self.model.takes_positions:
             real = torch.ones_like(input_ids) if mask is None else mask.long()
             # as generate counts them: tokens that aren't real have any position
             positions = (real.cumsum(dim=-1) - 1).clamp(min=0)
-            kwargs["position_ids"] = positions
-        if mask is not None:
-            kwargs["attention_mask"] = mask.long()
-        hidden = run_unrecorded(self.model, input_ids, cache, **kwargs)[:, -1].clone()
-        after = None if positions is None else positions[:, -1:] + 1
-        return Prefix(cache, input_ids.shape[1], hidden, mask, after, cross)
+        return self._run(input_ids, Prefix(cache, input_ids.shape[1], torch.empty(0), mask, positions, cross))
 
-    def _go_on(self, last: Prefix, rows: torch.Tensor, input_ids: torch.Tensor, cross: dict[str, Any]) -> Prefix:
-        same_rows = len(rows) == len(last.hidden) and bool((rows == torch.arange(len(rows), device=rows.device)).all())
+    def _continued(self, last: Prefix, rows: torch.Tensor, input_ids: torch.Tensor) -> Prefix:
         mask, positions = last.mask, last.positions
-        if not same_rows:
+        if len(rows) != len(last.hidden) or not torch.equal(rows, torch.arange(len(rows), device=rows.device)):
             last.cache.reorder_cache(rows)
             mask = None if mask is None else mask[rows]
             positions = None if positions is None else positions[rows]
-        kwargs: dict[str, Any] = dict(cross)
-        if positions is not None:
-            kwargs["position_ids"] = positions
-        if mask is not None:
-            mask = nn.functional.pad(mask, (0, 1), value=True)
-            kwargs["attention_mask"] = mask.long()
-        hidden = run_unrecorded(self.model, input_ids[:, -1:], last.cache, **kwargs)[:, -1].clone()
-        after = None if positions is None else positions + 1
-        return Prefix(last.cache, input_ids.shape[1], hidden, mask, after, cross)
+        mask = None if mask is None else nn.functional.pad(mask, (0, 1), value=True)
+        whole = replace(last, length=input_ids.shape[1], mask=mask, positions=positions)
+        return self._run(input_ids[:, -1:], whole)
+
+    def _run(self, new: torch.Tensor, whole: Prefix) -> Prefix:
+        """Encode new tokens, which have the positions of `whole`, and all of the text its mask."""
+        kwargs = dict(whole.cross)
+        if whole.positions is not None:
+            kwargs["position_ids"] = whole.positions
+        if whole.mask is not None:
+            kwargs["attention_mask"] = whole.mask.long()
+        hidden = run_unrecorded(self.model, new, whole.cache, **kwargs)[:, -1].clone()
+        positions = None if whole.positions is None else whole.positions[:, -1:] + 1
+        return replace(whole, hidden=hidden, positions=positions)
 
     def _prompt_mask(self, input_ids: torch.Tensor) -> Optional[torch.Tensor]:
         if self.prompt_mask is not None:
