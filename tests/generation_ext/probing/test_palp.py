@@ -22,8 +22,9 @@ from sklearn.utils.estimator_checks import parametrize_with_checks  # noqa: E402
 
 from generation_ext.probing import FeatureExtractor, PALPClassifier  # noqa: E402
 from generation_ext.probing.heads import HEADS  # noqa: E402
-from peft_ext import PeqaConfig  # noqa: E402
+from peft_ext import PeqaConfig, models  # noqa: E402
 from tests.tiny.byte_models import model  # noqa: E402
+from tests.tiny.folders import save_tiny_model  # noqa: E402
 from tests.tiny.tokenizers import tokenizer_for  # noqa: E402
 
 
@@ -348,3 +349,15 @@ def test_unfitted():
     for method in ("predict", "predict_proba", "transform"):
         with pytest.raises(NotFittedError):
             getattr(palp(), method)(TEXTS)
+
+
+def test_finds_the_default_model_again(tmp_path, monkeypatch):
+    """It lies in a package, so its name is none of a folder or of the hub."""
+    folder = save_tiny_model(tmp_path / "package")
+    monkeypatch.setattr(models, "_default_source", lambda: models.ModelSource(str(folder)))
+    fitted = PALPClassifier(models.load(), models.load_tokenizer(), template=TEMPLATE, random_state=0).fit(
+        TEXTS, LABELS
+    )
+    fitted.save_pretrained(tmp_path / "palp")
+    back = PALPClassifier.from_pretrained(tmp_path / "palp")
+    np.testing.assert_array_equal(back.predict_proba(TEXTS), fitted.predict_proba(TEXTS))
