@@ -4,7 +4,7 @@
 from peft_ext.checkpoint.bcq import QUANT_METHOD, BcqConfig, BcqHfQuantizer
 from peft_ext.checkpoint.gptq import QUANT_METHOD as GPTQ_QUANT_METHOD
 from peft_ext.checkpoint.gptq import PackedGptqConfig, PackedGptqHfQuantizer, load_gptq
-from peft_ext.checkpoint.own_pack_quantized import PackedTensorsHfQuantizer
+from peft_ext.checkpoint.pack_quantized_loading import PackedTensorsHfQuantizer
 from peft_ext.registration import extend_quantizer, register_quantizer
 
 
