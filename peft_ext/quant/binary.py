@@ -89,10 +89,22 @@ def levels_of(alpha: torch.Tensor) -> torch.Tensor:
 
 def nearest_codes(groups: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     """uint8 code of the nearest level. groups `[rows, groups, size]`, alpha `[rows, groups, bits]`."""
+    _, middles, codes = sorted_levels(alpha)
+    return codes.gather(-1, torch.searchsorted(middles, groups))
+
+
+def sorted_levels(alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The values of all codes in rising order, what lies in the middle between two of them, and the uint8 codes."""
     levels, order = levels_of(alpha).sort(dim=-1, stable=True)
-    middles = (levels[..., 1:] + levels[..., :-1]) / 2
-    positions = torch.searchsorted(middles, groups)
-    return order.to(torch.uint8).gather(-1, positions)
+    return levels, ((levels[..., 1:] + levels[..., :-1]) / 2).contiguous(), order.to(torch.uint8)
+
+
+def solve_alphas(gram: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Least squares: gram `[..., bits, bits]` of the planes, target `[..., bits]` -> `[..., bits]`, in float64."""
+    # planes may coincide; a trace of ridge picks one of the solutions
+    trace = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(torch.float32).tiny)
+    gram = gram + 1e-7 * trace[..., None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve(gram, target[..., None])[..., 0]
 
 
 def _code_rows(
@@ -136,11 +148,7 @@ def _refit(groups: torch.Tensor, counts: torch.Tensor, codes: torch.Tensor, bits
     signs = ((codes[..., None, :] >> planes[:, None]) & 1).to(groups.dtype).mul_(2).sub_(1)
     weighted = signs * counts[..., None, :]
     gram = (weighted @ signs.transpose(-1, -2)).double()
-    target = (weighted @ groups[..., None]).double()
-    # planes may coincide; a trace of ridge picks one of the solutions
-    trace = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(groups.dtype).tiny)
-    gram = gram + 1e-7 * trace[..., None, None] * torch.eye(bits, dtype=gram.dtype, device=gram.device)
-    alpha = torch.linalg.solve(gram, target)[..., 0].abs()
+    alpha = solve_alphas(gram, (weighted @ groups[..., None])[..., 0].double()).abs()
     return alpha.sort(dim=-1, descending=True).values.to(groups.dtype)
 
 

@@ -14,7 +14,14 @@ from typing import Optional
 
 import torch
 
-from peft_ext.quant.binary import BINARY_BITS, BinaryQuantized, dequantize_binary, levels_of, quantize_binary
+from peft_ext.quant.binary import (
+    BINARY_BITS,
+    BinaryQuantized,
+    dequantize_binary,
+    quantize_binary,
+    solve_alphas,
+    sorted_levels,
+)
 from peft_ext.quant.matmul import linear
 from peft_ext.quant.uniform import SHRINK_FACTORS, Grid, Quantized, check_format, check_weight, search_grid
 
@@ -116,10 +123,7 @@ def refit_alphas(
         signs = ((codes[:, span] >> planes) & 1).to(weight.dtype).mul_(2).sub_(1)  # [bits, out, size]
         weighted = linear(signs.flatten(0, 1), damped[span, span]).view_as(signs)
         gram = torch.einsum("pos,qos->opq", weighted, signs).double()
-        ridge = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(weight.dtype).tiny)
-        gram += 1e-7 * ridge[:, None, None] * torch.eye(bits, dtype=gram.dtype, device=gram.device)
-        target = torch.einsum("pos,os->op", signs, pulled[:, span]).double()
-        step = torch.linalg.solve(gram, target[..., None])[..., 0].to(weight.dtype)
+        step = solve_alphas(gram, torch.einsum("pos,os->op", signs, pulled[:, span]).double()).to(weight.dtype)
         refitted[:, group] += step
         if groups > 1:
             pulled -= linear(torch.einsum("op,pos->os", step, signs), damped[:, span])
@@ -180,8 +184,7 @@ def uniform_rounding(grid: Grid, bits: int, in_features: int) -> ColumnRounding:
 def binary_rounding(alpha: torch.Tensor, in_features: int) -> ColumnRounding:
     """Rounding of one column to the nearest level of alphas `[out, groups, bits]`, for [`error_feedback`]."""
     size = in_features // alpha.shape[1]
-    levels, order = levels_of(alpha).transpose(0, 1).sort(dim=-1, stable=True)  # [groups, out, 2**bits]
-    middles, codes_of = ((levels[..., 1:] + levels[..., :-1]) / 2).contiguous(), order.to(torch.uint8)
+    levels, middles, codes_of = sorted_levels(alpha.transpose(0, 1))  # [groups, out, 2**bits]
 
     def round_column(column: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         group = index // size
