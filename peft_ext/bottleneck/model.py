@@ -8,7 +8,6 @@ from typing import Optional
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -17,6 +16,7 @@ from peft_ext.bottleneck.layer import CANNOT_MERGE, BottleneckLinear
 from peft_ext.bottleneck.targets import TARGET_MODULES
 from peft_ext.mixed_batches import adapters_per_sample
 from peft_ext.targets import target_layers
+from peft_ext.weighted_adapters import check_weighted, exactly
 
 
 class BottleneckModel(BaseTuner):
@@ -132,7 +132,10 @@ class BottleneckModel(BaseTuner):
         """
         if adapter_name in self.peft_config:
             return
-        self._check_weighted(adapters, weights)
+        check_weighted(self, adapters, weights)
+        kinds = {name: self.peft_config[name].non_linearity for name in adapters}
+        if len(set(kinds.values())) > 1:
+            raise ValueError(f"adapters of different non-linearities can't share one bottleneck: {kinds}.")
         held = {
             name: layer
             for name, layer in self.model.named_modules()
@@ -140,11 +143,8 @@ class BottleneckModel(BaseTuner):
         }
         self.peft_config[adapter_name] = replace(
             self.peft_config[adapters[0]],
-            # the very layers that hold the adapters, whatever rules chose them; where fewer do, the rest stays zero
-            target_modules=set(held),
-            exclude_modules=None,
-            layers_to_transform=None,
-            layers_pattern=None,
+            **exactly(held),
+            # where a layer holds fewer of them, the rest stays zero
             bottleneck_dim=max(_width(layer, adapters) for layer in held.values()),
             reduction_factor=None,
         )
@@ -152,19 +152,6 @@ class BottleneckModel(BaseTuner):
         self.set_requires_grad(adapter_name, False)
         for layer in held.values():
             _set_weighted(layer, adapters, weights, adapter_name)
-
-    def _check_weighted(self, adapters: list[str], weights: list[float]) -> None:
-        unknown = [name for name in adapters if name not in self.peft_config]
-        if unknown:
-            raise ValueError(f"Adapter {unknown[0]} does not exist")
-        if len(adapters) != len(weights) or not adapters:
-            raise ValueError(f"got {len(adapters)} adapters and {len(weights)} weights; pass one weight per adapter.")
-        wrappers = [module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-        if any(sum(name in wrapper._adapters for name in adapters) > 1 for wrapper in wrappers):
-            raise ValueError("Cannot add weighted adapters targeting the same module with modules_to_save.")
-        kinds = {name: self.peft_config[name].non_linearity for name in adapters}
-        if len(set(kinds.values())) > 1:
-            raise ValueError(f"adapters of different non-linearities can't share one bottleneck: {kinds}.")
 
 
 def _width(layer: BottleneckLinear, adapters: list[str]) -> int:

@@ -11,7 +11,6 @@ from typing import Any, Optional
 import torch
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -26,6 +25,7 @@ from peft_ext.scale_tuning.config import ScaleTuningConfig
 from peft_ext.scale_tuning.layer import Mixture, ScaleTuningLinear, trained_part
 from peft_ext.scale_tuning.quantization import check_target, free_weight, is_packed, pack_layer
 from peft_ext.targets import target_layers
+from peft_ext.weighted_adapters import check_weighted, exactly
 
 
 class ScaleTuningModel(BaseTuner):
@@ -165,7 +165,9 @@ class ScaleTuningModel(BaseTuner):
         """
         if adapter_name in self.peft_config:
             return
-        self._check_weighted(adapters, weights)
+        check_weighted(self, adapters, weights)
+        if len({type(self.peft_config[name].target_modules) for name in adapters}) > 1:
+            raise ValueError("All adapter configs should have the same type for target_modules, a list or a regex.")
         first = self.peft_config[adapters[0]]
         held = {
             name: layer
@@ -174,11 +176,7 @@ class ScaleTuningModel(BaseTuner):
         }
         self.peft_config[adapter_name] = self._weighted_config(
             adapters,
-            # the very layers that the adapters tune, whatever rules chose them
-            target_modules=set(held),
-            exclude_modules=None,
-            layers_to_transform=None,
-            layers_pattern=None,
+            **exactly(held),
             bits_pattern={
                 n: layer.base_layer.bits for n, layer in held.items() if layer.base_layer.bits != first.bits
             },
@@ -199,18 +197,6 @@ class ScaleTuningModel(BaseTuner):
         # the sum may be of any sign, which the log can't stand for
         parametrization = "relative" if first.parametrization == "log" else first.parametrization
         return replace(first, parametrization=parametrization, **changes)
-
-    def _check_weighted(self, adapters: list[str], weights: list[float]) -> None:
-        unknown = [name for name in adapters if name not in self.peft_config]
-        if unknown:
-            raise ValueError(f"Adapter {unknown[0]} does not exist")
-        if len(adapters) != len(weights) or not adapters:
-            raise ValueError(f"got {len(adapters)} adapters and {len(weights)} weights; pass one weight per adapter.")
-        wrappers = [module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-        if any(sum(name in wrapper._adapters for name in adapters) > 1 for wrapper in wrappers):
-            raise ValueError("Cannot add weighted adapters targeting the same module with modules_to_save.")
-        if len({type(self.peft_config[name].target_modules) for name in adapters}) > 1:
-            raise ValueError("All adapter configs should have the same type for target_modules, a list or a regex.")
 
     def _layers(self) -> Iterator[ScaleTuningLinear]:
         return (module for module in self.model.modules() if isinstance(module, ScaleTuningLinear))
