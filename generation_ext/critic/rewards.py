@@ -189,22 +189,22 @@ def _texts(prompts: list[str], completions: list[str]) -> list[str]:
     return [prompt + completion for prompt, completion in zip(prompts, completions)]
 
 
-def _wanted(label: Any, known: Any, count: int, codes: Optional[list[Optional[str]]]) -> list[str]:
+def _wanted(label: Any, labels: Any, count: int, codes: Optional[list[Optional[str]]]) -> list[str]:
     """The label of each text."""
     if label is not None:
         return [str(label)] * count
     if codes is None:
         raise ValueError(
-            f"no label was given and the texts have no control code; pass label=, one of {sorted(known)}."
+            f"no label was given and the texts have no control code; pass label=, one of {sorted(labels)}."
         )
     for code in codes:
-        _check_label(str(code), known)
+        _check_label(str(code), labels)
     return [str(code) for code in codes]
 
 
-def _check_label(label: str, known: Any) -> None:
-    if label not in known:
-        raise ValueError(f"label={label!r} is not one of the classifier's labels; choose one of {sorted(known)}.")
+def _check_label(label: str, labels: Any) -> None:
+    if label not in labels:
+        raise ValueError(f"label={label!r} is not one of the classifier's labels; choose one of {sorted(labels)}.")
 
 
 def _named(reward: RewardFunc, source: Any) -> RewardFunc:

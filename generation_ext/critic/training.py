@@ -44,6 +44,7 @@ from peft_ext.runs import last_checkpoint
 
 __all__ = ["CriticConfig", "CriticTrainer"]
 
+_SAMPLING = ("max_new_tokens", "max_prompt_length", "temperature", "top_k", "top_p")
 _EVALUATION, _TRIED = -1, -2  # in the place of an iteration's number, for seeds
 
 
@@ -423,12 +424,11 @@ class CriticTrainer(Trainer):
         """What roll-outs and their targets depend on."""
         args: CriticConfig = self.args
         names = (
-            "seed", "rollouts_per_iteration", "epochs_per_iteration", "rollout_batch_size", "max_new_tokens",
-            "max_prompt_length", "temperature", "top_k", "top_p", "gamma", "lam", "action_value_candidates",
-            "per_device_train_batch_size", "gradient_accumulation_steps",
+            "seed", "rollouts_per_iteration", "epochs_per_iteration", "rollout_batch_size", *_SAMPLING, "gamma", "lam",
+            "action_value_candidates", "per_device_train_batch_size", "gradient_accumulation_steps",
         )  # fmt: skip
         config = self._critic.config
-        source = repr([_identity(entry) for entry in self._train_source])
+        source = repr([_content(entry) for entry in self._train_source])
         return {
             **{name: getattr(args, name) for name in names},
             "world_size": args.world_size,
@@ -485,20 +485,11 @@ def _sampler(
 ) -> Any:
     if tokenizer is None:
         return None
-    return RolloutSampler(
-        language_model,
-        tokenizer,
-        reward_func,
-        critic,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        max_prompt_length=args.max_prompt_length,
-    )
+    options: dict[str, Any] = {name: getattr(args, name) for name in _SAMPLING}
+    return RolloutSampler(language_model, tokenizer, reward_func, critic, **options)
 
 
-def _identity(entry: Any) -> Any:
+def _content(entry: Any) -> Any:
     if isinstance(entry, Rollout):
         return (entry.prompt_ids, entry.completion_ids, entry.reward)
     return sorted((name, str(value)) for name, value in entry.items())

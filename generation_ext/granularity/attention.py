@@ -26,6 +26,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from generation_ext.granularity.biased import biased_attention
 from generation_ext.granularity.cache import past_granularities
 from generation_ext.granularity.masks import check_mode, granularity_bias, granularity_mask
+from peft_ext.language_model import CACHE_NAMES
 
 
 PREFIX = "granularity_"
@@ -61,9 +62,9 @@ class GranularityConfig:
 
     def __post_init__(self) -> None:
         check_mode(self.mode, self.max_length)
-        for name, known in (("placement", PLACEMENTS), ("link", LINKS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {known}.")
+        for name, choices in (("placement", PLACEMENTS), ("link", LINKS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {choices}.")
         lowest = 0.0 if self.link == "rectified" else 1e-6
         if not lowest <= self.initial < 1:
             raise ValueError(
@@ -207,12 +208,12 @@ def add_granularity(attention: nn.Module, size: int, config: GranularityConfig, 
 @contextmanager
 def recorded(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     """Granularities of the passes inside the block: name of the attention -> z of the queries `[batch, tokens]`."""
-    found: dict[str, torch.Tensor] = {}
+    granularities: dict[str, torch.Tensor] = {}
     heads = {name: module for name, module in model.named_modules() if hasattr(module, "granularity")}
     for name, module in heads.items():
-        module._record_granularities = (found, name)
+        module._record_granularities = (granularities, name)
     try:
-        yield found
+        yield granularities
     finally:
         for module in heads.values():
             del module._record_granularities
@@ -235,11 +236,6 @@ def check_implementation(name: Optional[str]) -> str:
 # ---- inside
 
 
-@cache
-def _parameters(function: Any) -> inspect.Signature:
-    return inspect.signature(inspect.unwrap(function))
-
-
 def _find_granularities(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before an attention runs: z of its queries and keys, kept for the attention function."""
     config: Any = module.config
@@ -256,13 +252,13 @@ def _find_granularities(module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     if others is not None:
         module._tokens = Tokens(z, head(others), None)  # type: ignore[assignment]
     else:
-        cache = named.get("cache", named.get("past_key_values"))
+        cache = next((named[name] for name in CACHE_NAMES if name in named), None)
         keys, past = past_granularities(cache, module, z)
         module._tokens = Tokens(z, keys, past)  # type: ignore[assignment]
     record = getattr(module, "_record_granularities", None)
     if record is not None:
-        found, name = record
-        found[name] = torch.cat([found[name], z], 1) if name in found else z
+        granularities, name = record
+        granularities[name] = torch.cat([granularities[name], z], 1) if name in granularities else z
 
 
 @cache
@@ -354,8 +350,7 @@ def _eager(
     dropout, kwargs["dropout"] = kwargs.get("dropout", 0.0), 0.0
     _, weights = plain(module, query, key, value, bias, **kwargs)
     weights = weights * after
-    groups = query.shape[1] // value.shape[1]
-    value = value.repeat_interleave(groups, 1) if groups > 1 else value
+    value = repeat_kv(value, query.shape[1] // value.shape[1])
     weights = nn.functional.dropout(weights, dropout, module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 

@@ -52,8 +52,10 @@ class _Biased(torch.autograd.Function):
         query, key, value, bias, output = ctx.saved_tensors
         (gradient,) = gradients
         needs = ctx.needs_input_grad
-        found = [torch.zeros_like(each) if need else None for each, need in zip((query, key, value, bias), needs)]
-        of_query, of_key, of_value, of_bias = found
+        gradients_of = [
+            torch.zeros_like(each) if need else None for each, need in zip((query, key, value, bias), needs)
+        ]
+        of_query, of_key, of_value, of_bias = gradients_of
         size = max(1, PIECE // max(1, query.shape[1] * query.shape[2] * key.shape[2]))
         for start in range(0, query.shape[0], size):
             piece = slice(start, start + size)

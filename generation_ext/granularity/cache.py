@@ -35,16 +35,15 @@ def past_granularities(cache: Any, module: Any, z: torch.Tensor) -> tuple[torch.
         cache.granularities = {}
     past = cache.get_seq_length(layer)
     slots = _slots(cache, layer)
-    known: Optional[torch.Tensor] = cache.granularities.get(layer)
+    stored: Optional[torch.Tensor] = cache.granularities.get(layer)
     if slots is None:
-        known = z if known is None or not past else torch.cat([known, z], 1)
+        stored = z if stored is None or not past else torch.cat([stored, z], 1)
     else:
-        if known is None:
-            known = z.new_zeros(z.shape[0], slots)
-        places = past + torch.arange(z.shape[1], device=z.device)
-        known = known.index_copy(1, places, z)
-    cache.granularities[layer] = known
-    return known, past.clone() if isinstance(past, torch.Tensor) else past
+        if stored is None:
+            stored = z.new_zeros(z.shape[0], slots)
+        stored = stored.index_copy(1, past + torch.arange(z.shape[1], device=z.device), z)
+    cache.granularities[layer] = stored
+    return stored, past.clone() if isinstance(past, torch.Tensor) else past
 
 
 class _Granularities:
@@ -86,9 +85,9 @@ def _slots(cache: Any, layer: int) -> Optional[int]:
     """How many tokens a layer of fixed size has room for; None for one that grows."""
     if layer >= len(cache.layers) or not getattr(cache.layers[layer], "is_compileable", False):
         return None
-    found = cache.layers[layer]
-    if getattr(found, "is_sliding", False):
+    keys = cache.layers[layer]
+    if getattr(keys, "is_sliding", False):
         raise ValueError(
             "a static cache with a sliding window isn't possible with granularities; use cache_implementation='dynamic'."
         )
-    return found.max_cache_len if hasattr(found, "max_cache_len") else found.get_max_length()
+    return keys.max_cache_len if hasattr(keys, "max_cache_len") else keys.get_max_length()

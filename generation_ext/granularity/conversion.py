@@ -64,9 +64,9 @@ def convert_to_granularity_attention(model: Model, config: Optional[GranularityC
     """
     attentions = {name: module for name, module in model.named_modules() if _is_attention(module)}
     if not attentions:
-        found = sorted({type(m).__name__ for m in model.modules() if "Attention" in type(m).__name__})
+        classes = sorted({type(m).__name__ for m in model.modules() if "Attention" in type(m).__name__})
         raise ValueError(
-            f"model is a {type(model).__name__} with the attention classes {found}, none of which is known; known are "
+            f"model is a {type(model).__name__} with the attention classes {classes}, none of which is known; known are "
             f"{KNOWN_ATTENTIONS}."
         )
     if any(hasattr(module, HEAD) for module in attentions.values()):
@@ -82,7 +82,7 @@ def convert_to_granularity_attention(model: Model, config: Optional[GranularityC
         cross = _is_cross(name, module)
         if cross and not config.cross_attention:
             continue
-        add_granularity(module, _input_size(module), config, not cross and _is_causal(module, model_config))
+        add_granularity(module, _input_size(module), config, not cross and _looks_back(module))
         module.granularity.to(device=example.device, dtype=dtype)
     for module in model.modules():
         each: Any = getattr(module, "config", None)
@@ -111,17 +111,17 @@ def load_granularities(model: Model, folder: Union[str, os.PathLike]) -> Model:
         raise ValueError(f"folder={str(folder)!r} is not of a converted model: its config has no 'granularity'.")
     if not any(isinstance(module, GranularityHead) for module in model.modules()):
         convert_to_granularity_attention(model, GranularityConfig(**settings))
-    wanted = {name: value for name, value in model.state_dict().items() if f".{HEAD}." in name}
-    found: dict[str, torch.Tensor] = {}
+    names = {name for name in model.state_dict() if f".{HEAD}." in name}
+    heads: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            found.update({name: file.get_tensor(name) for name in file.keys() if name in wanted})
-    missing = sorted(set(wanted) - set(found))
+            heads.update({name: file.get_tensor(name) for name in names.intersection(file.keys())})
+    missing = sorted(names - set(heads))
     if missing:
         raise ValueError(
-            f"folder={str(folder)!r} lacks {len(missing)} of {len(wanted)} heads, the first {missing[0]!r}."
+            f"folder={str(folder)!r} lacks {len(missing)} of {len(names)} heads, the first {missing[0]!r}."
         )
-    model.load_state_dict(found, strict=False)
+    model.load_state_dict(heads, strict=False)
     return model
 
 
@@ -134,7 +134,8 @@ def _is_cross(name: str, module: nn.Module) -> bool:
     return last in ("encoder_attn", "EncDecAttention") or "Cross" in type(module).__name__
 
 
-def _is_causal(module: Any, config: Any) -> bool:
+def _looks_back(module: Any) -> bool:
+    """Whether an attention's tokens see only those before them; of whole models, see `language_model.is_causal`."""
     decoder = getattr(module, "is_decoder", None)
     if type(module).__name__ in ("T5Attention", "MT5Attention"):
         return bool(decoder)

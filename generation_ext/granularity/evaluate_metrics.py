@@ -36,9 +36,9 @@ class ParaphraseMetric(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[str], references: list[str], sources: list[str]) -> dict[str, float]:
-        found = paraphrase_metrics(predictions, references, sources)
+        measures = paraphrase_metrics(predictions, references, sources)
         if self.measure is None:
-            return found
-        if self.measure not in found:
-            raise ValueError(f"name={self.measure!r} is unknown; choose one of {list(found)}.")
-        return {self.measure: found[self.measure]}
+            return measures
+        if self.measure not in measures:
+            raise ValueError(f"name={self.measure!r} is unknown; choose one of {list(measures)}.")
+        return {self.measure: measures[self.measure]}

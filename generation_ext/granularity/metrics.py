@@ -61,9 +61,9 @@ def paraphrase_metrics(
             )
         )
     names = ("BLEU-2", "BLEU-4", "iBLEU", "ROUGE-L", "METEOR")
-    found = dict(zip(names, (100 * np.mean(rows, 0)).tolist()))
+    means = dict(zip(names, (100 * np.mean(rows, 0)).tolist()))
     lower = [[text.lower() for text in texts] for texts in (predictions, references)]
-    return {**found, "corpus BLEU": sacrebleu.corpus_bleu(lower[0], [lower[1]]).score}
+    return {**means, "corpus BLEU": sacrebleu.corpus_bleu(lower[0], [lower[1]]).score}
 
 
 def sentence_bleu(said: list[str], wanted: list[str], order: int) -> float:

@@ -141,11 +141,11 @@ class CDNPGForConditionalGeneration(BartForConditionalGeneration):
         )
         if not output_granularities or self.config.granularity_mode is None:
             return super().forward(return_dict=return_dict, **kwargs)
-        with recorded(self) as found:
+        with recorded(self) as granularities:
             output = super().forward(return_dict=True, **kwargs)
-        encoder = tuple(z for place, z in found.items() if ".encoder." in place)
-        decoder = tuple(z for place, z in found.items() if ".decoder." in place and place.endswith("self_attn"))
-        cross = tuple(z for place, z in found.items() if place.endswith("encoder_attn"))
+        encoder = tuple(z for name, z in granularities.items() if ".encoder." in name)
+        decoder = tuple(z for name, z in granularities.items() if ".decoder." in name and name.endswith("self_attn"))
+        cross = tuple(z for name, z in granularities.items() if name.endswith("encoder_attn"))
         result = CDNPGOutput(
             **output, encoder_granularities=encoder, decoder_granularities=decoder, cross_granularities=cross
         )

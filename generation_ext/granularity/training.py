@@ -95,7 +95,7 @@ def paraphrase(
         raise ValueError(f"text {empty} is empty: there is nothing to paraphrase.")
     limit = max_length or tokenizer.model_max_length
     order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
-    found = [""] * len(texts)
+    paraphrases = [""] * len(texts)
     generate: Any = model.generate
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
@@ -105,5 +105,5 @@ def paraphrase(
         batch = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
         ids = generate(**batch, num_beams=num_beams, max_length=limit, **{"do_sample": False, **generate_kwargs})
         for row, text in zip(rows, tokenizer.batch_decode(ids, skip_special_tokens=True)):
-            found[row] = text.strip()
-    return found
+            paraphrases[row] = text.strip()
+    return paraphrases

@@ -91,15 +91,8 @@ def table(metrics: dict[str, Any]) -> str:
 
 
 def _critic(args: TrainArguments, model: Any) -> Critic:
-    return Critic.for_model(
-        model,
-        head=args.head,
-        mlp_size=args.mlp_size,
-        lora_rank=args.lora_rank,
-        action_values=args.action_values,
-        control_codes=args.control_codes,
-        prompt_template=args.prompt_template,
-    )
+    names = ("head", "mlp_size", "lora_rank", "action_values", "control_codes", "prompt_template")
+    return Critic.for_model(model, **{name: getattr(args, name) for name in names})
 
 
 def _split(rows: list[dict[str, Any]], share: float, seed: int) -> tuple[list[Any], list[Any]]:
