@@ -6,8 +6,10 @@ from __future__ import annotations
 import gc
 import json
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -63,8 +65,11 @@ def _environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def run_module():
-    """Runs `python -m module arguments...` in a process of its own, from the project's root; returns its output."""
+def launch():
+    """Runs a launcher, `python -m module arguments...`, from the project's root; returns its output.
+
+    Seconds for each process that it starts: two tests do, others take `run_module`.
+    """
 
     def run(module: str, *args: object) -> str:
         command = [sys.executable, "-m", module, *map(str, args)]
@@ -77,25 +82,50 @@ def run_module():
 
 @pytest.fixture(scope="session")
 def fresh_process(tmp_path_factory):
-    """Runs Python code in a process that has not imported peft_ext (see `fork_server.py`); returns its output.
+    """Runs Python code in processes that have not imported peft_ext (see `fork_server.py`); returns their output.
 
-    The code sees further arguments as `sys.argv[1:]`. A failure shows the process's own traceback.
+    The code sees further arguments as `sys.argv[1:]`, each process its own of the `environments`. A failure shows the
+    processes' own tracebacks.
     """
     if not hasattr(os, "fork"):
         pytest.skip("this platform has no fork")
-    out = tmp_path_factory.mktemp("fresh_process") / "output"
+    folder = tmp_path_factory.mktemp("fresh_process")
     command = [sys.executable, "-m", "tests.fork_server"]
     server = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=_environment()
     )
 
-    def run(code: str, *args: object) -> str:
-        server.stdin.write(json.dumps({"code": code, "argv": list(map(str, args)), "out": str(out)}) + "\n")
+    def run(code: str, *args: object, environments: Sequence[dict[str, str]] = ({},)) -> str:
+        outs = [folder / f"output-{number}" for number in range(len(environments))]
+        processes = [{"out": str(out), "environment": own} for out, own in zip(outs, environments)]
+        server.stdin.write(json.dumps({"code": code, "argv": list(map(str, args)), "processes": processes}) + "\n")
         server.stdin.flush()
         status = json.loads(server.stdout.readline())
-        assert status == 0, f"the process ended with {status}:\n{out.with_suffix('.err').read_text()[-6000:]}"
-        return out.read_text()
+        errors = "\n".join(out.with_suffix(".err").read_text()[-6000:] for out in outs) if status else ""
+        assert status == 0, f"the process ended with {status}:\n{errors}"
+        return "".join(out.read_text() for out in outs)
 
     yield run
     server.stdin.close()
     server.wait(timeout=60)
+
+
+@pytest.fixture(scope="session")
+def run_module(fresh_process):
+    """Runs `python -m module arguments...` in a process of its own, or in several at once, from the project's root; returns
+    its output. With `ranks`, they know of each other by the variables that torchrun sets."""
+    code = "import runpy, sys; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
+
+    def run(module: str, *args: object, processes: int = 1, ranks: bool = False) -> str:
+        environments = _ranks(processes) if ranks else [{}] * processes
+        return fresh_process(code, module, *args, environments=environments)
+
+    return run
+
+
+def _ranks(processes: int) -> list[dict[str, str]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    shared.update(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes))
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]

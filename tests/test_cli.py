@@ -141,9 +141,9 @@ LAUNCHERS = {
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_tune_under_a_launcher(launcher, run_module, flags, tmp_path):
+def test_tune_under_a_launcher(launcher, launch, flags, tmp_path):
     module, *rest = LAUNCHERS[launcher]
-    run_module(module, *rest, "tune", *flags, "--bits", 3, "--output_dir", tmp_path / "run")
+    launch(module, *rest, "tune", *flags, "--bits", 3, "--output_dir", tmp_path / "run")
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["steps"] == len(metrics["losses"]) == 3
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {"adapter", "base", "loss.png"}

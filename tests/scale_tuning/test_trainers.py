@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -140,19 +139,16 @@ def test_sft_trainer(config_cls, gradient_checkpointing, tmp_path):
         assert not torch.equal(found, fresh[name].data)
 
 
-LAUNCHERS = {
-    "accelerate-launch": (1, "accelerate.commands.launch", "--cpu", "--num_processes", 1, "--mixed_precision", "bf16"),
-    # accelerate starts several CPU processes only through mpirun; torchrun needs nothing else
-    "torchrun-two-processes": (2, "torch.distributed.run", "--standalone", "--nproc_per_node", 2),
-}
-
-
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_plain_loop_with_accelerate(launcher, run_module, tmp_path):
-    """On two processes, DistributedDataParallel takes frozen packed codes beside trained scales."""
-    processes, module, *flags = LAUNCHERS[launcher]
-    script = Path(__file__).parent / "accelerate_loop.py"
-    run_module(module, *flags, script, tmp_path)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_plain_loop_with_accelerate(processes, launch, run_module, tmp_path):
+    """Under its launcher in mixed precision; on two processes, DistributedDataParallel takes frozen packed codes beside
+    trained scales."""
+    script = "tests.scale_tuning.accelerate_loop"
+    if processes == 1:
+        flags = ("--cpu", "--num_processes", 1, "--mixed_precision", "bf16", "--module")
+        launch("accelerate.commands.launch", *flags, script, tmp_path)
+    else:
+        run_module(script, tmp_path, processes=2, ranks=True)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["processes"] == processes
     assert report["mean_loss_after"] < report["mean_loss_before"]

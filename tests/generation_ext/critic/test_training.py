@@ -508,8 +508,7 @@ def test_there_is_nothing_to_resume(tmp_path):
 
 
 def test_two_processes_share_the_work_and_have_one_critic(tmp_path, run_module):
-    script = "tests.generation_ext.critic.two_processes"
-    run_module("torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", script, tmp_path)
+    run_module("tests.generation_ext.critic.two_processes", tmp_path, processes=2, ranks=True)
     one, other = (json.loads((tmp_path / f"{process}.json").read_text()) for process in (0, 1))
     assert one == other and one["processes"] == 2
     assert any(value != 0 for value in one["weights"]["lora_b.0"][0])

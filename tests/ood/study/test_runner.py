@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import yaml
@@ -19,7 +17,6 @@ from peft_ext.ood.study.grid import read_config
 from peft_ext.ood.study.manifest import Manifest
 from peft_ext.ood.study.methods import METHODS
 from peft_ext.ood.study.report import Finished, grouped, make_tables, write_report
-from tests.conftest import ROOT, _environment
 
 
 TRAINING = {"epochs": 1, "batch_size": 16, "calibration_examples": 8}
@@ -144,18 +141,10 @@ def test_seeds_wait_for_a_search_that_another_works_on(write):
     assert "has no result" in Manifest(config.output_dir).last()[second.id]["reason"]
 
 
-def test_results_do_not_depend_on_the_order_or_the_worker(write, tmp_path):
+def test_results_do_not_depend_on_the_order_or_the_worker(write, tmp_path, run_module):
     """Two processes at once: every cell once, with the numbers that one process gives."""
     config = write(methods=["linear", "lora", "bottleneck"], seeds=[0, 1], detectors=["msp", "mahalanobis"])
-    command = [sys.executable, "-m", "peft_ext.ood", "run", "--config", str(tmp_path / "study.yaml")]
-    workers = [
-        subprocess.Popen(
-            command, cwd=ROOT, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
-    outputs = [worker.communicate(timeout=300) for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], outputs
+    run_module("peft_ext.ood", "run", "--config", tmp_path / "study.yaml", processes=2)
     events = [json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]
     assert len([event for event in events if event["status"] == "done"]) == 6 == len(config.cells())
     cell = next(cell for cell in config.cells() if cell.method == "lora")
@@ -171,17 +160,7 @@ def test_results_do_not_depend_on_the_order_or_the_worker(write, tmp_path):
 
 def test_a_launchers_processes_train_a_cell_together(write, tmp_path, run_module):
     config = write(methods=["linear", "full"], detectors=["msp", "mahalanobis"])
-    arguments = (
-        "--standalone",
-        "--nproc_per_node",
-        2,
-        "-m",
-        "peft_ext.ood",
-        "run",
-        "--config",
-        tmp_path / "study.yaml",
-    )
-    out = run_module("torch.distributed.run", *arguments)
+    out = run_module("peft_ext.ood", "run", "--config", tmp_path / "study.yaml", processes=2, ranks=True)
     assert out.count("2 done, 0 failed, 0 skipped") == 1
     events = [json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]
     assert len(events) == 4 and len({event["process"] for event in events}) == 1
