@@ -118,9 +118,9 @@ class AlmostConfig:
         values: dict[str, Any] = {**(getattr(self, like) if like else {}), **getattr(self, stage)}
         values.setdefault("seed", self.seed + (1 if like else 0))
         if stage in DATA_CONFIGS:
-            known = {each.name for each in dataclasses.fields(DATA_CONFIGS[stage])}
+            settings = {each.name for each in dataclasses.fields(DATA_CONFIGS[stage])}
             for name in ("model_name_or_path", "backend", "batch_size", "dtype", "chat_format"):
-                if name in known:
+                if name in settings:
                     values.setdefault(name, getattr(self, name))
             return values
         folder = Path(self.run_dir)

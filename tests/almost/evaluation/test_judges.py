@@ -10,11 +10,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from peft_ext.rows import read_rows
-from trl_ext.almost.evaluation.judges import ChatJudge, Comparison, Judgement, RewardJudge, parse_scores
+from trl_ext.almost.evaluation.judges import AnswerPair, ChatJudge, Judgement, RewardJudge, parse_scores
 from trl_ext.almost.evaluation.win_rate import compare
 
 
-ASKED = Comparison("q", "a", "b")
+ASKED = AnswerPair("q", "a", "b")
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_a_chat_judge_asks_and_reads_scores(endpoint, monkeypatch):
     monkeypatch.setenv("MY_KEY", "secret")
     endpoint.replies = [(200, "8 6.5\nThe first is more to the point.")]
     judge = ChatJudge("some-judge", endpoint.url + "/", api_key_variable="MY_KEY")
-    assert judge.compare([Comparison("Why {x}?", "because", "dunno")]) == [Judgement(8, 6.5)]
+    assert judge.compare([AnswerPair("Why {x}?", "because", "dunno")]) == [Judgement(8, 6.5)]
     ((path, headers, body),) = endpoint.requests
     assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer secret"
     assert body["model"] == "some-judge" and body["temperature"] == 0.2

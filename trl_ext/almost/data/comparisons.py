@@ -66,7 +66,7 @@ def pair_up(
     Returns:
         At most one pair less than there are answers.
     """
-    order = sorted(range(len(ranks)), key=lambda place: ranks[place])
+    order = sorted(range(len(ranks)), key=lambda index: ranks[index])
     usual = float(np.mean(everything) - np.std(everything) / 2) if len(everything) else 0.0
     taken: set[int] = set()
     pairs = []
@@ -143,7 +143,7 @@ def write_comparisons(rows: Sequence[Row], folder: Path, config: ComparisonsConf
         ValueError: If a part that the config asks for would be empty.
     """
     queries = list(dict.fromkeys(row["query_id"] for row in rows))
-    order = [queries[place] for place in np.random.default_rng(config.seed).permutation(len(queries))]
+    order = [queries[index] for index in np.random.default_rng(config.seed).permutation(len(queries))]
     count = round(config.heldout_share * len(order))
     heldout = set(order[:count])
     if count == len(order) or (config.heldout_share and not count):
@@ -189,7 +189,7 @@ def text_of(value: Any) -> str:
 def _agreed(rows: Sequence[Row], reward: AnswerScorer) -> list[Row]:
     prompts = [row["prompt"] for row in rows]
     scores = reward([*prompts, *prompts], [text_of(row[side]) for side in ("chosen", "rejected") for row in rows])
-    return [row for place, row in enumerate(rows) if scores[place] > scores[place + len(rows)]]
+    return [row for index, row in enumerate(rows) if scores[index] > scores[index + len(rows)]]
 
 
 def _nothing_left(counts: Mapping[str, int]) -> str:

@@ -116,11 +116,11 @@ class Miner:
         """The lists of a batch, each with shots of its own from the seeds and the queries so far."""
         pool = [*self.seeds, *self.queries]
         requests = []
-        for place in range(max(1, self.config.batch_size // self.config.samples)):
-            generator = np.random.default_rng([self.config.seed, number, place])
+        for list_number in range(max(1, self.config.batch_size // self.config.samples)):
+            generator = np.random.default_rng([self.config.seed, number, list_number])
             chosen = generator.choice(len(pool), size=min(self.config.shots, len(pool)), replace=False)
             prompt = mining_prompt([pool[index] for index in chosen])
-            requests.append(Request(f"queries/{number}/{place}", prompt))
+            requests.append(Request(f"queries/{number}/{list_number}", prompt))
         return requests
 
     def take(self, texts: Sequence[str]) -> None:

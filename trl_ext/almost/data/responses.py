@@ -50,12 +50,12 @@ def write_responses(
             enumerate(generators), key=lambda pair: (pair[1].model, pair[1].bits, pair[1].group_size)
         ):
             alike = list(group)
-            missing = [f"{query['id']}/{place}" not in file for place, _ in alike for query in queries]
+            missing = [f"{query['id']}/{number}" not in file for number, _ in alike for query in queries]
             if not any(missing):
                 continue
             backend = load(alike[0][1])
-            for place, generator in alike:
-                _answer(backend, config, generator, place, queries, file, bar)
+            for number, generator in alike:
+                _answer(backend, config, generator, number, queries, file, bar)
             del backend
             gc.collect()
     file.sort(key=lambda row: (row["query_id"], row["rung"]))
@@ -66,7 +66,7 @@ def _answer(
     backend: Backend,
     config: ResponsesConfig,
     generator: Generator,
-    place: int,
+    number: int,
     queries: Sequence[Row],
     file: RowFile,
     bar: Any,
@@ -74,7 +74,7 @@ def _answer(
     style, tokenizer = load_style(generator.prompt), backend.tokenizer
     requests = [
         Request(
-            f"responses/{place}/{query['id']}",
+            f"responses/{number}/{query['id']}",
             assistant_prompt(tokenizer, query["query"], style, generator.shots, config.chat_format),
         )
         for query in queries
@@ -83,13 +83,13 @@ def _answer(
         max_new_tokens=generator.max_new_tokens or config.max_new_tokens,
         stop=ASSISTANT_STOPS,
     )
-    ids = [f"{query['id']}/{place}" for query in queries]
+    ids = [f"{query['id']}/{number}" for query in queries]
     for batch in backend.stream(requests, sampling, done=lambda index: ids[index] in file):
         rows = [
             {
                 "id": ids[index],
                 "query_id": queries[index]["id"],
-                "rung": place,
+                "rung": number,
                 "query": queries[index]["query"],
                 "response": clean_turn(texts[0]),
             }

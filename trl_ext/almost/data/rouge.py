@@ -79,7 +79,7 @@ class RougeIndex:
         count, share = len(words), self.threshold / (2 - self.threshold)
         fewest = max(1, ceil(share * count - _SLACK))
         lists = sorted((self._postings.get(key, array("i")) for key in _keys(words)), key=len)
-        rare = [np.frombuffer(found, dtype=np.int32) for found in lists[: count - fewest + 1] if found]
+        rare = [np.frombuffer(texts, dtype=np.int32) for texts in lists[: count - fewest + 1] if texts]
         if not rare:
             return []
         numbers, shared = np.unique(np.concatenate(rare), return_counts=True)
@@ -88,11 +88,11 @@ class RougeIndex:
         # the common words that were left out may all be there
         possible = np.minimum(np.minimum(shared + fewest - 1, lengths), count) >= needed
         numbers, shared, needed = numbers[possible], shared[possible], needed[possible]
-        for found in lists[count - fewest + 1 :]:
-            held = np.frombuffer(found, dtype=np.int32)
+        for texts in lists[count - fewest + 1 :]:
+            held = np.frombuffer(texts, dtype=np.int32)
             if len(numbers) and len(held):
-                place = np.searchsorted(held, numbers).clip(max=len(held) - 1)
-                shared = shared + (held[place] == numbers)
+                nearest = np.searchsorted(held, numbers).clip(max=len(held) - 1)
+                shared = shared + (held[nearest] == numbers)
         enough = shared >= needed
         numbers, shared = numbers[enough], shared[enough]
         return numbers[np.argsort(-shared, kind="stable")].tolist()

@@ -78,10 +78,10 @@ def self_play(
     queries = queries[: config.count]
     done, dropped = RowFile(path), RowFile(f"{os.fspath(path)}.dropped")  # what came to nothing isn't tried again
     # of about equal length, so that a batch's prompts are; the same batches after a kill
-    order = sorted(range(len(queries)), key=lambda place: (-len(queries[place]["query"]), place))
+    order = sorted(range(len(queries)), key=lambda index: (-len(queries[index]["query"]), index))
     with tqdm(total=len(queries), initial=len(done) + len(dropped), desc="self-play") as bar:
         for start in range(0, len(order), config.batch_size):
-            batch = [queries[place] for place in order[start : start + config.batch_size]]
+            batch = [queries[index] for index in order[start : start + config.batch_size]]
             if all(query["id"] in done or query["id"] in dropped for query in batch):
                 continue
             talks = [_Conversation(query["id"], [_message("user", query["query"])]) for query in batch]
@@ -140,7 +140,7 @@ class _Conversation:
 
     def row(self) -> Row:
         # what the person said last, and nobody answered, teaches nothing
-        last = max(place for place, message in enumerate(self.messages) if message["role"] == "assistant")
+        last = max(index for index, message in enumerate(self.messages) if message["role"] == "assistant")
         return {"id": self.id, "messages": self.messages[: last + 1], "rewards": self.rewards}
 
 
@@ -186,11 +186,11 @@ def _scores(
 ) -> list[list[Optional[float]]]:
     """A number for each answer; None where it is empty, or nobody scores."""
     scores: list[list[Optional[float]]] = [[None] * len(texts) for texts in answers]
-    places = [(i, n) for i, texts in enumerate(answers) for n, text in enumerate(texts) if text]
-    if reward is None or not places:
+    scored = [(i, n) for i, texts in enumerate(answers) for n, text in enumerate(texts) if text]
+    if reward is None or not scored:
         return scores
-    values = reward([talks[i].messages for i, _ in places], [answers[i][n] for i, n in places])
-    for (i, n), value in zip(places, values):
+    values = reward([talks[i].messages for i, _ in scored], [answers[i][n] for i, n in scored])
+    for (i, n), value in zip(scored, values):
         if math.isnan(value):
             raise ValueError(
                 f"the reward model gave NaN for conversation {talks[i].id!r}, answer {answers[i][n][:80]!r}; nothing can be "

@@ -36,7 +36,7 @@ class Judgement(NamedTuple):
     second: Optional[float]
 
 
-class Comparison(NamedTuple):
+class AnswerPair(NamedTuple):
     """A question and the two answers to compare, in the order in which a judge sees them."""
 
     question: str
@@ -55,7 +55,7 @@ class Judge(Protocol):
     symmetric: bool
     batch_size: int
 
-    def compare(self, comparisons: Sequence[Comparison]) -> list[Judgement]:
+    def compare(self, pairs: Sequence[AnswerPair]) -> list[Judgement]:
         """Scores of both answers, for each comparison."""
 
 
@@ -72,11 +72,11 @@ class RewardJudge:
     def __init__(self, rewards: RewardModel) -> None:
         self.rewards = rewards
 
-    def compare(self, comparisons: Sequence[Comparison]) -> list[Judgement]:
+    def compare(self, pairs: Sequence[AnswerPair]) -> list[Judgement]:
         """Rewards of both answers."""
-        texts = list(dict.fromkeys((each.question, text) for each in comparisons for text in each[1:]))
+        texts = list(dict.fromkeys((each.question, text) for each in pairs for text in each[1:]))
         scores = dict(zip(texts, self.rewards.score([question for question, _ in texts], [text for _, text in texts])))
-        return [Judgement(*(scores[each.question, text] for text in each[1:])) for each in comparisons]
+        return [Judgement(*(scores[each.question, text] for text in each[1:])) for each in pairs]
 
 
 class ChatJudge:
@@ -119,16 +119,16 @@ class ChatJudge:
         self.api_key_variable, self.temperature, self.max_tokens = api_key_variable, temperature, max_tokens
         self.attempts, self.timeout, self.pause = attempts, timeout, pause
 
-    def compare(self, comparisons: Sequence[Comparison]) -> list[Judgement]:
+    def compare(self, pairs: Sequence[AnswerPair]) -> list[Judgement]:
         """The judge's scores.
 
         Raises:
             ValueError: If the endpoint refuses the request, or keeps failing.
         """
-        return [self._scores(each) for each in comparisons]
+        return [self._scores(each) for each in pairs]
 
-    def _scores(self, comparison: Comparison) -> Judgement:
-        content = QUESTION.format(**comparison._asdict())
+    def _scores(self, pair: AnswerPair) -> Judgement:
+        content = QUESTION.format(**pair._asdict())
         messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": content}]
         failure = ""
         for attempt in range(self.attempts):
@@ -180,8 +180,8 @@ class ChatJudge:
 def parse_scores(text: str) -> Optional[Judgement]:
     """The two scores that are the first line of a judgement; None if that is anything else, or one is outside 1 to 10."""
     line = next((line for line in text.splitlines() if line.strip()), "")
-    found = _SCORES.fullmatch(line)
-    numbers = [float(number) for number in found.groups()] if found else []
+    match = _SCORES.fullmatch(line)
+    numbers = [float(number) for number in match.groups()] if match else []
     return Judgement(*numbers) if numbers and all(1 <= number <= 10 for number in numbers) else None
 
 

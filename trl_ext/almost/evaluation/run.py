@@ -114,11 +114,13 @@ class EvaluationArguments:
     def _fill(self, run: Path) -> None:
         if not run.is_dir():
             raise FileNotFoundError(f"run_dir={str(run)!r} is not there.")
-        found = {name: str(run / name) for name in ("sft", "rlsf", "reward_model", "reward_model_2")}
-        found = {name: path for name, path in found.items() if Path(path).is_dir()}
-        self.models = self.models or [found[name] for name in ("sft", "rlsf") if name in found]
-        self.reward_models = self.reward_models or [found[n] for n in ("reward_model", "reward_model_2") if n in found]
-        self.judge = self.judge or found.get("reward_model_2")
+        models, reward_models = (
+            [str(run / name) for name in names if (run / name).is_dir()]
+            for names in (("sft", "rlsf"), ("reward_model", "reward_model_2"))
+        )
+        self.models, self.reward_models = self.models or models, self.reward_models or reward_models
+        if self.judge is None and (run / "reward_model_2").is_dir():
+            self.judge = str(run / "reward_model_2")
         self.output_dir = self.output_dir or str(run / "evaluation")
 
 

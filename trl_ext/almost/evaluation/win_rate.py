@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from generation_ext.shared_prefix.sampling import Sampling
 from peft_ext.rows import RowFile
-from trl_ext.almost.evaluation.judges import Comparison, Judge, Judgement
+from trl_ext.almost.evaluation.judges import AnswerPair, Judge, Judgement
 from trl_ext.almost.evaluation.statistics import win_rate, with_interval
 from trl_ext.almost.prompts.chat import HUMAN, request_text
 from trl_ext.almost.writing.backends import Request, TransformersBackend
@@ -104,10 +104,10 @@ def compare(
         for number, texts in enumerate(pairs[key])
         for order in orders
     ]
-    found = _judgements(asked, judge, RowFile(path) if path is not None else None)
+    judgements = _judgements(asked, judge, RowFile(path) if path is not None else None)
     judged: dict[Any, list[list[Scores]]] = {}
     for key in questions:
-        scores = [_readable(found[key, number, order] for order in orders) for number in range(len(pairs[key]))]
+        scores = [_readable(judgements[key, number, order] for order in orders) for number in range(len(pairs[key]))]
         if all(len(both) == len(orders) for both in scores):
             judged[key] = scores
     if not judged:
@@ -137,9 +137,9 @@ class _Asked(NamedTuple):
         return f"{self.key}/{self.order}/{texts_hash[:16]}"
 
     @property
-    def shown(self) -> Comparison:
+    def shown(self) -> AnswerPair:
         texts = (self.baseline, self.answer) if self.order else (self.answer, self.baseline)
-        return Comparison(self.question, *texts)
+        return AnswerPair(self.question, *texts)
 
 
 def _check_complete(questions: Mapping[Any, str], answers: Answers, baseline: Answers) -> None:
@@ -162,18 +162,18 @@ def _judgements(
     asked: Sequence[_Asked], judge: Judge, store: Optional[RowFile]
 ) -> dict[tuple[Any, int, int], Judgement]:
     """Scores of the answer and of the baseline, in this order, whichever was shown first."""
-    known = {} if store is None else {one.name: store.rows[one.name]["scores"] for one in asked if one.name in store}
-    missing = list({one.name: one for one in asked if one.name not in known}.values())
+    scores = {} if store is None else {one.name: store.rows[one.name]["scores"] for one in asked if one.name in store}
+    missing = list({one.name: one for one in asked if one.name not in scores}.values())
     with tqdm(total=len(asked), initial=len(asked) - len(missing), desc="Judging") as bar:
         for start in range(0, len(missing), judge.batch_size):
             batch = missing[start : start + judge.batch_size]
-            scores = judge.compare([one.shown for one in batch])
-            made = {one.name: list(pair[::-1] if one.order else pair) for one, pair in zip(batch, scores)}
-            known.update(made)
+            judged = judge.compare([one.shown for one in batch])
+            made = {one.name: list(pair[::-1] if one.order else pair) for one, pair in zip(batch, judged)}
+            scores.update(made)
             if store is not None:
                 store.append([{"id": name, "scores": pair} for name, pair in made.items()])
             bar.update(len(batch))
-    return {(one.key, one.number, one.order): Judgement(*known[one.name]) for one in asked}
+    return {(one.key, one.number, one.order): Judgement(*scores[one.name]) for one in asked}
 
 
 def _readable(judgements: Iterable[Judgement]) -> list[Scores]:

@@ -80,6 +80,12 @@ def dialogue(text: str) -> list[dict[str, str]]:
     return [{"role": _ROLES[who], "content": content.strip()} for who, content in turns]
 
 
+def before_marks(text: str, marks: Sequence[str]) -> str:
+    """A text up to the first of several marks that it holds."""
+    ends = [end for end in (text.find(mark) for mark in marks) if end >= 0]
+    return text[: min(ends)] if ends else text
+
+
 def request_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, start: str = "") -> str:
     """A prompt as the text after which the assistant speaks.
 
@@ -137,13 +143,13 @@ def _assistant_spans(tokenizer: PreTrainedTokenizerBase, messages: Messages, tex
         before = str(
             tokenizer.apply_chat_template(list(messages[:number]), tokenize=False, add_generation_prompt=True)
         )
-        found = text.find(message["content"].strip(), len(before)) if text.startswith(before) else -1
-        if found < 0:
+        start = text.find(message["content"].strip(), len(before)) if text.startswith(before) else -1
+        if start < 0:
             raise ValueError(
                 f"the chat template changes or leaves out turn {number} ({message['content'][:60]!r}), so that the "
                 "assistant's tokens can't be told; set another tokenizer.chat_template."
             )
-        end = found + len(message["content"].strip())
+        end = start + len(message["content"].strip())
         match = ending.match(text, end)
         spans.append((len(before), match.end() if match else end))
     return spans

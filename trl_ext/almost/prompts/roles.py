@@ -11,7 +11,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from peft_ext.rows import read_rows
-from trl_ext.almost.prompts.chat import ASSISTANT, HUMAN, Messages, Prompt, as_messages, request_text
+from trl_ext.almost.prompts.chat import ASSISTANT, HUMAN, Messages, Prompt, as_messages, before_marks, request_text
 from trl_ext.almost.prompts.demonstrations import (
     FAITHFUL,
     HHH,
@@ -131,8 +131,7 @@ def mining_prompt(shots: Sequence[str]) -> str:
 
 def clean_turn(text: str, stops: Sequence[str] = ASSISTANT_STOPS) -> str:
     """What a model wrote for a turn: up to the next turn or separator, without white space around it."""
-    places = [place for place in (text.find(mark) for mark in stops) if place >= 0]
-    return (text[: min(places)] if places else text).strip()
+    return before_marks(text, stops).strip()
 
 
 def seed_queries(path: str = "") -> list[str]:

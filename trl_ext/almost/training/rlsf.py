@@ -101,10 +101,10 @@ def trainer_of(argv: Sequence[str]) -> str:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--trainer")
     parser.add_argument("--config")
-    known, _ = parser.parse_known_args(list(argv))
-    name = known.trainer
-    if name is None and known.config is not None:
-        name = (yaml.safe_load(Path(known.config).read_text(encoding="utf-8")) or {}).get("trainer")
+    flags, _ = parser.parse_known_args(list(argv))
+    name = flags.trainer
+    if name is None and flags.config is not None:
+        name = (yaml.safe_load(Path(flags.config).read_text(encoding="utf-8")) or {}).get("trainer")
     name = RLSFArguments.trainer if name is None else name
     if name not in RLSF_CONFIGS:
         raise ValueError(f"trainer={name!r} is unknown; choose one of {tuple(RLSF_CONFIGS)}.")
@@ -172,7 +172,7 @@ def summary(history: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if values:
             count = max(1, round(_SHARE * len(values)))
             ends = {"start": values[:count], "end": values[-count:]}
-            result[name] = {place: sum(part) / len(part) for place, part in ends.items()}
+            result[name] = {end: sum(part) / len(part) for end, part in ends.items()}
     return result
 
 

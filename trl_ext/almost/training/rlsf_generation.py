@@ -40,7 +40,7 @@ class _MergedGeneration:
         if self._written[0] == step:
             batch = self._written[1] + 1
         self._written = (step, batch)
-        place = f"rlsf/{step}/{batch}/{self.accelerator.process_index}"
+        batch_key = f"rlsf/{step}/{batch}/{self.accelerator.process_index}"
         sampling = Sampling(
             temperature=self.temperature,
             top_p=self.top_p,
@@ -51,7 +51,7 @@ class _MergedGeneration:
         policy = self.accelerator.unwrap_model(self.model_wrapped)
         writer = TransformersBackend(merged_copy(policy, training_dtype(self.args)), self._tokenizer)
         writer.ends = set(self.eos_token_ids)
-        written = writer.write_tokens(prompt_ids, [f"{place}/{n}" for n in range(len(prompt_ids))], sampling)
+        written = writer.write_tokens(prompt_ids, [f"{batch_key}/{n}" for n in range(len(prompt_ids))], sampling)
         return (written, None) if isinstance(self, GRPOTrainer) else written
 
 

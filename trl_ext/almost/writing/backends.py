@@ -15,6 +15,7 @@ from generation_ext.shared_prefix.cache import EMPTY, SharedPrefix, common_prefi
 from generation_ext.shared_prefix.decoding import STOP_STEPS, can_share, prefix_of, sample_tokens
 from generation_ext.shared_prefix.sampling import Sampling, row_generator
 from peft_ext.language_model import CAUSAL, inference, language_model
+from trl_ext.almost.prompts.chat import before_marks
 
 
 # A prefix of fewer tokens isn't worth a pass of its own.
@@ -28,7 +29,7 @@ class Request(NamedTuple):
     prompt: str
 
 
-# Places in the list of requests, and each one's texts.
+# Indices of the list of requests, and each one's texts.
 WrittenTexts = list[tuple[int, list[str]]]
 
 
@@ -45,13 +46,15 @@ class Backend(Protocol):
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[str]]:
         """Texts of each request."""
+        texts = dict(pair for batch in self.stream(requests, sampling) for pair in batch)
+        return [texts[index] for index in range(len(requests))]
 
 
 def _nothing_done(index: int) -> bool:
     return False
 
 
-class TransformersBackend:
+class TransformersBackend(Backend):
     """Samples with a transformers model.
 
     What all requests of a call begin with (the demonstrations) runs through the model once, and its keys and values are
@@ -82,11 +85,6 @@ class TransformersBackend:
         self.ends = {*(ends if isinstance(ends, (list, tuple)) else [ends]), *tokenizer.all_special_ids} - {None}
         self._prefix: SharedPrefix = EMPTY
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[str]]:
-        """Texts of each request; see [`Backend`]."""
-        texts = dict(pair for batch in self.stream(requests, sampling) for pair in batch)
-        return [texts[index] for index in range(len(requests))]
-
     def stream(
         self, requests: Sequence[Request], sampling: Sampling, done: Callable[[int], bool] = _nothing_done
     ) -> Iterator[WrittenTexts]:
@@ -103,13 +101,13 @@ class TransformersBackend:
         order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
         size = max(1, self.batch_size // sampling.samples)
         for start in range(0, len(order), size):
-            places = order[start : start + size]
-            if all(map(done, places)):
+            indices = order[start : start + size]
+            if all(map(done, indices)):
                 continue
             with inference(self.language_model.base):
                 prefix = self._run_prefix(shared)
-                texts = self._batch([prompts[i][len(shared) :] for i in places], places, requests, prefix, sampling)
-            yield list(zip(places, texts))
+                texts = self._batch([prompts[i][len(shared) :] for i in indices], indices, requests, prefix, sampling)
+            yield list(zip(indices, texts))
 
     def write_tokens(
         self, prompts: Sequence[Sequence[int]], keys: Sequence[str], sampling: Sampling
@@ -146,22 +144,22 @@ class TransformersBackend:
     def _batch(
         self,
         prompts: Sequence[Sequence[int]],
-        places: Sequence[int],
+        indices: Sequence[int],
         requests: Sequence[Request],
         prefix: SharedPrefix,
         sampling: Sampling,
     ) -> list[list[str]]:
         count = sampling.samples
         generators = [
-            row_generator(f"{sampling.seed}/{requests[place].key}/{number}")
-            for place in places
+            row_generator(f"{sampling.seed}/{requests[index].key}/{number}")
+            for index in indices
             for number in range(count)
         ]
         over = partial(self._has_stop, stop=sampling.stop) if sampling.stop else None
         written = sample_tokens(self.language_model, prefix, prompts, generators, sampling, self.ends, over)
         written = [tokens[:-1] if tokens[-1] in self.ends else tokens for tokens in written]
         self.new_tokens += sum(map(len, written))
-        texts = [_before_stop(self._text(tokens), sampling.stop) for tokens in written]
+        texts = [before_marks(self._text(tokens), sampling.stop) for tokens in written]
         return [texts[i : i + count] for i in range(0, len(texts), count)]
 
     def _has_stop(self, tokens: Sequence[int], stop: Sequence[str]) -> bool:
@@ -185,7 +183,7 @@ class TransformersBackend:
                 )
 
 
-class VLLMBackend:
+class VLLMBackend(Backend):
     """Samples with vLLM, which shares prefixes by itself.
 
     Args:
@@ -209,27 +207,22 @@ class VLLMBackend:
         self.tokenizer = self._llm.get_tokenizer()
         self.batch_size, self.new_tokens = batch_size, 0
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[str]]:
-        """Texts of each request; see [`Backend`]."""
-        texts = dict(pair for batch in self.stream(requests, sampling) for pair in batch)
-        return [texts[index] for index in range(len(requests))]
-
     def stream(
         self, requests: Sequence[Request], sampling: Sampling, done: Callable[[int], bool] = _nothing_done
     ) -> Iterator[WrittenTexts]:
         """Texts of each request, batch by batch; see [`Backend`]."""
         size = max(1, self.batch_size // sampling.samples)
         for start in range(0, len(requests), size):
-            places = range(start, min(start + size, len(requests)))
-            if all(map(done, places)):
+            indices = range(start, min(start + size, len(requests)))
+            if all(map(done, indices)):
                 continue
-            prompts = [{"prompt_token_ids": tokens_of(self.tokenizer, requests[i].prompt)} for i in places]
+            prompts = [{"prompt_token_ids": tokens_of(self.tokenizer, requests[i].prompt)} for i in indices]
             outputs = self._llm.generate(
-                prompts, [self._params_of(requests[i], sampling) for i in places], use_tqdm=False
+                prompts, [self._params_of(requests[i], sampling) for i in indices], use_tqdm=False
             )
             texts = [[sample.text for sample in output.outputs] for output in outputs]
             self.new_tokens += sum(len(sample.token_ids) for output in outputs for sample in output.outputs)
-            yield list(zip(places, texts))
+            yield list(zip(indices, texts))
 
     def _params_of(self, request: Request, sampling: Sampling) -> Any:
         return self._params(
@@ -254,8 +247,3 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def _ends_texts(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> bool:
     return tokens[-1] == tokenizer.eos_token_id and len(tokenizer("", verbose=False)["input_ids"]) > 0
-
-
-def _before_stop(text: str, stop: Sequence[str]) -> str:
-    places = [place for place in (text.find(mark) for mark in stop) if place >= 0]
-    return text[: min(places)] if places else text
