@@ -119,7 +119,7 @@ class EvaluationArguments:
             for names in (("sft", "rlsf"), ("reward_model", "reward_model_2"))
         )
         self.models, self.reward_models = self.models or models, self.reward_models or reward_models
-        if self.judge is None and (run / "reward_model_2").is_dir():
+        if not self.judge and (run / "reward_model_2").is_dir():
             self.judge = str(run / "reward_model_2")
         self.output_dir = self.output_dir or str(run / "evaluation")
 
