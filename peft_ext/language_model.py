@@ -25,6 +25,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 _TAKES_MASKS = ("sdpa", "eager")
 # Of the embeddings, for the fingerprint; of every tensor of the base, for the identity.
 _SAMPLED_ROWS, _SAMPLED_NUMBERS = 64, 1024
+_NO_ADAPTER = "none"
 
 
 def unwrapped(model: Any) -> Any:
@@ -394,7 +395,7 @@ def identity(model: nn.Module) -> str:
 
 
 def adapters_fingerprint(model: nn.Module) -> str:
-    """A short name of the weights of all active adapters; `"none"` if there are none.
+    """A short name of the weights of all active adapters; `"none"` where there is none.
 
     What is saved with a base's fingerprint compares this, too: packed and cast copies of a base are the same to it.
     """
@@ -402,7 +403,16 @@ def adapters_fingerprint(model: nn.Module) -> str:
     tensors, _ = _adapter_tensors(model)
     for name, tensor in tensors:
         digest.update(f"{name}/".encode() + _content(tensor))
-    return digest.hexdigest()[:16] if tensors else "none"
+    return digest.hexdigest()[:16] if tensors else _NO_ADAPTER
+
+
+def other_adapters(model: nn.Module, stored: Optional[str]) -> Optional[str]:
+    """In words how a model's active adapters differ from those of a stored [`adapters_fingerprint`]; None if they don't,
+    or what was stored doesn't say."""
+    if stored in (None, current := adapters_fingerprint(model)):
+        return None
+    was, now = ("no adapter" if each == _NO_ADAPTER else f"the adapter weights {each}" for each in (stored, current))
+    return f"it was made with {was}, but this model has {now}, whose hidden states may mean something else"
 
 
 def _adapter_tensors(model: nn.Module) -> tuple[list[tuple[str, torch.Tensor]], set[int]]:

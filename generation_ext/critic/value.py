@@ -23,6 +23,7 @@ from peft_ext.language_model import (
     base_name,
     embedding_weight,
     hidden_size,
+    other_adapters,
     text_config,
     token_embedding,
 )
@@ -318,17 +319,9 @@ class Critic(PreTrainedModel):
             raise ValueError(
                 f"{own}, but {other}; if they are the same, set the critic's config.base_model_name_or_path to None."
             )
-        adapters = adapters_fingerprint(model)
-        if config.base_model_adapters not in (None, adapters):
-            was, now = (
-                "no adapter" if weights == "none" else f"the adapter weights {weights}"
-                for weights in (config.base_model_adapters, adapters)
-            )
-            warnings.warn(
-                f"{own} with {was}, but {other} with {now}: its hidden states may mean something else; load the adapter "
-                "that the critic was trained on, or train a critic for this one.",
-                stacklevel=3,
-            )
+        others = other_adapters(model, config.base_model_adapters)
+        if others is not None:
+            warnings.warn(f"{own}; {others}. Load that adapter, or train a critic for this one.", stacklevel=3)
 
     def attach(self, model: nn.Module) -> Critic:
         """Check a language model and remember its token embeddings, which the action-value head reads.

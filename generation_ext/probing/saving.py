@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
@@ -16,7 +17,7 @@ from torch import nn
 from generation_ext.prompts import Task
 from peft_ext import models
 from peft_ext.files import written_whole
-from peft_ext.language_model import base_fingerprint
+from peft_ext.language_model import adapters_fingerprint, base_fingerprint, other_adapters
 from peft_ext.language_model import base_name as name_of
 
 
@@ -30,7 +31,10 @@ def write(folder: Path, model: Any, content: Mapping[str, Any], arrays: Mapping[
     Raises:
         FileExistsError: If the folder holds something else.
     """
-    base = {"name": name_of(model), "fingerprint": base_fingerprint(model)} if isinstance(model, nn.Module) else {}
+    base = {}
+    if isinstance(model, nn.Module):
+        fingerprints = {"fingerprint": base_fingerprint(model), "adapters": adapters_fingerprint(model)}
+        base = {"name": name_of(model), **fingerprints}
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists() and not (folder / JSON).is_file() and any(folder.iterdir()):
         raise FileExistsError(f"folder={str(folder)!r} holds something else; choose another one.")
@@ -75,37 +79,45 @@ def fields_of_template(folder: Path) -> tuple[str, ...]:
 def base_of(folder: Path, base: Mapping[str, str], model: Any = None, tokenizer: Any = None) -> tuple[Any, Any]:
     """The model that a classifier was fitted on, and its tokenizer: those that are passed, or loaded by its name.
 
+    A model that is passed may have other adapters, which warns.
+
     Raises:
         ValueError: If the model is another one, or there is none of that name.
     """
     if model is not None and not isinstance(model, nn.Module):
         return model, tokenizer
-    if model is not None:
-        if tokenizer is None:
-            raise ValueError("tokenizer is missing: pass the model's.")
-        fingerprint = base_fingerprint(model)
-        if base and fingerprint != base["fingerprint"]:
-            raise ValueError(
-                f"{str(folder)!r} was fitted on {base['name']!r} (fingerprint {base['fingerprint']}), but model is "
-                f"{name_of(model)!r} (fingerprint {fingerprint}); pass the model it was fitted on, or fit it again."
-            )
-        return model, tokenizer
-    name = base.get("name")
+    if model is not None and tokenizer is None:
+        raise ValueError("tokenizer is missing: pass the model's.")
+    by_name = model is None
+    if by_name:
+        model, tokenizer = _load(folder, base.get("name"), tokenizer)
+    fingerprint = base_fingerprint(model)
+    if base and fingerprint != base["fingerprint"]:
+        raise ValueError(
+            f"{str(folder)!r} was fitted on {base['name']!r} (fingerprint {base['fingerprint']}), but "
+            f"{'that is now another one' if by_name else f'model is {name_of(model)!r}'} (fingerprint {fingerprint}); pass "
+            "the model it was fitted on, or fit it again."
+        )
+    others = other_adapters(model, base.get("adapters"))
+    if others is not None:
+        message = f"{str(folder)!r} was fitted on {base['name']!r}; {others}. Pass model= with that adapter, or fit it again."
+        if by_name:
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=3)
+    return model, tokenizer
+
+
+def _load(folder: Path, name: Optional[str], tokenizer: Any) -> tuple[Any, Any]:
     if not name:
         raise ValueError(f"model is missing: {str(folder)!r} doesn't name the one that it was fitted on.")
     try:
-        model, tokenizer = models.load(name, kind="auto"), tokenizer or models.load_tokenizer(name)
+        # a name of an adapter is that of a merged one
+        return models.load(name, kind="auto", merge=True), tokenizer or models.load_tokenizer(name)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the model {name!r}, which {str(folder)!r} was fitted on, can't be loaded by its name; pass model and "
             "tokenizer."
         ) from error
-    fingerprint = base_fingerprint(model)
-    if fingerprint != base["fingerprint"]:
-        raise ValueError(
-            f"{name!r} is no longer the model of {str(folder)!r}: {fingerprint}, not {base['fingerprint']}."
-        )
-    return model, tokenizer
 
 
 def _plain(value: Any) -> Any:

@@ -165,9 +165,9 @@ def test_another_adapter_is_said(tmp_path, recwarn):
     Critic.for_model(trained).save_pretrained(tmp_path)
     critic = Critic.from_pretrained(tmp_path).attach(trained)
     assert not [warning for warning in recwarn if warning.category is UserWarning]
-    with pytest.warns(UserWarning, match="with the adapter weights .* but .* with the adapter weights"):
+    with pytest.warns(UserWarning, match="made with the adapter weights .* but this model has the adapter weights"):
         critic.attach(other)
-    with pytest.warns(UserWarning, match="but .* with no adapter"):
+    with pytest.warns(UserWarning, match="but this model has no adapter"):
         critic.attach(tiny("llama"))
     critic.config.base_model_adapters = None  # as earlier versions saved it
     recwarn.clear()

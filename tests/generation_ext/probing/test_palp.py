@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -314,6 +315,37 @@ def test_another_model_is_refused(tmp_path):
         other.get_input_embeddings().weight.neg_()
     with pytest.raises(ValueError, match="was fitted on .* pass the model it was fitted on"):
         PALPClassifier.from_pretrained(tmp_path / "palp", other, tokenizer_for("llama"))
+
+
+def test_another_adapter_is_said(tmp_path):
+    def adapted(seed):
+        tuned = get_peft_model(copy.deepcopy(model("llama")), LoraConfig(r=2, target_modules="all-linear"))
+        torch.manual_seed(seed)
+        for name, weight in tuned.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight)
+        return tuned
+
+    words = tokenizer_for("llama")
+    fitted = PALPClassifier(adapted(0), words, template=TEMPLATE).fit(TEXTS, LABELS)
+    fitted.save_pretrained(tmp_path / "palp")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        back = PALPClassifier.from_pretrained(tmp_path / "palp", adapted(0), words)
+    np.testing.assert_array_equal(back.predict_proba(TEXTS), fitted.predict_proba(TEXTS))
+    with pytest.warns(UserWarning, match="made with the adapter weights .* but this model has the adapter weights"):
+        PALPClassifier.from_pretrained(tmp_path / "palp", adapted(1), words)
+    path = tmp_path / "palp" / "palp.json"
+    content = json.loads(path.read_text())
+    model("llama").save_pretrained(tmp_path / "lm")
+    words.save_pretrained(tmp_path / "lm")
+    content["base_model"]["name"] = str(tmp_path / "lm")
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="but this model has no adapter.* Pass model= with that adapter"):
+        PALPClassifier.from_pretrained(tmp_path / "palp")  # by name, which the adapter isn't part of
+    del content["base_model"]["adapters"]  # as earlier versions saved it
+    path.write_text(json.dumps(content))
+    PALPClassifier.from_pretrained(tmp_path / "palp")
 
 
 def test_damaged_and_missing_folders(tmp_path):
