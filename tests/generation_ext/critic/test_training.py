@@ -473,8 +473,8 @@ def test_a_resumed_run_must_have_its_own_settings(tmp_path):
 
 def test_a_resumed_run_must_have_its_own_adapter(tmp_path):
     def adapted(seed):
-        model = get_peft_model(tiny("llama"), LoraConfig(r=2, target_modules="all-linear"))
         torch.manual_seed(seed)
+        model = get_peft_model(tiny("llama"), LoraConfig(r=2, target_modules="all-linear"))
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(weight)

@@ -319,8 +319,8 @@ def test_another_model_is_refused(tmp_path):
 
 def test_another_adapter_is_said(tmp_path):
     def adapted(seed):
-        tuned = get_peft_model(copy.deepcopy(model("llama")), LoraConfig(r=2, target_modules="all-linear"))
         torch.manual_seed(seed)
+        tuned = get_peft_model(copy.deepcopy(model("llama")), LoraConfig(r=2, target_modules="all-linear"))
         for name, weight in tuned.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(weight)
