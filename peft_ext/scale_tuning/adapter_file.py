@@ -101,7 +101,7 @@ def plain_scales(
         groups, trained]`.
 
     Raises:
-        ValueError: As [`from_file`], and if the file has no scales.
+        ValueError: As [`from_file`], and if the file has no scales, or other tensors beside them.
     """
     left, found = dict(tensors), {}
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
@@ -114,6 +114,11 @@ def plain_scales(
     _refuse_other_layers(left, {prefix}, config, adapter_name)
     if not found:
         raise ValueError(f"adapter {adapter_name!r}: its file has no scales ({len(tensors)} other tensors).")
+    if left:
+        raise ValueError(
+            f"adapter {adapter_name!r} has trained tensors beside its scales ({min(left)!r}; {len(left)} in all), which an "
+            "adapter pool has no room for; load it through PeftModel.from_pretrained."
+        )
     return found
 
 

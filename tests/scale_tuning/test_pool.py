@@ -201,6 +201,15 @@ def test_bad_input(tmp_path):
     assert pool.names == ["good"]
 
 
+def test_trained_embeddings_are_not_dropped(tmp_path):
+    saved = get_peft_model(tiny("llama"), PeqaConfig(bits=4))
+    saved.save_pretrained(tmp_path, save_embedding_layers=True)
+    pool = AdapterPool(get_peft_model(tiny("llama"), PeqaConfig(bits=4)).unload())
+    with pytest.raises(ValueError, match="trained tensors beside its scales .*2 in all.*PeftModel.from_pretrained"):
+        pool.load(tmp_path)
+    assert not pool.names
+
+
 def test_a_model_that_changes_under_the_pool(tmp_path):
     """Scales that are views no more would be switched where nobody reads them, and give the base's text."""
     model = get_peft_model(tiny("llama"), PeqaConfig(bits=4)).eval()
