@@ -28,7 +28,8 @@ from peft_ext.files import written_whole
 from peft_ext.ood.study.grid import StudyConfig, read_config
 from peft_ext.ood.study.methods import METHODS
 from peft_ext.ood.study.report import write_report
-from peft_ext.ood.study.runner import result_of, run
+from peft_ext.ood.study.results import finished_cells
+from peft_ext.ood.study.runner import run
 from peft_ext.ood.study.training import TrainingOptions
 
 
@@ -67,19 +68,18 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 def verdicts(config: StudyConfig) -> list[str]:
     """What the study was to reach; means over seeds."""
-    rows = [(cell, result) for cell in config.cells() if (result := result_of(config, cell)) is not None]
-    own = [(cell, result) for cell, result in rows if cell.setting.name == "clinc150_oos"]
+    own = [row for row in finished_cells(config) if row.cell.setting.name == "clinc150_oos"]
 
     def mean(method: str, *path: str) -> Optional[float]:
         """Over seeds."""
-        found = []
+        values = []
         for cell, result in own:
             value: Any = result
             for name in path if cell.method == method else ():
                 value = value.get(name, {})
             if cell.method == method and isinstance(value, float):
-                found.append(value)
-        return sum(found) / len(found) if found else None
+                values.append(value)
+        return sum(values) / len(values) if values else None
 
     def auroc(method: str) -> Optional[float]:
         values = [mean(method, "detectors", name, "auroc") for name in ("mahalanobis", "knn")]

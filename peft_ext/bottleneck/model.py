@@ -57,14 +57,14 @@ class BottleneckModel(BaseTuner):
         if peft_config.target_modules is not None:
             return peft_config
         model_type = model_config.get("model_type")
-        known = TARGET_MODULES.get(model_type or "")
-        if known is None:
+        placements = TARGET_MODULES.get(model_type or "")
+        if placements is None:
             raise ValueError(
                 f"placement={peft_config.placement!r} is not known for models of type {model_type!r}. Please specify "
                 "`target_modules` in `peft_config`: the names of the layers that end each sub-layer, such as "
                 "['o_proj', 'down_proj']."
             )
-        targets = known[peft_config.placement]
+        targets = placements[peft_config.placement]
         if isinstance(targets, str) and peft_config.layers_to_transform is not None:
             raise ValueError(
                 f"`layers_to_transform` cannot be used with placement={peft_config.placement!r} on a {model_type!r}, whose "

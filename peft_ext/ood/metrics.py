@@ -88,10 +88,10 @@ def id_accuracy(predictions: Any, labels: Any) -> float:
     Raises:
         ValueError: If there are none, or the lengths differ.
     """
-    found, truth = np.asarray(predictions), np.asarray(labels)
-    if found.shape != truth.shape or not found.size:
-        raise ValueError(f"{found.shape} predictions can't be compared with {truth.shape} labels.")
-    return float((found == truth).mean())
+    classes, truth = np.asarray(predictions), np.asarray(labels)
+    if classes.shape != truth.shape or not classes.size:
+        raise ValueError(f"{classes.shape} predictions can't be compared with {truth.shape} labels.")
+    return float((classes == truth).mean())
 
 
 MEASURES: dict[str, Callable[[Any, Any], float]] = {

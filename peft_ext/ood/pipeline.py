@@ -90,10 +90,10 @@ class OODPipeline(PushToHubMixin):
         """
         options = {name: kwargs[name] for name in ("max_length", "batch_size") if name in kwargs}
         train = extract(model, tokenizer, texts, **options)
-        fitted = make_detector(detector).fit(train.features, train.logits, np.asarray(labels))
+        detector = make_detector(detector).fit(train.features, train.logits, np.asarray(labels))
         validation = extract(model, tokenizer, validation_texts, **options)
-        threshold = threshold_for_recall(fitted.score(validation.features, validation.logits), id_recall)
-        return cls(model, tokenizer, fitted, threshold, **kwargs)
+        threshold = threshold_for_recall(detector.score(validation.features, validation.logits), id_recall)
+        return cls(model, tokenizer, detector, threshold, **kwargs)
 
     def __call__(self, inputs: Union[str, Sequence[str]]) -> Union[dict[str, Any], list[dict[str, Any]]]:
         """`{"label", "score", "in_distribution"}` of a text, or a list of these of several.
@@ -119,9 +119,11 @@ class OODPipeline(PushToHubMixin):
 
     def predict(self, texts: Sequence[str]) -> Prediction:
         """As arrays."""
-        found = extract(self.model, self.tokenizer, texts, max_length=self.max_length, batch_size=self.batch_size)
-        scores = np.asarray(self.detector.score(found.features, found.logits))
-        return Prediction(found.logits.argmax(dim=1).numpy(), scores, scores >= self.threshold)
+        features, logits = extract(
+            self.model, self.tokenizer, texts, max_length=self.max_length, batch_size=self.batch_size
+        )
+        scores = np.asarray(self.detector.score(features, logits))
+        return Prediction(logits.argmax(dim=1).numpy(), scores, scores >= self.threshold)
 
     def save_pretrained(
         self, save_directory: Union[str, os.PathLike], push_to_hub: bool = False, **kwargs: Any

@@ -5,35 +5,36 @@ intervals."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any, Optional
+from collections.abc import Sequence
+from typing import Any
 
 from peft_ext.ood.metrics import Interval, mean_interval
 from peft_ext.ood.study.methods import METHODS
+from peft_ext.ood.study.results import CellResult
 
 
 # The detectors whose numbers answer: the study's own choice, which sees features, and the usual one, which sees logits.
 DETECTOR, SECOND_DETECTOR = "mahalanobis", "msp"
 # What is compared with, and what it is called within a sentence.
 REFERENCE, UNPACKED_REFERENCE = ("full", "full fine-tuning"), ("lora", "LoRA")
-Rows = list[tuple[str, Interval, int]]
+Differences = list[tuple[str, Interval, int]]
 
 
-def size_answer(finished: Sequence[Any], detector: str = DETECTOR) -> tuple[str, Rows]:
+def size_answer(finished: Sequence[CellResult], detector: str = DETECTOR) -> tuple[str, Differences]:
     """How AUROC changes from a model to the next larger one: pairs that differ in nothing else.
 
     Args:
-        finished: `report.Finished` cells.
+        finished: Cells that have a result.
         detector: Whose AUROC.
 
     Returns:
         A sentence, and for each step the mean difference, its interval and the number of pairs.
     """
     sizes = {row.cell.model.name: row.result["backbone_parameters"] for row in finished}
-    values = {_key(row): v for row in finished if (v := _auroc(row, detector)) is not None}
+    values = _aurocs(finished, detector)
     # models that no other one shares a cell with say nothing about size
-    seen = Counter(key[1:] for key in values)
-    ordered = sorted({key[0] for key in values if seen[key[1:]] > 1}, key=lambda name: sizes[name])
+    models = Counter(key[1:] for key in values)
+    ordered = sorted({key[0] for key in values if models[key[1:]] > 1}, key=lambda name: sizes[name])
     rows = []
     for small, large in [*zip(ordered, ordered[1:]), *([(ordered[0], ordered[-1])] if len(ordered) > 2 else [])]:
         pairs = [
@@ -49,11 +50,11 @@ def size_answer(finished: Sequence[Any], detector: str = DETECTOR) -> tuple[str,
     return f"{_verdict(step[1], 'Yes', 'No: they detect worse')} ({step[0]}, detector {detector}).", rows
 
 
-def tuning_answer(finished: Sequence[Any], detector: str = DETECTOR) -> tuple[str, Rows]:
+def tuning_answer(finished: Sequence[CellResult], detector: str = DETECTOR) -> tuple[str, Differences]:
     """How AUROC differs from full fine-tuning's: pairs of the same set, model and seed, each method's budgets averaged.
 
     Args:
-        finished: `report.Finished` cells.
+        finished: Cells that have a result.
         detector: Whose AUROC.
 
     Returns:
@@ -62,11 +63,11 @@ def tuning_answer(finished: Sequence[Any], detector: str = DETECTOR) -> tuple[st
     return _against(finished, detector, REFERENCE, list(METHODS))
 
 
-def quantisation_answer(finished: Sequence[Any], detector: str = DETECTOR) -> tuple[str, Rows]:
+def quantisation_answer(finished: Sequence[CellResult], detector: str = DETECTOR) -> tuple[str, Differences]:
     """How AUROC on a packed base differs from LoRA's: pairs of the same set, model, seed and budget; budgets averaged.
 
     Args:
-        finished: `report.Finished` cells.
+        finished: Cells that have a result.
         detector: Whose AUROC.
 
     Returns:
@@ -77,19 +78,19 @@ def quantisation_answer(finished: Sequence[Any], detector: str = DETECTOR) -> tu
 
 
 def _against(
-    finished: Sequence[Any], detector: str, against: tuple[str, str], methods: Sequence[str]
-) -> tuple[str, Rows]:
+    finished: Sequence[CellResult], detector: str, against: tuple[str, str], methods: Sequence[str]
+) -> tuple[str, Differences]:
     reference, title = against
-    values = {_key(row): v for row in finished if (v := _auroc(row, detector)) is not None}
-    known = {(*key[:3], key[4]): value for key, value in values.items() if key[3] == reference}
+    values = _aurocs(finished, detector)
+    others = {(*key[:3], key[4]): value for key, value in values.items() if key[3] == reference}
     rows = []
     for method in dict.fromkeys(row.cell.method for row in finished if row.cell.method in methods):
         by_budget: dict[Any, list[float]] = {}
         for key, value in values.items():
-            other = known.get((*key[:3], key[4]), known.get((*key[:3], None)))
+            other = others.get((*key[:3], key[4]), others.get((*key[:3], None)))
             if key[3] == method and other is not None:
                 by_budget.setdefault(key[:3], []).append(value - other)
-        pairs = [sum(found) / len(found) for found in by_budget.values()]
+        pairs = [sum(values) / len(values) for values in by_budget.values()]
         if method != reference and pairs:
             rows.append((METHODS[method].title, mean_interval(pairs), len(pairs)))
     if not rows:
@@ -105,14 +106,14 @@ def _against(
     return f"{sentence[:1].upper()}{sentence[1:] or f'No method differs from {title}'} (detector {detector}).", rows
 
 
-def _key(row: Any) -> tuple[Any, ...]:
-    cell = row.cell
-    return cell.model.name, cell.setting.name, cell.seed, cell.method, cell.budget
-
-
-def _auroc(row: Any, detector: str) -> Optional[float]:
-    found: Mapping[str, Any] = row.result["detectors"].get(detector, {})
-    return found.get("auroc")
+def _aurocs(finished: Sequence[CellResult], detector: str) -> dict[tuple[Any, ...], float]:
+    """By model, set, seed, method and budget."""
+    values = {}
+    for row in finished:
+        cell, value = row.cell, row.measure(detector, "auroc")
+        if value is not None:
+            values[cell.model.name, cell.setting.name, cell.seed, cell.method, cell.budget] = value
+    return values
 
 
 def _verdict(interval: Interval, yes: str, no: str) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -204,15 +205,15 @@ def _from_hub(source: Source) -> Splits:
         from datasets import load_dataset
     except ImportError as error:
         raise ImportError("data sets of the hub need: pip install datasets") from error
-    found = load_dataset(*source.hub)
+    corpus = load_dataset(*source.hub)
     splits = {}
-    for name in set(found) & {"train", "validation", "test"}:
-        part = found[name]
+    for name in set(corpus) & {"train", "validation", "test"}:
+        part = corpus[name]
         names = getattr(part.features[source.label], "names", None)
         labels = [names[value] if names else str(value) for value in part[source.label]]
         splits[name] = [Example(text, label) for text, label in zip(part[source.text], labels)]
     if "test" not in splits:
-        raise ValueError(f"data set {source.hub[0]!r} has no test split, only {sorted(found)}.")
+        raise ValueError(f"data set {source.hub[0]!r} has no test split, only {sorted(corpus)}.")
     return splits
 
 
@@ -269,11 +270,10 @@ def _stratified(
 
 
 def _first_per_class(examples: list[Example], count: int, generator: random.Random) -> list[Example]:
-    shuffled, seen = generator.sample(examples, len(examples)), dict[str, int]()
-    chosen = []
-    for example in shuffled:
-        seen[example.label] = seen.get(example.label, 0) + 1
-        if seen[example.label] <= count:
+    chosen, counts = [], Counter[str]()
+    for example in generator.sample(examples, len(examples)):
+        counts[example.label] += 1
+        if counts[example.label] <= count:
             chosen.append(example)
     return chosen
 

@@ -108,8 +108,7 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.training, TrainingOptions):
-            known = [f.name for f in fields(TrainingOptions)]
-            _check_known("training", self.training, known)
+            _check_names("training", self.training, TrainingOptions)
             self.training = TrainingOptions(**self.training)
         for spec in self.detectors:
             make_detector(spec)
@@ -122,9 +121,9 @@ class StudyConfig:
             ValueError, TypeError: If a set, model, method or grid is unknown or bad.
         """
         axes = ("sets", "models", "methods", "budgets", "seeds")
-        found: dict[str, Cell] = {}
+        cells: dict[str, Cell] = {}
         for number, grid in enumerate(self.grids or [{}]):
-            _check_known(f"grid {number + 1}", grid, (*axes, "training"))
+            _check_names(f"grid {number + 1}", grid, (*axes, "training"))
             training = self._training(f"grid {number + 1}", grid.get("training", {}))
             sets, models, methods, budgets, seeds = (
                 _listed(axis, grid.get(axis, getattr(self, axis))) for axis in axes
@@ -137,8 +136,8 @@ class StudyConfig:
                             sizes = budgets if get_method(method).config is not None else [None]
                             for budget in sizes:
                                 cell = Cell(setting, model, method, budget, int(seed), training)
-                                found.setdefault(cell.id, cell)
-        return list(found.values())
+                                cells.setdefault(cell.id, cell)
+        return list(cells.values())
 
     def searching_cell(self, cell: Cell) -> Optional[Cell]:
         """The cell that chooses the learning rate for this one; None if there is nothing to choose, or it does itself."""
@@ -150,7 +149,7 @@ class StudyConfig:
 
     def _training(self, where: str, changes: Any) -> TrainingOptions:
         """How a grid's cells are trained."""
-        _check_known(f"{where}: training", changes, [f.name for f in fields(TrainingOptions)])
+        _check_names(f"{where}: training", changes, TrainingOptions)
         training = replace(self.training, **changes)
         for name in training.learning_rates:
             get_method(name)
@@ -175,7 +174,7 @@ def read_config(path: Union[str, Path], **overrides: Any) -> StudyConfig:
     if not isinstance(values, dict):
         raise ValueError(f"config={str(path)!r} holds a {type(values).__name__}; expected names and values.")
     values.update({name: value for name, value in overrides.items() if value is not None})
-    _check_known(str(path), values, [f.name for f in fields(StudyConfig)])
+    _check_names(str(path), values, StudyConfig)
     if not values.get("output_dir"):
         raise ValueError(f"config={str(path)!r} has no output_dir; say where the results go.")
     return StudyConfig(**values)
@@ -185,7 +184,7 @@ def _model(spec: Any) -> ModelSpec:
     if isinstance(spec, ModelSpec):
         return spec
     values = dict(spec) if isinstance(spec, Mapping) else {"path": spec}
-    _check_known("model", values, [f.name for f in fields(ModelSpec)])
+    _check_names("model", values, ModelSpec)
     values.setdefault("name", Path(str(values.get("path") or "smollm2-135m-instruct")).name)
     model = ModelSpec(**values)
     if model.pooling is not None and model.pooling not in POOLINGS:
@@ -199,9 +198,11 @@ def _listed(name: str, value: Any) -> list[Any]:
     return list(value)
 
 
-def _check_known(where: str, values: Any, known: Sequence[str]) -> None:
+def _check_names(where: str, values: Any, allowed: Any) -> None:
+    """`allowed`: names, or the dataclass whose fields they are."""
+    names = [f.name for f in fields(allowed)] if isinstance(allowed, type) else list(allowed)
     if not isinstance(values, Mapping):
         raise TypeError(f"{where}: {values!r} must be a mapping of names and values.")
-    unknown = sorted(set(map(str, values)) - set(known))
+    unknown = sorted(set(map(str, values)) - set(names))
     if unknown:
-        raise ValueError(f"{where}: {unknown[0]!r} is unknown; choose from {list(known)}.")
+        raise ValueError(f"{where}: {unknown[0]!r} is unknown; choose from {names}.")

@@ -38,6 +38,10 @@ class Manifest:
         """The last event of every job. A line that a kill cut off doesn't count."""
         return {event["job"]: event for event in read_grown_rows(self.path, skip_damaged=True) if "job" in event}
 
+    def jobs(self, *statuses: str) -> set[str]:
+        """The jobs whose last event has one of these statuses."""
+        return {job for job, event in self.last().items() if event.get("status") in statuses}
+
     def status(self, job: str) -> Optional[str]:
         """`"done"`, `"failed"`, `"skipped"`, `"started"`, or None if nobody has begun it."""
         return self.last().get(job, {}).get("status")
@@ -52,17 +56,17 @@ class Manifest:
         Returns:
             None if there is none at the moment.
         """
-        finished = set(FINISHED) - set(again)
-        events = self.last()
+        statuses = set(FINISHED) - set(again)
+        finished = self.jobs(*statuses)
         for job in jobs:
-            if events.get(job, {}).get("status") in finished:
+            if job in finished:
                 continue
             claimed = lock(self._locks / f"{job}.lock")
             try:
                 claimed.acquire(timeout=0)
             except TimeoutError:
                 continue
-            if self.status(job) in finished:  # by another process, in between
+            if self.status(job) in statuses:  # by another process, in between
                 claimed.release()
                 continue
             self.add(job, "started")

@@ -60,7 +60,7 @@ def _peqa(bits: int) -> Callable[[int], PeftConfig]:
 
 
 def _alphatuning(bits: int) -> Callable[[int], PeftConfig]:
-    """In groups from the data-free initialisation: calibrating binary codes in groups takes minutes, and gains little there."""
+    """In groups without data: calibrating binary codes in groups takes minutes, and gains little there."""
     return lambda group: AlphaTuningConfig(
         bits=bits, group_size=group, init_method="calibrated" if group == -1 else "alternating", task_type="SEQ_CLS"
     )

@@ -15,15 +15,15 @@ from peft_ext.ood.detectors import make_detector
 from peft_ext.ood.study.answers import DETECTOR
 from peft_ext.ood.study.grid import StudyConfig
 from peft_ext.ood.study.methods import METHODS
-from peft_ext.ood.study.runner import scores_path
+from peft_ext.ood.study.results import CellResult, scores_path
 
 
-def draw(config: StudyConfig, finished: Sequence[Any], folder: Path) -> list[Path]:
+def draw(config: StudyConfig, finished: Sequence[CellResult], folder: Path) -> list[Path]:
     """Draw all plots into a folder; returns their paths.
 
     Args:
         config: The study.
-        finished: `report.Finished` cells; scores, which are large, may be missing: then their plots are left out.
+        finished: Cells that have a result; scores, which are large, may be missing: then their plots are left out.
         folder: Made if need be.
 
     Raises:
@@ -54,17 +54,17 @@ def draw(config: StudyConfig, finished: Sequence[Any], folder: Path) -> list[Pat
     return paths
 
 
-def _example(config: StudyConfig, rows: Sequence[Any]) -> Optional[Any]:
+def _example(config: StudyConfig, rows: Sequence[CellResult]) -> Optional[CellResult]:
     """Whose scores are drawn: the first cell that trained more than a head; None if no scores are kept."""
     kept = [row for row in rows if scores_path(config, row.cell).is_file()]
     return next((row for row in kept if row.cell.method != "linear"), kept[0] if kept else None)
 
 
-def _budgets(rows: Sequence[Any]) -> set[float]:
-    return {row.cell.budget for row in rows} - {None}
+def _budgets(rows: Sequence[CellResult]) -> set[float]:
+    return {row.cell.budget for row in rows if row.cell.budget is not None}
 
 
-def _against_size(rows: Sequence[Any], detector: str, target: Path) -> Path:
+def _against_size(rows: Sequence[CellResult], detector: str, target: Path) -> Path:
     figure, axes = _figure(1)
     several = len(_budgets(rows)) > 1
     for method, budget in dict.fromkeys((row.cell.method, row.cell.budget) for row in rows):
@@ -76,7 +76,7 @@ def _against_size(rows: Sequence[Any], detector: str, target: Path) -> Path:
     return _save_curves(figure, axes[0], rows, detector, "parameters of the model", ticks, target)
 
 
-def _against_budget(rows: Sequence[Any], detector: str, target: Path) -> Path:
+def _against_budget(rows: Sequence[CellResult], detector: str, target: Path) -> Path:
     """Methods without a budget are drawn from side to side."""
     figure, axes = _figure(1)
     ends = min(_budgets(rows)), max(_budgets(rows))
@@ -88,29 +88,39 @@ def _against_budget(rows: Sequence[Any], detector: str, target: Path) -> Path:
                 title = METHODS[method].title
                 axes[0].plot([100 * end for end in ends], [np.mean(values)] * 2, linestyle="--", label=title)
         else:
-            _curve(axes[0], chosen, detector, lambda row: 100 * row.cell.budget, METHODS[method].title)
+            _curve(axes[0], chosen, detector, lambda row: 100 * (row.cell.budget or 0), METHODS[method].title)
     ticks = {100 * budget: f"{100 * budget:g}" for budget in _budgets(rows)}
     return _save_curves(figure, axes[0], rows, detector, "trained parameters, % of the model's", ticks, target)
 
 
-def _curve(axis: Any, rows: Sequence[Any], detector: str, place: Callable[[Any], float], title: str) -> None:
-    points = _values(rows, detector, place)
-    places = sorted(points)
-    means, deviations = ([function(points[x]) for x in places] for function in (np.mean, np.std))
-    axis.errorbar(places, means, yerr=deviations, marker="o", capsize=3, label=title)
+def _curve(
+    axis: Any, rows: Sequence[CellResult], detector: str, position: Callable[[CellResult], float], title: str
+) -> None:
+    points = _values(rows, detector, position)
+    positions = sorted(points)
+    means, deviations = ([function(points[x]) for x in positions] for function in (np.mean, np.std))
+    axis.errorbar(positions, means, yerr=deviations, marker="o", capsize=3, label=title)
 
 
-def _values(rows: Sequence[Any], detector: str, place: Callable[[Any], float]) -> dict[float, list[float]]:
+def _values(
+    rows: Sequence[CellResult], detector: str, position: Callable[[CellResult], float]
+) -> dict[float, list[float]]:
     points: dict[float, list[float]] = {}
     for row in rows:
-        value = row.result["detectors"].get(detector, {}).get("auroc")
+        value = row.measure(detector, "auroc")
         if value is not None:
-            points.setdefault(place(row), []).append(value)
+            points.setdefault(position(row), []).append(value)
     return points
 
 
 def _save_curves(
-    figure: Any, axis: Any, rows: Sequence[Any], detector: str, label: str, ticks: dict[float, str], target: Path
+    figure: Any,
+    axis: Any,
+    rows: Sequence[CellResult],
+    detector: str,
+    label: str,
+    ticks: dict[float, str],
+    target: Path,
 ) -> Path:
     axis.set(xscale="log", xlabel=label, ylabel=f"AUROC, {detector}", title=rows[0].cell.setting.name)
     axis.set_xticks(list(ticks), list(ticks.values()))

@@ -19,14 +19,7 @@ from peft_ext.ood.study.answers import DETECTOR, SECOND_DETECTOR, quantisation_a
 from peft_ext.ood.study.grid import Cell, StudyConfig
 from peft_ext.ood.study.manifest import FAILED, SKIPPED, Manifest
 from peft_ext.ood.study.methods import METHODS
-from peft_ext.ood.study.runner import result_of
-
-
-class Finished(NamedTuple):
-    """A cell and its result."""
-
-    cell: Cell
-    result: dict[str, Any]
+from peft_ext.ood.study.results import CellResult, finished_cells
 
 
 class Table(NamedTuple):
@@ -45,7 +38,7 @@ def write_report(config: StudyConfig) -> Path:
     """
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    finished = [Finished(cell, result) for cell in config.cells() if (result := result_of(config, cell)) is not None]
+    finished = finished_cells(config)
     parts = make_tables(config, finished)
     plots = _plots(config, finished)
     with written_whole(folder / "report.md") as path:
@@ -55,10 +48,10 @@ def write_report(config: StudyConfig) -> Path:
     return folder / "report.md"
 
 
-def make_tables(config: StudyConfig, finished: Sequence[Finished]) -> list[Table]:
+def make_tables(config: StudyConfig, finished: Sequence[CellResult]) -> list[Table]:
     """All parts of the report."""
     names = [make_detector(spec).name for spec in config.detectors]
-    by_set: dict[str, list[Finished]] = {}
+    by_set: dict[str, list[CellResult]] = {}
     for row in finished:
         by_set.setdefault(row.cell.setting.name, []).append(row)
     parts = [_summary(config, finished)]
@@ -71,26 +64,21 @@ def make_tables(config: StudyConfig, finished: Sequence[Finished]) -> list[Table
         ):
             parts.append(_measure_table(f"{name}: {title}", rows, names, measure))
     if finished:
-        parts += [_ranks(finished, names), _detector_ranks(finished, names), *_answers(finished)]
+        parts += [*_rank_tables(finished, names), *_answers(finished)]
     parts.append(_unfinished(config, finished))
     return parts
 
 
-def grouped(rows: Iterable[Finished]) -> list[list[Finished]]:
+def grouped(rows: Iterable[CellResult]) -> list[list[CellResult]]:
     """Cells that differ in the seed only, together."""
-    groups: dict[str, list[Finished]] = {}
+    groups: dict[str, list[CellResult]] = {}
     for row in rows:
         same = {name: value for name, value in row.cell.settings().items() if name != "seed"}
         groups.setdefault(json.dumps(same, sort_keys=True), []).append(row)
     return list(groups.values())
 
 
-def value_of(row: Finished, detector: str, measure: str) -> Optional[float]:
-    """A detector's measure in a cell; None if the detector had none there."""
-    return row.result["detectors"].get(detector, {}).get(measure)
-
-
-def _summary(config: StudyConfig, finished: Sequence[Finished]) -> Table:
+def _summary(config: StudyConfig, finished: Sequence[CellResult]) -> Table:
     cells = config.cells()
     epochs, batches = (
         " or ".join(map(str, sorted({getattr(cell.training, name) for cell in cells})))
@@ -108,7 +96,7 @@ def _summary(config: StudyConfig, finished: Sequence[Finished]) -> Table:
     return Table("Out-of-distribution detection", text, headers, rows)
 
 
-def _accuracy_table(name: str, rows: Sequence[Finished]) -> Table:
+def _accuracy_table(name: str, rows: Sequence[CellResult]) -> Table:
     headers = ["Model", "Method", "Budget", "Size", "Trained", "Rate", "Validation accuracy", "ID accuracy", "Seeds"]
     table = []
     for group in grouped(rows):
@@ -123,12 +111,12 @@ def _accuracy_table(name: str, rows: Sequence[Finished]) -> Table:
     return Table(f"{name}: accuracy", "", headers, table)
 
 
-def _measure_table(title: str, rows: Sequence[Finished], detectors: Sequence[str], measure: str) -> Table:
+def _measure_table(title: str, rows: Sequence[CellResult], detectors: Sequence[str], measure: str) -> Table:
     table = []
     for group in grouped(rows):
         cells = []
         for detector in detectors:
-            values = [v for row in group if (v := value_of(row, detector, measure)) is not None]
+            values = [v for row in group if (v := row.measure(detector, measure)) is not None]
             cells.append(_spread(values) if values else "failed")
         table.append([*_labels(group[0].cell), *cells])
     notes = sorted({f"{d}: {r.result['detectors'][d]['error']}" for r in rows for d in detectors
@@ -136,65 +124,71 @@ def _measure_table(title: str, rows: Sequence[Finished], detectors: Sequence[str
     return Table(title, " ".join(notes), ["Model", "Method", "Budget", *detectors], table)
 
 
-def _ranks(finished: Sequence[Finished], detectors: Sequence[str]) -> Table:
-    """Mean rank of the methods by AUROC, over all sets, models, budgets and seeds in which all of them stand."""
-    return _rank_table(
-        "Ranks of the methods",
-        "Mean rank by AUROC (1 is best) among the methods of the same set, model, budget and seed; full fine-tuning and the "
-        "linear probe stand in every budget.",
-        finished,
-        detectors,
-        by_method=True,
-    )
-
-
-def _detector_ranks(finished: Sequence[Finished], detectors: Sequence[str]) -> Table:
-    return _rank_table(
-        "Ranks of the detectors", "Mean rank by AUROC (1 is best) among the detectors behind the same classifiers.",
-        finished, detectors, by_method=False,
-    )  # fmt: skip
+def _rank_tables(finished: Sequence[CellResult], detectors: Sequence[str]) -> list[Table]:
+    among_methods = [
+        {(row.cell.method, detector): row.measure(detector, "auroc") for row in rows}
+        for rows in _competitions(finished)
+        for detector in detectors
+    ]
+    among_detectors = [
+        {(row.cell.method, detector): row.measure(detector, "auroc") for detector in detectors} for row in finished
+    ]
+    methods = list(dict.fromkeys(row.cell.method for row in finished))
+    return [
+        _rank_table(
+            "Ranks of the methods",
+            "Mean rank by AUROC (1 is best) among the methods of the same set, model, budget and seed; full fine-tuning and "
+            "the linear probe stand in every budget.",
+            among_methods,
+            methods,
+            detectors,
+        ),
+        _rank_table(
+            "Ranks of the detectors",
+            "Mean rank by AUROC (1 is best) among the detectors behind the same classifiers.",
+            among_detectors,
+            methods,
+            detectors,
+        ),
+    ]
 
 
 def _rank_table(
-    title: str, text: str, finished: Sequence[Finished], detectors: Sequence[str], by_method: bool
+    title: str,
+    text: str,
+    competitions: Iterable[dict[tuple[str, str], Optional[float]]],
+    methods: Sequence[str],
+    detectors: Sequence[str],
 ) -> Table:
     ranks: dict[tuple[str, str], list[float]] = {}
-    if by_method:
-        for rows in _competitions(finished):
-            for detector in detectors:
-                values = {row.cell.method: v for row in rows if (v := value_of(row, detector, "auroc")) is not None}
-                for name, rank in zip(values, rankdata([-value for value in values.values()])):
-                    ranks.setdefault((name, detector), []).append(float(rank))
-    else:
-        for row in finished:
-            values = {d: v for d in detectors if (v := value_of(row, d, "auroc")) is not None}
-            for name, rank in zip(values, rankdata([-value for value in values.values()])):
-                ranks.setdefault((row.cell.method, name), []).append(float(rank))
-    methods = list(dict.fromkeys(row.cell.method for row in finished))
-    table = []
+    for competition in competitions:
+        measured = {entry: value for entry, value in competition.items() if value is not None}
+        for entry, rank in zip(measured, rankdata([-value for value in measured.values()])):
+            ranks.setdefault(entry, []).append(float(rank))
+    rows = []
     for method in methods:
-        found = [ranks.get((method, detector), []) for detector in detectors]
-        table.append([METHODS[method].title, *(f"{np.mean(values):.1f}" if values else "-" for values in found)])
-    return Table(title, text, ["Method", *detectors], table)
+        means = [f"{np.mean(ranks[entry]):.1f}" if (entry := (method, d)) in ranks else "-" for d in detectors]
+        rows.append([METHODS[method].title, *means])
+    return Table(title, text, ["Method", *detectors], rows)
 
 
-def _competitions(finished: Sequence[Finished]) -> list[list[Finished]]:
-    """Groups of cells that differ in the method only."""
-    groups: dict[Any, list[Finished]] = {}
+def _competitions(finished: Sequence[CellResult]) -> list[list[CellResult]]:
+    """Groups of cells that differ in the method only; those without a budget stand in every budget's."""
+    groups: dict[Any, list[CellResult]] = {}
     for row in finished:
         if row.cell.budget is not None:
-            groups.setdefault((row.cell.setting.name, row.cell.model.name, row.cell.budget, row.cell.seed), []).append(
+            groups.setdefault((row.cell.setting.name, row.cell.model.name, row.cell.seed, row.cell.budget), []).append(
                 row
             )
     for row in finished:
         if row.cell.budget is None:
-            for (name, model, _, seed), rows in groups.items():
-                if (name, model, seed) == (row.cell.setting.name, row.cell.model.name, row.cell.seed):
+            for key, rows in groups.items():
+                if key[:3] == (row.cell.setting.name, row.cell.model.name, row.cell.seed):
                     rows.append(row)
     return [rows for rows in groups.values() if len(rows) > 1]
 
 
-def _answers(finished: Sequence[Finished]) -> list[Table]:
+def _answers(finished: Sequence[CellResult]) -> list[Table]:
     headers = ["", "Difference in AUROC", "95 % interval", "Pairs"]
     measured = {name for row in finished for name in row.result["detectors"]}
     caution = (
@@ -217,7 +211,7 @@ def _range(interval: Interval, count: int) -> str:
     return "of one pair, none" if count == 1 else f"{interval.low:+.1%} to {interval.high:+.1%}"
 
 
-def _unfinished(config: StudyConfig, finished: Sequence[Finished]) -> Table:
+def _unfinished(config: StudyConfig, finished: Sequence[CellResult]) -> Table:
     events = Manifest(config.output_dir).last()
     done = {row.cell.id for row in finished}
     rows = []
@@ -244,7 +238,7 @@ def _spread(values: Sequence[float]) -> str:
     return mean if len(values) < 2 else f"{mean} ± {100 * np.std(values, ddof=1):.1f}"
 
 
-def _plots(config: StudyConfig, finished: Sequence[Finished]) -> list[Path]:
+def _plots(config: StudyConfig, finished: Sequence[CellResult]) -> list[Path]:
     if not finished:
         return []
     from peft_ext.ood.study.plots import draw

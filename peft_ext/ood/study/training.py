@@ -95,10 +95,10 @@ def train(
         trainer = _Trainer(
             model=model,
             args=_arguments(folder, options, learning_rate, seed),
-            train_dataset=_Texts(tokenizer, data.train, options.max_length),
-            eval_dataset=_Texts(tokenizer, data.validation, options.max_length),
+            train_dataset=_encoded(tokenizer, data.train, options.max_length),
+            eval_dataset=_encoded(tokenizer, data.validation, options.max_length),
             data_collator=DataCollatorWithPadding(tokenizer),
-            compute_metrics=lambda found: {"accuracy": id_accuracy(found.predictions.argmax(-1), found.label_ids)},
+            compute_metrics=lambda output: {"accuracy": id_accuracy(output.predictions.argmax(-1), output.label_ids)},
             callbacks=[best],
         )
         trainer.head_learning_rate = options.head_learning_rate
@@ -141,19 +141,12 @@ def calibration_batch(tokenizer: PreTrainedTokenizerBase, data: Data, options: T
     return BatchEncoding({name: batch[name] for name in ("input_ids", "attention_mask")})
 
 
-class _Texts(torch.utils.data.Dataset):
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, part: tuple[list[str], list[int]], max_length: int) -> None:
-        encoded = tokenizer(part[0], truncation=True, max_length=max_length)
-        names = ("input_ids", "attention_mask")
-        self.rows = [
-            {**{name: encoded[name][row] for name in names}, "labels": label} for row, label in enumerate(part[1])
-        ]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return dict(self.rows[index])
+def _encoded(
+    tokenizer: PreTrainedTokenizerBase, part: tuple[list[str], list[int]], max_length: int
+) -> list[dict[str, Any]]:
+    encoded = tokenizer(part[0], truncation=True, max_length=max_length)
+    names = ("input_ids", "attention_mask")
+    return [{**{name: encoded[name][row] for name in names}, "labels": label} for row, label in enumerate(part[1])]
 
 
 class _KeepBest(TrainerCallback):
@@ -202,7 +195,7 @@ class _Trainer(Trainer):
                     decay = self.args.weight_decay if decays else 0.0
                     groups.setdefault((rate, decay), []).append(parameter)
             self.optimizer = torch.optim.AdamW(
-                [{"params": found, "lr": rate, "weight_decay": decay} for (rate, decay), found in groups.items()]
+                [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
             )
         return self.optimizer
 

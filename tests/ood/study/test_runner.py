@@ -11,12 +11,13 @@ from safetensors.numpy import load_file
 
 from peft_ext.ood import metrics
 from peft_ext.ood.__main__ import COMMANDS, main
-from peft_ext.ood.study import runner
+from peft_ext.ood.study import results, runner
 from peft_ext.ood.study.answers import quantisation_answer, size_answer, tuning_answer
 from peft_ext.ood.study.grid import read_config
 from peft_ext.ood.study.manifest import Manifest
 from peft_ext.ood.study.methods import METHODS
-from peft_ext.ood.study.report import Finished, grouped, make_tables, write_report
+from peft_ext.ood.study.report import grouped, make_tables, write_report
+from peft_ext.ood.study.results import CellResult
 
 
 TRAINING = {"epochs": 1, "batch_size": 16, "calibration_examples": 8}
@@ -58,8 +59,8 @@ def test_every_method_and_the_report(write, tmp_path):
     config = write(methods=list(METHODS), sets=["clinc150_oos", {"name": "clinc150_near", "ratio": 0.5}])
     assert _run(config) == {"done": 18, "failed": 0, "skipped": 0}
     for cell in config.cells():
-        result = runner.result_of(config, cell)
-        scores = load_file(runner.scores_path(config, cell))
+        result = results.result_of(config, cell)
+        scores = load_file(results.scores_path(config, cell))
         for name, measured in result["detectors"].items():
             inside, outside = scores[f"{name}.id"], scores[f"{name}.outside"]
             assert measured["auroc"] == pytest.approx(metrics.auroc(inside, outside))
@@ -81,7 +82,7 @@ def test_every_method_and_the_report(write, tmp_path):
     assert _run(config) == {"done": 0, "failed": 0, "skipped": 0}, "finished cells were run again"
     for cell in config.cells():
         if cell.setting.name == "clinc150_near":
-            runner.scores_path(config, cell).unlink()
+            results.scores_path(config, cell).unlink()
     text = write_report(config).read_text()
     assert "roc_clinc150_oos.png" in text and "sizes_clinc150_near.png" in text and "roc_clinc150_near" not in text
 
@@ -123,7 +124,7 @@ def test_the_first_seed_chooses_the_learning_rate(write):
     training = {**TRAINING, "epochs": 2, "learning_rates": {"lora": [1e-7, 1e-2]}, "head_learning_rate": 1e-4}
     config = write(methods=["lora"], seeds=[3, 4], training=training)
     assert _run(config) == {"done": 2, "failed": 0, "skipped": 0}
-    first, second = (runner.result_of(config, cell) for cell in config.cells())
+    first, second = (results.result_of(config, cell) for cell in config.cells())
     assert set(first["searched"]) == {"1e-07", "0.01"} and len(second["searched"]) == 1
     assert (
         first["learning_rate"] == second["learning_rate"] == float(max(first["searched"], key=first["searched"].get))
@@ -148,10 +149,10 @@ def test_results_do_not_depend_on_the_order_or_the_worker(write, tmp_path, run_m
     events = [json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]
     assert len([event for event in events if event["status"] == "done"]) == 6 == len(config.cells())
     cell = next(cell for cell in config.cells() if cell.method == "lora")
-    parallel = runner.result_of(config, cell)
+    parallel = results.result_of(config, cell)
     alone = write(methods=["lora"], detectors=["msp", "mahalanobis"], output_dir=str(tmp_path / "alone"))
     assert _run(alone)["done"] == 1
-    single = runner.result_of(alone, alone.cells()[0])
+    single = results.result_of(alone, alone.cells()[0])
     assert single["cell"] == parallel["cell"] and single["id_accuracy"] == parallel["id_accuracy"]
     assert single["detectors"]["mahalanobis"]["auroc"] == pytest.approx(
         parallel["detectors"]["mahalanobis"]["auroc"], abs=0.01
@@ -166,7 +167,7 @@ def test_a_launchers_processes_train_a_cell_together(write, tmp_path, run_module
     assert len(events) == 4 and len({event["process"] for event in events}) == 1
     alone = write(methods=["linear"], detectors=["msp", "mahalanobis"], output_dir=str(tmp_path / "alone"))
     assert _run(alone)["done"] == 1
-    one, two = (runner.result_of(c, c.cells()[0]) for c in (alone, config))
+    one, two = (results.result_of(c, c.cells()[0]) for c in (alone, config))
     assert one["examples"] == two["examples"] and one["id_accuracy"] == two["id_accuracy"]
     assert one["detectors"]["mahalanobis"]["auroc"] == pytest.approx(
         two["detectors"]["mahalanobis"]["auroc"], abs=0.01
@@ -176,8 +177,8 @@ def test_a_launchers_processes_train_a_cell_together(write, tmp_path, run_module
 def test_features_are_kept_if_asked(write):
     config = write(methods=["linear"], keep_features=True)
     _run(config)
-    folder = runner.scores_path(config, config.cells()[0]).parent
-    tensors = load_file(folder / runner.FEATURES)
+    folder = results.scores_path(config, config.cells()[0]).parent
+    tensors = load_file(folder / results.FEATURES)
     assert tensors["train.features"].shape == (60, 32) and tensors["outside.logits"].shape == (6, 6)
 
 
@@ -243,7 +244,7 @@ def test_a_grid_trains_in_its_own_way(write):
     assert found == [(5, 1, 16)] * 2 + [(5, 2, 16)] * 2 + [(6, 2, 16)] * 2
     assert [dict(cell.training.learning_rates) for cell in config.cells()] == [{}] * 2 + [rates] * 4
     assert "At most 1 or 2 epochs" in make_tables(config, [])[0].text
-    assert [len(group) for group in grouped([Finished(cell, {}) for cell in config.cells()])] == [1, 1, 2, 2]
+    assert [len(group) for group in grouped([CellResult(cell, {}) for cell in config.cells()])] == [1, 1, 2, 2]
 
 
 def test_a_search_stays_within_its_grid(write):
@@ -273,12 +274,12 @@ def test_answers_from_known_numbers(write):
             "parameters": 10, "size": None, "size_name": "", "learning_rate": 0.1, "validation_accuracy": 0.9,
             "id_accuracy": 0.9, "examples": {"train": 1}, "detectors": {"mahalanobis": {"auroc": value, "fpr95": 0.1}},
         }  # fmt: skip
-        finished.append(Finished(cell, result))
+        finished.append(CellResult(cell, result))
     sentence, rows = size_answer(finished)
     assert sentence.startswith("Yes") and rows[0][0] == "small to large"
     assert rows[0][1] == pytest.approx((0.1, 0.1, 0.1)) and rows[0][2] == 4
     elsewhere = write(models=[{"name": "huge", "path": "c"}], sets=["snips_leave_2_out"]).cells()[0]
-    alone = Finished(elsewhere, {**finished[0].result, "backbone_parameters": 5_000})
+    alone = CellResult(elsewhere, {**finished[0].result, "backbone_parameters": 5_000})
     assert size_answer([*finished, alone]) == (sentence, rows), "a model without peers in its sets was compared"
     sentence, rows = tuning_answer(finished)
     assert "Worse than full fine-tuning: LoRA" in sentence
@@ -300,7 +301,7 @@ def test_quantising_is_measured_against_lora_of_the_same_budget(write):
         value = 0.8 + 0.1 * (cell.budget == 0.01)
         if cell.method == "peqa_4bit":
             value -= 0.01 if cell.budget == 0.001 else 0.03
-        finished.append(Finished(cell, {"backbone_parameters": 1, "detectors": {"mahalanobis": {"auroc": value}}}))
+        finished.append(CellResult(cell, {"backbone_parameters": 1, "detectors": {"mahalanobis": {"auroc": value}}}))
     sentence, rows = quantisation_answer(finished)
     assert sentence == "Worse than LoRA: PEQA, 4 bits (detector mahalanobis)." and len(rows) == 1
     assert rows[0][1] == pytest.approx((-0.02, -0.02, -0.02)) and rows[0][2] == 2

@@ -10,10 +10,11 @@ from pathlib import Path
 from transformers.utils import logging
 
 from peft_ext.files import check_folder_writable
+from peft_ext.ood.study.cell import processes
 from peft_ext.ood.study.commands.arguments import config_of, parser
 from peft_ext.ood.study.manifest import FAILED, Manifest
 from peft_ext.ood.study.report import write_report
-from peft_ext.ood.study.runner import processes, run
+from peft_ext.ood.study.runner import run
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,8 +31,7 @@ def main(argv: Sequence[str]) -> int:
     logging.disable_progress_bar()  # a hundred cells load a hundred times; `run` logs a line for each
     logging.set_verbosity_error()
     counts = run(config, retry=arguments.retry)
-    events = Manifest(config.output_dir).last()
-    failed = [cell.id for cell in config.cells() if events.get(cell.id, {}).get("status") == FAILED]
+    failed = Manifest(config.output_dir).jobs(FAILED) & {cell.id for cell in config.cells()}
     if processes().is_main_process:
         print(", ".join(f"{count} {status}" for status, count in counts.items()))
         print(f"report: {write_report(config)}")
