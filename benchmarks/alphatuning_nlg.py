@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import os
 import random
@@ -32,12 +31,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from benchmarks import baselines
-from benchmarks.common import RESULTS, ROOT, Results, describe, log, markdown_table, verdict
+from benchmarks.common import ROOT, Results, argument_parser, describe, log, markdown_table, verdict
 from benchmarks.fast_linear import fast_linear
 from benchmarks.nlg_metrics import METEOR_NOTE, nlg_metrics
 from benchmarks.tuning import SMOKE_VOCAB, Restart, tiny_llama, train, trainable
 from peft_ext import AlphaTuningConfig, PeqaConfig, calibrate
 from peft_ext.models import DEFAULT_MODEL, load, load_tokenizer
+from peft_ext.rows import read_rows
 
 
 FULL, LORA, ALPHA, ALL_ALPHAS, PEQA = (
@@ -131,12 +131,12 @@ class Study:
     def load(self, name: str) -> Data:
         """A fixed sample of a data set's splits."""
         folder, budget = self.args.data_dir / name, self.budget
-        training = _read(folder / "train.jsonl")
+        training = read_rows(folder / "train.jsonl")
         random.Random(self.args.seed).shuffle(training)
-        validation = _read(folder / "validation.jsonl")
+        validation = read_rows(folder / "validation.jsonl")
         random.Random(self.args.seed).shuffle(validation)
         groups: dict[str, list[dict[str, Any]]] = {}
-        for row in _read(folder / "test.jsonl"):
+        for row in read_rows(folder / "test.jsonl"):
             groups.setdefault(row.get("entry", row["source"]), []).append(row)
         chosen = random.Random(self.args.seed).sample(list(groups.values()), min(budget.test_inputs, len(groups)))
         return Data(
@@ -262,11 +262,6 @@ class Study:
         return [texts[index] for index in range(len(prompts))]
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
 def _batch(examples: Sequence[Example], pad: int) -> dict[str, torch.Tensor]:
     longest = max(len(prompt) + len(target) for prompt, target in examples)
     ids, labels, mask = [], [], []
@@ -348,7 +343,7 @@ def default_data_dir() -> Optional[Path]:
 
 def parse(argv: Optional[Sequence[str]]) -> tuple[argparse.Namespace, Budget]:
     """The command line; single numbers override the budget's."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__, "alphatuning_nlg.json")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="default, hub id, folder or .gguf file")
     parser.add_argument("--data-dir", type=Path, default=default_data_dir(), help="holds the data sets' folders")
     parser.add_argument(
@@ -357,10 +352,6 @@ def parse(argv: Optional[Sequence[str]]) -> tuple[argparse.Namespace, Budget]:
     for name, value in Budget()._asdict().items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     parser.add_argument("--rows", nargs="*", default=[], help="only rows whose title contains one of these")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print what is stored")
-    parser.add_argument("--smoke", action="store_true", help="a tiny random model: does it run at all?")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULTS / "alphatuning_nlg.json")
     args = parser.parse_args(argv)
     if not args.smoke:
         if args.data_dir is None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import json
@@ -10,7 +11,6 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
+
+from peft_ext.files import written_whole
+from peft_ext.runs import plain
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,35 +45,32 @@ class Results:
 
     def find(self, settings: Mapping[str, Any]) -> Optional[dict[str, Any]]:
         """The result that was measured under exactly these settings, or None."""
-        wanted = _plain(settings)
+        wanted = plain(settings)
         return next((row["result"] for row in self.rows if row["settings"] == wanted), None)
 
     def add(self, settings: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
         """Store a result, in place of an older one under the same settings, and write the file."""
-        row = {"settings": _plain(settings), "result": _plain(result), "environment": environment(self.seed)}
+        row = {"settings": plain(settings), "result": plain(result), "environment": environment(self.seed)}
         self.rows = [other for other in self.rows if other["settings"] != row["settings"]] + [row]
         write_json(self.path, {"rows": self.rows})
         return row["result"]
 
 
-def _plain(value: Any) -> Any:
-    """As it comes back from JSON, so that settings compare equal after a restart."""
-    return json.loads(json.dumps(value))
-
-
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file whole or not at all; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1)
-            file.write("\n")
-        os.chmod(name, 0o644)  # mkstemp's files are the owner's alone
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def argument_parser(doc: str, results: str) -> argparse.ArgumentParser:
+    """A parser with the flags of every benchmark that stores what it has measured; `results` is the file's name."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="measure nothing, print what is stored")
+    parser.add_argument("--smoke", action="store_true", help="next to nothing: checks that the script runs")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
+    parser.add_argument("--output", type=Path, default=RESULTS / results)
+    return parser
 
 
 def environment(seed: int) -> dict[str, Any]:

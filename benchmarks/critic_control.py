@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from transformers import LogitsProcessorList
 
-from benchmarks.common import RESULTS, ROOT, Results, describe, log, markdown_table, verdict
+from benchmarks.common import ROOT, Results, argument_parser, describe, log, markdown_table, verdict
 from benchmarks.critic_tasks import TASKS, Task, TaskData
 from benchmarks.critic_training import SEPARATE, UNSEEN, WEIGHTED, Critics
 from benchmarks.text_quality import continuation_perplexity, distinct, repetition
@@ -337,7 +337,7 @@ def _first(result: dict[str, Any]) -> float:
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Measure what isn't stored yet, and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__, "critic_control.json")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="the frozen language model")
     parser.add_argument("--judge_model", help="whose perplexity is measured; the frozen model's own by default")
     parser.add_argument("--head", choices=("linear", "mlp"), default="linear", help="the critic's")
@@ -347,10 +347,6 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--methods", nargs="+", help="only these; all by default")
     parser.add_argument("--levels", nargs="+", type=float, help="only these strengths and Ns; all by default")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "runs" / "critic_control")
-    parser.add_argument("--output", type=Path, default=RESULTS / "critic_control.json")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--table", action="store_true", help="print what is stored")
-    parser.add_argument("--smoke", action="store_true", help="a few texts: checks that the script runs")
     args = parser.parse_args(argv)
     args.rollouts = args.rollouts or (SMOKE if args.smoke else FULL).rollouts
     results = Results(args.output, args.seed)

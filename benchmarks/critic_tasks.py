@@ -6,7 +6,6 @@ A reward and its judge are classifiers of different kinds, trained on different 
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any, Optional
 import numpy as np
 
 from benchmarks.sentence_encoder import FineTunedEncoder, SentenceEncoder
+from peft_ext.rows import read_rows
 
 
 # What a task's functions take: texts without their control code, and the code that each was to follow (or None).
@@ -338,7 +338,7 @@ class TaskData:
         path = self.folder / name
         if not path.is_file():
             raise FileNotFoundError(f"there is no {path}: pass --data-dir FOLDER, which holds {name}.")
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return read_rows(path)
 
 
 TASKS = ("sentiment", "topic", "detoxification")

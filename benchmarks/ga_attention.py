@@ -9,17 +9,15 @@ Contenders take turns: a round is one measurement of each, and figures are media
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from torch import nn
 
-from benchmarks.common import RESULTS, Results, describe, log, markdown_table, verdict
+from benchmarks.common import Results, argument_parser, describe, log, markdown_table, verdict
 from generation_ext.granularity import (
     CDNPGConfig,
     CDNPGForConditionalGeneration,
@@ -168,11 +166,7 @@ def tables(results: Results, settings: Callable[[Any], dict[str, Any]]) -> str:
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Measure what isn't stored, print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="print what is stored")
-    parser.add_argument("--smoke", action="store_true", help="next to nothing: checks that the script runs")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULTS / "ga_attention.json")
+    parser = argument_parser(__doc__, "ga_attention.json")
     args = parser.parse_args(argv)
     results = Results(args.output, args.seed)
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.common import ROOT
 from generation_ext.in_context import TASKS, Task
+from peft_ext.rows import read_rows
 
 
 AG_NEWS = Task(
@@ -46,9 +46,7 @@ def read_examples(data_dir: Path, task: Task, split: str, seed: int = 0) -> list
     Raises:
         FileNotFoundError: If there is no such file.
     """
-    path = data_dir / task.name / f"{split}.jsonl"
-    with open(path, encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
+    rows = read_rows(data_dir / task.name / f"{split}.jsonl")
     fields = {field: _COLUMNS.get(field, field) for field in task.fields}
     examples = [Example({field: row[column] for field, column in fields.items()}, row["label"]) for row in rows]
     random.Random(seed).shuffle(examples)

@@ -13,15 +13,14 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
 import torch
 
 from benchmarks.common import (
-    RESULTS,
     Results,
+    argument_parser,
     describe,
     log,
     markdown_table,
@@ -40,16 +39,12 @@ SECONDS = 30.0
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Measure what isn't stored yet, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__, "ood_detectors.json")
     parser.add_argument("--train", type=int, default=15_000, help="examples that detectors are fitted on")
     parser.add_argument("--scored", type=int, default=100_000, help="examples that they score")
     parser.add_argument("--size", type=int, default=384, help="of a feature")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--detectors", nargs="+", default=list(DETECTORS))
-    parser.add_argument("--smoke", action="store_true", help="a few examples: checks that the script runs")
-    parser.add_argument("--table", action="store_true", help="print what is stored")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULTS / "ood_detectors.json")
     args = parser.parse_args(argv)
     if args.smoke:
         args.train, args.scored, args.size, args.rounds = 600, 500, 8, 1

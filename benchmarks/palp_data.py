@@ -4,7 +4,6 @@ the test split; and an extractor that remembers what it has encoded."""
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections import defaultdict
@@ -16,6 +15,7 @@ from typing import Any, Protocol, Union
 import numpy as np
 
 from generation_ext.in_context import Task
+from peft_ext.rows import read_rows
 
 
 Text = Union[str, dict[str, str]]
@@ -116,11 +116,10 @@ class Split:
         path = folder / self.source.name / f"{split}.jsonl"
         if not path.is_file():
             raise FileNotFoundError(f"there is no {path}: pass --data-dir FOLDER, which holds {self.source.name}.")
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         pair = self.source.template == PAIR
         found: list[tuple[Text, str]] = [
             ({"premise": row["text_a"], "hypothesis": row["text_b"]} if pair else row["text"], row["label"])
-            for row in rows
+            for row in read_rows(path)
             if row["label"] != self.source.left_out
         ]
         random.Random(seed).shuffle(found)

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, Seq2SeqTrainingArguments, set_seed
 
-from benchmarks.common import RESULTS, ROOT, Results, describe, log, markdown_table, verdict
+from benchmarks.common import ROOT, Results, argument_parser, describe, log, markdown_table, verdict
 from benchmarks.in_context import default_data_dir
 from benchmarks.paraphrase_data import SETS, as_decoded, split_pairs
 from benchmarks.paraphrase_lora import LORAS, LoraBudget, lora_paraphrases
@@ -335,7 +335,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 
 def _arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__, "paraphrase.json")
     parser.add_argument("--data-dir", type=Path, default=default_data_dir(), help="holds the sets' folders")
     parser.add_argument("--sets", nargs="+", choices=tuple(SETS), default=list(SETS))
     parser.add_argument("--modes", nargs="+", choices=(TRANSFORMER, *MODES), default=[TRANSFORMER, *MODES])
@@ -346,10 +346,6 @@ def _arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     for name, value in LoraBudget()._asdict().items():
         parser.add_argument(f"--lora_{name}", type=type(value), default=value, help="of the language model")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "runs" / "paraphrase")
-    parser.add_argument("--output", type=Path, default=RESULTS / "paraphrase.json")
-    parser.add_argument("--seed", type=int, default=0, help="of the splits")
-    parser.add_argument("--table", action="store_true", help="print what is stored")
-    parser.add_argument("--smoke", action="store_true", help="next to nothing: checks that the script runs")
     args = parser.parse_args(argv)
     if args.data_dir is None:
         parser.error("no data: pass --data-dir, a folder with quora_paraphrase and twitter_url")

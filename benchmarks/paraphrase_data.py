@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from peft_ext.rows import read_rows
 
 
 Pair = dict[str, str]
@@ -85,4 +86,4 @@ def _texts(pair: Pair) -> tuple[str, str]:
 def _read(path: Path) -> list[Pair]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}: pass --data-dir FOLDER, which holds it.")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return read_rows(path)

@@ -18,7 +18,6 @@ import argparse
 import copy
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -26,7 +25,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from benchmarks.common import RESULTS, Results, describe, log, markdown_table
+from benchmarks.common import Results, argument_parser, describe, log, markdown_table
 from benchmarks.tuning import Restart, byte_blocks, causal_batches, sample_blocks, tiny_llama, train
 from peft_ext import PeqaConfig, calibrate
 from peft_ext.models import DEFAULT_MODEL, load, load_tokenizer
@@ -251,7 +250,7 @@ def conclusion(results: Results, args: argparse.Namespace) -> list[str]:
 
 def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__, "peqa_learning_rate.json")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="the real model: a Llama, for the rescaled one")
     parser.add_argument(
         "--data", default=PYTHON_DOCS, help="text: Python's documentation, a file, a folder or a hub id"
@@ -262,10 +261,6 @@ def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=12, help="steps of 2 x 128 tokens on the real models")
     parser.add_argument("--small-steps", type=int, default=40, help="steps of 16 x 128 bytes on the small ones")
     parser.add_argument("--pretraining-steps", type=int, default=300)
-    parser.add_argument("--table", action="store_true", help="measure nothing, print what is stored")
-    parser.add_argument("--smoke", action="store_true", help="two tiny random models: does it run at all?")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULTS / "peqa_learning_rate.json")
     args = parser.parse_args(argv)
     if args.smoke:
         args.subjects, args.small_steps, args.pretraining_steps = list(SUBJECTS)[:2], 2, 2

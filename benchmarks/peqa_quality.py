@@ -30,7 +30,7 @@ from peft import PeftModel
 from torch import nn
 
 from benchmarks import baselines
-from benchmarks.common import RESULTS, ROOT, Results, describe, log, markdown_table, verdict
+from benchmarks.common import ROOT, Results, argument_parser, describe, log, markdown_table, verdict
 from benchmarks.fast_linear import fast_linear
 from benchmarks.tuning import Restart, byte_blocks, causal_batches, sample_blocks, tiny_llama, train, trainable
 from peft_ext import PeqaConfig
@@ -424,7 +424,7 @@ def default_data_dir() -> Optional[Path]:
 
 def parse(argv: Optional[Sequence[str]]) -> tuple[argparse.Namespace, Budget]:
     """The command line; single numbers override the budget's."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__, "peqa_quality.json")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="default, hub id, folder or .gguf file")
     parser.add_argument("--data-dir", type=Path, default=default_data_dir(), help="train.txt, valid.txt and test.txt")
     parser.add_argument(
@@ -433,10 +433,6 @@ def parse(argv: Optional[Sequence[str]]) -> tuple[argparse.Namespace, Budget]:
     for name in Budget._fields:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="overrides the budget's")
     parser.add_argument("--rows", nargs="*", default=[], help="only rows whose title contains one of these")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print what is stored")
-    parser.add_argument("--smoke", action="store_true", help="a tiny random model: does it run at all?")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULTS / "peqa_quality.json")
     args = parser.parse_args(argv)
     if not args.smoke:
         if args.data_dir is None:

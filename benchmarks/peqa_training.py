@@ -23,7 +23,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -34,9 +33,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks import baselines
 from benchmarks.common import (
-    RESULTS,
     ROOT,
     Results,
+    argument_parser,
     available_bytes,
     describe,
     log,
@@ -337,7 +336,7 @@ def _file_verdict(model: str, found: Optional[dict[str, Any]]) -> list[str]:
 
 def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__, "peqa_training.json")
     parser.add_argument("--model", nargs="+", default=[DEFAULT_MODEL, BILLION], help=f"{BILLION}: random weights")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a round, after one that isn't timed")
     parser.add_argument("--rounds", type=int, default=3, help="processes per method")
@@ -346,10 +345,6 @@ def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--block-size", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print what is stored")
-    parser.add_argument("--smoke", action="store_true", help="a tiny random model: does it run at all?")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULTS / "peqa_training.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.smoke:

@@ -22,7 +22,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -32,9 +31,9 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 
 from benchmarks.common import (
-    RESULTS,
     ROOT,
     Results,
+    argument_parser,
     describe,
     log,
     markdown_table,
@@ -211,16 +210,12 @@ def worst(results: Results, args: argparse.Namespace, model: str, malloc: str) -
 
 def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__, "plan_memory.json")
     parser.add_argument("--model", nargs="+", default=[DEFAULT_MODEL, GPT2], help="for their configs alone")
     parser.add_argument("--rows", nargs="*", default=[], help="only rows whose title contains one of these")
     parser.add_argument("--batch-size", type=int, default=4, help="rows that are trained, or served")
     parser.add_argument("--block-size", type=int, default=256, help="tokens of a row in training")
     parser.add_argument("--context", type=int, default=1024, help="tokens of a row that is served")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print what is stored")
-    parser.add_argument("--smoke", action="store_true", help="a tiny random model: does it run at all?")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULTS / "plan_memory.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.smoke:

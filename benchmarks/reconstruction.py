@@ -24,7 +24,7 @@ from peft import get_peft_model
 from torch import nn
 
 from benchmarks import baselines
-from benchmarks.common import RESULTS, Results, describe, log, markdown_table, verdict
+from benchmarks.common import Results, argument_parser, describe, log, markdown_table, verdict
 from benchmarks.fast_linear import fast_linear
 from benchmarks.peqa_quality import default_data_dir, find_split
 from benchmarks.tuning import byte_blocks, sample_blocks, tiny_llama
@@ -172,16 +172,12 @@ def load_blocks(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Measure, then print the table and the verdicts and draw the plot."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__, "reconstruction.json")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="default, hub id, folder or .gguf file")
     parser.add_argument("--data-dir", type=Path, default=default_data_dir(), help="train.txt and valid.txt")
     parser.add_argument("--blocks", type=int, default=32, help="of the validation text")
     parser.add_argument("--block-size", type=int, default=256, help="tokens of a block")
     parser.add_argument("--calibration-blocks", type=int, default=32, help="of the training text")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print what is stored")
-    parser.add_argument("--smoke", action="store_true", help="a tiny random model: does it run at all?")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULTS / "reconstruction.json")
     args = parser.parse_args(argv)
     if args.smoke:
         args.blocks, args.block_size, args.calibration_blocks = 4, 32, 4

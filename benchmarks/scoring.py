@@ -25,8 +25,8 @@ import numpy as np
 import torch
 
 from benchmarks.common import (
-    RESULTS,
     Results,
+    argument_parser,
     describe,
     log,
     markdown_table,
@@ -251,7 +251,7 @@ def verdicts(study: Study, names: Sequence[str]) -> list[str]:
 
 def parse(argv: Optional[Sequence[str]]) -> tuple[argparse.Namespace, Budget]:
     """The command line; single numbers override the budget's."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__, "scoring.json")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="default, hub id, folder or .gguf file")
     parser.add_argument("--data-dir", type=Path, default=default_data_dir(), help="holds the tasks' folders")
     parser.add_argument("--tasks", nargs="+", default=["sst2", "sst5", "ag_news"])
@@ -260,10 +260,6 @@ def parse(argv: Optional[Sequence[str]]) -> tuple[argparse.Namespace, Budget]:
     parser.add_argument("--memory-limits", nargs="*", type=int, default=[int(100 * MB), int(300 * MB), int(1000 * MB)])
     for name, value in Budget()._asdict().items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
-    parser.add_argument("--table", action="store_true", help="measure nothing, print what is stored")
-    parser.add_argument("--smoke", action="store_true", help="a tiny random model: does it run at all?")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULTS / "scoring.json")
     args = parser.parse_args(argv)
     problem = None if args.smoke else missing_file(args.data_dir, args.tasks, ["test"])
     if problem:

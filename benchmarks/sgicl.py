@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from benchmarks.common import RESULTS, Results, describe, log, markdown_table, verdict
+from benchmarks.common import Results, argument_parser, describe, log, markdown_table, verdict
 from benchmarks.in_context import (
     Example,
     accuracy,
@@ -319,7 +319,7 @@ def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
 def parse(argv: Optional[Sequence[str]]) -> tuple[argparse.Namespace, Budget]:
     """The command line; single numbers override the budget's."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__, "sgicl.json")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="default, hub id, folder or .gguf file")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the model's weights")
     parser.add_argument("--data-dir", type=Path, default=default_data_dir(), help="holds the tasks' folders")
@@ -329,10 +329,6 @@ def parse(argv: Optional[Sequence[str]]) -> tuple[argparse.Namespace, Budget]:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     parser.add_argument("--rows", nargs="*", default=[], help="only rows whose title contains one of these")
     parser.add_argument("--parts", nargs="+", choices=(MAIN, DEVELOPMENT), default=[MAIN, DEVELOPMENT])
-    parser.add_argument("--table", action="store_true", help="measure nothing, print what is stored")
-    parser.add_argument("--smoke", action="store_true", help="a tiny random model: does it run at all?")
-    parser.add_argument("--seed", type=int, default=0, help="which examples are used")
-    parser.add_argument("--output", type=Path, default=RESULTS / "sgicl.json")
     args = parser.parse_args(argv)
     problem = None if args.smoke else missing_file(args.data_dir, args.tasks, ["validation"])
     if problem:
