@@ -63,7 +63,7 @@ def read_headers(files: Iterable[Union[str, PathLike]]) -> dict[str, TensorHeade
                     headers[key] = TensorHeader(tuple(part.get_shape()), part.get_dtype(), path)
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"{path!r} is truncated or no safetensors file ({error}); download or save it again."
+                f"{path!r} is truncated, damaged or no safetensors file ({error}); download or save it again."
             ) from error
     return headers
 
