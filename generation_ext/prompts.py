@@ -147,15 +147,15 @@ class Task:
             raise ValueError(
                 f"labels={self.labels!r}: a task needs at least two, there is nothing to decide otherwise."
             )
-        seen: dict[str, str] = {}
+        labels: dict[str, str] = {}
         for label, word in self.labels.items():
             if not isinstance(word, str) or not word.strip():
                 raise ValueError(f"labels: the word of {label!r} is {word!r}; it must be a text.")
-            if word in seen:
+            if word in labels:
                 raise ValueError(
-                    f"labels: {seen[word]!r} and {label!r} have the same word {word!r}; give each its own."
+                    f"labels: {labels[word]!r} and {label!r} have the same word {word!r}; give each its own."
                 )
-            seen[word] = label
+            labels[word] = label
 
     def _check_generation(self, name: str) -> None:
         template = getattr(self, name)

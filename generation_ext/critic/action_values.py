@@ -14,9 +14,10 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from generation_ext.critic.losses import value_loss
 from generation_ext.critic.processor import CriticLogitsProcessor
-from generation_ext.critic.rollouts import Rollout, frozen, padded
+from generation_ext.critic.rollouts import Rollout, frozen
 from generation_ext.critic.value import Critic
 from generation_ext.shared_prefix.candidates import branch
+from generation_ext.shared_prefix.token_tree import padded
 from peft_ext.language_model import device_of, inference, start_token
 
 

@@ -87,11 +87,11 @@ def critic_generate(
     _check(generation_config)
     processors = list(logits_processor or [])
     with contextlib.ExitStack() as stack:
-        place = _place_of_processor(processors, critic)
+        index = _index_of_processor(processors, critic)
         if critic is not None:
             own = CriticLogitsProcessor(model, critic, critic_top_k, strength, mask_others=mask_others)
-            processors.insert(place, stack.enter_context(own))
-        steps = _Steps(model, processors, place, generation_config, model_kwargs)
+            processors.insert(index, stack.enter_context(own))
+        steps = _Steps(model, processors, index, generation_config, model_kwargs)
         return _decode(steps, input_ids, stopping_criteria or StoppingCriteriaList(), streamer)
 
 
@@ -141,14 +141,14 @@ class _Steps:
         self,
         model: Any,
         processors: list[Any],
-        place: int,
+        index: int,
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
     ) -> None:
         self.model = model
-        self.before = LogitsProcessorList(processors[:place])
-        self.processor: CriticLogitsProcessor = processors[place]
-        self.after = LogitsProcessorList(processors[place + 1 :])
+        self.before = LogitsProcessorList(processors[:index])
+        self.processor: CriticLogitsProcessor = processors[index]
+        self.after = LogitsProcessorList(processors[index + 1 :])
         _check_processor(self.processor, model)
         self.generation_config = generation_config
         self.model_kwargs = model_kwargs
@@ -232,8 +232,8 @@ class _Answer:
     def __init__(self, hidden: torch.Tensor) -> None:
         self.last_hidden_state = hidden
 
-    def __getitem__(self, place: int) -> torch.Tensor:
-        return (self.last_hidden_state,)[place]
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return (self.last_hidden_state,)[index]
 
     def __len__(self) -> int:
         return 1
@@ -265,22 +265,22 @@ def _answering(module: nn.Module, hidden: torch.Tensor) -> Any:
                 del module.forward
 
 
-def _place_of_processor(processors: list[Callable[..., Any]], critic: Any) -> int:
-    places = [place for place, one in enumerate(processors) if isinstance(one, CriticLogitsProcessor)]
+def _index_of_processor(processors: list[Callable[..., Any]], critic: Any) -> int:
+    indices = [index for index, one in enumerate(processors) if isinstance(one, CriticLogitsProcessor)]
     if critic is None:
-        if len(places) != 1:
+        if len(indices) != 1:
             raise ValueError(
-                f"logits_processor has {len(places)} CriticLogitsProcessors and critic is None: pass critic=..., or one "
+                f"logits_processor has {len(indices)} CriticLogitsProcessors and critic is None: pass critic=..., or one "
                 "processor (it takes several critics)."
             )
-        return places[0]
-    if places:
+        return indices[0]
+    if indices:
         raise ValueError("critic and a CriticLogitsProcessor in logits_processor are both passed; pass one of them.")
     appended = tuple(getattr(logits_process, name) for name in _APPENDED if hasattr(logits_process, name))
-    place = len(processors)
-    while place and isinstance(processors[place - 1], appended):
-        place -= 1
-    return place
+    index = len(processors)
+    while index and isinstance(processors[index - 1], appended):
+        index -= 1
+    return index
 
 
 def _check(config: GenerationConfig) -> None:

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from generation_ext.critic.rewards import RewardFunc, score
 from generation_ext.critic.value import Critic
+from generation_ext.shared_prefix.token_tree import padded
 from peft_ext.language_model import backbone, device_of, inference, padding_token, start_token, unwrapped
 
 
@@ -350,18 +351,6 @@ def _adapted(critic: Optional[Critic], model: nn.Module) -> Iterator[None]:
         return
     with critic.adapted(model), frozen(model.parameters()):
         yield
-
-
-def padded(rows: Sequence[Sequence[int]], pad: int, side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and mask `[rows, longest]`."""
-    longest = max(len(row) for row in rows)
-    tokens = torch.full((len(rows), longest), pad, dtype=torch.long)
-    mask = torch.zeros_like(tokens)
-    for number, row in enumerate(rows):
-        columns = slice(longest - len(row), None) if side == "left" else slice(0, len(row))
-        tokens[number, columns] = torch.tensor(list(row), dtype=torch.long)
-        mask[number, columns] = 1
-    return tokens, mask
 
 
 def _end_ids(model: Any) -> set[int]:

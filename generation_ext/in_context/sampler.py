@@ -13,6 +13,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Pr
 from generation_ext.shared_prefix.batching import BatchPlanner, check_memory_limit, free_bytes
 from generation_ext.shared_prefix.encoding import TextEncoder
 from generation_ext.shared_prefix.sampling import Sampling, SeededSampling
+from generation_ext.shared_prefix.token_tree import padded
 from peft_ext.language_model import ENCODER_DECODER, LanguageModel, inference, padding_token, start_token
 
 
@@ -130,11 +131,8 @@ class Sampler:
         return self.sample(prompts[:half], keys[:half], samples) + self.sample(prompts[half:], keys[half:], samples)
 
     def _sample(self, prompts: Sequence[Sequence[int]], keys: Sequence[str], samples: int) -> list[list[str]]:
-        model, device = self.model, self.model.device
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[self.pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-        lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=device)
-        mask = (torch.arange(longest, device=device) >= longest - lengths).long()
+        model = self.model
+        ids, mask = (part.to(model.device) for part in padded(prompts, self.pad, "left"))
         rows = [f"{key}/{number}" for key in keys for number in range(samples)]
         processors = LogitsProcessorList([SeededSampling(self.decoding, rows)])
         with inference(model.base):
@@ -146,7 +144,7 @@ class Sampler:
                 logits_processor=processors,
                 **inputs,
             )
-        start = 0 if self.model.kind == ENCODER_DECODER else longest
+        start = 0 if model.kind == ENCODER_DECODER else ids.shape[1]
         texts = self.tokenizer.batch_decode(output[:, start:], skip_special_tokens=True)
         texts = [" ".join(text.split()) for text in texts]
         return [texts[i : i + samples] for i in range(0, len(texts), samples)]

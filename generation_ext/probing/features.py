@@ -26,7 +26,7 @@ from generation_ext.shared_prefix.cache import (
     run_backbone,
 )
 from generation_ext.shared_prefix.encoding import TextEncoder
-from generation_ext.shared_prefix.token_tree import PackedRows, TokenTree, unfold
+from generation_ext.shared_prefix.token_tree import PackedRows, TokenTree
 from peft_ext.language_model import CAUSAL, identity, inference, language_model
 
 
@@ -202,7 +202,7 @@ class FeatureExtractor:
 
     def _run(self, trees: list[TokenTree], rows: list[list[int]], prefix: SharedPrefix) -> np.ndarray:
         """Features `[trees, hidden]`."""
-        packed = self._layout(trees, rows)
+        packed = layout(self.language_model, trees, rows)
         hidden = self._hidden(packed, prefix)
         places = packed.places.to(hidden.device)
         states = hidden[places[:, 0], places[:, 1]].float()
@@ -222,10 +222,7 @@ class FeatureExtractor:
     def _size(self) -> int:
         """Width of the features, from a pass over one token: a model may project its last hidden states."""
         with inference(self.model):
-            return self._hidden(self._layout([TokenTree.chain([0])], [[0]]), EMPTY).shape[-1]
-
-    def _layout(self, trees: list[TokenTree], rows: list[list[int]]) -> PackedRows:
-        return layout(self.language_model, trees, rows) if self.language_model.kind == CAUSAL else unfold(trees)
+            return self._hidden(layout(self.language_model, [TokenTree.chain([0])]), EMPTY).shape[-1]
 
     def _settings(self, texts: list[str], prefix: str) -> dict[str, Any]:
         return {

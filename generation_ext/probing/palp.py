@@ -260,9 +260,9 @@ class PALPClassifier(ClassifierMixin, BaseEstimator):
         Raises:
             ValueError: Names the argument.
         """
-        for name, known in (("demonstrations", DEMONSTRATIONS), ("head", tuple(HEADS))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {known}.")
+        for name, choices in (("demonstrations", DEMONSTRATIONS), ("head", tuple(HEADS))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {choices}.")
         if not isinstance(self.permutations, (int, np.integer)) or self.permutations < 1:
             raise ValueError(f"permutations={self.permutations!r} must be a positive integer.")
 
@@ -389,8 +389,8 @@ class PALPClassifier(ClassifierMixin, BaseEstimator):
         """Features of the training texts behind every order of the demonstrations, and their classes."""
         texts = [self.task_.text(example) for example in examples]
         orders = _orders(len(self.classes_), int(self.permutations), rng)
-        found = [self._extract(texts, self._prefix(order)) for order in orders]
-        return np.concatenate(found), np.tile(codes, len(orders))
+        features = [self._extract(texts, self._prefix(order)) for order in orders]
+        return np.concatenate(features), np.tile(codes, len(orders))
 
     def _prefix(self, order: Sequence[int]) -> str:
         shown = [self.task_.demonstration(*self.demonstrations_[index]) for index in order]
@@ -401,7 +401,7 @@ def _orders(count: int, most: int, rng: Any) -> list[Sequence[int]]:
     """The identity first, then others at random; all of them if there are at most `most`."""
     if count <= 8 and math.factorial(count) <= most:
         return list(itertools.permutations(range(count)))
-    found: dict[tuple[int, ...], None] = {tuple(range(count)): None}
-    while len(found) < most:
-        found[tuple(rng.permutation(count).tolist())] = None
-    return list(found)
+    orders: dict[tuple[int, ...], None] = {tuple(range(count)): None}
+    while len(orders) < most:
+        orders[tuple(rng.permutation(count).tolist())] = None
+    return list(orders)

@@ -68,7 +68,8 @@ def encode_prefix(model: LanguageModel, tokens: Sequence[int]) -> SharedPrefix:
 def layout(
     model: LanguageModel, trees: Sequence[TokenTree], rows: Optional[Sequence[Sequence[int]]] = None
 ) -> PackedRows:
-    """Lay trees out as the model takes them: packed into `rows` (by default one each), or a row for each leaf."""
+    """Lay trees out as the model takes them: packed into `rows` (by default one each), or a row for each leaf (encoders
+    too)."""
     if not model.trees:
         return unfold(trees)
     return pack(trees, [[index] for index in range(len(trees))] if rows is None else rows)

@@ -280,13 +280,13 @@ def _append(cache: Cache, views: Sequence[PrefixLayer], choice: torch.Tensor) ->
     """Put one of the new tokens of each row, `[batch]`, into the cache that layers are views of."""
     rows = torch.arange(len(choice), device=choice.device)
     for layer, view in zip(cache.layers, views):
-        seen = view.keys.shape[-2]
-        keys, values = (states[rows, :, seen + choice].unsqueeze(-2) for states in view.updated)
-        if type(layer) is DynamicLayer and seen == layer.keys.shape[-2]:
+        visible = view.keys.shape[-2]
+        keys, values = (states[rows, :, visible + choice].unsqueeze(-2) for states in view.updated)
+        if type(layer) is DynamicLayer and visible == layer.keys.shape[-2]:
             # the copy that attention needed serves as the cache, as it does in DynamicLayer.update
             for states, new in zip(view.updated, (keys, values)):
-                states[:, :, seen : seen + 1] = new
-            layer.keys, layer.values = (states[:, :, : seen + 1] for states in view.updated)
+                states[:, :, visible : visible + 1] = new
+            layer.keys, layer.values = (states[:, :, : visible + 1] for states in view.updated)
         else:
             layer.update(keys, values)
 

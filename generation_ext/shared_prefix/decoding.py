@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from generation_ext.shared_prefix.cache import EMPTY, SharedPrefix, encode_prefix
 from generation_ext.shared_prefix.sampling import Sampling
+from generation_ext.shared_prefix.token_tree import padded
 from peft_ext.language_model import CAUSAL, FULL, LanguageModel
 
 
@@ -57,13 +58,11 @@ class DecodingBatch:
         self.shares = can_share(model)
         if len(prefix) and not self.shares:
             raise ValueError("prefix must be empty, since this model's attention can't be taken apart.")
-        longest, device = max(map(len, prompts)), model.device
-        self.tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
-        lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=device)
+        self.tokens, real = (part.to(model.device) for part in padded(prompts, 0, "left"))
         # [rows, own tokens]: which of a row's own columns are its text
-        self.mask = torch.arange(longest, device=device) >= longest - lengths
+        self.mask = real.bool()
         # what comes next stands here
-        self.positions = lengths + len(prefix)
+        self.positions = real.sum(dim=1, keepdim=True) + len(prefix)
         if self.shares:
             self.cache = Cache(layers=[_BufferedLayer(*layer) for layer in _prefix_layers(model, prefix)])
         else:

@@ -114,6 +114,18 @@ def pack(trees: Sequence[TokenTree], rows: Sequence[Sequence[int]]) -> PackedRow
     )
 
 
+def padded(texts: Sequence[Sequence[int]], pad: int, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids of texts and their mask, int64 `[texts, longest]`, padded on the `"left"` or the `"right"`."""
+    longest = max(map(len, texts))
+    tokens = torch.full((len(texts), longest), pad)
+    mask = torch.zeros_like(tokens)
+    for row, text in enumerate(texts):
+        own = slice(longest - len(text), None) if side == "left" else slice(0, len(text))
+        tokens[row, own] = torch.tensor(list(text), dtype=torch.int64)
+        mask[row, own] = 1
+    return tokens, mask
+
+
 def unfold(trees: Sequence[TokenTree]) -> PackedRows:
     """Lay trees out with a row for each leaf, for models that can't be given positions and masks."""
     paths = [(index, path) for index, tree in enumerate(trees) for path in tree.paths()]
