@@ -191,4 +191,4 @@ def test_a_truncated_base(run, tmp_path, capsys):
     path = tmp_path / "run" / "base" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     assert export(tmp_path / "run", "--to", "bcq", "--output_dir", tmp_path / "out") == 2
-    assert "damaged" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert f"{str(path)!r} is truncated" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -71,6 +71,7 @@ class SlowProcessor(transformers.LogitsProcessor):
     ) -> None:
         self.model, self.critics, self.strengths = model, critics, strengths
         self.top_k, self.mask_others, self.prompts = top_k, mask_others, prompts
+        self._known: dict[tuple, torch.Tensor] = {}
 
     @torch.no_grad()
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -90,11 +91,19 @@ class SlowProcessor(transformers.LogitsProcessor):
         return result
 
     def _log_value(self, critic: Critic, ids: list[int], row: int, rows: int) -> torch.Tensor:
+        """Each text once: a candidate of one step is the text of the next."""
+        prompt = None if self.prompts is None else row // (rows // len(self.prompts))
+        key = (id(critic), prompt, *ids)
+        if key not in self._known:
+            self._known[key] = self._encode(critic, ids, prompt)
+        return self._known[key]
+
+    def _encode(self, critic: Critic, ids: list[int], prompt: Optional[int]) -> torch.Tensor:
         with critic.adapted(self.model):
             if self.prompts is not None:
-                prompt = self.prompts[row // (rows // len(self.prompts))]
+                source = self.prompts[prompt]
                 output = self.model(
-                    input_ids=prompt[prompt != 0][None],
+                    input_ids=source[source != 0][None],
                     decoder_input_ids=torch.tensor([ids]),
                     output_hidden_states=True,
                     use_cache=False,
