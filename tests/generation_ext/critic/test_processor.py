@@ -43,7 +43,7 @@ def generate(model, processors, input_ids=PADDED, **kwargs):
         input_ids=input_ids,
         attention_mask=(input_ids != 0).long(),
         logits_processor=processors,
-        max_new_tokens=kwargs.pop("max_new_tokens", 7),
+        max_new_tokens=kwargs.pop("max_new_tokens", 5),
         return_dict_in_generate=True,
         output_scores=True,
         **kwargs,
@@ -357,7 +357,7 @@ def test_a_prompt_of_embeddings():
     embeddings = model.get_input_embeddings()(ids).detach()
     with CriticLogitsProcessor(model, critic, TOP_K, STRENGTH) as processor:
         torch.manual_seed(3)
-        sequences = model.generate(inputs_embeds=embeddings, logits_processor=[processor], max_new_tokens=7)
+        sequences = model.generate(inputs_embeds=embeddings, logits_processor=[processor], max_new_tokens=5)
     assert torch.equal(sequences, expected.sequences[:, ids.shape[1] :])
 
 
