@@ -56,10 +56,7 @@ style: $(READY)
 	$(BIN)/ruff format .
 
 notebooks: $(READY)
-	@for notebook in notebooks/*.ipynb; do \
-		echo "==> $$notebook"; \
-		$(BIN)/python -m notebooks.execute $$notebook || exit 1; \
-	done
+	$(BIN)/python -m notebooks.execute notebooks/*.ipynb
 
 # A copy of the sources, since the sanitised kernel must not stay behind as the installed one.
 sanitize: $(READY)

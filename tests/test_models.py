@@ -52,6 +52,16 @@ def test_default_model_that_is_not_installed(monkeypatch):
             resolve_model(model)
 
 
+def test_default_model_out_of_a_folder(tmp_path, monkeypatch):
+    save_tiny_model(tmp_path)
+    monkeypatch.setenv("PEFT_EXT_DEFAULT_MODEL", str(tmp_path))
+    for model in (None, DEFAULT_MODEL):
+        assert resolve_model(model) == ModelSource(str(tmp_path))
+    model = load()
+    assert model.config.hidden_size == 64 and model.name_or_path == DEFAULT_MODEL
+    assert len(load_tokenizer()) == 258
+
+
 def test_configs(tmp_path):
     save_tiny_model(tmp_path)
     for name in (tmp_path, tmp_path / "config.json"):
