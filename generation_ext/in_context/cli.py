@@ -25,7 +25,7 @@ from generation_ext.in_context.overflow import DROP, OVERFLOW
 from generation_ext.in_context.scoring import Demonstration, LabelScorer, LabelScores
 from generation_ext.in_context.self_generated import SelfGeneratedICL
 from generation_ext.prompts import TASKS, Task
-from peft_ext.command_line import ModelArguments
+from peft_ext.command_line import ModelArguments, run_main
 from peft_ext.files import check_writable, written_whole
 from peft_ext.rows import json_line, read_rows
 
@@ -36,11 +36,10 @@ ZERO_SHOT, DEMONSTRATIONS, SG_ICL = METHODS = ("zero-shot", "demonstrations", "s
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """The command line; errors of the user's are one line on stderr and exit status 2."""
     parser = _parser()
-    args = parser.parse_args(argv)
-    try:
-        print(run(args))
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    argv = sys.argv[1:] if argv is None else argv
+    status = run_main(lambda flags: print(run(parser.parse_args(flags))), argv, parser.prog)
+    if status:
+        sys.exit(status)
 
 
 def run(args: argparse.Namespace) -> str:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
+from generation_ext.critic.processor import CriticLogitsProcessor
 from generation_ext.critic.rollouts import prompt_rows
 from generation_ext.critic.value import Critic
 from peft_ext import command_line
@@ -37,6 +38,13 @@ class CriticArguments(ModelArguments):
             run = read_settings(Path(self.critic[0], "config.yaml")) or {}
             self.model, self.adapter = run.get("model"), self.adapter or run.get("adapter")
         return super().load(kind)
+
+    def processor(
+        self, model: Any, critics: Sequence[Critic], strength: Union[float, list[float]], **kwargs: Any
+    ) -> CriticLogitsProcessor:
+        """What steers `generate`, as the flags say."""
+        options: dict[str, Any] = {"top_k": self.critic_top_k, "mode": self.mode, "mask_others": self.mask_others}
+        return CriticLogitsProcessor(model, critics, strength=strength, **options, **kwargs)
 
 
 @dataclass

@@ -19,7 +19,6 @@ from generation_ext.critic.commands.arguments import (
 )
 from generation_ext.critic.commands.reward_arguments import RewardArguments, load_reward
 from generation_ext.critic.diagnostics import by_position, calibration_table, explained_variance, finite
-from generation_ext.critic.processor import CriticLogitsProcessor
 from generation_ext.critic.rollout_files import read_rollouts
 from generation_ext.critic.rollouts import Rollout, RolloutSampler, schedule
 from generation_ext.critic.value import Critic
@@ -64,15 +63,8 @@ def main(argv: Sequence[str]) -> None:
     reward = load_reward(args) if saved is None else None
     model, tokenizer = args.load()
     critic = load_critics(folders, model)[0]
-    sampler = RolloutSampler(
-        model,
-        tokenizer,
-        reward,
-        critic,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-    )
+    options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p")}
+    sampler = RolloutSampler(model, tokenizer, reward, critic, **options)
     rows = schedule(rows, critic.config.control_codes, args.count, args.seed) if rows else []
     rollouts = saved if saved is not None else _sampled(sampler, rows, args)
     result = _foreseen(critic, model, [rollout for rollout in rollouts if rollout.reward is not None], args.batch_size)
@@ -111,23 +103,20 @@ def _foreseen(critic: Critic, model: Any, rollouts: list[Rollout], batch_size: i
 def _steered(
     sampler: RolloutSampler, rows: list[dict[str, Any]], args: EvaluateArguments, critic: Critic, strength: float
 ) -> dict[str, float]:
-    with CriticLogitsProcessor(
-        sampler.model,
-        critic,
-        top_k=args.critic_top_k,
-        strength=strength,
-        mode=args.mode,
-        mask_others=args.mask_others,
-    ) as processor:
+    with args.processor(sampler.model, [critic], strength) as processor:
         rollouts = _sampled(sampler, rows, args, logits_processor=[processor])
     rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
     pairs = [pair for rollout in rollouts for pair in zip(rollout.completion_ids, rollout.completion_ids[1:])]
     return {
         "strength": strength,
-        "reward_mean": sum(rewards) / len(rewards) if rewards else float("nan"),
-        "share_above_half": sum(reward > 0.5 for reward in rewards) / len(rewards) if rewards else float("nan"),
-        "distinct_2": len(set(pairs)) / len(pairs) if pairs else float("nan"),
+        "reward_mean": _share(sum(rewards), rewards),
+        "share_above_half": _share(sum(reward > 0.5 for reward in rewards), rewards),
+        "distinct_2": _share(len(set(pairs)), pairs),
     }
+
+
+def _share(count: float, of: Sequence[Any]) -> float:
+    return count / len(of) if of else float("nan")
 
 
 def positions_table(positions: list[dict[str, Any]]) -> str:

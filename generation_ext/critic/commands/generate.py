@@ -12,7 +12,6 @@ import torch
 
 from generation_ext.critic.commands.arguments import CriticArguments, critic_folders, load_critics, parse
 from generation_ext.critic.generate import critic_generate
-from generation_ext.critic.processor import CriticLogitsProcessor
 from generation_ext.critic.value import Critic
 
 
@@ -66,15 +65,7 @@ def main(argv: Sequence[str]) -> None:
 def _generate(args: GenerateArguments, model: Any, tokenizer: Any, critics: list[Critic], inputs: Any) -> torch.Tensor:
     """Through the loop that reuses the candidates' forward pass, where it can be."""
     strength = args.strength[0] if len(args.strength) == 1 else args.strength
-    with CriticLogitsProcessor(
-        model,
-        critics,
-        top_k=args.critic_top_k,
-        strength=strength,
-        mode=args.mode,
-        mask_others=args.mask_others,
-        attention_mask=inputs["attention_mask"],
-    ) as processor:
+    with args.processor(model, critics, strength, attention_mask=inputs["attention_mask"]) as processor:
         reuses = args.mode == "exact" and args.num_beams == 1
         return model.generate(
             **inputs,
