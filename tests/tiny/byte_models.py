@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import torch
 import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from tests.tiny.tokenizers import tokenizer_for
@@ -93,6 +95,14 @@ def model(name: str, attention: str = "sdpa") -> PreTrainedModel:
             config, attn_implementation="eager" if name in _EAGER else attention
         )
     return built.eval()
+
+
+def adapted(seed: int) -> PeftModel:
+    """A Llama with a LoRA: always the same base and the same adapter's name; the seed makes its weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM")
+        return get_peft_model(copy.deepcopy(model("llama")), config).eval()
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from generation_ext.in_context.scoring import LabelScorer
 from generation_ext.in_context.self_generated import SelfGeneratedICL
 from generation_ext.prompts import CB, SST2, Task
 from generation_ext.shared_prefix.sampling import SeededSampling
-from tests.tiny.byte_models import model
+from tests.tiny.byte_models import adapted, model
 from tests.tiny.tokenizers import tokenizer, tokenizer_for
 
 
@@ -198,13 +198,9 @@ def test_files_that_are_refused(tmp_path):
 
 def test_pools_of_another_adapter_are_refused(tmp_path):
     """Of the same name, on the same base, with as many parameters."""
-    from peft import LoraConfig, get_peft_model
 
     def ours(seed):
-        torch.manual_seed(seed)
-        config = LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM")
-        adapted = get_peft_model(copy.deepcopy(model("llama")), config).eval()
-        return SelfGeneratedICL(adapted, tokenizer_for("llama"), TASK, **FAST)
+        return SelfGeneratedICL(adapted(seed), tokenizer_for("llama"), TASK, **FAST)
 
     path = tmp_path / "pools.jsonl"
     first = ours(1).generate(TEXTS[:1], path)

@@ -9,12 +9,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 
 from generation_ext.probing import features as module
 from generation_ext.probing.features import FeatureExtractor
 from generation_ext.shared_prefix.token_tree import TokenTree
-from tests.tiny.byte_models import CAUSAL, HIDDEN, LAYERS, LENGTH, model
+from tests.tiny.byte_models import CAUSAL, HIDDEN, LAYERS, LENGTH, adapted, model
 from tests.tiny.tokenizers import tokenizer, tokenizer_for
 
 
@@ -158,14 +157,6 @@ def test_files_that_are_refused(tmp_path):
     (tmp_path / "features.npy.json").write_text("[")
     with pytest.raises(ValueError, match="is damaged"):
         extractor.extract(TEXTS, PREFIX, output)
-
-
-def adapted(seed):
-    """The same base, and an adapter of the same name with weights of its own."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        config = LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM")
-        return get_peft_model(copy.deepcopy(model("llama")), config).eval()
 
 
 def test_features_of_another_adapter_are_refused(tmp_path):

@@ -24,7 +24,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks  # noqa: E402
 from generation_ext.probing import FeatureExtractor, PALPClassifier  # noqa: E402
 from generation_ext.probing.heads import HEADS  # noqa: E402
 from peft_ext import PeqaConfig, models  # noqa: E402
-from tests.tiny.byte_models import model  # noqa: E402
+from tests.tiny.byte_models import adapted, model  # noqa: E402
 from tests.tiny.folders import save_tiny_model  # noqa: E402
 from tests.tiny.tokenizers import tokenizer_for  # noqa: E402
 
@@ -198,10 +198,7 @@ def test_each_adapter_has_features_of_its_own(tmp_path):
     """Adapters of one name on one base; each is fitted on what it gives, not on what the memory has of the other."""
     means = []
     for seed in (1, 2):
-        torch.manual_seed(seed)
-        config = LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM")
-        lm = get_peft_model(copy.deepcopy(model("llama")), config).eval()
-        options = {"template": TEMPLATE, "random_state": 0}
+        lm, options = adapted(seed), {"template": TEMPLATE, "random_state": 0}
         kept = PALPClassifier(lm, tokenizer_for("llama"), memory=tmp_path / "features", **options).fit(TEXTS, LABELS)
         alone = PALPClassifier(lm, tokenizer_for("llama"), **options).fit(TEXTS, LABELS)
         np.testing.assert_array_equal(kept.mean_, alone.mean_)
