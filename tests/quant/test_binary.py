@@ -39,13 +39,10 @@ def greedy_by_loops(row: torch.Tensor, bits: int) -> tuple[list[float], list[lis
 
 def best_by_exhaustion(row: torch.Tensor, bits: int) -> float:
     """Least squared error over all choices of sign planes, with least-squares alphas for each."""
-    best = float("inf")
-    vectors = list(itertools.product((-1.0, 1.0), repeat=len(row)))
-    for planes in itertools.combinations(vectors, bits):
-        basis = torch.tensor(planes, dtype=row.dtype).t()
-        fitted = basis @ torch.linalg.lstsq(basis, row[:, None], driver="gelsd").solution
-        best = min(best, (fitted[:, 0] - row).square().sum().item())
-    return best
+    vectors = itertools.product((-1.0, 1.0), repeat=len(row))
+    basis = torch.tensor(list(itertools.combinations(vectors, bits)), dtype=row.dtype).mT
+    fitted = basis @ torch.linalg.lstsq(basis, row[None, :, None].expand(len(basis), -1, 1), driver="gelsd").solution
+    return (fitted[..., 0] - row).square().sum(-1).min().item()
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
