@@ -4,9 +4,14 @@
 from peft_ext.alphatuning import AlphaTuningConfig, AlphaTuningModel
 from peft_ext.bottleneck import BottleneckConfig, BottleneckModel
 from peft_ext.checkpoint import BcqConfig, load_gptq
+from peft_ext.checkpoint.gguf import export_gguf
+from peft_ext.models import load, load_tokenizer
 from peft_ext.peqa import PeqaConfig, PeqaModel
+from peft_ext.perplexity import perplexity
+from peft_ext.rows import read_rows
 from peft_ext.scale_tuning.calibration import calibrate
 from peft_ext.scale_tuning.pool import AdapterPool
+from peft_ext.text import PYTHON_DOCS, load_text, token_blocks
 from peft_ext.version import __version__
 
 
@@ -17,9 +22,17 @@ __all__ = [
     "BcqConfig",
     "BottleneckConfig",
     "BottleneckModel",
+    "PYTHON_DOCS",
     "PeqaConfig",
     "PeqaModel",
     "__version__",
     "calibrate",
+    "export_gguf",
+    "load",
     "load_gptq",
+    "load_text",
+    "load_tokenizer",
+    "perplexity",
+    "read_rows",
+    "token_blocks",
 ]
