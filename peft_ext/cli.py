@@ -4,11 +4,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Optional
+from functools import partial
 
 from peft_ext.command_line import run_command
-from peft_ext.version import __version__
 
 
 COMMANDS = {
@@ -21,14 +19,7 @@ COMMANDS = {
     "plan": "memory that tuning and serving a model take, from its config alone",
 }
 
-
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run a command; returns the exit status, see [`run_command`]."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["--version"]:
-        print(f"peft-ext {__version__}")
-        return 0
-    return run_command("peft-ext", "peft_ext.commands", COMMANDS, argv)
+main = partial(run_command, "peft-ext", "peft_ext.commands", COMMANDS)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+from peft_ext.version import __version__
+
 
 _OURS = ("peft_ext", "generation_ext", "trl_ext")
 
@@ -46,6 +48,9 @@ def run_command(program: str, package: str, commands: Mapping[str, str], argv: O
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(usage(program, commands))
+        return 0
+    if argv[0] == "--version":
+        print(f"{program} {__version__}")
         return 0
     if argv[0] not in commands:
         print(f"{program}: error: unknown command {argv[0]!r}\n\n{usage(program, commands)}", file=sys.stderr)

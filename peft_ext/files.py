@@ -1,5 +1,5 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""Files and folders that are written whole or not at all, and files that grow line by line."""
+"""Files and folders that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,22 +67,3 @@ def write_json(target: Path, value: Any) -> None:
     """Write JSON, whole or not at all."""
     with written_whole(target) as path:
         path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def append_lines(target: Path, lines: Iterable[str]) -> None:
-    """Append lines (without their ends), all or none of them, and wait until the system has them on disk.
-
-    Raises:
-        OSError: If they can't be written, as on a full disk; the file is as it was.
-    """
-    data = "".join(line + "\n" for line in lines).encode("utf-8")
-    size = target.stat().st_size if target.is_file() else 0
-    try:
-        with open(target, "ab", buffering=0) as file:
-            while data:
-                data = data[os.write(file.fileno(), data) :]
-            os.fsync(file.fileno())
-    except OSError:
-        if target.is_file() and target.stat().st_size > size:
-            os.truncate(target, size)
-        raise

