@@ -10,6 +10,7 @@ from typing import Optional, Union
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 
 @dataclass
@@ -68,3 +69,16 @@ def target_layers(config: PeftConfig, model: nn.Module) -> dict[str, nn.Module]:
         and not (tuner_layers and name.startswith(tuner_layers))
         and BaseTuner._check_target_module_exists(config, name)
     }
+
+
+def check_supported(name: str, module: nn.Module) -> None:
+    """Refuse a target that is no linear layer; packed ones are.
+
+    Raises:
+        ValueError: Names the module, what it is and the way out.
+    """
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        raise ValueError(
+            f"Target module {name!r} is a {type(module).__name__}, which is not supported. Currently, only "
+            "`torch.nn.Linear` and `Conv1D` are; leave it out of `target_modules` or name it in `exclude_modules`."
+        )

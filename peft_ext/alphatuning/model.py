@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 from peft_ext.alphatuning.config import AlphaTuningConfig
 from peft_ext.alphatuning.layer import AlphaTuningLinear
+from peft_ext.scale_tuning.layer import ScaleTuningLinear
 from peft_ext.scale_tuning.model import ScaleTuningModel
 
 
@@ -45,6 +46,7 @@ class AlphaTuningModel(ScaleTuningModel):
     prefix: str = "alphatuning_"
     tuner_layer_cls = AlphaTuningLinear
 
-    def _weighted_config(self, adapters: list[str], **changes: Any) -> AlphaTuningConfig:
+    def _weighted_config(self, adapters: list[str], held: dict[str, ScaleTuningLinear]) -> AlphaTuningConfig:
         kinds = {self.peft_config[name].trained_alphas for name in adapters}
-        return super()._weighted_config(adapters, trained_alphas="all" if "all" in kinds else "first", **changes)
+        config = super()._weighted_config(adapters, held)
+        return replace(config, trained_alphas="all" if "all" in kinds else "first")

@@ -59,6 +59,14 @@ class BottleneckLinear(nn.Module, BaseTunerLayer):
         """An adapter's `down` and `up`."""
         return cast(nn.Linear, self.bottleneck_down[adapter_name]), cast(nn.Linear, self.bottleneck_up[adapter_name])
 
+    def holds(self, adapter_name: str) -> bool:
+        """Whether the layer has the adapter."""
+        return adapter_name in self.bottleneck_down
+
+    def width_of(self, adapter_names: list[str]) -> int:
+        """The joint width of those adapters that the layer has."""
+        return sum(self.adapter(name)[0].out_features for name in adapter_names if self.holds(name))
+
     def update_layer(self, adapter_name: str, config: BottleneckConfig) -> None:
         """Add an adapter."""
         width = config.width_for(self.out_features)
@@ -84,6 +92,24 @@ class BottleneckLinear(nn.Module, BaseTunerLayer):
             for layer in (down, up):
                 limit = 2 * _HOULSBY_DEVIATION
                 nn.init.trunc_normal_(layer.weight, std=_HOULSBY_DEVIATION, a=-limit, b=limit)
+
+    @torch.no_grad()
+    def set_weighted(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+        """Give an adapter the weighted sum of others: side by side in one bottleneck."""
+        down, up = self.adapter(adapter_name)
+        for parameter in (*down.parameters(), *up.parameters()):
+            parameter.zero_()
+        bias, start = torch.zeros_like(up.bias), 0
+        for name, weight in zip(adapters, weights):
+            if not self.holds(name):
+                continue
+            one_down, one_up = self.adapter(name)
+            part = slice(start, start + one_down.out_features)
+            down.weight[part], down.bias[part] = one_down.weight, one_down.bias
+            up.weight[:, part] = weight * one_up.weight
+            bias += weight * one_up.bias
+            start = part.stop
+        up.bias.copy_(bias)
 
     def change(self, output: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """What one adapter adds to the layer's output `[..., out]`; of its shape and dtype."""

@@ -4,22 +4,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Optional
 
-import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from peft_ext.bottleneck.config import BottleneckConfig
 from peft_ext.bottleneck.layer import CANNOT_MERGE, BottleneckLinear
 from peft_ext.bottleneck.targets import TARGET_MODULES
-from peft_ext.mixed_batches import adapters_per_sample
-from peft_ext.targets import target_layers
-from peft_ext.weighted_adapters import check_weighted, exactly
+from peft_ext.targets import check_supported, target_layers
+from peft_ext.tuner import TunerModel, exactly
 
 
-class BottleneckModel(BaseTuner):
+class BottleneckModel(TunerModel):
     """
     Creates a model with bottleneck adapters behind its sub-layers. Papers: https://huggingface.co/papers/1902.00751,
     https://huggingface.co/papers/2005.00247
@@ -78,99 +74,16 @@ class BottleneckModel(BaseTuner):
         if isinstance(peft_config.target_modules, str) and peft_config.target_modules.lower() == "all-linear":
             _maybe_include_all_linear_layers(peft_config, model)
         for name, module in target_layers(peft_config, model).items():
-            inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-            if not isinstance(inner, (nn.Linear, Conv1D)):
-                raise ValueError(
-                    f"Target module {name!r} is a {type(inner).__name__}, which is not supported. Currently, only "
-                    "`torch.nn.Linear` and `Conv1D` are; leave it out of `target_modules` or name it in `exclude_modules`."
-                )
-
-    def _create_and_replace(
-        self,
-        peft_config: BottleneckConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: Optional[str] = None,
-    ) -> None:
-        if isinstance(target, BottleneckLinear):
-            target.update_layer(adapter_name, peft_config)
-            return
-        new_module = BottleneckLinear(target, adapter_name, peft_config)
-        if adapter_name not in self.active_adapters:
-            # adding an additional adapter: it is not automatically trainable
-            new_module.requires_grad_(False)
-        new_module.train(target.training)
-        self._replace_module(parent, target_name, new_module, target)
+            check_supported(name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module)
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(CANNOT_MERGE)
 
-    def _enable_peft_forward_hooks(self, *args, **kwargs):
-        """With `adapter_names`, hand every tuner layer the name of each sample's adapter for the time of a forward."""
-        return adapters_per_sample(
-            self, kwargs.get("adapter_names"), kwargs.get("num_beams"), lambda names: {"adapter_names": names}
-        )
-
-    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
-        """
-        Add a new adapter that adds `sum_i weights[i] * adapter_i(y)`: one bottleneck holds them side by side.
-
-        Args:
-            adapters (`list`):
-                List of adapter names to be merged.
-            weights (`list`):
-                List of weights for each adapter.
-            adapter_name (`str`):
-                Name of the new adapter.
-
-        Raises:
-            ValueError: If an adapter doesn't exist, the lists differ in length, non-linearities differ, or several
-                adapters have `modules_to_save`.
-        """
-        if adapter_name in self.peft_config:
-            return
-        check_weighted(self, adapters, weights)
+    def _weighted_config(self, adapters: list[str], held: dict[str, BottleneckLinear]) -> BottleneckConfig:
         kinds = {name: self.peft_config[name].non_linearity for name in adapters}
         if len(set(kinds.values())) > 1:
             raise ValueError(f"adapters of different non-linearities can't share one bottleneck: {kinds}.")
-        held = {
-            name: layer
-            for name, layer in self.model.named_modules()
-            if isinstance(layer, BottleneckLinear) and any(adapter in layer.bottleneck_down for adapter in adapters)
-        }
-        self.peft_config[adapter_name] = replace(
-            self.peft_config[adapters[0]],
-            **exactly(held),
-            # where a layer holds fewer of them, the rest stays zero
-            bottleneck_dim=max(_width(layer, adapters) for layer in held.values()),
-            reduction_factor=None,
-        )
-        self.inject_adapter(self.model, adapter_name)
-        self.set_requires_grad(adapter_name, False)
-        for layer in held.values():
-            _set_weighted(layer, adapters, weights, adapter_name)
-
-
-def _width(layer: BottleneckLinear, adapters: list[str]) -> int:
-    return sum(layer.adapter(name)[0].out_features for name in adapters if name in layer.bottleneck_down)
-
-
-@torch.no_grad()
-def _set_weighted(layer: BottleneckLinear, adapters: list[str], weights: list[float], adapter_name: str) -> None:
-    down, up = layer.adapter(adapter_name)
-    for parameter in (*down.parameters(), *up.parameters()):
-        parameter.zero_()
-    bias, start = torch.zeros_like(up.bias), 0
-    for name, weight in zip(adapters, weights):
-        if name not in layer.bottleneck_down:
-            continue
-        one_down, one_up = layer.adapter(name)
-        part = slice(start, start + one_down.out_features)
-        down.weight[part], down.bias[part] = one_down.weight, one_down.bias
-        up.weight[:, part] = weight * one_up.weight
-        bias += weight * one_up.bias
-        start = part.stop
-    up.bias.copy_(bias)
+        # where a layer holds fewer of them, the rest stays zero
+        width = max(layer.width_of(adapters) for layer in held.values())
+        first = self.peft_config[adapters[0]]
+        return replace(first, **exactly(held), bottleneck_dim=width, reduction_factor=None)

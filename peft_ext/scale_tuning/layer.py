@@ -75,6 +75,10 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
         """The trained tensors by adapter."""
         return getattr(self, f"{self.prefix}delta")
 
+    def holds(self, adapter_name: str) -> bool:
+        """Whether the layer has the adapter."""
+        return adapter_name in self.deltas
+
     def product_options(self) -> dict[str, Any]:
         """What the tuner asks of the layer's product; arguments of [`PackedLinear`]'s forward."""
         return {}
@@ -175,6 +179,16 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
         for name in names[1:]:
             scale = scale + (self.scale_of(name) - self.base_scale())
         return scale
+
+    @torch.no_grad()
+    def set_weighted(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+        """Give an adapter the weighted sum of what others change about the base's scale."""
+        base, delta = self.base_scale(), self.deltas[adapter_name]
+        scale = base.to(delta.dtype, copy=True)
+        for name, weight in zip(adapters, weights):
+            if self.holds(name):
+                scale += weight * (self.scale_of(name) - base)
+        delta.copy_(self.delta_of(trained_part(scale, delta), adapter_name))
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, None]:
         # no dtype: loaded deltas must not be rounded to a half precision base's

@@ -4,31 +4,29 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Optional
 
 import torch
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import nn
 from tqdm.auto import tqdm
 
 from peft_ext.checkpoint import pack_quantized
 from peft_ext.checkpoint.saving import make_saveable
-from peft_ext.mixed_batches import adapters_per_sample
 from peft_ext.quant.conversion import dequantize_layers
 from peft_ext.quant.formats import CALIBRATED
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.scale_tuning import adapter_file
 from peft_ext.scale_tuning.config import ScaleTuningConfig
-from peft_ext.scale_tuning.layer import Mixture, ScaleTuningLinear, trained_part
+from peft_ext.scale_tuning.layer import Mixture, ScaleTuningLinear
 from peft_ext.scale_tuning.quantization import check_target, free_weight, is_packed, pack_layer
 from peft_ext.targets import target_layers
-from peft_ext.weighted_adapters import check_weighted, exactly
+from peft_ext.tuner import TunerModel, exactly
 
 
-class ScaleTuningModel(BaseTuner):
+class ScaleTuningModel(TunerModel):
     """Base of [`PeqaModel`] and [`AlphaTuningModel`], which say what `prefix` and `tuner_layer_cls` are."""
 
     tuner_layer_cls: type[ScaleTuningLinear]
@@ -76,33 +74,16 @@ class ScaleTuningModel(BaseTuner):
                 stacklevel=2,
             )
 
-    def _create_and_replace(
-        self,
-        peft_config: ScaleTuningConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: Optional[str] = None,
-    ) -> None:
-        if isinstance(target, ScaleTuningLinear):
-            target.update_layer(adapter_name, peft_config)
-            return
-        new_module = self.tuner_layer_cls(pack_layer(target, peft_config, current_key), adapter_name, peft_config)
-        if adapter_name not in self.active_adapters:
-            # adding an additional adapter: it is not automatically trainable
-            new_module.requires_grad_(False)
-        new_module.train(target.training)
-        self._replace_module(parent, target_name, new_module, target)
-        free_weight(target, self.model)
-        if self._progress is not None:
-            self._progress.update()
+    def _layer_around(self, target: nn.Module, adapter_name: str, peft_config: Any, name: str) -> nn.Module:
+        return self.tuner_layer_cls(pack_layer(target, peft_config, name), adapter_name, peft_config)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(new_module, (ScaleTuningLinear, PackedLinear)):
             # made on the right device, with a weight of its own; PEFT's version would copy the float weight over
             setattr(parent, child_name, new_module)
+            free_weight(child, self.model)
+            if self._progress is not None:
+                self._progress.update()
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
@@ -148,64 +129,17 @@ class ScaleTuningModel(BaseTuner):
         make_saveable(model)
         return model
 
-    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
-        """
-        Add a new adapter `s0 + sum_i weights[i] * (s_i - s0)`: what each adapter changed about the scales, weighted.
-
-        Args:
-            adapters (`list`):
-                List of adapter names to be merged.
-            weights (`list`):
-                List of weights for each adapter.
-            adapter_name (`str`):
-                Name of the new adapter.
-
-        Raises:
-            ValueError: If an adapter doesn't exist, the lists differ in length, or adapters have `modules_to_save`.
-        """
-        if adapter_name in self.peft_config:
-            return
-        check_weighted(self, adapters, weights)
+    def _weighted_config(self, adapters: list[str], held: dict[str, ScaleTuningLinear]) -> Any:
         if len({type(self.peft_config[name].target_modules) for name in adapters}) > 1:
             raise ValueError("All adapter configs should have the same type for target_modules, a list or a regex.")
         first = self.peft_config[adapters[0]]
-        held = {
-            name: layer
-            for name, layer in self.model.named_modules()
-            if isinstance(layer, ScaleTuningLinear) and any(adapter in layer.deltas for adapter in adapters)
-        }
-        self.peft_config[adapter_name] = self._weighted_config(
-            adapters,
-            **exactly(held),
-            bits_pattern={
-                n: layer.base_layer.bits for n, layer in held.items() if layer.base_layer.bits != first.bits
-            },
-        )
-        try:
-            self.inject_adapter(self.model, adapter_name)
-        except ValueError:
-            del self.peft_config[adapter_name]
-            raise
-        self.set_requires_grad(adapter_name, False)
-        for layer in self._layers():
-            if adapter_name in layer.deltas:
-                _set_weighted(layer, adapters, weights, adapter_name)
-
-    def _weighted_config(self, adapters: list[str], **changes: Any) -> Any:
-        """The config of a weighted adapter: the first one's with `changes`."""
-        first = self.peft_config[adapters[0]]
+        bits = {name: layer.base_layer.bits for name, layer in held.items() if layer.base_layer.bits != first.bits}
         # the sum may be of any sign, which the log can't stand for
         parametrization = "relative" if first.parametrization == "log" else first.parametrization
-        return replace(first, parametrization=parametrization, **changes)
+        return replace(first, **exactly(held), bits_pattern=bits, parametrization=parametrization)
 
-    def _layers(self) -> Iterator[ScaleTuningLinear]:
-        return (module for module in self.model.modules() if isinstance(module, ScaleTuningLinear))
-
-    def _enable_peft_forward_hooks(self, *args, **kwargs):
-        """With `adapter_names`, hand every tuner layer the name of each sample's adapter for the time of a forward."""
-        return adapters_per_sample(
-            self, kwargs.get("adapter_names"), kwargs.get("num_beams"), lambda names: {"mixture": Mixture(names)}
-        )
+    def _layer_arguments(self, adapter_names: list[str]) -> dict[str, Any]:
+        return {"mixture": Mixture(adapter_names)}
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
@@ -248,16 +182,6 @@ def resolve_all_linear(config: ScaleTuningConfig, model: nn.Module) -> None:
         config.target_modules = packed - inner  # type: ignore[assignment]  # PEFT, too, keeps a set here
     else:
         _maybe_include_all_linear_layers(config, model)
-
-
-@torch.no_grad()
-def _set_weighted(layer: ScaleTuningLinear, adapters: list[str], weights: list[float], adapter_name: str) -> None:
-    base, delta = layer.base_scale(), layer.deltas[adapter_name]
-    scale = base.to(delta.dtype, copy=True)
-    for name, weight in zip(adapters, weights):
-        if name in layer.deltas:
-            scale += weight * (layer.scale_of(name) - base)
-    delta.copy_(layer.delta_of(trained_part(scale, delta), adapter_name))
 
 
 def _calibration_missing(config: ScaleTuningConfig, names: list[str]) -> str:

@@ -18,6 +18,7 @@ from peft_ext.quant.conversion import LINEAR_LAYERS, check_layer, quantize_layer
 from peft_ext.quant.formats import CALIBRATED, NumberFormat, same_format
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.scale_tuning.config import ScaleTuningConfig
+from peft_ext.targets import check_supported
 
 
 def is_packed(module: nn.Module) -> bool:
@@ -81,13 +82,9 @@ def check_target(module: Any, config: ScaleTuningConfig, name: str) -> None:
         _check_format_of_base(config, name, module.in_features, module.number_format)
     elif pack_quantized.is_compressed(module):
         _check_format_of_base(config, name, module.in_features, pack_quantized.format_of(module, name))
-    elif isinstance(module, LINEAR_LAYERS):
-        _check_float_layer(module, config, name)
     else:
-        raise ValueError(
-            f"Target module {name!r} is a {type(module).__name__}, which is not supported. Currently, only "
-            "`torch.nn.Linear` and `Conv1D` are; leave it out of `target_modules` or name it in `exclude_modules`."
-        )
+        check_supported(name, module)
+        _check_float_layer(module, config, name)
 
 
 def _is_offloaded(module: nn.Module) -> bool:

@@ -1,0 +1,115 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""What the models of all our tuners share: injection, mixed batches, and adapters that are weighted sums of others."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from peft_ext.mixed_batches import adapters_per_sample
+
+
+class TunerModel(BaseTuner):
+    """Base of the tuners' models, which say what `prefix` and `tuner_layer_cls` are."""
+
+    tuner_layer_cls: type[Any]
+
+    def _layer_around(self, target: nn.Module, adapter_name: str, peft_config: Any, name: str) -> nn.Module:
+        """The tuner layer that takes a target's place; `name`: the target's."""
+        return self.tuner_layer_cls(target, adapter_name, peft_config)
+
+    def _layer_arguments(self, adapter_names: list[str]) -> dict[str, Any]:
+        """What a tuner layer's forward takes so that each sample has its own adapter."""
+        return {"adapter_names": adapter_names}
+
+    def _weighted_config(self, adapters: list[str], held: dict[str, Any]) -> Any:
+        """The config of a weighted sum of adapters; `held`: the tuner layers that have any of them, by name."""
+        raise TypeError(f"{type(self).__name__} can't weigh adapters.")
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: Optional[str] = None,
+    ) -> None:
+        if isinstance(target, self.tuner_layer_cls):
+            target.update_layer(adapter_name, peft_config)
+            return
+        new_module = self._layer_around(target, adapter_name, peft_config, current_key)
+        if adapter_name not in self.active_adapters:
+            # adding an additional adapter: it is not automatically trainable
+            new_module.requires_grad_(False)
+        new_module.train(target.training)
+        self._replace_module(parent, target_name, new_module, target)
+
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        """With `adapter_names`, hand every tuner layer the name of each sample's adapter for the time of a forward."""
+        names, num_beams = kwargs.get("adapter_names"), kwargs.get("num_beams")
+        return adapters_per_sample(self, names, num_beams, self._layer_arguments)
+
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+        """
+        Add a new adapter that does what the others do, weighted and summed.
+
+        Of scales it is `s0 + sum_i weights[i] * (s_i - s0)`; of bottlenecks it adds `sum_i weights[i] * adapter_i(y)`, and
+        one bottleneck holds them side by side.
+
+        Args:
+            adapters (`list`):
+                List of adapter names to be merged.
+            weights (`list`):
+                List of weights for each adapter.
+            adapter_name (`str`):
+                Name of the new adapter.
+
+        Raises:
+            ValueError: If an adapter doesn't exist, the lists differ in length, the adapters are of different kinds
+                (non-linearities, types of target_modules), or several have `modules_to_save`.
+        """
+        if adapter_name in self.peft_config:
+            return
+        self._check_weighted(adapters, weights)
+        held = {
+            name: layer
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, self.tuner_layer_cls) and any(layer.holds(adapter) for adapter in adapters)
+        }
+        self.peft_config[adapter_name] = self._weighted_config(adapters, held)
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except ValueError:
+            del self.peft_config[adapter_name]
+            raise
+        self.set_requires_grad(adapter_name, False)
+        for layer in self.model.modules():
+            if isinstance(layer, self.tuner_layer_cls) and layer.holds(adapter_name):
+                layer.set_weighted(adapters, weights, adapter_name)
+
+    def _check_weighted(self, adapters: list[str], weights: list[float]) -> None:
+        """Refuse what can't be summed, in PEFT's words."""
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown:
+            raise ValueError(f"Adapter {unknown[0]} does not exist")
+        if len(adapters) != len(weights) or not adapters:
+            raise ValueError(f"got {len(adapters)} adapters and {len(weights)} weights; pass one weight per adapter.")
+        wrappers = [module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        if any(sum(name in wrapper._adapters for name in adapters) > 1 for wrapper in wrappers):
+            raise ValueError("Cannot add weighted adapters targeting the same module with modules_to_save.")
+
+
+def exactly(layers: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a config that target these very layers, whatever rules chose them."""
+    return {
+        "target_modules": set(layers),
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
