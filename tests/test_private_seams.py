@@ -161,7 +161,7 @@ SEAMS = {
     },
     "torch.nn.Module": {
         "forward": "critic (of a backbone that has run), scale_tuning's pools, ALMoST (accelerate's): swapped on instances",
-        "_parameters": "peft_ext.quant: a packed weight is a property, not a parameter",
+        "_parameters": "peft_ext.quant: a packed layer's tensors without a module's slow look-up",
         "_apply(fn)": "peft_ext.quant: codes keep their type when a model is cast",
         "_load_from_state_dict(state_dict, prefix)": "peft_ext.quant: a packed layer's buffers",
     },

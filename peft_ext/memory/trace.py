@@ -11,10 +11,11 @@ from typing import Any, Optional
 
 import torch
 from accelerate import init_empty_weights
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from peft_ext.language_model import unwrapped
 from peft_ext.memory.tracker import ACTIVATIONS, GRADIENTS, STATES, WEIGHTS, AllocationTracker, FusedAttention
 from peft_ext.quant.conversion import packed_layers
 from peft_ext.quant.functional import code_blocks
@@ -196,7 +197,7 @@ def _tracked(model: nn.Module) -> Iterator[AllocationTracker]:
             tracker.assign([*model.parameters(), *model.buffers()], WEIGHTS)
             yield tracker
     except (RuntimeError, NotImplementedError) as error:  # PyTorch's, of meta tensors
-        name = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+        name = type(unwrapped(model)).__name__
         raise ValueError(
             f"{name} can't be planned: it doesn't run on PyTorch's meta device, where there are neither weights nor data "
             f"({error})."
