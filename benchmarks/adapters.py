@@ -31,8 +31,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from benchmarks.common import (
-    RESULTS,
     Results,
+    argument_parser,
     describe,
     log,
     markdown_table,
@@ -249,15 +249,12 @@ def mixing_table(found: dict[str, Any]) -> str:
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Measure what isn't stored yet; print tables and verdicts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__, "adapters.json", table=False)
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--adapters", type=int, default=1000, help="how many are loaded")
     parser.add_argument("--tokens", type=int, default=16, help="tokens of each of the 64 prompts")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--smoke", action="store_true", help="a tiny random model and few adapters")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULTS / "adapters.json")
     args = parser.parse_args(argv)
     if args.smoke:
         args.adapters, args.repeats = 4, 2

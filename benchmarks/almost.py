@@ -23,8 +23,7 @@ import torch
 from benchmarks.almost_ablations import FILTERS, GENERATORS, Ablations
 from benchmarks.almost_smoke import write_smoke
 from benchmarks.almost_speed import SPEED_STAGES, measure_speed
-from benchmarks.common import RESULTS, ROOT, Results, describe, log, markdown_table, verdict
-from benchmarks.in_context import default_data_dir
+from benchmarks.common import RESULTS, ROOT, Results, data_folder, describe, log, markdown_table, verdict
 from peft_ext.rows import read_rows
 from trl_ext.almost.pipeline import Pipeline
 from trl_ext.almost.recipe import STAGES, AlmostConfig, load_recipe
@@ -290,7 +289,10 @@ def _parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, default=RECIPE)
     parser.add_argument("--model", help="in place of the recipe's")
     parser.add_argument(
-        "--data-dir", type=Path, default=default_data_dir(), help="folder with hhh, truthfulqa and vicuna"
+        "--data-dir",
+        type=Path,
+        default=data_folder(),
+        help="folder with hhh, truthfulqa and vicuna",
     )
     parser.add_argument("--output", type=Path, default=RESULTS / "almost.json")
     parser.add_argument("--work", type=Path, help="the run and its ablations; default: beside the output")

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import os
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -31,7 +30,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from benchmarks import baselines
-from benchmarks.common import ROOT, Results, argument_parser, describe, log, markdown_table, verdict
+from benchmarks.common import Results, argument_parser, data_folder, describe, log, markdown_table, verdict
 from benchmarks.fast_linear import fast_linear
 from benchmarks.nlg_metrics import METEOR_NOTE, nlg_metrics
 from benchmarks.tuning import SMOKE_VOCAB, Restart, tiny_llama, train, trainable
@@ -334,23 +333,16 @@ def verdicts(study: Study, name: str) -> list[str]:
     ]
 
 
-def default_data_dir() -> Optional[Path]:
-    """PEFT_EXT_NLG_DATA, or the folder of data sets beside the repository, if there is one."""
-    named = os.environ.get("PEFT_EXT_NLG_DATA")
-    beside = ROOT.parent / "shared" / "data"
-    return Path(named) if named else beside if beside.is_dir() else None
-
-
 def parse(argv: Optional[Sequence[str]]) -> tuple[argparse.Namespace, Budget]:
     """The command line; single numbers override the budget's."""
-    parser = argument_parser(__doc__, "alphatuning_nlg.json")
+    parser = argument_parser(__doc__, "alphatuning_nlg.json", budget=Budget()._asdict())
     parser.add_argument("--model", default=DEFAULT_MODEL, help="default, hub id, folder or .gguf file")
-    parser.add_argument("--data-dir", type=Path, default=default_data_dir(), help="holds the data sets' folders")
+    parser.add_argument(
+        "--data-dir", type=Path, default=data_folder("PEFT_EXT_NLG_DATA"), help="holds the data sets' folders"
+    )
     parser.add_argument(
         "--data", nargs="+", default=["e2e", "webnlg"], help="folders with {train,validation,test}.jsonl"
     )
-    for name, value in Budget()._asdict().items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     parser.add_argument("--rows", nargs="*", default=[], help="only rows whose title contains one of these")
     args = parser.parse_args(argv)
     if not args.smoke:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,10 +24,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, PretrainedConfig
 
 from benchmarks.common import (
-    RESULTS,
-    ROOT,
     Results,
+    argument_parser,
     describe,
+    fresh_process,
     log,
     markdown_table,
     peak_resident_bytes,
@@ -188,21 +186,15 @@ def loading(args: argparse.Namespace) -> dict[str, Any]:
                 model = get_peft_model(model, AlphaTuningConfig(bits=3, init_method="greedy")).unload()
             model.save_pretrained(Path(folder, kind))
             del model
-            command = [sys.executable, "-m", "benchmarks.alphatuning_sizes", "--worker", str(Path(folder, kind))]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"loading the {kind} model ended with {done.returncode}:\n{done.stderr[-4000:]}")
-            found[kind] = json.loads(done.stdout.splitlines()[-1])
+            flags = ["--worker", str(Path(folder, kind))]
+            found[kind] = fresh_process("benchmarks.alphatuning_sizes", flags, f"loading the {kind} model")
     return found
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Print the tables, measure the loading, print the verdicts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__, "alphatuning_sizes.json", table=False)
     parser.add_argument("--model", default=DEFAULT_MODEL, help="whose loading is measured")
-    parser.add_argument("--smoke", action="store_true", help="the small configs and a tiny random model")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULTS / "alphatuning_sizes.json")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Optional
 
 import torch
@@ -63,14 +64,53 @@ def write_json(path: Path, value: Any) -> None:
         partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-def argument_parser(doc: str, results: str) -> argparse.ArgumentParser:
-    """A parser with the flags of every benchmark that stores what it has measured; `results` is the file's name."""
+def argument_parser(
+    doc: Optional[str], results: str, table: bool = True, budget: Mapping[str, int] = MappingProxyType({})
+) -> argparse.ArgumentParser:
+    """A parser with the flags of every benchmark that stores what it has measured.
+
+    Args:
+        doc: The help text.
+        results: Name of the file.
+        table: Whether what is stored can be printed alone.
+        budget: Numbers that have a flag each, and their defaults.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="measure nothing, print what is stored")
+    for name, value in budget.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    if table:
+        parser.add_argument("--table", action="store_true", help="measure nothing, print what is stored")
     parser.add_argument("--smoke", action="store_true", help="next to nothing: checks that the script runs")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
     parser.add_argument("--output", type=Path, default=RESULTS / results)
     return parser
+
+
+def data_folder(variable: str = "PEFT_EXT_CLASSIFICATION_DATA", name: str = "") -> Optional[Path]:
+    """The folder that an environment variable names, or the folder of data sets (or a set's) beside the repository."""
+    named, beside = os.environ.get(variable), ROOT.parent / "shared" / "data" / name
+    return Path(named) if named else beside if beside.is_dir() else None
+
+
+def fresh_process(
+    module: str, flags: Sequence[str], what: str, variables: Mapping[str, str] = MappingProxyType({})
+) -> Any:
+    """Run a benchmark's worker in a process of its own; returns the JSON of its last line.
+
+    Args:
+        module: Such as `benchmarks.plan_memory`.
+        flags: The worker's.
+        what: What it does, for the error.
+        variables: Added to its environment.
+
+    Raises:
+        RuntimeError: If it fails; shows the end of its stderr.
+    """
+    command = [sys.executable, "-W", "ignore", "-m", module, *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **variables})
+    if done.returncode:
+        raise RuntimeError(f"{what} ended with {done.returncode}:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def environment(seed: int) -> dict[str, Any]:

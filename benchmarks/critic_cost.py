@@ -14,13 +14,12 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from benchmarks.common import RESULTS, Results, describe, log, markdown_table, verdict
+from benchmarks.common import Results, argument_parser, describe, log, markdown_table, verdict
 from benchmarks.tuning import tiny_llama
 from generation_ext.critic import Critic, CriticLogitsProcessor, critic_generate
 from generation_ext.critic.value import backbone
@@ -167,7 +166,7 @@ def _settings(args: argparse.Namespace, batch: int) -> dict[str, Any]:
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Measure what isn't stored yet; print tables and verdicts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__, "critic_cost.json", table=False)
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompt_tokens", type=int, default=32)
@@ -176,9 +175,6 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         "--long_tokens", type=int, default=128, help="length of the text when every candidate is encoded"
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULTS / "critic_cost.json")
-    parser.add_argument("--smoke", action="store_true", help="a tiny random model: checks that the script runs")
     args = parser.parse_args(argv)
     if args.smoke:
         args.batches, args.new_tokens, args.long_tokens, args.rounds = [2], 8, 16, 2

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +13,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.common import ROOT
 from generation_ext.in_context import TASKS, Task
 from peft_ext.rows import read_rows
 
@@ -51,13 +49,6 @@ def read_examples(data_dir: Path, task: Task, split: str, seed: int = 0) -> list
     examples = [Example({field: row[column] for field, column in fields.items()}, row["label"]) for row in rows]
     random.Random(seed).shuffle(examples)
     return examples
-
-
-def default_data_dir() -> Optional[Path]:
-    """PEFT_EXT_CLASSIFICATION_DATA, or the folder of data sets beside the repository, if there is one."""
-    named = os.environ.get("PEFT_EXT_CLASSIFICATION_DATA")
-    beside = ROOT.parent / "shared" / "data"
-    return Path(named) if named else beside if beside.is_dir() else None
 
 
 def missing_file(data_dir: Optional[Path], names: Sequence[str], splits: Sequence[str]) -> Optional[str]:

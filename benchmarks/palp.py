@@ -24,8 +24,7 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 import torch
 
-from benchmarks.common import RESULTS, Results, describe, log, markdown_table, verdict
-from benchmarks.in_context import default_data_dir
+from benchmarks.common import RESULTS, Results, data_folder, describe, log, markdown_table, verdict
 from benchmarks.palp_data import PLAIN, SETS, Remembering, Split
 from generation_ext.in_context import LabelScorer
 from generation_ext.probing import FeatureExtractor, PALPClassifier
@@ -373,7 +372,7 @@ def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default=DEFAULT_MODEL, help="default, hub id, folder or .gguf file")
     add("--encoder", help="the encoder for reference; MiniLM by default")
-    add("--data-dir", type=Path, default=default_data_dir(), help="holds the sets' folders")
+    add("--data-dir", type=Path, default=data_folder(), help="holds the sets' folders")
     add("--sets", nargs="+", choices=tuple(SETS), default=list(SETS))
     add("--lora-sets", nargs="*", choices=tuple(SETS), default=["sst2", "ag_news", "snips"])
     add("--methods", nargs="+", help="only these; all by default")

@@ -27,8 +27,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, Seq2SeqTrainingArguments, set_seed
 
-from benchmarks.common import ROOT, Results, argument_parser, describe, log, markdown_table, verdict
-from benchmarks.in_context import default_data_dir
+from benchmarks.common import ROOT, Results, argument_parser, data_folder, describe, log, markdown_table, verdict
 from benchmarks.paraphrase_data import SETS, as_decoded, split_pairs
 from benchmarks.paraphrase_lora import LORAS, LoraBudget, lora_paraphrases
 from benchmarks.paraphrase_pictures import bars_and_granularities, sentence_picture
@@ -336,7 +335,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 def _arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser = argument_parser(__doc__, "paraphrase.json")
-    parser.add_argument("--data-dir", type=Path, default=default_data_dir(), help="holds the sets' folders")
+    parser.add_argument("--data-dir", type=Path, default=data_folder(), help="holds the sets' folders")
     parser.add_argument("--sets", nargs="+", choices=tuple(SETS), default=list(SETS))
     parser.add_argument("--modes", nargs="+", choices=(TRANSFORMER, *MODES), default=[TRANSFORMER, *MODES])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import os
 import shutil
 import tempfile
 import time
@@ -30,7 +29,7 @@ from peft import PeftModel
 from torch import nn
 
 from benchmarks import baselines
-from benchmarks.common import ROOT, Results, argument_parser, describe, log, markdown_table, verdict
+from benchmarks.common import Results, argument_parser, data_folder, describe, log, markdown_table, verdict
 from benchmarks.fast_linear import fast_linear
 from benchmarks.tuning import Restart, byte_blocks, causal_batches, sample_blocks, tiny_llama, train, trainable
 from peft_ext import PeqaConfig
@@ -413,20 +412,16 @@ def run(study: Study, rows: Sequence[Row]) -> None:
             log(f"{row.title}: test {result['test']:.2f}, other {result['other']:.2f}, {result['seconds']:.0f} s")
 
 
-def default_data_dir() -> Optional[Path]:
-    """PEFT_EXT_DATA, or the folder of wikitext-2 beside the repository, if there is one."""
-    named = os.environ.get("PEFT_EXT_DATA")
-    if named:
-        return Path(named)
-    beside = ROOT.parent / "shared" / "data" / "wikitext2"
-    return beside if beside.is_dir() else None
-
-
 def parse(argv: Optional[Sequence[str]]) -> tuple[argparse.Namespace, Budget]:
     """The command line; single numbers override the budget's."""
     parser = argument_parser(__doc__, "peqa_quality.json")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="default, hub id, folder or .gguf file")
-    parser.add_argument("--data-dir", type=Path, default=default_data_dir(), help="train.txt, valid.txt and test.txt")
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=data_folder("PEFT_EXT_DATA", "wikitext2"),
+        help="train.txt, valid.txt and test.txt",
+    )
     parser.add_argument(
         "--budget", choices=("fast", "full"), default="fast", help="70 minutes, or 3 hours, on 2 cores"
     )

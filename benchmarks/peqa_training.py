@@ -16,10 +16,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -33,11 +30,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks import baselines
 from benchmarks.common import (
-    ROOT,
     Results,
     argument_parser,
     available_bytes,
     describe,
+    fresh_process,
     log,
     markdown_table,
     peak_resident_bytes,
@@ -218,14 +215,10 @@ def in_own_process(args: argparse.Namespace, model: str, method: Method) -> dict
     if needed > 0.9 * available_bytes():
         reason = f"needs about {needed / 1e9:.0f} GB, {available_bytes() / 1e9:.0f} GB are free"
         return {"skipped": reason}
-    command = [sys.executable, "-m", "benchmarks.peqa_training", "--worker", json.dumps([model, *method])]
-    command += ["--steps", str(args.steps), "--batch-size", str(args.batch_size), "--block-size", str(args.block_size)]
-    command += ["--dtype", args.dtype, "--seed", str(args.seed)]
-    variables = {**os.environ, KERNEL_VARIABLE: method.kernel}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=variables)
-    if done.returncode:
-        raise RuntimeError(f"{method.title} on {model} ended with {done.returncode}:\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    flags = ["--worker", json.dumps([model, *method]), "--dtype", args.dtype, "--seed", str(args.seed)]
+    flags += ["--steps", str(args.steps), "--batch-size", str(args.batch_size), "--block-size", str(args.block_size)]
+    variables = {KERNEL_VARIABLE: method.kernel}
+    return fresh_process("benchmarks.peqa_training", flags, f"{method.title} on {model}", variables)
 
 
 def _bytes_of_full_tuning(model: str, args: argparse.Namespace) -> float:

@@ -18,9 +18,6 @@ import argparse
 import copy
 import itertools
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional
 
@@ -31,10 +28,10 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 
 from benchmarks.common import (
-    ROOT,
     Results,
     argument_parser,
     describe,
+    fresh_process,
     log,
     markdown_table,
     peak_resident_bytes,
@@ -169,14 +166,10 @@ def _generate(args: argparse.Namespace, model: Any) -> None:
 
 def in_own_process(args: argparse.Namespace, model: str, row: Row, malloc: str) -> dict[str, Any]:
     """[`measure`] in a fresh process, and [`predict`]."""
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.plan_memory", "--worker", json.dumps([model, *row])]
+    flags = ["--worker", json.dumps([model, *row])]
     for name in ("batch_size", "block_size", "context", "seed"):
-        command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    variables = {**os.environ, **MALLOC[malloc]}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=variables)
-    if done.returncode:
-        raise RuntimeError(f"{row.title} on {model} ended with {done.returncode}:\n{done.stderr[-4000:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
+        flags += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    found = fresh_process("benchmarks.plan_memory", flags, f"{row.title} on {model}", MALLOC[malloc])
     predicted = predict(args, model, row)
     return {**found, "predicted": predicted, "ratio": predicted / found["measured"]}
 

@@ -24,9 +24,9 @@ from peft import get_peft_model
 from torch import nn
 
 from benchmarks import baselines
-from benchmarks.common import Results, argument_parser, describe, log, markdown_table, verdict
+from benchmarks.common import Results, argument_parser, data_folder, describe, log, markdown_table, verdict
 from benchmarks.fast_linear import fast_linear
-from benchmarks.peqa_quality import default_data_dir, find_split
+from benchmarks.peqa_quality import find_split
 from benchmarks.tuning import byte_blocks, sample_blocks, tiny_llama
 from peft_ext import AlphaTuningConfig, PeqaConfig
 from peft_ext.models import DEFAULT_MODEL, load, load_tokenizer
@@ -174,7 +174,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Measure, then print the table and the verdicts and draw the plot."""
     parser = argument_parser(__doc__, "reconstruction.json")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="default, hub id, folder or .gguf file")
-    parser.add_argument("--data-dir", type=Path, default=default_data_dir(), help="train.txt and valid.txt")
+    parser.add_argument(
+        "--data-dir", type=Path, default=data_folder("PEFT_EXT_DATA", "wikitext2"), help="train.txt and valid.txt"
+    )
     parser.add_argument("--blocks", type=int, default=32, help="of the validation text")
     parser.add_argument("--block-size", type=int, default=256, help="tokens of a block")
     parser.add_argument("--calibration-blocks", type=int, default=32, help="of the training text")

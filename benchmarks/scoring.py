@@ -27,6 +27,7 @@ import torch
 from benchmarks.common import (
     Results,
     argument_parser,
+    data_folder,
     describe,
     log,
     markdown_table,
@@ -37,7 +38,6 @@ from benchmarks.common import (
 )
 from benchmarks.in_context import (
     Example,
-    default_data_dir,
     demonstrations,
     missing_file,
     read_examples,
@@ -251,15 +251,13 @@ def verdicts(study: Study, names: Sequence[str]) -> list[str]:
 
 def parse(argv: Optional[Sequence[str]]) -> tuple[argparse.Namespace, Budget]:
     """The command line; single numbers override the budget's."""
-    parser = argument_parser(__doc__, "scoring.json")
+    parser = argument_parser(__doc__, "scoring.json", budget=Budget()._asdict())
     parser.add_argument("--model", default=DEFAULT_MODEL, help="default, hub id, folder or .gguf file")
-    parser.add_argument("--data-dir", type=Path, default=default_data_dir(), help="holds the tasks' folders")
+    parser.add_argument("--data-dir", type=Path, default=data_folder(), help="holds the tasks' folders")
     parser.add_argument("--tasks", nargs="+", default=["sst2", "sst5", "ag_news"])
     parser.add_argument("--lm-eval", type=Path, help="a folder of packages that has lm_eval")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8, 16], help="of lm-evaluation-harness")
     parser.add_argument("--memory-limits", nargs="*", type=int, default=[int(100 * MB), int(300 * MB), int(1000 * MB)])
-    for name, value in Budget()._asdict().items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     args = parser.parse_args(argv)
     problem = None if args.smoke else missing_file(args.data_dir, args.tasks, ["test"])
     if problem:

@@ -27,11 +27,10 @@ from typing import Any, NamedTuple, Optional
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from benchmarks.common import Results, argument_parser, describe, log, markdown_table, verdict
+from benchmarks.common import Results, argument_parser, data_folder, describe, log, markdown_table, verdict
 from benchmarks.in_context import (
     Example,
     accuracy,
-    default_data_dir,
     demonstrations,
     missing_file,
     read_examples,
@@ -319,14 +318,12 @@ def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
 def parse(argv: Optional[Sequence[str]]) -> tuple[argparse.Namespace, Budget]:
     """The command line; single numbers override the budget's."""
-    parser = argument_parser(__doc__, "sgicl.json")
+    parser = argument_parser(__doc__, "sgicl.json", budget=Budget()._asdict())
     parser.add_argument("--model", default=DEFAULT_MODEL, help="default, hub id, folder or .gguf file")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the model's weights")
-    parser.add_argument("--data-dir", type=Path, default=default_data_dir(), help="holds the tasks' folders")
+    parser.add_argument("--data-dir", type=Path, default=data_folder(), help="holds the tasks' folders")
     parser.add_argument("--tasks", nargs="+", default=["sst2", "sst5", "rte", "cb"])
     parser.add_argument("--pools-per-seed", action="store_true", help="generate anew for each seed")
-    for name, value in Budget()._asdict().items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     parser.add_argument("--rows", nargs="*", default=[], help="only rows whose title contains one of these")
     parser.add_argument("--parts", nargs="+", choices=(MAIN, DEVELOPMENT), default=[MAIN, DEVELOPMENT])
     args = parser.parse_args(argv)

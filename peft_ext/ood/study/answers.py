@@ -53,12 +53,7 @@ def size_answer(finished: Sequence[CellResult], detector: str = DETECTOR) -> tup
 def tuning_answer(finished: Sequence[CellResult], detector: str = DETECTOR) -> tuple[str, Differences]:
     """How AUROC differs from full fine-tuning's: pairs of the same set, model and seed, each method's budgets averaged.
 
-    Args:
-        finished: Cells that have a result.
-        detector: Whose AUROC.
-
-    Returns:
-        A sentence, and for each method the mean difference, its interval and the number of pairs.
+    Arguments and answer are [`size_answer`]'s, the differences each method's.
     """
     return _against(finished, detector, REFERENCE, list(METHODS))
 
@@ -66,12 +61,7 @@ def tuning_answer(finished: Sequence[CellResult], detector: str = DETECTOR) -> t
 def quantisation_answer(finished: Sequence[CellResult], detector: str = DETECTOR) -> tuple[str, Differences]:
     """How AUROC on a packed base differs from LoRA's: pairs of the same set, model, seed and budget; budgets averaged.
 
-    Args:
-        finished: Cells that have a result.
-        detector: Whose AUROC.
-
-    Returns:
-        A sentence, and for each method the mean difference, its interval and the number of pairs.
+    Arguments and answer are [`size_answer`]'s, the differences each method's.
     """
     packed = [name for name, method in METHODS.items() if method.packed]
     return _against(finished, detector, UNPACKED_REFERENCE, packed)

@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import functools
-import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any, Optional
 
 import numpy as np
@@ -22,13 +20,14 @@ from peft_ext.ood import metrics
 from peft_ext.ood.classifier import PooledClassifier
 from peft_ext.ood.detectors import make_detector
 from peft_ext.ood.features import Features, extract
-from peft_ext.ood.study.data import Data, Setting, load_setting
+from peft_ext.ood.study.data import Data, load_setting
 from peft_ext.ood.study.grid import Cell, StudyConfig
 from peft_ext.ood.study.methods import NotPossibleError, Solution, apply, get_method, solve, trained_parameters
 from peft_ext.ood.study.results import FEATURES, SCORES, result_of
 from peft_ext.ood.study.training import Trained, calibration_batch, probe, train
 
 
+_load_setting = functools.lru_cache(maxsize=2)(load_setting)  # cells of a set come one after another
 _PARTS = ("train", "validation", "test", "outside")
 
 
@@ -43,7 +42,7 @@ def measure_cell(config: StudyConfig, cell: Cell) -> tuple[dict[str, Any], dict[
     Raises:
         NotPossibleError: If the method can't be applied.
     """
-    data = _data(cell.setting, config.data_dir)
+    data = _load_setting(cell.setting, config.data_dir)
     tokenizer = load_tokenizer(cell.model.path)
     start = time.time()
     model, solution, trained, rate, searched = _best(config, cell, tokenizer, data)
@@ -160,12 +159,3 @@ def _detect(
         measured[detector.name] = values
         scores[f"{detector.name}.id"], scores[f"{detector.name}.outside"] = inside, outside
     return measured, scores
-
-
-@functools.lru_cache(maxsize=2)
-def _cached_data(setting: str, data_dir: Optional[str]) -> Data:
-    return load_setting(Setting(**json.loads(setting)), data_dir)
-
-
-def _data(setting: Setting, data_dir: Optional[str]) -> Data:
-    return _cached_data(json.dumps(asdict(setting), sort_keys=True), data_dir)

@@ -8,7 +8,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
@@ -78,7 +78,7 @@ class Setting:
     validation_examples: Optional[int] = None
     test_examples: Optional[int] = None
     validation_share: float = 0.15
-    columns: Sequence[str] = field(default=("text", "label"))
+    columns: tuple[str, ...] = ("text", "label")
 
 
 SETTINGS = {
@@ -120,6 +120,7 @@ def make_setting(spec: Union[str, Mapping[str, Any]]) -> Setting:
     unknown = sorted(set(values) - set(Setting.__dataclass_fields__))
     if unknown:
         raise TypeError(f"set {name!r} has no field {unknown[0]!r}; it has {sorted(Setting.__dataclass_fields__)}.")
+    values["columns"] = tuple(values.get("columns", Setting.columns))
     setting = Setting(**values)
     if not 0 < setting.ratio < 1:
         raise ValueError(f"set {name!r}: ratio={setting.ratio!r} must be between 0 and 1.")
