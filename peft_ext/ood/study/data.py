@@ -108,7 +108,7 @@ def make_setting(spec: Union[str, Mapping[str, Any]]) -> Setting:
         ValueError: If the name is unknown (lists those known), or a value is bad.
         TypeError: If there is no such field.
     """
-    values = {"name": spec} if isinstance(spec, str) else dict(spec)
+    values: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = values.get("name")
     base = values.pop("base", name)
     if base in SETTINGS:
