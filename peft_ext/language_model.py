@@ -119,6 +119,12 @@ def start_token(model: nn.Module) -> int:
     raise ValueError("the encoder-decoder model has no decoder_start_token_id; set it in its generation_config.")
 
 
+def end_tokens(model: Any) -> set[int]:
+    """The tokens that end a text, as `generate` has them."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return set(ends if isinstance(ends, (list, tuple)) else [ends]) - {None}
+
+
 def padding_token(tokenizer: Any) -> int:
     """The token that rows of a batch are filled up with; one without a padding token takes its end token, or any."""
     return next(int(token) for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)

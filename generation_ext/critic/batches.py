@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -68,10 +68,10 @@ def has_lora(critic: Critic) -> bool:
     return bool(critic.config.lora_layers)
 
 
-def states_mask(rollouts: Sequence[Rollout], width: Optional[int] = None) -> torch.Tensor:
+def states_mask(rollouts: Sequence[Rollout]) -> torch.Tensor:
     """`[roll-outs, states]` bool: True at the states of a roll-out, which come first in its row."""
     counts = torch.tensor([rollout.states for rollout in rollouts])
-    return torch.arange(width or int(counts.max())) < counts[:, None]
+    return torch.arange(int(counts.max())) < counts[:, None]
 
 
 def padded_hidden(rollouts: Sequence[Rollout]) -> torch.Tensor:

@@ -14,7 +14,7 @@ from transformers import LogitsProcessor
 from generation_ext.critic.value import Critic
 from generation_ext.shared_prefix.candidates import Branches, Prefix, branch
 from generation_ext.shared_prefix.encoded_text import ForwardRecorder, PrefixEncoder
-from peft_ext.language_model import ENCODER_DECODER, LanguageModel
+from peft_ext.language_model import ENCODER_DECODER, LanguageModel, end_tokens
 
 
 MODES = ("exact", "action-value")
@@ -76,7 +76,10 @@ class CriticLogitsProcessor(LogitsProcessor):
         self.language_model = LanguageModel(model)
         self.critics = _checked_critics(model, critic, mode)
         self.strengths = _checked_strengths(strength, len(self.critics))
-        self.top_k = _checked_top_k(top_k, self.language_model.config.vocab_size)
+        vocabulary = self.language_model.config.vocab_size
+        if not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= vocabulary:
+            raise ValueError(f"top_k={top_k!r} must be an integer from 1 to the vocabulary's {vocabulary} tokens.")
+        self.top_k = top_k
         self.mode = mode
         self.mask_others = mask_others
         self.recorder = ForwardRecorder(self.language_model)
@@ -253,17 +256,9 @@ def _checked_strengths(strength: Any, count: int) -> list[float]:
     return [float(one) for one in strengths]
 
 
-def _checked_top_k(top_k: Any, vocab_size: int) -> int:
-    if not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= vocab_size:
-        raise ValueError(f"top_k={top_k!r} must be an integer from 1 to the vocabulary's {vocab_size} tokens.")
-    return top_k
-
-
 def _pad_token_id(model: nn.Module) -> Optional[int]:
     """What generate takes for padding where it gets no mask: a padding token that isn't an end token, too."""
-    config = getattr(model, "generation_config", None)
-    pad, eos = (getattr(config, name, None) for name in ("pad_token_id", "eos_token_id"))
+    pad = getattr(getattr(model, "generation_config", None), "pad_token_id", None)
     if not isinstance(pad, int) or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return None
-    ends = eos if isinstance(eos, (list, tuple)) else [eos]
-    return None if pad in ends else pad
+    return None if pad in end_tokens(model) else pad

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 
 # TRL's shape: called with the keywords prompts, completions, completion_ids and the data set's other columns, all lists
@@ -208,6 +208,5 @@ def _check_label(label: str, labels: Any) -> None:
 
 
 def _named(reward: RewardFunc, source: Any) -> RewardFunc:
-    name: Union[str, None] = getattr(source, "__name__", None)
-    reward.__name__ = name or type(source).__name__
+    reward.__name__ = name_of(source)
     return reward

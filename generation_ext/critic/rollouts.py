@@ -18,8 +18,17 @@ from transformers import PreTrainedTokenizerBase
 
 from generation_ext.critic.rewards import RewardFunc, score
 from generation_ext.critic.value import Critic
+from generation_ext.shared_prefix.sampling import Sampling
 from generation_ext.shared_prefix.token_tree import padded
-from peft_ext.language_model import backbone, device_of, inference, padding_token, start_token, unwrapped
+from peft_ext.language_model import (
+    backbone,
+    device_of,
+    end_tokens,
+    inference,
+    padding_token,
+    start_token,
+    unwrapped,
+)
 
 
 @dataclass
@@ -122,15 +131,9 @@ class RolloutSampler:
         top_p: float = 1.0,
         max_prompt_length: int = 256,
     ) -> None:
-        for name, value in (("max_new_tokens", max_new_tokens), ("max_prompt_length", max_prompt_length)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1.")
-        if not temperature > 0:
-            raise ValueError(f"temperature={temperature} must be above 0; roll-outs are sampled.")
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p={top_p} must be in (0, 1].")
-        if top_k < 0:
-            raise ValueError(f"top_k={top_k} must be at least 0; 0 samples from all tokens.")
+        if max_prompt_length < 1:
+            raise ValueError(f"max_prompt_length={max_prompt_length} must be at least 1.")
+        Sampling(temperature, top_p, top_k, max_new_tokens)  # refuses numbers out of their range
         self.model: Any = model
         self.tokenizer = tokenizer
         self.reward = reward
@@ -171,7 +174,7 @@ class RolloutSampler:
             )
         start = 1 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
         new_tokens = sequences[:, start:].tolist()
-        completions = [_up_to_end(row[: self.max_new_tokens], _end_ids(self.model)) for row in new_tokens]
+        completions = [_up_to_end(row[: self.max_new_tokens], end_tokens(self.model)) for row in new_tokens]
         rollouts = [self._rollout(row, ids, completion) for row, ids, completion in zip(rows, prompt_ids, completions)]
         if with_hidden:
             # a chunked prefill has several calls; the last of them sees the prompt's last token
@@ -351,12 +354,6 @@ def _adapted(critic: Optional[Critic], model: nn.Module) -> Iterator[None]:
         return
     with critic.adapted(model), frozen(model.parameters()):
         yield
-
-
-def _end_ids(model: Any) -> set[int]:
-    """The tokens that end a text, as `generate` has them."""
-    end = model.generation_config.eos_token_id
-    return set(end) if isinstance(end, (list, tuple)) else set() if end is None else {int(end)}
 
 
 def _up_to_end(tokens: list[int], end: set[int]) -> list[int]:

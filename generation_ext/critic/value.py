@@ -64,44 +64,28 @@ class CriticModelConfig(PretrainedConfig):
 
     model_type = "critic"
 
-    def __init__(
-        self,
-        hidden_size: int = 768,
-        base_model_name_or_path: Optional[str] = None,
-        base_model_fingerprint: Optional[str] = None,
-        base_model_adapters: Optional[str] = None,
-        head: str = "linear",
-        mlp_size: int = 256,
-        lora_rank: int = 0,
-        lora_alpha: float = 16.0,
-        lora_target_modules: Optional[list[str]] = None,
-        lora_layers: Optional[dict[str, list[int]]] = None,
-        action_values: bool = False,
-        action_rank: int = 0,
-        embedding_size: Optional[int] = None,
-        vocab_size: Optional[int] = None,
-        control_codes: Optional[list[str]] = None,
-        prompt_template: str = "{code}: {prompt}",
-        **kwargs: Any,
-    ) -> None:
-        self.hidden_size = hidden_size
-        self.base_model_name_or_path = base_model_name_or_path
-        self.base_model_fingerprint = base_model_fingerprint
-        self.base_model_adapters = base_model_adapters
-        self.head = head
-        self.mlp_size = mlp_size
-        self.lora_rank = lora_rank
-        self.lora_alpha = lora_alpha
-        self.lora_target_modules = lora_target_modules
-        self.lora_layers = lora_layers or {}
-        self.action_values = action_values
-        self.action_rank = action_rank
-        self.embedding_size = embedding_size
-        self.vocab_size = vocab_size
-        self.control_codes = list(control_codes or [])
-        self.prompt_template = prompt_template
+    hidden_size: int = 768
+    base_model_name_or_path: Optional[str] = None
+    base_model_fingerprint: Optional[str] = None
+    base_model_adapters: Optional[str] = None
+    head: str = "linear"
+    mlp_size: int = 256
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
+    lora_target_modules: Optional[list[str]] = None
+    lora_layers: Any = None
+    action_values: bool = False
+    action_rank: int = 0
+    embedding_size: Optional[int] = None
+    vocab_size: Optional[int] = None
+    control_codes: Any = None
+    prompt_template: str = "{code}: {prompt}"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.lora_layers = self.lora_layers or {}
+        self.control_codes = list(self.control_codes or [])
         self._check()
-        super().__init__(**kwargs)
+        super().__post_init__(**kwargs)
 
     def _check(self) -> None:
         for name, least in (("hidden_size", 1), ("mlp_size", 1), ("lora_rank", 0), ("action_rank", 0)):
@@ -425,9 +409,10 @@ def _lora_layers(model: nn.Module, targets: Optional[list[str]]) -> dict[str, li
         if endings is None or any(name == ending or name.endswith(f".{ending}") for ending in endings):
             layers[name] = shape
     if not layers:
+        linear = (name for name, module in backbone(model).named_modules() if _linear_shape(module))
         raise ValueError(
             f"lora_target_modules={targets!r}: no linear layer of the model has such a name; its layers are "
-            f"called {_linear_endings(backbone(model))}."
+            f"called {sorted({name.rsplit('.', 1)[-1] for name in linear})}."
         )
     return layers
 
@@ -439,10 +424,6 @@ def _linear_shape(module: nn.Module) -> Optional[list[int]]:
     if type(module).__name__ == "Conv1D":
         return list(module.weight.shape)  # type: ignore[arg-type]
     return None
-
-
-def _linear_endings(module: nn.Module) -> list[str]:
-    return sorted({name.rsplit(".", 1)[-1] for name, child in module.named_modules() if _linear_shape(child)})
 
 
 def _lora_hook(down: torch.Tensor, up: torch.Tensor, scale: float) -> Any:

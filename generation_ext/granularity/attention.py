@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers import initialization as init
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.models.bart.modeling_bart import eager_attention_forward  # noqa: F401 (of GranularityAttention)
 
 from generation_ext.granularity.biased import biased_attention
 from generation_ext.granularity.cache import past_granularities
@@ -179,8 +180,8 @@ class GranularityAttention(nn.Module):
             attention_mask = attention_mask[:, None, None].bool()
         cross = key_value_states is not None
         z = self.granularity(hidden_states)
-        tokens = Tokens(z, self.granularity(others) if cross else z, None if cross else 0)
-        output = _attend(self, tokens, query, key, value, attention_mask, self.dropout * self.training)
+        self._tokens = Tokens(z, self.granularity(others) if cross else z, None if cross else 0)
+        output, _ = _sdpa(self, query, key, value, attention_mask, dropout=self.dropout * self.training)
         return self.out_proj(output.flatten(2))
 
 
@@ -309,29 +310,6 @@ def _mask(
         # a sum could leave the range
         bias = (bias + attention_mask[..., :count].to(dtype)).clamp(min=lowest)
     return (None if after is None else after.to(dtype)), bias
-
-
-def _attend(
-    module: Any,
-    tokens: Tokens,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: Optional[torch.Tensor],
-    dropout: float,
-) -> torch.Tensor:
-    """Plain attention of one's own model, `[batch, q, heads, size]`."""
-    after, bias = _mask(module.granularity, tokens, attention_mask, query.dtype)
-    if after is None:
-        if _learns(bias, dropout):
-            output = biased_attention(query, key, value, bias)
-        else:
-            output = nn.functional.scaled_dot_product_attention(query, key, value, bias, dropout)
-    else:
-        scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5 + bias
-        weights = nn.functional.dropout(scores.softmax(-1) * after, dropout, module.training)
-        output = weights @ value
-    return output.transpose(1, 2)
 
 
 def _eager(

@@ -62,7 +62,7 @@ def convert_to_granularity_attention(model: Model, config: Optional[GranularityC
         ValueError: If no attention of a known class is in it (lists those known); if it is converted already; if its
             attention implementation takes no float mask; if `max_length` can't be told from its config.
     """
-    attentions = {name: module for name, module in model.named_modules() if _is_attention(module)}
+    attentions = {name: module for name, module in model.named_modules() if type(module).__name__ in KNOWN_ATTENTIONS}
     if not attentions:
         classes = sorted({type(m).__name__ for m in model.modules() if "Attention" in type(m).__name__})
         raise ValueError(
@@ -123,10 +123,6 @@ def load_granularities(model: Model, folder: Union[str, os.PathLike]) -> Model:
         )
     model.load_state_dict(heads, strict=False)
     return model
-
-
-def _is_attention(module: nn.Module) -> bool:
-    return type(module).__name__ in KNOWN_ATTENTIONS
 
 
 def _is_cross(name: str, module: nn.Module) -> bool:

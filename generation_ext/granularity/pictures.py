@@ -27,14 +27,13 @@ def sentence_granularities(model: Any, tokenizer: Any, text: str) -> tuple[list[
     """
     if not text.strip():
         raise ValueError("text is empty: it has no tokens to show.")
+    if getattr(model.config, "granularity_mode", None) is None:
+        raise ValueError("the model has no granularities: it was trained with mode=none, or is no C-DNPG.")
     batch = tokenizer(text, return_tensors="pt", truncation=True)
     inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
     output = model(**inputs, decoder_input_ids=inputs["input_ids"][:, :1], output_granularities=True)
-    granularities = getattr(output, "encoder_granularities", None)
-    if not granularities:
-        raise ValueError("the model has no granularities: it is a plain Transformer.")
     tokens = tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())
-    return tokens, torch.cat(list(granularities)).float().cpu()
+    return tokens, torch.cat(output.encoder_granularities).float().cpu()
 
 
 def as_text(tokens: Sequence[str], granularities: torch.Tensor) -> str:

@@ -52,7 +52,6 @@ def paraphrase_trainer(
     args: Seq2SeqTrainingArguments,
     train_pairs: Sequence[Mapping[str, str]],
     eval_pairs: Optional[Sequence[Mapping[str, str]]] = None,
-    callbacks: Optional[list[Any]] = None,
 ) -> Seq2SeqTrainer:
     """A trainer of an encoder-decoder model on pairs; its evaluation loss is that of `eval_pairs`."""
     return Seq2SeqTrainer(
@@ -62,7 +61,6 @@ def paraphrase_trainer(
         train_dataset=encode_pairs(tokenizer, train_pairs),
         eval_dataset=encode_pairs(tokenizer, eval_pairs) if eval_pairs else None,
         processing_class=tokenizer,
-        callbacks=callbacks,
     )
 
 
@@ -73,7 +71,6 @@ def paraphrase(
     texts: Sequence[str],
     batch_size: int = 32,
     num_beams: int = 8,
-    max_length: Optional[int] = None,
     **generate_kwargs: Any,
 ) -> list[str]:
     """Paraphrases of texts, in their order.
@@ -81,10 +78,9 @@ def paraphrase(
     Args:
         model: The model, in eval mode.
         tokenizer: Its tokenizer.
-        texts: What to say otherwise; longer ones are cut to `max_length`.
+        texts: What to say otherwise; they, and the paraphrases, have at most the tokenizer's `model_max_length` tokens.
         batch_size: Texts at a time; sorted by length.
         num_beams: The paper's 8.
-        max_length: Most tokens of source and paraphrase; None: the tokenizer's.
         generate_kwargs: For `generate`.
 
     Raises:
@@ -93,7 +89,7 @@ def paraphrase(
     empty = next((number for number, text in enumerate(texts) if not text.strip()), None)
     if empty is not None:
         raise ValueError(f"text {empty} is empty: there is nothing to paraphrase.")
-    limit = max_length or tokenizer.model_max_length
+    limit = tokenizer.model_max_length
     order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
     paraphrases = [""] * len(texts)
     generate: Any = model.generate

@@ -11,7 +11,7 @@ from typing import Any, Optional
 
 from generation_ext import columns
 from generation_ext.columns import DataArguments, columns_of
-from generation_ext.granularity.modeling import CDNPGConfig  # registers the model type
+from generation_ext.granularity import modeling  # noqa: F401 (registers the model type)
 from peft_ext import command_line
 from peft_ext.models import load_config
 
@@ -48,11 +48,6 @@ class DecodingArguments:
 
     num_beams: int = field(default=8, metadata={"help": "Beams; the paper's 8."})
     batch_size: int = field(default=32, metadata={"help": "Texts at a time."})
-
-
-def has_granularities(model: Any) -> bool:
-    """Whether a model is C-DNPG, and not its plain twin."""
-    return isinstance(model.config, CDNPGConfig) and model.config.granularity_mode is not None
 
 
 def read_texts(path: Optional[str], argument: str, names: Sequence[str], args: DataArguments) -> list[dict[str, str]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
-from generation_ext.granularity.commands.arguments import ModelArguments, has_granularities, parse
+from generation_ext.granularity.commands.arguments import ModelArguments, parse
 from generation_ext.granularity.pictures import as_text, heat_map, sentence_granularities
 from peft_ext.files import check_writable
 
@@ -31,8 +31,6 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError(f"output={args.output!r} must end in .png.")
         check_writable(Path(args.output), "output")
     model, tokenizer = args.load()
-    if not has_granularities(model):
-        raise ValueError(f"model={args.model!r} has no granularities: it was trained with mode=none, or is no C-DNPG.")
     tokens, z = sentence_granularities(model, tokenizer, args.text)
     print(as_text(tokens, z))
     if args.output:
