@@ -6,9 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-import torch
-
 from generation_ext.shared_prefix.sampling import Sampling
+from peft_ext.models import DTYPES
 from trl_ext.almost.prompts.roles import AUTO, FORMATS
 
 
@@ -156,11 +155,10 @@ class SelfPlayConfig(WritingConfig):
 
 
 def check_dtype(argument: str, name: str) -> None:
-    """Refuse what is neither `"auto"` nor the name of a float type, before hours of a run lead to it.
+    """Refuse what models can't be loaded in, before hours of a run lead to it.
 
     Raises:
         ValueError: Names the argument.
     """
-    dtype = getattr(torch, name, None)
-    if name != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"{argument}={name!r} is no float type; choose 'bfloat16', 'float16', 'float32' or 'auto'.")
+    if name not in DTYPES:
+        raise ValueError(f"{argument}={name!r} is no float type; choose one of {DTYPES}.")

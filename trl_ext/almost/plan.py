@@ -80,13 +80,12 @@ def show(lines: list[Line]) -> str:
 
 class _Estimate:
     def __init__(self, pipeline: Pipeline) -> None:
-        self.config, self.pipeline = pipeline.config, pipeline
+        self.config = pipeline.config
         self.tokenizer = _tokenizer(self.config.model_name_or_path)
-        seeds = seed_queries(pipeline.config.data_config(QUERIES).seeds)
+        mined = self.config.data_config(QUERIES)
+        seeds = seed_queries(mined.seeds)
         self.query = max(1, sum(len(tokens_of(self.tokenizer, seed)) for seed in seeds[:50]) // len(seeds[:50]))
-        self.mining = len(
-            tokens_of(self.tokenizer, mining_prompt(seeds[: pipeline.config.data_config(QUERIES).shots]))
-        )
+        self.mining = len(tokens_of(self.tokenizer, mining_prompt(seeds[: mined.shots])))
 
     def of(self, stage: str) -> tuple[int, int, int, str]:
         """Rows, tokens read, tokens written, note."""

@@ -123,10 +123,7 @@ class AlmostConfig:
                 if name in settings:
                     values.setdefault(name, getattr(self, name))
             return values
-        folder = Path(self.run_dir)
-        for name, value in _wiring(self, stage, folder).items():
-            values.setdefault(name, value)
-        return values
+        return {**_wiring(self, stage, Path(self.run_dir)), **values}
 
     def data_config(self, stage: str) -> Any:
         """The settings of a stage that writes texts, as its dataclass.
@@ -263,7 +260,7 @@ def _wiring(config: AlmostConfig, stage: str, run: Path) -> dict[str, Any]:
     if stage == SFT:
         return {**common, "dataset_name": str(run / "demonstrations.jsonl")}
     return {
-        "output_dir": str(run / stage),
+        **common,
         "model_name_or_path": str(run / SFT),
         "dataset_name": str(run / "rlsf_queries.jsonl"),
         "reward_model": str(run / REWARD),

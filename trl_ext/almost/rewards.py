@@ -13,6 +13,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from generation_ext.shared_prefix.token_tree import padded
 from peft_ext.language_model import device_of, inference
 from trl_ext.almost.models import Dtype, default_device, load_chat_tokenizer, load_classifier, with_padding
 from trl_ext.almost.prompts.chat import Messages, Prompt, as_messages, chat_text, with_chat_template
@@ -178,10 +179,7 @@ class RewardModel:
         return encode_answer(self.tokenizer, prompt, response, self.max_length)
 
     def _forward(self, rows: Sequence[list[int]]) -> list[float]:
-        width = max(map(len, rows))
-        padding = self.tokenizer.pad_token_id
-        input_ids = torch.tensor([row + [padding] * (width - len(row)) for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+        input_ids, mask = padded(rows, self.tokenizer.pad_token_id, "right")
         device = device_of(self.model)
         with inference(self.model):
             logits = self.model(input_ids=input_ids.to(device), attention_mask=mask.to(device)).logits

@@ -14,16 +14,13 @@ _RESAMPLES = 1000
 _STEPS = 50
 
 
-def with_interval(
-    rows: Any, statistic: Callable[[np.ndarray], float] = np.mean, seed: int = 0, resamples: int = _RESAMPLES
-) -> dict[str, Any]:
+def with_interval(rows: Any, statistic: Callable[[np.ndarray], float] = np.mean, seed: int = 0) -> dict[str, Any]:
     """A statistic of rows with its 95 % bootstrap interval (percentiles over rows drawn with replacement).
 
     Args:
         rows: `[n]` or `[n, columns]`.
         statistic: Of such an array.
         seed: Of the draws.
-        resamples: Draws.
 
     Raises:
         ValueError: If there are no rows.
@@ -32,7 +29,7 @@ def with_interval(
     if not len(values):
         raise ValueError("rows is empty; there is nothing to average.")
     generator = np.random.default_rng(seed)
-    drawn = [statistic(values[generator.integers(len(values), size=len(values))]) for _ in range(resamples)]
+    drawn = [statistic(values[generator.integers(len(values), size=len(values))]) for _ in range(_RESAMPLES)]
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return {"value": float(statistic(values)), "interval": [float(low), float(high)], "n": len(values)}
 

@@ -17,7 +17,7 @@ from generation_ext.shared_prefix.sampling import Sampling
 from peft_ext.rows import RowFile
 from trl_ext.almost.evaluation.judges import AnswerPair, Judge, Judgement
 from trl_ext.almost.evaluation.statistics import win_rate, with_interval
-from trl_ext.almost.prompts.chat import HUMAN, request_text
+from trl_ext.almost.prompts.chat import request_text
 from trl_ext.almost.writing.backends import Request, TransformersBackend
 
 
@@ -32,7 +32,7 @@ def write_answers(
     tokenizer: PreTrainedTokenizerBase,
     questions: Mapping[Any, str],
     path: Path,
-    sampling: Optional[Sampling] = None,
+    sampling: Sampling,
     batch_size: int = 16,
 ) -> dict[Any, list[str]]:
     """A model's answers to questions, written to a file of rows as they come; those that are there aren't made again.
@@ -42,13 +42,12 @@ def write_answers(
         tokenizer: Its tokenizer.
         questions: Ids and questions.
         path: A .jsonl file of `id`, `query` and `responses`.
-        sampling: How to draw, and how many to each; None: one, at the paper's temperature 0.7, of at most 1,024 tokens.
+        sampling: How to draw, and how many to each.
         batch_size: Answers that are written side by side.
 
     Returns:
         The ids, each with its answers.
     """
-    sampling = sampling or Sampling(temperature=0.7, top_p=1.0, max_new_tokens=1024, stop=(HUMAN,))
     rows = RowFile(path)
     keys = list(questions)
     backend = TransformersBackend(model, tokenizer, batch_size)

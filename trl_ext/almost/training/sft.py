@@ -29,11 +29,6 @@ PROGRAM = "almost_sft"
 
 
 @dataclass
-class SFTArguments(StageArguments):
-    """What the model imitates."""
-
-
-@dataclass
 class AlmostSFTConfig(StageDefaults, SFTConfig):
     """TRL's SFTConfig with the paper's settings (64 demonstrations a step there)."""
 
@@ -49,10 +44,10 @@ class AlmostSFTConfig(StageDefaults, SFTConfig):
 
 def parse(argv: Sequence[str]) -> tuple[Any, ...]:
     """What [`run`] takes, from flags and the YAML of `--config`."""
-    return command_line.parse(argv, SFTArguments, AlmostSFTConfig, AlmostModelConfig, program=PROGRAM)
+    return command_line.parse(argv, StageArguments, AlmostSFTConfig, AlmostModelConfig, program=PROGRAM)
 
 
-def run(script_args: SFTArguments, training_args: SFTConfig, model_args: ModelConfig) -> dict[str, Any]:
+def run(script_args: StageArguments, training_args: SFTConfig, model_args: ModelConfig) -> dict[str, Any]:
     """Fine-tune a language model in `training_args.output_dir`, going on from its last checkpoint.
 
     The loss is on what the assistant says, at every turn, and on the tokens that end its turns.

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from generation_ext.shared_prefix.cache import EMPTY, SharedPrefix, common_prefix
 from generation_ext.shared_prefix.decoding import STOP_STEPS, can_share, prefix_of, sample_tokens
 from generation_ext.shared_prefix.sampling import Sampling, row_generator
-from peft_ext.language_model import CAUSAL, inference, language_model
+from peft_ext.language_model import CAUSAL, end_tokens, inference, language_model
 from trl_ext.almost.prompts.chat import before_marks
 
 
@@ -81,8 +81,7 @@ class TransformersBackend(Backend):
             raise ValueError(f"batch_size={batch_size} must be positive.")
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.new_tokens = 0
-        ends = getattr(self.language_model.base.generation_config, "eos_token_id", None)
-        self.ends = {*(ends if isinstance(ends, (list, tuple)) else [ends]), *tokenizer.all_special_ids} - {None}
+        self.ends = end_tokens(self.language_model.base) | set(tokenizer.all_special_ids)
         self._prefix: SharedPrefix = EMPTY
 
     def stream(
@@ -242,8 +241,5 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     templated = bool(start) and text.startswith(str(start))
     tokens = list(tokenizer(text, add_special_tokens=not templated, verbose=False)["input_ids"])
     # a tokenizer that ends texts would have the model start another one
-    return tokens[:-1] if tokens and not templated and _ends_texts(tokenizer, tokens) else tokens
-
-
-def _ends_texts(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> bool:
-    return tokens[-1] == tokenizer.eos_token_id and len(tokenizer("", verbose=False)["input_ids"]) > 0
+    is_ended = tokens[-1:] == [tokenizer.eos_token_id] and not templated
+    return tokens[:-1] if is_ended and tokenizer("", verbose=False)["input_ids"] else tokens
