@@ -36,6 +36,43 @@ class ModelArguments:
         return model, models.load_tokenizer(self.model)
 
 
+@dataclass
+class TextArguments:
+    """What text goes on from, and how its tokens are chosen."""
+
+    prompt: list[str] = field(
+        default_factory=list, metadata={"help": "One or more prompts; without it, lines of the standard input."}
+    )
+    max_new_tokens: int = field(default=64, metadata={"help": "Tokens to generate at most."})
+    do_sample: bool = field(default=False, metadata={"help": "Sample instead of taking the most likely token."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling."})
+    top_p: float = field(default=1.0, metadata={"help": "Probability mass to sample from."})
+    repetition_penalty: float = field(
+        default=1.0, metadata={"help": "Penalty of tokens that stand in the text already."}
+    )
+    seed: Optional[int] = field(default=None, metadata={"help": "Seed of sampling."})
+
+    def prompts(self) -> list[str]:
+        """The prompts of the flags, or the lines of the standard input.
+
+        Raises:
+            ValueError: If there is none, or one is empty; or for `max_new_tokens`.
+        """
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1.")
+        prompts = self.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        if not prompts or not all(prompts):
+            raise ValueError("no prompt, or an empty one: pass --prompt TEXT, or lines on the standard input.")
+        return prompts
+
+    def options(self) -> dict[str, Any]:
+        """Of `generate`."""
+        names = ["max_new_tokens", "do_sample", "repetition_penalty"]
+        if self.do_sample:
+            names += ["temperature", "top_p"]
+        return {name: getattr(self, name) for name in names}
+
+
 def run_command(program: str, package: str, commands: Mapping[str, str], argv: Optional[Sequence[str]] = None) -> int:
     """Run one of several commands; returns the exit status, see [`run_main`].
 

@@ -42,9 +42,8 @@ def values_of(critic: Critic, model: nn.Module, rollouts: Sequence[Rollout], bat
     mask = states_mask(rollouts)
     values = torch.zeros(mask.shape)
     device = critic.mean.device
-    missing = [rollout for rollout in rollouts if rollout.hidden is None]
-    if missing and not has_lora(critic):
-        fill_hidden(model, missing, batch_size)
+    if not has_lora(critic):
+        fill_hidden(model, [rollout for rollout in rollouts if rollout.hidden is None], batch_size)
     for start in range(0, len(rollouts), batch_size):
         batch = rollouts[start : start + batch_size]
         hidden = encode(model, batch, critic) if has_lora(critic) else padded_hidden(batch).to(device)

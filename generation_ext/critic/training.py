@@ -357,8 +357,7 @@ class CriticTrainer(Trainer):
 
     def _fill_hidden(self, rollouts: list[Rollout]) -> None:
         missing = [rollout for rollout in rollouts if rollout.hidden is None]
-        if missing:
-            fill_hidden(self.language_model, missing, self.args.rollout_batch_size)
+        fill_hidden(self.language_model, missing, self.args.rollout_batch_size)
 
     def _tried(self, rollouts: list[Rollout], iteration: int) -> list[Tried]:
         """Candidates at one state of each roll-out; none if the action-value head learns from sampled tokens alone."""

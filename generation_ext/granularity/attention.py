@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Optional
 
@@ -71,10 +71,6 @@ class GranularityConfig:
             raise ValueError(
                 f"initial={self.initial} must be in [0, 1), and above 0 with link='sigmoid'; link='rectified' starts at 0."
             )
-
-    def to_dict(self) -> dict[str, Any]:
-        """For a config's JSON."""
-        return asdict(self)
 
 
 class GranularityHead(nn.Module):
@@ -268,16 +264,6 @@ def _names(kind: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(inspect.unwrap(kind.forward)).parameters)[1:]
 
 
-def _distances(tokens: Tokens, count: int) -> Optional[torch.Tensor]:
-    """`|i - j|` `[q, k]`; keys are the last `count` of those before and including the queries, or from the first."""
-    if tokens.past is None:
-        return None
-    size, device = tokens.queries.shape[1], tokens.queries.device
-    queries = torch.arange(size, device=device) + tokens.past
-    keys = torch.arange(count, device=device)
-    return (queries[:, None] - keys).abs()
-
-
 def _mask(
     head: Any, tokens: Tokens, attention_mask: Optional[torch.Tensor], dtype: torch.dtype
 ) -> tuple[Optional[torch.Tensor], torch.Tensor]:
@@ -289,7 +275,11 @@ def _mask(
             f"{count} tokens are more than max_length={config.max_length}, beyond which granularities have no scope; "
             "cut the texts (truncation=True, max_length=...), or set a larger max_length."
         )
-    distances = _distances(tokens, count)
+    offsets: Any = None  # i - j, [q, k]
+    if tokens.past is not None:
+        size, device = tokens.queries.shape[1], tokens.queries.device
+        offsets = (torch.arange(size, device=device) + tokens.past)[:, None] - torch.arange(count, device=device)
+    distances = None if offsets is None else offsets.abs()
     after = None
     if config.placement == "after":
         after = granularity_mask(tokens.queries, tokens.keys, distances, config.mode, config.max_length)[:, None]
@@ -301,9 +291,8 @@ def _mask(
     bias = bias.to(dtype)
     lowest = torch.finfo(dtype).min
     if attention_mask is None:
-        if head.is_causal and tokens.past is not None and bias.shape[2] > 1:
-            rows = torch.arange(bias.shape[2], device=bias.device)[:, None] + tokens.past
-            bias = bias.masked_fill(torch.arange(count, device=bias.device) > rows, lowest)
+        if head.is_causal and offsets is not None and bias.shape[2] > 1:
+            bias = bias.masked_fill(offsets < 0, lowest)
     elif attention_mask.dtype == torch.bool:
         bias = bias.masked_fill(~attention_mask[..., :count], lowest)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Optional, TypeVar, Union
 
@@ -88,7 +89,7 @@ def convert_to_granularity_attention(model: Model, config: Optional[GranularityC
         each: Any = getattr(module, "config", None)
         if hasattr(each, "_attn_implementation"):
             each._attn_implementation = implementation
-    model_config.granularity = config.to_dict()
+    model_config.granularity = asdict(config)
     return model
 
 

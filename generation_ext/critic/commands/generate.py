@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -13,41 +12,28 @@ import torch
 from generation_ext.critic.commands.arguments import CriticArguments, critic_folders, load_critics, parse
 from generation_ext.critic.generate import critic_generate
 from generation_ext.critic.value import Critic
+from peft_ext.command_line import TextArguments
 
 
 @dataclass
-class GenerateArguments(CriticArguments):
-    """Arguments of `generate`."""
+class GenerateArguments(CriticArguments, TextArguments):
+    """Arguments of `generate`; temperature and top_p come after the critic."""
 
     strength: list[float] = field(
         default_factory=lambda: [1.0], metadata={"help": "Exponent of the value ratio; one, or one for each critic."}
-    )
-    prompt: list[str] = field(
-        default_factory=list, metadata={"help": "One or more prompts; without it, lines of the standard input."}
     )
     control_code: Optional[str] = field(
         default=None, metadata={"help": "Attribute, for a critic with control codes; may be one it never saw."}
     )
     max_new_tokens: int = field(default=32, metadata={"help": "Tokens to generate at most."})
-    do_sample: bool = field(default=False, metadata={"help": "Sample instead of taking the most likely token."})
-    temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling, after the critic."})
-    top_p: float = field(default=1.0, metadata={"help": "Probability mass to sample from, after the critic."})
     num_beams: int = field(default=1, metadata={"help": "Beams of beam search."})
-    repetition_penalty: float = field(
-        default=1.0, metadata={"help": "Penalty of tokens that stand in the text already."}
-    )
-    seed: Optional[int] = field(default=None, metadata={"help": "Seed of sampling."})
 
 
 @torch.no_grad()
 def main(argv: Sequence[str]) -> None:
     """Generate for every prompt, and print prompt and continuation."""
     (args,) = parse(argv, GenerateArguments, positional="critic")
-    if args.max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={args.max_new_tokens} must be at least 1.")
-    prompts = args.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    if not prompts or not all(prompts):
-        raise ValueError("no prompt, or an empty one: pass --prompt TEXT, or lines on the standard input.")
+    prompts = args.prompts()
     folders = critic_folders(args.critic)
     model, tokenizer = args.load()
     critics = load_critics(folders, model)
@@ -70,12 +56,9 @@ def _generate(args: GenerateArguments, model: Any, tokenizer: Any, critics: list
         return model.generate(
             **inputs,
             logits_processor=[processor],
-            max_new_tokens=args.max_new_tokens,
-            do_sample=args.do_sample,
             num_beams=args.num_beams,
-            repetition_penalty=args.repetition_penalty,
             pad_token_id=tokenizer.pad_token_id,
-            **({"temperature": args.temperature, "top_p": args.top_p} if args.do_sample else {}),
+            **args.options(),
             **({"custom_generate": critic_generate} if reuses else {}),
         )
 

@@ -10,6 +10,9 @@ from typing import NamedTuple, Union
 
 from transformers import PreTrainedTokenizerBase
 
+from generation_ext.shared_prefix.encoding import TextEncoder
+from peft_ext.language_model import ENCODER
+
 
 Message = Mapping[str, str]
 Messages = Sequence[Message]
@@ -25,7 +28,6 @@ FALLBACK_TEMPLATE = (
     "{% else %}{{ message['content'] }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
-_PROBE = "x"
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -47,9 +49,10 @@ def with_chat_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
     if tokenizer.chat_template is not None:
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
-    start, end = _surroundings(tokenizer)
-    template = FALLBACK_TEMPLATE.replace("START", repr(start)).replace("END", repr(end))
-    tokenizer.chat_template = template
+    encoder = TextEncoder(tokenizer, ENCODER)  # of such a model, a text has an end, too
+    start, end = ("".join(tokenizer.convert_ids_to_tokens(ids)) for ids in (encoder.lead, encoder.tail))
+    end = end or tokenizer.eos_token or ""
+    tokenizer.chat_template = FALLBACK_TEMPLATE.replace("START", repr(start)).replace("END", repr(end))
     return tokenizer
 
 
@@ -153,16 +156,3 @@ def _assistant_spans(tokenizer: PreTrainedTokenizerBase, messages: Messages, tex
         match = ending.match(text, end)
         spans.append((len(before), match.end() if match else end))
     return spans
-
-
-def _surroundings(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """The special tokens before and after a text, as text; the end token where the tokenizer adds none."""
-    bare = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
-    whole = tokenizer(_PROBE)["input_ids"]
-    starts = [place for place in range(len(whole)) if whole[place : place + len(bare)] == bare]
-    if not bare or not starts:
-        raise ValueError(f"tokenizer makes {whole} of {_PROBE!r}; that is no tokenizer for text.")
-    lead, tail = whole[: starts[0]], whole[starts[0] + len(bare) :]
-    start = "".join(tokenizer.convert_ids_to_tokens(lead))
-    end = "".join(tokenizer.convert_ids_to_tokens(tail)) or tokenizer.eos_token or ""
-    return start, end
