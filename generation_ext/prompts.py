@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from string import Formatter
 from typing import Any, Optional, Union
 
@@ -193,9 +193,9 @@ SST2 = Task(
     generation_template='Generate a review : {text}\nGenerate a "{label}" review :',
     class_only_template='Generate a "{label}" review :',
 )
-SST5 = Task(
+SST5 = replace(
+    SST2,
     name="sst5",
-    template="Review : {text}\nSentiment :",
     labels={
         "very negative": " terrible",
         "negative": " bad",
@@ -203,8 +203,6 @@ SST5 = Task(
         "positive": " good",
         "very positive": " great",
     },
-    generation_template='Generate a review : {text}\nGenerate a "{label}" review :',
-    class_only_template='Generate a "{label}" review :',
     max_new_tokens=23,
 )
 RTE = Task(
@@ -215,13 +213,11 @@ RTE = Task(
     class_only_template='Premise : {premise}\nGenerate a "{label}" Hypothesis :',
     generated_field="hypothesis",
 )
-CB = Task(
+CB = replace(
+    RTE,
     name="cb",
     template="Premise : {premise}\nHypothesis : {hypothesis}\nYes, No, or Neither?",
     labels={"entailment": " yes", "contradiction": " no", "neutral": " neither"},
-    generation_template='Premise : {premise}\nGenerate a Hypothesis : {hypothesis}\nGenerate a "{label}" Hypothesis :',
-    class_only_template='Premise : {premise}\nGenerate a "{label}" Hypothesis :',
-    generated_field="hypothesis",
     max_new_tokens=10,
 )
 TASKS: dict[str, Task] = {task.name: task for task in (SST2, SST5, RTE, CB)}

@@ -30,6 +30,9 @@ from peft_ext.files import written_whole
 from peft_ext.runs import RunFolder, drop_checkpoints, last_checkpoint
 
 
+_OF_CRITIC = ("head", "mlp_size", "lora_rank", "action_values", "control_codes", "prompt_template")
+
+
 @dataclass
 class TrainArguments(ModelArguments, PromptArguments, RewardArguments):
     """What to train, on which prompts and which reward."""
@@ -63,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
     reward = load_reward(args)
     model, tokenizer = args.load()
     set_seed(training.seed)
-    critic = _critic(args, model)
+    critic = Critic.for_model(model, **{name: getattr(args, name) for name in _OF_CRITIC})
     training.output_dir = str(run)
     trainer = CriticTrainer(critic, training, model, reward, prompts, held_out, tokenizer)
     with training.main_process_first(desc="writing the arguments"):
@@ -88,11 +91,6 @@ def main(argv: Sequence[str]) -> None:
 def table(metrics: dict[str, Any]) -> str:
     """The figures of a run by position, as text."""
     return f"{positions_table(metrics['positions'])}\n\n{metrics['steps']} steps in {metrics['seconds']:.0f} s."
-
-
-def _critic(args: TrainArguments, model: Any) -> Critic:
-    names = ("head", "mlp_size", "lora_rank", "action_values", "control_codes", "prompt_template")
-    return Critic.for_model(model, **{name: getattr(args, name) for name in names})
 
 
 def _split(rows: list[dict[str, Any]], share: float, seed: int) -> tuple[list[Any], list[Any]]:

@@ -51,10 +51,9 @@ def hhh_of_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, row
     """
     texts = []
     for row in rows:
+        said = "\n\n".join(f"{_ROLES[turn['role']]}: {turn['content']}" for turn in dialogue(str(row["prompt"])))
         for first, second in (("chosen", "rejected"), ("rejected", "chosen")):
-            question = HHH_QUESTION.format(
-                conversation=_conversation(row["prompt"]), a=row[first].strip(), b=row[second].strip()
-            )
+            question = HHH_QUESTION.format(conversation=said, a=row[first].strip(), b=row[second].strip())
             texts.append(request_text(tokenizer, question, HHH_START))
     probabilities = word_probabilities(model, tokenizer, texts, HHH_LETTERS).reshape(len(rows), 2, 2)
     chosen = probabilities[:, 0, 0] + probabilities[:, 1, 1]
@@ -133,7 +132,3 @@ def _best_of_choices(rows: Sequence[Row], scores: np.ndarray) -> dict[str, Any]:
 
 def _choices(row: Mapping[str, Any]) -> list[str]:
     return [row["best_answer"], *row["incorrect_answers"]]
-
-
-def _conversation(prompt: Any) -> str:
-    return "\n\n".join(f"{_ROLES[turn['role']]}: {turn['content']}" for turn in dialogue(str(prompt)))

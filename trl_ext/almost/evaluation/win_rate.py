@@ -18,6 +18,7 @@ from peft_ext.rows import RowFile
 from trl_ext.almost.evaluation.judges import AnswerPair, Judge, Judgement
 from trl_ext.almost.evaluation.statistics import win_rate, with_interval
 from trl_ext.almost.prompts.chat import request_text
+from trl_ext.almost.rewards import PairScores
 from trl_ext.almost.writing.backends import Request, TransformersBackend
 
 
@@ -182,7 +183,7 @@ def _readable(judgements: Iterable[Judgement]) -> list[Scores]:
 def _summary(
     judged: Mapping[Any, Sequence[Sequence[Scores]]], pairs: Mapping[Any, Sequence[tuple[str, str]]], seed: int
 ) -> dict[str, Any]:
-    outcomes = {key: [[_outcome(pair) for pair in both] for both in scores] for key, scores in judged.items()}
+    outcomes = {key: [PairScores(*map(list, zip(*both))).hits for both in scores] for key, scores in judged.items()}
     compared = [both for scores in outcomes.values() for both in scores]
     every = [outcome for both in compared for outcome in both]
     lengths = np.array([np.mean([list(map(len, texts)) for texts in pairs[key]], axis=0) for key in judged])
@@ -199,7 +200,3 @@ def _summary(
         ],
         "length": lengths.mean(axis=0).tolist(),
     }
-
-
-def _outcome(scores: Scores) -> float:
-    return float((scores[0] > scores[1]) + 0.5 * (scores[0] == scores[1]))

@@ -205,8 +205,7 @@ def finish(trainer: Trainer, result: Mapping[str, Any], dataset_name: Optional[s
     if trainer.is_world_process_zero():
         _run_folder(trainer.args).finish(result)
         drop_checkpoints(trainer.args.output_dir)
-    if hasattr(trainer, "end"):  # since transformers 5.18: finishes trackers and the process group
-        trainer.end()
+    trainer.end()  # of trackers and the process group
     return result
 
 

@@ -25,10 +25,9 @@ BACKENDS = ("transformers", "vllm")
 
 def backend_of(config: WritingConfig, generator: Optional[Generator] = None) -> Backend:
     """Who writes in a stage: the stage's own model, or a generator."""
-    model, bits, group_size = config.model_name_or_path, None, 64
-    if generator is not None:
-        model, bits, group_size = generator.model or model, generator.bits, generator.group_size
-    return load_backend(model, bits, group_size, config.backend, config.batch_size, config.dtype)
+    who = generator or Generator()
+    model = who.model or config.model_name_or_path
+    return load_backend(model, who.bits, who.group_size, config.backend, config.batch_size, config.dtype)
 
 
 def load_backend(
