@@ -16,5 +16,5 @@ class AlphaTuningLinear(ScaleTuningLinear):
 
     def product_options(self) -> dict[str, Any]:
         # of frozen alphas no gradient is computed
-        trained = [self.deltas[name].shape[-1] for name in self.active_adapters if name in self.deltas]
+        trained = [self.delta(name).shape[-1] for name in self.active_adapters if name in self.deltas]
         return {"trained_planes": max(trained, default=1)}

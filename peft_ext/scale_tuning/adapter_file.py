@@ -43,7 +43,7 @@ def to_file(
     result = dict(selected)
     for name, layer in _layers(model, adapter_name).items():
         key = f"{name}.{layer.prefix}"
-        delta = result.pop(f"{key}{_DELTA}.{adapter_name}", None)
+        delta = result.pop(f"{key}{_DELTA}.{adapter_name}.weight", None)
         if delta is None:
             continue
         base = layer.base_scale() if layer.merged else state_dict.get(f"{name}.base_layer.scale", layer.base_scale())
@@ -70,13 +70,13 @@ def from_file(
     layers = _layers(model, adapter_name)
     for name, layer in layers.items():
         where = f"adapter {adapter_name!r}, layer {name.removeprefix(_PEFT_PREFIX)!r}"
-        own, base = layer.deltas[adapter_name], layer.base_scale()
+        own, base = layer.delta(adapter_name), layer.base_scale()
         fingerprint = layer.base_layer.fingerprint
         scale = _take_scale(result, f"{name}.{layer.prefix}", fingerprint, base, own.shape, config, where)
         if scale is None:
             continue  # PEFT reports the missing delta
         delta = layer.delta_of(scale.to(base.device), adapter_name)
-        result[f"{name}.{layer.prefix}{_DELTA}"] = delta.to(own.dtype)
+        result[f"{name}.{layer.prefix}{_DELTA}.weight"] = delta.to(own.dtype)
     _refuse_other_layers(result, {layer.prefix for layer in layers.values()}, config, adapter_name)
     return result
 

@@ -40,6 +40,18 @@ class Mixture:
         return scales
 
 
+class Delta(nn.Module):
+    """The trained tensor of one adapter, as `weight`.
+
+    A module of its own, as LoRA's matrices are: TRL's trainers make a reference by copying the parameters whose names
+    have `.default.` in them.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
 class ScaleTuningLinear(nn.Module, BaseTunerLayer):
     """A [`PackedLinear`] whose scales adapters replace; base of the tuners' layers.
 
@@ -60,7 +72,7 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: PackedLinear, adapter_name: str, config: ScaleTuningConfig) -> None:
         super().__init__()
         self.base_layer = base_layer
-        setattr(self, f"{self.prefix}delta", nn.ParameterDict({}))
+        setattr(self, f"{self.prefix}delta", nn.ModuleDict({}))
         self.parametrization: dict[str, str] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -71,13 +83,17 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
         self.update_layer(adapter_name, config)
 
     @property
-    def deltas(self) -> nn.ParameterDict:
-        """The trained tensors by adapter."""
+    def deltas(self) -> nn.ModuleDict:
+        """The adapters' [`Delta`]s by name."""
         return getattr(self, f"{self.prefix}delta")
 
     def holds(self, adapter_name: str) -> bool:
         """Whether the layer has the adapter."""
         return adapter_name in self.deltas
+
+    def delta(self, adapter_name: str) -> torch.Tensor:
+        """The trained tensor of one adapter."""
+        return self.deltas[adapter_name].weight  # type: ignore[return-value]
 
     def product_options(self) -> dict[str, Any]:
         """What the tuner asks of the layer's product; arguments of [`PackedLinear`]'s forward."""
@@ -91,7 +107,7 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
         )
         if not config.init_weights:
             delta.normal_(std=0.1)
-        self.deltas[adapter_name] = nn.Parameter(delta)
+        self.deltas[adapter_name] = Delta(delta)
         self.parametrization[adapter_name] = config.parametrization
         self.unfrozen.add(adapter_name)
         BaseTunerLayer._move_adapter_to_device_of_base_layer(self, adapter_name)
@@ -105,7 +121,7 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         deltas = self.deltas
         for name in self.unfrozen.union(names):
-            if name in deltas and (delta := deltas[name]).is_leaf:  # under FSDP1 it may not be one
+            if name in deltas and (delta := self.delta(name)).is_leaf:  # under FSDP1 it may not be one
                 delta.requires_grad_(name in names and not inference_mode)
         self.unfrozen.clear()
         if not inference_mode:
@@ -123,14 +139,13 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
 
     def scale_of(self, adapter_name: str) -> torch.Tensor:
         """The scale of one adapter, shaped like the base layer's."""
-        trained = self.scale_for(self.deltas[adapter_name], self.base_scale(), adapter_name)
+        trained = self.scale_for(self.delta(adapter_name), self.base_scale(), adapter_name)
         return self._with_frozen_part(trained)
 
     @torch.no_grad()
     def stacked_scales(self, adapter_names: list[str]) -> torch.Tensor:
         """The scales of several adapters `[n, out, groups(, bits)]`, for inference; the base's where the layer lacks one."""
-        deltas = self.deltas
-        held = {name: deltas[name] for name in adapter_names if name in deltas}
+        held = {name: self.delta(name) for name in adapter_names if name in self.deltas}
         if len({(self.parametrization[name], delta.shape) for name, delta in held.items()}) != 1:
             return torch.stack([self.scale_of(name) if name in held else self.base_scale() for name in adapter_names])
         first, delta = next(iter(held.items()))
@@ -183,7 +198,7 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def set_weighted(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
         """Give an adapter the weighted sum of what others change about the base's scale."""
-        base, delta = self.base_scale(), self.deltas[adapter_name]
+        base, delta = self.base_scale(), self.delta(adapter_name)
         scale = base.to(delta.dtype, copy=True)
         for name, weight in zip(adapters, weights):
             if self.holds(name):

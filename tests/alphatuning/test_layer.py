@@ -99,7 +99,7 @@ def test_gradients_are_those_of_a_sum_of_planes(group_size, trained_alphas):
     layer = model.base_model.model.lin1
     x = torch.randn(4, layer.in_features, dtype=torch.float64, requires_grad=True)
     layer(x).square().sum().backward()
-    delta = layer.alphatuning_delta["default"]
+    delta = layer.delta("default")
     found, found_x = delta.grad.clone(), x.grad.clone()
 
     delta.grad = x.grad = None

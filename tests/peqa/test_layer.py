@@ -55,7 +55,7 @@ def test_layers_hold_codes_and_no_float_weight(case):
         )
         group_size = case.kwargs.get("group_size", -1)
         groups = 1 if group_size == -1 else layer.in_features // group_size
-        assert base.scale.shape == layer.peqa_delta["default"].shape == (layer.out_features, groups)
+        assert base.scale.shape == layer.delta("default").shape == (layer.out_features, groups)
 
 
 @peqa_cases
@@ -87,7 +87,7 @@ def test_parametrisations(parametrization, formula):
     base = {name: layer.scale_of("default").detach().clone() for name, layer in tuner_layers(model).items()}
     move_adapter(model, strength=0.01)
     for name, layer in tuner_layers(model).items():
-        assert_same(layer.scale_of("default"), formula(base[name], layer.peqa_delta["default"]), tolerance=1e-6)
+        assert_same(layer.scale_of("default"), formula(base[name], layer.delta("default")), tolerance=1e-6)
 
 
 def test_a_file_of_one_parametrisation_loads_as_another(tmp_path):
@@ -240,7 +240,7 @@ def test_requires_grad_with_different_targets():
         model.add_adapter("other", PeqaConfig(target_modules=["v_proj"]))
 
     def trained() -> set[str]:
-        return {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad}
+        return {name.split(".")[-4] for name, p in model.named_parameters() if p.requires_grad}
 
     assert trained() == {"q_proj"}
     model.set_adapter("other")

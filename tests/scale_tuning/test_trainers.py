@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from peft_ext import AlphaTuningConfig, PeqaConfig
-from tests.cases import adapter_parameters, assert_same, prefix_of
+from tests.cases import adapter_parameters, assert_differs, assert_same, move_adapter, prefix_of
 from tests.tiny.models import VOCAB, logits_of, tiny
 from tests.tiny.tokenizers import tiny_tokenizer
 
@@ -156,3 +158,49 @@ def test_plain_loop_with_accelerate(processes, launch, run_module, tmp_path):
     restored = PeftModel.from_pretrained(tiny("llama"), tmp_path / "adapter")
     with torch.no_grad():
         assert logits_of(restored, BATCH).sum().item() == pytest.approx(report["logits_sum"], rel=1e-2)
+
+
+def _preference_trainer(method: str, model, folder):
+    """One of TRL's trainers that make a frozen reference of an adapter, on three rows."""
+    prompts = ["5 6", "7", "8 9"]
+    common = {"output_dir": str(folder), "max_steps": 1, "report_to": "none", "use_cpu": True, "bf16": False}
+    common |= {"gradient_checkpointing": False, "logging_steps": 1, "beta": 0.1}
+    tokenizer = tiny_tokenizer()
+    if method == "dpo":
+        rows = Dataset.from_dict({"prompt": prompts, "chosen": ["1 2"] * 3, "rejected": ["3"] * 3})
+        return trl.DPOTrainer(model, args=trl.DPOConfig(**common), train_dataset=rows, processing_class=tokenizer)
+    if method == "kto":
+        rows = Dataset.from_dict({"prompt": prompts, "completion": ["1 2"] * 3, "label": [True, False, True]})
+        args = trl.KTOConfig(**common, per_device_train_batch_size=3)
+        return trl.KTOTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer)
+    config, trainer = {"grpo": (trl.GRPOConfig, trl.GRPOTrainer), "rloo": (trl.RLOOConfig, trl.RLOOTrainer)}[method]
+    args = config(**common, per_device_train_batch_size=2, num_generations=2, max_completion_length=4)
+    return trainer(
+        model,
+        args=args,
+        reward_funcs=lambda completions, **kwargs: [float(len(text)) for text in completions],
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        processing_class=tokenizer,
+    )
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto", "grpo", "rloo"])
+@pytest.mark.parametrize("config_cls", [PeqaConfig, AlphaTuningConfig])
+def test_the_reference_of_a_tuned_adapter_is_that_adapter(config_cls, method, tmp_path):
+    tuned = get_peft_model(tiny("llama"), config_cls(**CONFIG))
+    move_adapter(tuned)
+    tuned.save_pretrained(tmp_path / "tuned")
+    policy = PeftModel.from_pretrained(tiny("llama"), tmp_path / "tuned", is_trainable=True)
+    trainer = _preference_trainer(method, policy, tmp_path / "run")
+    model = trainer.model.eval()
+    with torch.no_grad():
+        by_adapter = {}
+        for name in ("ref", "default"):
+            model.set_adapter(name)
+            by_adapter[name] = logits_of(model, BATCH)
+        with model.disable_adapter():
+            assert_differs(by_adapter["ref"], logits_of(model, BATCH))
+    assert_same(by_adapter["ref"], by_adapter["default"])
+    if method == "dpo":
+        trainer.train()
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
