@@ -133,6 +133,7 @@ class BcqHfQuantizer(HfQuantizer):
     """Reads, writes and makes `bcq` checkpoints inside transformers' `from_pretrained` and `save_pretrained`."""
 
     requires_calibration = False
+    is_trainable = is_compileable = True
     quantization_config: BcqConfig
 
     def __init__(self, quantization_config: BcqConfig, **kwargs: Any) -> None:
@@ -140,14 +141,6 @@ class BcqHfQuantizer(HfQuantizer):
         self.targets: dict[str, NumberFormat] = {}  # of a float model that is quantised while it is loaded
 
     def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
         return True
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, Any]]:

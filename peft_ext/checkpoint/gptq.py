@@ -172,13 +172,10 @@ class PackedGptqHfQuantizer(HfQuantizer):
     """Makes room for a GPTQ checkpoint's tensors inside transformers' `from_pretrained`, and packs them afterwards."""
 
     requires_calibration = True  # nothing is quantised here
+    is_trainable = True
     quantization_config: PackedGptqConfig
 
     def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
         return True
 
     def _process_model_before_weight_loading(

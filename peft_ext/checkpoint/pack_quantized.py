@@ -45,7 +45,7 @@ from peft_ext.quant.uniform import UNIFORM_BITS, Quantized
 
 
 # What vLLM's mixed-precision kernels (Marlin and its fallbacks) take.
-_VLLM_BITS, _VLLM_GROUP_SIZES = (4, 8), (32, 64, 128)
+VLLM_BITS, _VLLM_GROUP_SIZES = (4, 8), (32, 64, 128)
 # In the model's config: the width of each layer that isn't stored at its own; also tells that weights were packed.
 OWN_BITS = "packed_bits"
 _CODES_AT_ONCE = 1 << 20
@@ -64,16 +64,13 @@ class PackQuantizedWriter(HfQuantizer):
     """
 
     requires_calibration = True
+    is_trainable = True
 
     def __init__(self, model: PreTrainedModel, container_bits: Optional[int] = None) -> None:
         self.container_bits = container_bits
         super().__init__(_describe(model, packed_layers(model), container_bits), pre_quantized=True)
 
     def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
         return True
 
     def _dequantize(self, model: PreTrainedModel, dtype: Optional[torch.dtype] = None) -> nn.Module:
@@ -191,14 +188,12 @@ def restore(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if is_compressed(module):
             module.own_bits = own_bits.get(in_config.get(name), module.quantization_scheme.weights.num_bits)
-    if not _lies_dequantized(model):
-        return
-    source = _checkpoint_config(model)
+    source = None if any(map(_is_packed, model.modules())) else _checkpoint(model)
     if source is None:
         return
-    scheme = next(iter(source["quantization_config"]["config_groups"].values()))["weights"]
-    own_bits = source.get(OWN_BITS) or {}
-    headers = _checkpoint_headers(model)
+    config, headers = source
+    scheme = next(iter(config["quantization_config"]["config_groups"].values()))["weights"]
+    own_bits = config.get(OWN_BITS) or {}
     for name, key in names_in_model(model, stored_layers(headers, "weight_packed")).items():
         module = model.get_submodule(name)
         if type(module) is not nn.Linear or module.weight.device.type == "meta":
@@ -211,13 +206,8 @@ def restore(model: nn.Module) -> None:
             replace_layer(model, name, packed)
 
 
-def _lies_dequantized(model: PreTrainedModel) -> bool:
-    """Whether a model may have come dequantised from a packed checkpoint."""
-    if any(is_compressed(layer) or isinstance(layer, PackedLinear) for layer in model.modules()):
-        return False
-    if hasattr(model.config, OWN_BITS) and _checkpoint_folder(model) is None:
-        raise ValueError(_not_found(model, "config.json"))
-    return True
+def _is_packed(module: nn.Module) -> bool:
+    return is_compressed(module) or isinstance(module, PackedLinear)
 
 
 def _not_found(model: PreTrainedModel, name: str) -> str:
@@ -296,7 +286,7 @@ def vllm_notice(config: CompressedTensorsConfig) -> Optional[str]:
     """What keeps vLLM's kernels from a checkpoint with this config, and the way out; None if nothing does."""
     weights = config.quantization_config.config_groups["group_0"].weights
     obstacles = []
-    if weights.num_bits not in _VLLM_BITS:
+    if weights.num_bits not in VLLM_BITS:
         way_out = (
             "container_bits=4 stores the same numbers in 4-bit containers" if weights.num_bits < 4 else "use 4 or 8"
         )
@@ -357,20 +347,25 @@ def group_sizes(layers: dict[str, PackedLinear]) -> set[int]:
     return {layer.in_features // layer.scale.shape[1] for layer in layers.values()}
 
 
-def _checkpoint_config(model: PreTrainedModel) -> Optional[dict[str, Any]]:
-    """config.json of the pack-quantized integer checkpoint that a transformers model came from, if it did."""
+def _checkpoint(model: PreTrainedModel) -> Optional[tuple[dict[str, Any], dict[str, TensorHeader]]]:
+    """config.json and headers of the pack-quantized integer checkpoint that a model came from, if it did."""
     folder = _checkpoint_folder(model)
     if folder is None:
+        if hasattr(model.config, OWN_BITS):
+            raise ValueError(_not_found(model, "config.json"))
         return None
     config = read_json(folder / "config.json")
     quantization = config.get("quantization_config") or {}
     groups = quantization.get("config_groups") or {}
     weights = [group.get("weights") or {} for group in groups.values()]
     fits = len(weights) == 1 and weights[0].get("type") == "int" and weights[0].get("num_bits") in UNIFORM_BITS
-    packed = (
-        quantization.get("quant_method") == "compressed-tensors" and quantization.get("format") == "pack-quantized"
-    )
-    return config if packed and fits else None
+    ours = quantization.get("quant_method") == "compressed-tensors" and quantization.get("format") == "pack-quantized"
+    if not (ours and fits):
+        return None
+    files = weight_files(folder)
+    if not files:
+        raise ValueError(_not_found(model, "model.safetensors"))
+    return config, read_headers(files)
 
 
 def _checkpoint_folder(model: PreTrainedModel) -> Optional[Path]:
@@ -383,11 +378,3 @@ def _checkpoint_folder(model: PreTrainedModel) -> Optional[Path]:
     except OSError:
         return None
     return None if found is None else Path(found).parent
-
-
-def _checkpoint_headers(model: PreTrainedModel) -> dict[str, TensorHeader]:
-    folder = _checkpoint_folder(model)
-    files = [] if folder is None else weight_files(folder)
-    if not files:
-        raise ValueError(_not_found(model, "model.safetensors"))
-    return read_headers(files)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
-from peft_ext.command_line import parse
+from peft_ext.command_line import BlockArguments, parse
 from peft_ext.commands.run_folder import TunedModelArguments, held_out_of
 from peft_ext.files import check_writable, write_json
 from peft_ext.models import load_tokenizer
@@ -18,25 +18,14 @@ from peft_ext.text import load_text, token_blocks
 
 
 @dataclass
-class EvalArguments(TunedModelArguments):
-    """Arguments of `peft-ext eval`."""
+class EvalArguments(TunedModelArguments, BlockArguments):
+    """Arguments of `peft-ext eval`, which reads the held-out part of a text."""
 
-    data: str = field(
-        default="python-docs",
-        metadata={
-            "help": "Text or JSON-lines file, folder, hub data set id, or python-docs; its held-out part is read."
-        },
-    )
-    text_field: str = field(
-        default="text", metadata={"help": "Field that holds the text in JSON lines and data sets."}
-    )
-    data_config: Optional[str] = field(default=None, metadata={"help": "Configuration of the hub data set."})
     whole: bool = field(default=False, metadata={"help": "Read all of the text, not only what tune would hold out."})
     held_out: Optional[float] = field(
         default=None,
         metadata={"help": "Share of the text that is held out, where it has no validation split; the run's, or 0.1."},
     )
-    block_size: int = field(default=256, metadata={"help": "Tokens per block."})
     blocks: int = field(default=64, metadata={"help": "Blocks to read at most."})
     batch_size: int = field(default=4, metadata={"help": "Blocks per forward pass."})
     output: Optional[str] = field(default=None, metadata={"help": "JSON file to write the result to."})

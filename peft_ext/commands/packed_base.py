@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peft_ext.checkpoint.saving import make_saveable
+from peft_ext.command_line import BlockArguments
 from peft_ext.files import written_whole
 from peft_ext.models import DEFAULT_MODEL, load, load_tokenizer
 from peft_ext.perplexity import perplexity
@@ -29,19 +30,12 @@ from peft_ext.text import load_text, token_blocks
 
 
 @dataclass
-class PackedBaseArguments:
+class PackedBaseArguments(BlockArguments):
     """Which model to quantise, on which text, in which format."""
 
     model: str = field(
         default=DEFAULT_MODEL, metadata={"help": "Default model, hub id, folder (also a packed base) or .gguf file."}
     )
-    data: str = field(
-        default="python-docs", metadata={"help": "Text or JSON-lines file, folder, hub data set id, or python-docs."}
-    )
-    text_field: str = field(
-        default="text", metadata={"help": "Field that holds the text in JSON lines and data sets."}
-    )
-    data_config: Optional[str] = field(default=None, metadata={"help": "Configuration of the hub data set."})
     bits: int = field(default=4, metadata={"help": "Width of a weight: 2, 3, 4 or 8; of binary codings 1, too."})
     group_size: int = field(default=-1, metadata={"help": "Inputs that share a scale; -1: one scale per channel."})
     sym: bool = field(default=False, metadata={"help": "Of integers: keep every zero point in the middle."})
@@ -53,7 +47,6 @@ class PackedBaseArguments:
         },
     )
     calibration_blocks: int = field(default=32, metadata={"help": "Blocks of the training text to calibrate on."})
-    block_size: int = field(default=256, metadata={"help": "Tokens per block."})
     held_out: float = field(
         default=0.1, metadata={"help": "Share of the text that is held out, where it has no validation split."}
     )

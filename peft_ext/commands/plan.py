@@ -25,13 +25,12 @@ from peft_ext.memory.estimate import (
     tuning_memory,
     vllm_memory,
 )
-from peft_ext.memory.trace import OPTIMIZERS, Generation, TrainingStep
-from peft_ext.models import DEFAULT_MODEL, load_config
+from peft_ext.memory.trace import OPTIMIZERS, Generation, TrainingStep, check_positive
+from peft_ext.models import DEFAULT_MODEL, DTYPES, load_config
 from peft_ext.tables import aligned, mebibytes
 
 
 METHODS = ("peqa", "alphatuning", "lora", "full")
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -52,7 +51,7 @@ class PlanArguments:
     lora_r: int = field(default=8, metadata={"help": "Rank of LoRA, on all linear layers but the output layer."})
     dtype: str = field(
         default="auto",
-        metadata={"help": f"Of float weights and activations: {', '.join(DTYPES)}; auto: the config's."},
+        metadata={"help": f"Of float weights and activations: {', '.join(DTYPES[1:])}; auto: the config's."},
     )
     gpus: int = field(
         default=1, metadata={"help": "Devices: FSDP divides tuning, vLLM's tensor parallelism serving among them."}
@@ -94,8 +93,7 @@ def _peft_config(args: PlanArguments, method: str) -> Optional[PeftConfig]:
     if method == "alphatuning":
         return AlphaTuningConfig(bits=args.bits, group_size=args.group_size)
     if method == "lora":
-        if args.lora_r < 1:
-            raise ValueError(f"lora_r={args.lora_r} must be at least 1.")
+        check_positive(lora_r=args.lora_r)
         return LoraConfig(r=args.lora_r, target_modules="all-linear")
     if method == "full":
         return None
@@ -103,8 +101,8 @@ def _peft_config(args: PlanArguments, method: str) -> Optional[PeftConfig]:
 
 
 def _dtype(name: str, config: PretrainedConfig) -> torch.dtype:
-    if name != "auto" and name not in DTYPES:
-        raise ValueError(f"dtype={name!r} is unknown; choose one of {('auto', *DTYPES)}.")
+    if name not in DTYPES:
+        raise ValueError(f"dtype={name!r} is unknown; choose one of {DTYPES}.")
     stored = getattr(config.get_text_config(), "dtype", None) or config.dtype or torch.float32
     return stored if name == "auto" else getattr(torch, name)
 

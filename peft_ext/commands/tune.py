@@ -222,6 +222,4 @@ def _arguments(args: TuneArguments, training: TuneTrainingArguments) -> dict[str
         "fp16",
         "gradient_checkpointing",
     )
-    values = {name: getattr(training, name) for name in names}
-    plain = {name: getattr(value, "value", value) for name, value in values.items()}
-    return {**asdict(args), **plain}
+    return {**asdict(args), **{name: getattr(training, name) for name in names}}

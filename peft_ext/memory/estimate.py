@@ -13,20 +13,17 @@ from peft import PeftConfig
 from torch import nn
 from transformers import PretrainedConfig
 
-from peft_ext.checkpoint.pack_quantized import can_store
+from peft_ext.checkpoint.pack_quantized import VLLM_BITS, can_store
 from peft_ext.memory.trace import (
     Generation,
     TrainingStep,
+    check_positive,
     empty_model,
     trace_generation,
     trace_training,
 )
 from peft_ext.quant.conversion import packed_layers
 from peft_ext.quant.linear import PackedLinear
-
-
-# Widths of vLLM's kernels for pack-quantized weights.
-VLLM_BITS = (4, 8)
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ def tuning_memory(
     Raises:
         ValueError: If `gpus` is below 1, or the model can't be planned.
     """
-    _check_gpus(gpus)
+    check_positive(gpus=gpus)
     check_length(config, "max_length", step.max_length)
     model = empty_model(config, dtype, peft_config)
     weights = _weights(model, gpus)
@@ -143,7 +140,7 @@ def vllm_memory(
     Raises:
         ValueError: If `gpus` is below 1, or the model can't be planned.
     """
-    _check_gpus(gpus)
+    check_positive(gpus=gpus)
     model: Any = merged_model(config, peft_config, dtype)
     layers = packed_layers(model)
     text = config.get_text_config()
@@ -213,8 +210,3 @@ def _vllm_bytes(layer: PackedLinear, dtype: torch.dtype) -> int:
     codes = layer.in_features * layer.out_features * container
     bias = 0 if layer.bias is None else layer.bias.nbytes
     return math.ceil((codes + zero_points) / 8) + layer.scale.nelement() * dtype.itemsize + bias
-
-
-def _check_gpus(gpus: int) -> None:
-    if gpus < 1:
-        raise ValueError(f"gpus={gpus} must be at least 1.")

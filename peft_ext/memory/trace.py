@@ -43,7 +43,8 @@ class TrainingStep:
     optim: str = "adamw_torch"
 
     def __post_init__(self) -> None:
-        check_positive(self, "per_device_train_batch_size", "max_length", "gradient_accumulation_steps")
+        names = ("per_device_train_batch_size", "max_length", "gradient_accumulation_steps")
+        check_positive(**{name: getattr(self, name) for name in names})
         if self.optim not in OPTIMIZERS:
             raise ValueError(f"optim={self.optim!r} is unknown; choose one of {tuple(OPTIMIZERS)}.")
 
@@ -60,20 +61,20 @@ class Generation:
     context_length: int = 1024
 
     def __post_init__(self) -> None:
-        check_positive(self, "batch_size")
+        check_positive(batch_size=self.batch_size)
         if self.context_length < 2:
             raise ValueError(f"context_length={self.context_length} must be at least 2: a prompt and a token.")
 
 
-def check_positive(arguments: Any, *names: str) -> None:
+def check_positive(**arguments: int) -> None:
     """Refuse numbers below 1.
 
     Raises:
         ValueError: Names the argument.
     """
-    for name in names:
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"{name}={getattr(arguments, name)} must be at least 1.")
+    for name, value in arguments.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
 
 
 @dataclass(frozen=True)

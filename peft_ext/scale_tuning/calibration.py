@@ -239,12 +239,12 @@ def _sizes(tensor: torch.Tensor) -> set[int]:
     return {len(tensor), tensor[..., 0].numel() if tensor.is_floating_point() else tensor.numel()}
 
 
-def _join(batches: list[Any], decoder_inputs_of: Callable[..., torch.Tensor] | None = None) -> Batch:
+def _join(batches: list[Any], decoder_inputs_of: Callable[..., torch.Tensor] | None) -> Batch:
     """All batches as one. Labels are dropped; `decoder_inputs_of` makes an encoder-decoder's inputs of them first."""
     if not batches:
         raise ValueError("batches is empty; pass a few batches of training data to calibrate on.")
     if all(isinstance(batch, torch.Tensor) for batch in batches):
-        return _pad_and_cat(batches, 0)
+        return _pad_and_cat(batches)
     if not all(isinstance(batch, Mapping) for batch in batches):
         raise TypeError(f"batches must be dicts of model inputs or tensors, got {type(batches[0]).__name__}.")
     if decoder_inputs_of is not None:
@@ -257,7 +257,7 @@ def _join(batches: list[Any], decoder_inputs_of: Callable[..., torch.Tensor] | N
         if isinstance(joined.get(ids), torch.Tensor) and mask not in joined:
             ones = [torch.ones_like(batch[ids]) for batch in batches]
             if len({tuple(one.shape[1:]) for one in ones}) > 1:
-                joined[mask] = _pad_and_cat(ones, 0)
+                joined[mask] = _pad_and_cat(ones)
     return joined
 
 
@@ -272,15 +272,13 @@ def _with_decoder_inputs(
 
 
 def _join_values(values: list[Any]) -> Any:
-    return _pad_and_cat(values, 0) if isinstance(values[0], torch.Tensor) and values[0].dim() else values[0]
+    return _pad_and_cat(values) if isinstance(values[0], torch.Tensor) and values[0].dim() else values[0]
 
 
-def _pad_and_cat(tensors: list[torch.Tensor], value: float) -> torch.Tensor:
+def _pad_and_cat(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Concatenate along the batch; the second dimension (tokens) is padded to the longest."""
     if tensors[0].dim() < 2:
         return torch.cat(tensors)
     longest = max(tensor.shape[1] for tensor in tensors)
     padding = [0, 0] * (tensors[0].dim() - 2)
-    return torch.cat(
-        [torch.nn.functional.pad(tensor, [*padding, 0, longest - tensor.shape[1]], value=value) for tensor in tensors]
-    )
+    return torch.cat([torch.nn.functional.pad(tensor, [*padding, 0, longest - tensor.shape[1]]) for tensor in tensors])
