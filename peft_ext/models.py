@@ -129,7 +129,7 @@ def locate(name: str, adapter: Optional[str] = None) -> tuple[str, Optional[str]
     """Base and adapter of whatever a name stands for: a run, an adapter, or a model, to which an adapter may be named.
 
     Raises:
-        FileNotFoundError: If it is a run that isn't finished, or the adapter's folder is none.
+        FileNotFoundError: If it is a run that isn't finished.
         ValueError: If an adapter is named although the folder has one, or the folder's adapter names no base.
     """
     folder = Path(name).expanduser()
@@ -143,8 +143,6 @@ def locate(name: str, adapter: Optional[str] = None) -> tuple[str, Optional[str]
             )
         return str(folder / "base"), str(folder / "adapter")
     if not is_adapter:
-        if adapter is not None and _is_path(adapter) and not Path(adapter, _ADAPTER_CONFIG).is_file():
-            raise FileNotFoundError(f"adapter={adapter!r} has no {_ADAPTER_CONFIG}, as save_pretrained writes it.")
         return name, adapter
     base = json.loads((folder / _ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:

@@ -82,29 +82,23 @@ def load_gptq(
             activation, groups of unequal sizes, damaged tensors); names the layer.
         OSError: If it can't be found.
     """
-    hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-    config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
-    stored = gptq_config(pretrained_model_name_or_path, config, **kwargs)
-    if stored is None:
+    config = gptq_config(pretrained_model_name_or_path, **kwargs)
+    if config is None:
         raise ValueError(
             f"{str(pretrained_model_name_or_path)!r} is no GPTQ checkpoint: neither its config.json nor a {QUANTIZE_CONFIG} "
             "says quant_method='gptq'. Load it with from_pretrained."
         )
-    config.quantization_config = PackedGptqConfig(**stored).to_dict()
     return auto_class.from_pretrained(pretrained_model_name_or_path, config=config, **kwargs)
 
 
-def gptq_config(
-    pretrained_model_name_or_path: str, config: Optional[PretrainedConfig] = None, **kwargs: Any
-) -> Optional[dict[str, Any]]:
-    """The quantization config of a GPTQ checkpoint as it is stored, under our own name; None for any other model.
+def gptq_config(pretrained_model_name_or_path: str, **kwargs: Any) -> Optional[PretrainedConfig]:
+    """The config of a GPTQ checkpoint, its quantization under our own name; None for any other model.
 
     Args:
-        config: The model's config, where it is loaded already.
         **kwargs: Of `from_pretrained`; what finds the files is used.
     """
     hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-    config = config or AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+    config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         hub.pop("trust_remote_code", None)
@@ -112,7 +106,10 @@ def gptq_config(
             pretrained_model_name_or_path, QUANTIZE_CONFIG, _raise_exceptions_for_missing_entries=False, **hub
         )
         stored = read_quantize_config(path)
-    return {**stored, "quant_method": QUANT_METHOD} if stored.get("quant_method") == "gptq" else None
+    if stored.get("quant_method") != "gptq":
+        return None
+    config.quantization_config = PackedGptqConfig(**{**stored, "quant_method": QUANT_METHOD}).to_dict()
+    return config
 
 
 def read_quantize_config(path: Union[str, PathLike, None]) -> dict[str, Any]:

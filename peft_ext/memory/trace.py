@@ -165,7 +165,8 @@ def trace_generation(model: nn.Module, generation: Generation) -> GenerationTrac
     model.eval()
     prompt = _tokens(generation.batch_size, generation.context_length - 1)
     # as generate does
-    options: dict[str, Any] = {"logits_to_keep": 1} if _takes_logits_to_keep(model) else {}
+    takes_logits = isinstance(model, PreTrainedModel) and model._supports_logits_to_keep()
+    options: dict[str, Any] = {"logits_to_keep": 1} if takes_logits else {}
     with _tracked(model) as tracker:
         cache = getattr(model(input_ids=prompt, use_cache=True, **options), "past_key_values", None)
         if cache is None:
@@ -178,10 +179,6 @@ def trace_generation(model: nn.Module, generation: Generation) -> GenerationTrac
         del cache
     size = held - tracker.live[ACTIVATIONS]
     return GenerationTrace(cache=size, activations=peak - size)
-
-
-def _takes_logits_to_keep(model: nn.Module) -> bool:
-    return isinstance(model, PreTrainedModel) and model._supports_logits_to_keep()
 
 
 def _tokens(rows: int, length: int) -> torch.Tensor:
@@ -198,8 +195,7 @@ def _tracked(model: nn.Module) -> Iterator[AllocationTracker]:
             tracker.assign([*model.parameters(), *model.buffers()], WEIGHTS)
             yield tracker
     except (RuntimeError, NotImplementedError) as error:  # PyTorch's, of meta tensors
-        name = type(unwrapped(model)).__name__
         raise ValueError(
-            f"{name} can't be planned: it doesn't run on PyTorch's meta device, where there are neither weights nor data "
-            f"({error})."
+            f"{type(unwrapped(model)).__name__} can't be planned: it doesn't run on PyTorch's meta device, where there are "
+            f"neither weights nor data ({error})."
         ) from error

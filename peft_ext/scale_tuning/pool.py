@@ -143,7 +143,7 @@ class AdapterPool:
             ValueError: If there is no such adapter, or the model was moved or cast since the pool was made.
         """
         self._check_in_place()
-        self._scales.copy_(self._whole(None if name is None else self._find(name)))
+        self._scales.copy_(self._whole(name))
         self._active = name
 
     @contextmanager
@@ -163,7 +163,7 @@ class AdapterPool:
         if isinstance(names, str) or not names:
             raise ValueError(f"names={names!r} must be a list with an adapter's name, or None, for each sample.")
         distinct = list(dict.fromkeys(names))
-        wholes = [self._whole(None if name is None else self._find(name)) for name in distinct]
+        wholes = [self._whole(name) for name in distinct]
         # one large copy here is cheaper than one in each layer, unless groups make scales as many as weights
         stacked = torch.stack(wholes) if len(wholes) * self._base.nbytes <= _STACKED_BYTES else None
         choice = torch.tensor([distinct.index(name) for name in names], device=self._base.device)
@@ -205,10 +205,11 @@ class AdapterPool:
             name: self._base[span].view(self._layers[name].scale.shape).cpu() for name, span in self._spans.items()
         }
 
-    def _whole(self, adapter: Optional[_Adapter]) -> torch.Tensor:
+    def _whole(self, name: Optional[str]) -> torch.Tensor:
         """All scales under an adapter, flat like the buffer."""
-        if adapter is None:
+        if name is None:
             return self._base
+        adapter = self._find(name)
         if adapter.positions is None:
             return adapter.values
         return self._base.index_put((adapter.positions,), adapter.values)
