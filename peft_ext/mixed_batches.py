@@ -3,58 +3,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Optional
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 
-@contextmanager
-def adapters_per_sample(
-    tuner: BaseTuner,
-    adapter_names: Optional[list[str]],
-    num_beams: Optional[int],
-    layer_arguments: Callable[[list[str]], dict[str, Any]],
-) -> Iterator[None]:
-    """For the time of a forward, or of a whole `generate`, hand every tuner layer the name of each sample's adapter.
+class MixedBatches:
+    """Part of a tuner's model: with `adapter_names=`, each sample of a batch has its own adapter."""
 
-    Args:
-        tuner: The tuner's model; its `tuner_layer_cls` says which layers.
-        adapter_names: One for each sample, `"__base__"` for none; None: nothing is handed over.
-        num_beams: Of `generate`; behind the encoder, every sample is repeated so many times.
-        layer_arguments: What a layer's forward takes, from the names of the samples that it will see.
+    def _layer_arguments(self, adapter_names: list[str]) -> dict[str, Any]:
+        """What a tuner layer's forward takes, from the names of the samples that it will see."""
+        return {"adapter_names": adapter_names}
 
-    Raises:
-        ValueError: In training mode, or if an adapter doesn't exist.
-        TypeError: If `adapter_names` is no list.
-    """
-    if adapter_names is None:
-        yield
-        return
-    _check_adapter_names(tuner, adapter_names)
-    expanded = [name for name in adapter_names for _ in range(num_beams or 1)]
-    encoder = tuner.model.get_encoder() if hasattr(tuner.model, "get_encoder") else None
-    # an encoder sees the batch before it is repeated for each beam
-    in_encoder = set(encoder.modules()) if encoder is not None and encoder is not tuner.model else set()
-    arguments = {False: layer_arguments(expanded), True: layer_arguments(adapter_names)}
-    handles = []
-    for module in tuner.modules():
-        if isinstance(module, tuner.tuner_layer_cls):
-            more = arguments[module in in_encoder]
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            more = {"adapter_names": adapter_names if module in in_encoder else expanded}
-        else:
-            continue
-        handles.append(module.register_forward_pre_hook(partial(_pass, more=more), with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    @contextmanager
+    def _enable_peft_forward_hooks(self: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """For the time of a forward, or of a whole `generate`, hand every tuner layer the name of each sample's adapter.
+
+        Args:
+            **kwargs: Of the forward. `adapter_names`: one for each sample, `"__base__"` for none; None: nothing is handed
+                over. `num_beams`: behind the encoder, every sample is repeated so many times.
+
+        Raises:
+            ValueError: In training mode, or if an adapter doesn't exist.
+            TypeError: If `adapter_names` is no list.
+        """
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        _check_adapter_names(self, adapter_names)
+        expanded = [name for name in adapter_names for _ in range(kwargs.get("num_beams") or 1)]
+        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
+        # an encoder sees the batch before it is repeated for each beam
+        in_encoder = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
+        arguments = {False: self._layer_arguments(expanded), True: self._layer_arguments(adapter_names)}
+        handles = []
+        for module in self.modules():
+            if isinstance(module, self.tuner_layer_cls):
+                more = arguments[module in in_encoder]
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                more = {"adapter_names": adapter_names if module in in_encoder else expanded}
+            else:
+                continue
+            handles.append(module.register_forward_pre_hook(partial(_pass, more=more), with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def check_length(names: int, samples: int) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Optional
 
 from peft.config import PeftConfig
@@ -10,10 +11,10 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from peft_ext.mixed_batches import adapters_per_sample
+from peft_ext.mixed_batches import MixedBatches
 
 
-class TunerModel(BaseTuner):
+class TunerModel(MixedBatches, BaseTuner):
     """Base of the tuners' models, which say what `prefix` and `tuner_layer_cls` are."""
 
     tuner_layer_cls: type[Any]
@@ -22,12 +23,8 @@ class TunerModel(BaseTuner):
         """The tuner layer that takes a target's place; `name`: the target's."""
         return self.tuner_layer_cls(target, adapter_name, peft_config)
 
-    def _layer_arguments(self, adapter_names: list[str]) -> dict[str, Any]:
-        """What a tuner layer's forward takes so that each sample has its own adapter."""
-        return {"adapter_names": adapter_names}
-
-    def _weighted_config(self, adapters: list[str], held: dict[str, Any]) -> Any:
-        """The config of a weighted sum of adapters; `held`: the tuner layers that have any of them, by name."""
+    def _weighted_fields(self, adapters: list[str], held: dict[str, Any]) -> dict[str, Any]:
+        """What a weighted sum's config has other than the first adapter's; `held`: the layers that have any of them."""
         raise TypeError(f"{type(self).__name__} can't weigh adapters.")
 
     def _create_and_replace(
@@ -49,11 +46,6 @@ class TunerModel(BaseTuner):
             new_module.requires_grad_(False)
         new_module.train(target.training)
         self._replace_module(parent, target_name, new_module, target)
-
-    def _enable_peft_forward_hooks(self, *args, **kwargs):
-        """With `adapter_names`, hand every tuner layer the name of each sample's adapter for the time of a forward."""
-        names, num_beams = kwargs.get("adapter_names"), kwargs.get("num_beams")
-        return adapters_per_sample(self, names, num_beams, self._layer_arguments)
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
         """
@@ -82,7 +74,15 @@ class TunerModel(BaseTuner):
             for name, layer in self.model.named_modules()
             if isinstance(layer, self.tuner_layer_cls) and any(layer.holds(adapter) for adapter in adapters)
         }
-        self.peft_config[adapter_name] = self._weighted_config(adapters, held)
+        self.peft_config[adapter_name] = replace(
+            self.peft_config[adapters[0]],
+            # these very layers, whatever rules chose them
+            target_modules=set(held),
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            **self._weighted_fields(adapters, held),
+        )
         try:
             self.inject_adapter(self.model, adapter_name)
         except ValueError:
@@ -103,13 +103,3 @@ class TunerModel(BaseTuner):
         wrappers = [module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
         if any(sum(name in wrapper._adapters for name in adapters) > 1 for wrapper in wrappers):
             raise ValueError("Cannot add weighted adapters targeting the same module with modules_to_save.")
-
-
-def exactly(layers: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a config that target these very layers, whatever rules chose them."""
-    return {
-        "target_modules": set(layers),
-        "exclude_modules": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-    }

@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import Any
 
-from peft_ext.alphatuning.config import AlphaTuningConfig
 from peft_ext.alphatuning.layer import AlphaTuningLinear
 from peft_ext.scale_tuning.layer import ScaleTuningLinear
 from peft_ext.scale_tuning.model import ScaleTuningModel
@@ -46,7 +45,7 @@ class AlphaTuningModel(ScaleTuningModel):
     prefix: str = "alphatuning_"
     tuner_layer_cls = AlphaTuningLinear
 
-    def _weighted_config(self, adapters: list[str], held: dict[str, ScaleTuningLinear]) -> AlphaTuningConfig:
+    def _weighted_fields(self, adapters: list[str], held: dict[str, ScaleTuningLinear]) -> dict[str, Any]:
         kinds = {self.peft_config[name].trained_alphas for name in adapters}
-        config = super()._weighted_config(adapters, held)
-        return replace(config, trained_alphas="all" if "all" in kinds else "first")
+        fields = super()._weighted_fields(adapters, held)
+        return {**fields, "trained_alphas": "all" if "all" in kinds else "first"}

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import nn
@@ -12,7 +12,7 @@ from peft_ext.bottleneck.config import BottleneckConfig
 from peft_ext.bottleneck.layer import CANNOT_MERGE, BottleneckLinear
 from peft_ext.bottleneck.targets import TARGET_MODULES
 from peft_ext.targets import check_supported, target_layers
-from peft_ext.tuner import TunerModel, exactly
+from peft_ext.tuner import TunerModel
 
 
 class BottleneckModel(TunerModel):
@@ -79,11 +79,12 @@ class BottleneckModel(TunerModel):
     def _check_merge_allowed(self) -> None:
         raise ValueError(CANNOT_MERGE)
 
-    def _weighted_config(self, adapters: list[str], held: dict[str, BottleneckLinear]) -> BottleneckConfig:
+    def _weighted_fields(self, adapters: list[str], held: dict[str, BottleneckLinear]) -> dict[str, Any]:
         kinds = {name: self.peft_config[name].non_linearity for name in adapters}
         if len(set(kinds.values())) > 1:
             raise ValueError(f"adapters of different non-linearities can't share one bottleneck: {kinds}.")
         # where a layer holds fewer of them, the rest stays zero
-        width = max(layer.width_of(adapters) for layer in held.values())
-        first = self.peft_config[adapters[0]]
-        return replace(first, **exactly(held), bottleneck_dim=width, reduction_factor=None)
+        return {
+            "bottleneck_dim": max(layer.width_of(adapters) for layer in held.values()),
+            "reduction_factor": None,
+        }

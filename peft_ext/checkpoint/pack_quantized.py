@@ -188,7 +188,7 @@ def restore(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if is_compressed(module):
             module.own_bits = own_bits.get(in_config.get(name), module.quantization_scheme.weights.num_bits)
-    source = None if any(map(_is_packed, model.modules())) else _checkpoint(model)
+    source = None if any(map(is_packed, model.modules())) else _checkpoint(model)
     if source is None:
         return
     config, headers = source
@@ -206,8 +206,9 @@ def restore(model: nn.Module) -> None:
             replace_layer(model, name, packed)
 
 
-def _is_packed(module: nn.Module) -> bool:
-    return is_compressed(module) or isinstance(module, PackedLinear)
+def is_packed(module: nn.Module) -> bool:
+    """Whether a layer has codes already: ours, or those of a compressed-tensors checkpoint."""
+    return isinstance(module, PackedLinear) or is_compressed(module)
 
 
 def _not_found(model: PreTrainedModel, name: str) -> str:

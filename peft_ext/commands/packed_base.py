@@ -15,6 +15,7 @@ from peft import get_peft_model
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from peft_ext.checkpoint.pack_quantized import is_packed
 from peft_ext.checkpoint.saving import make_saveable
 from peft_ext.command_line import BlockArguments
 from peft_ext.files import written_whole
@@ -25,7 +26,6 @@ from peft_ext.quant.formats import CALIBRATED
 from peft_ext.scale_tuning.calibration import calibrate
 from peft_ext.scale_tuning.config import ScaleTuningConfig
 from peft_ext.scale_tuning.model import check_targets
-from peft_ext.scale_tuning.quantization import is_packed
 from peft_ext.text import load_text, token_blocks
 
 

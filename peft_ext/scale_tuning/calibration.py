@@ -13,13 +13,14 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from peft_ext.checkpoint.pack_quantized import is_packed
 from peft_ext.language_model import inference
 from peft_ext.quant.formats import CALIBRATED
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.matmul import linear
 from peft_ext.scale_tuning.config import ScaleTuningConfig
 from peft_ext.scale_tuning.model import check_targets
-from peft_ext.scale_tuning.quantization import free_weight, is_packed, pack_layer
+from peft_ext.scale_tuning.quantization import free_weight, pack_layer
 
 
 Batch = Union[torch.Tensor, Mapping[str, Any]]

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 from typing import Any, Optional
 
 import torch
@@ -21,9 +20,9 @@ from peft_ext.quant.linear import PackedLinear
 from peft_ext.scale_tuning import adapter_file
 from peft_ext.scale_tuning.config import ScaleTuningConfig
 from peft_ext.scale_tuning.layer import Mixture, ScaleTuningLinear
-from peft_ext.scale_tuning.quantization import check_target, free_weight, is_packed, pack_layer
+from peft_ext.scale_tuning.quantization import check_target, free_weight, pack_layer
 from peft_ext.targets import target_layers
-from peft_ext.tuner import TunerModel, exactly
+from peft_ext.tuner import TunerModel
 
 
 class ScaleTuningModel(TunerModel):
@@ -61,7 +60,7 @@ class ScaleTuningModel(TunerModel):
         fresh = [
             name
             for name, module in targets.items()
-            if not isinstance(module, ScaleTuningLinear) and not is_packed(module)
+            if not isinstance(module, ScaleTuningLinear) and not pack_quantized.is_packed(module)
         ]
         if fresh and peft_config.init_method == CALIBRATED:
             raise ValueError(_calibration_missing(peft_config, fresh))
@@ -129,14 +128,14 @@ class ScaleTuningModel(TunerModel):
         make_saveable(model)
         return model
 
-    def _weighted_config(self, adapters: list[str], held: dict[str, ScaleTuningLinear]) -> Any:
+    def _weighted_fields(self, adapters: list[str], held: dict[str, ScaleTuningLinear]) -> dict[str, Any]:
         if len({type(self.peft_config[name].target_modules) for name in adapters}) > 1:
             raise ValueError("All adapter configs should have the same type for target_modules, a list or a regex.")
         first = self.peft_config[adapters[0]]
         bits = {name: layer.base_layer.bits for name, layer in held.items() if layer.base_layer.bits != first.bits}
         # the sum may be of any sign, which the log can't stand for
         parametrization = "relative" if first.parametrization == "log" else first.parametrization
-        return replace(first, **exactly(held), bits_pattern=bits, parametrization=parametrization)
+        return {"bits_pattern": bits, "parametrization": parametrization}
 
     def _layer_arguments(self, adapter_names: list[str]) -> dict[str, Any]:
         return {"mixture": Mixture(adapter_names)}
@@ -175,7 +174,9 @@ def resolve_all_linear(config: ScaleTuningConfig, model: nn.Module) -> None:
     if not isinstance(targets, str) or targets.lower() != "all-linear":
         return
     packed = {
-        name for name, module in model.named_modules() if isinstance(module, ScaleTuningLinear) or is_packed(module)
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, ScaleTuningLinear) or pack_quantized.is_packed(module)
     }
     if packed:
         inner = {f"{name}.base_layer" for name in packed}

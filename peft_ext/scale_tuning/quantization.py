@@ -21,11 +21,6 @@ from peft_ext.scale_tuning.config import ScaleTuningConfig
 from peft_ext.targets import check_supported
 
 
-def is_packed(module: nn.Module) -> bool:
-    """Whether a layer has codes already: ours, or those of a compressed-tensors checkpoint."""
-    return isinstance(module, PackedLinear) or pack_quantized.is_compressed(module)
-
-
 @skip_init_on_device
 def pack_layer(
     module: Any,
