@@ -145,27 +145,6 @@ def attention_implementation(config: Any) -> str:
     return getattr(config, "_attn_implementation", None) or "eager"
 
 
-def windows_of(config: Any) -> tuple[dict[str, Optional[int]], list[str]]:
-    """How far layers look back.
-
-    Args:
-        config: Of a causal model or a decoder, `get_text_config(decoder=True)`.
-
-    Returns:
-        Kind of layer (`FULL`, `SLIDING`) -> how many tokens it sees, itself included; None: all. And what else there is:
-        layers whose past isn't keys and values of single tokens, each of their own. Where there are any, a prefix can't
-        be shared.
-    """
-    kinds = _layer_kinds(config)
-    window = getattr(config, "sliding_window", None)
-    others = sorted(set(kinds) - {FULL, SLIDING})
-    if getattr(config, "kv_sharing_modes", None) is not None:
-        others.append("keys shared between layers")
-    if SLIDING in kinds and window is None:
-        others.append("sliding attention without a sliding_window")
-    return {kind: window if kind == SLIDING else None for kind in (FULL, SLIDING) if kind in kinds}, others
-
-
 def _layer_kinds(config: Any) -> list[str]:
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:
@@ -229,13 +208,20 @@ class LanguageModel:
 
     @cached_property
     def windows(self) -> dict[str, Optional[int]]:
-        """Each kind of attention in the model -> how many tokens it sees; None: all."""
-        return windows_of(self.config)[0]
+        """Each kind of attention in the model -> how many tokens it sees, itself included; None: all."""
+        kinds, window = _layer_kinds(self.config), getattr(self.config, "sliding_window", None)
+        return {kind: window if kind == SLIDING else None for kind in (FULL, SLIDING) if kind in kinds}
 
     @cached_property
     def other_layers(self) -> list[str]:
-        """Layers whose past isn't keys and values of single tokens, see [`windows_of`]."""
-        return windows_of(self.config)[1]
+        """Layers whose past isn't keys and values of single tokens, each of their own, so that no prefix can be shared."""
+        kinds = _layer_kinds(self.config)
+        others = sorted(set(kinds) - {FULL, SLIDING})
+        if getattr(self.config, "kv_sharing_modes", None) is not None:
+            others.append("keys shared between layers")
+        if SLIDING in kinds and getattr(self.config, "sliding_window", None) is None:
+            others.append("sliding attention without a sliding_window")
+        return others
 
     @cached_property
     def trees(self) -> bool:
