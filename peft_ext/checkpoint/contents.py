@@ -90,10 +90,11 @@ def _checkpoint(path: Path) -> Contents:
     stored = config.get("quantization_config") or read_quantize_config(path / QUANTIZE_CONFIG)
     headers = read_headers(weight_files(path))
     method = stored.get("quant_method") or "float"
-    tensor, reader = _READERS.get(method, ("", None))
-    layers = (
-        [] if reader is None else [reader(headers, name, stored, config) for name in stored_layers(headers, tensor)]
-    )
+    layers = []
+    if method in _READERS:
+        tensor, reader = _READERS[method]
+        for name in stored_layers(headers, tensor):
+            layers.append(LayerContents(name, *reader(headers, name, stored, config), _nbytes(headers, name)))
     version = stored.get("format_version") or stored.get("checkpoint_format") or stored.get("version")
     return Contents(
         path=str(path),
@@ -107,9 +108,13 @@ def _checkpoint(path: Path) -> Contents:
     )
 
 
+# Number format, bits, group size and shape of a layer, as in [`LayerContents`].
+_Layout = tuple[str, int, int, tuple[int, ...]]
+
+
 def _pack_quantized(
     headers: dict[str, TensorHeader], name: str, stored: dict[str, Any], config: dict[str, Any]
-) -> LayerContents:
+) -> _Layout:
     header, scale = _required(headers, name, "weight_shape"), _required(headers, name, "weight_scale")
     out_features, in_features = read_tensor(header, f"{name}.weight_shape").tolist()  # two numbers that no header has
     groups = list((stored.get("config_groups") or {}).values())
@@ -117,49 +122,30 @@ def _pack_quantized(
         bits = groups[0]["weights"]["num_bits"]
     else:
         bits = headers[f"{name}.weight_packed"].shape[-1] * 32 // in_features
-    return LayerContents(
-        name=name,
-        number_format="uniform integers",
-        bits=(config.get("packed_bits") or {}).get(name, bits),
-        group_size=group_size_of(in_features, scale.shape[-1] if len(scale.shape) > 1 else 1),
-        shape=(out_features, in_features),
-        nbytes=_nbytes(headers, name),
-    )
+    own_bits = (config.get("packed_bits") or {}).get(name, bits)
+    group_size = group_size_of(in_features, scale.shape[-1] if len(scale.shape) > 1 else 1)
+    return "uniform integers", own_bits, group_size, (out_features, in_features)
 
 
-def _bcq(headers: dict[str, TensorHeader], name: str, stored: dict[str, Any], config: dict[str, Any]) -> LayerContents:
+def _bcq(headers: dict[str, TensorHeader], name: str, stored: dict[str, Any], config: dict[str, Any]) -> _Layout:
     number_format = stored_format(headers, name)
     # planes are padded to whole bytes of inputs; the config knows the group size
     group_size = BcqConfig(**stored).format_of(name).group_size
     groups = headers[f"{name}.scale"].shape[1]
     in_features = 8 * headers[f"{name}.planes"].shape[1] if groups == 1 else groups * group_size
-    return LayerContents(
-        name=name,
-        number_format=number_format.name,
-        bits=number_format.bits,
-        group_size=group_size_of(in_features, groups),
-        shape=(headers[f"{name}.scale"].shape[0], in_features),
-        nbytes=_nbytes(headers, name),
-    )
+    shape = (headers[f"{name}.scale"].shape[0], in_features)
+    return number_format.name, number_format.bits, group_size_of(in_features, groups), shape
 
 
-def _gptq(
-    headers: dict[str, TensorHeader], name: str, stored: dict[str, Any], config: dict[str, Any]
-) -> LayerContents:
+def _gptq(headers: dict[str, TensorHeader], name: str, stored: dict[str, Any], config: dict[str, Any]) -> _Layout:
     (rows, out_features), scales = headers[f"{name}.qweight"].shape, _required(headers, name, "scales")
     order = headers.get(f"{name}.g_idx")
     in_features = rows * 32 // stored["bits"] if order is None else order.shape[0]
-    return LayerContents(
-        name=name,
-        number_format="uniform integers",
-        bits=rows * 32 // in_features,
-        group_size=group_size_of(in_features, scales.shape[0]),
-        shape=(out_features, in_features),
-        nbytes=_nbytes(headers, name),
-    )
+    group_size = group_size_of(in_features, scales.shape[0])
+    return "uniform integers", rows * 32 // in_features, group_size, (out_features, in_features)
 
 
-_Reader = Callable[[dict[str, TensorHeader], str, dict[str, Any], dict[str, Any]], LayerContents]
+_Reader = Callable[[dict[str, TensorHeader], str, dict[str, Any], dict[str, Any]], _Layout]
 # By quant_method: the tensor that every packed layer has, and what reads the layer off the headers.
 _READERS: dict[str, tuple[str, _Reader]] = {
     "compressed-tensors": ("weight_packed", _pack_quantized),
