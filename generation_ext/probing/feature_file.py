@@ -95,7 +95,7 @@ class FeatureFile:
         self.done = self._done.view(bool)
 
 
-def digest(texts: Sequence[str]) -> str:
+def digest_of_texts(texts: Sequence[str]) -> str:
     """What tells lists of texts apart."""
     state = hashlib.sha256()
     for text in texts:

@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from generation_ext.probing.feature_file import FeatureFile, digest
+from generation_ext.probing.feature_file import FeatureFile, digest_of_texts
 from generation_ext.shared_prefix.batching import BatchPlanner, check_memory_limit, run_in_batches
 from generation_ext.shared_prefix.cache import (
     EMPTY,
@@ -231,8 +231,8 @@ class FeatureExtractor:
             "pooling": self.pooling,
             "overflow": self.overflow,
             "max_length": self.max_length,
-            "texts": digest(texts),
-            "prefix": digest([prefix]),
+            "texts": digest_of_texts(texts),
+            "prefix": digest_of_texts([prefix]),
         }
 
 

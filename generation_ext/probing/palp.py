@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from generation_ext.probing import saving
-from generation_ext.probing.features import FeatureExtractor, digest
+from generation_ext.probing.features import FeatureExtractor, digest_of_texts
 from generation_ext.probing.heads import HEADS, Head
 from generation_ext.prompts import Example, Task
 from peft_ext.language_model import identity
@@ -335,7 +335,7 @@ class PALPClassifier(ClassifierMixin, BaseEstimator):
                 self.overflow,
                 str(self.max_length),
             ]
-            features = extractor.extract(texts, prefix, folder / f"{digest([*settings, *texts])[:32]}.npy")
+            features = extractor.extract(texts, prefix, folder / f"{digest_of_texts([*settings, *texts])[:32]}.npy")
         if not np.isfinite(features).all():
             row = int(np.flatnonzero(~np.isfinite(features).all(1))[0])
             raise ValueError(f"the features of text {row} have NaN or infinity.")
