@@ -56,7 +56,7 @@ style: $(READY)
 	$(BIN)/ruff format .
 
 notebooks: $(READY)
-	$(BIN)/python -m notebooks.execute notebooks/*.ipynb
+	$(BIN)/python -m notebooks.execute --jobs 2 notebooks/*.ipynb
 
 # A copy of the sources, since the sanitised kernel must not stay behind as the installed one.
 sanitize: $(READY)
