@@ -378,8 +378,8 @@ def identity(model: nn.Module) -> str:
     same name, a merged one, a quantised or fine-tuned base, and another float type are other models; a loaded adapter
     that isn't active makes no difference.
     """
-    digest = hashlib.sha256(adapters_fingerprint(model).encode())
-    _, of_adapters = _adapter_tensors(model)
+    active, of_adapters = _adapter_tensors(model)
+    digest = hashlib.sha256(_fingerprint(active).encode())
     for tensor in [*model.parameters(), *model.buffers()]:
         if id(tensor) not in of_adapters:
             digest.update(_content(tensor, _SAMPLED_NUMBERS))
@@ -391,11 +391,7 @@ def adapters_fingerprint(model: nn.Module) -> str:
 
     What is saved with a base's fingerprint compares this, too: packed and cast copies of a base are the same to it.
     """
-    digest = hashlib.sha256()
-    tensors, _ = _adapter_tensors(model)
-    for name, tensor in tensors:
-        digest.update(f"{name}/".encode() + _content(tensor))
-    return digest.hexdigest()[:16] if tensors else _NO_ADAPTER
+    return _fingerprint(_adapter_tensors(model)[0])
 
 
 def other_adapters(model: nn.Module, stored: Optional[str]) -> Optional[str]:
@@ -425,6 +421,13 @@ def _adapter_tensors(model: nn.Module) -> tuple[list[tuple[str, torch.Tensor]], 
         if isinstance(scaling, dict):
             active += [("scaling", torch.tensor(float(scaling[adapter]))) for adapter in used if adapter in scaling]
     return active, every
+
+
+def _fingerprint(tensors: list[tuple[str, torch.Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for kind, tensor in tensors:
+        digest.update(f"{kind}/".encode() + _content(tensor))
+    return digest.hexdigest()[:16] if tensors else _NO_ADAPTER
 
 
 def _by_adapter(parts: Any) -> list[tuple[str, Any]]:
