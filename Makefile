@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := runs/demo
 
-.PHONY: help demo test test-all quality style notebooks sanitize bench clean
+.PHONY: help demo test test-all quality style notebooks docs sanitize bench clean
 
 help:
 	@echo "make demo       tune a 3-bit language model on Python's documentation, then generate with it (FORCE=1: again)"
@@ -15,6 +15,7 @@ help:
 	@echo "make quality    ruff and mypy"
 	@echo "make style      let ruff mend what it can"
 	@echo "make notebooks  execute the notebooks"
+	@echo "make docs       build the documents as a site"
 	@echo "make sanitize   run the kernel's tests on a build with address and undefined-behaviour sanitisers (g++)"
 	@echo "make bench      run the benchmarks behind the figures (hours)"
 	@echo "make clean      remove .venv, runs and caches"
@@ -96,3 +97,8 @@ bench: $(READY)
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# The site, into build/docs; warnings are errors.
+docs: $(READY)
+	@$(BIN)/python -c 'import mkdocs' 2>/dev/null || $(BIN)/python -m pip install --disable-pip-version-check -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

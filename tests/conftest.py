@@ -6,9 +6,11 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from pathlib import Path
 for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ.setdefault(variable, "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A hub cache of the tests' own, which nothing is in but what the fixture `hub` puts there.
+os.environ["HF_HUB_CACHE"] = tempfile.mkdtemp(prefix="peft-ext-hub-")
 # Products with packed weights to float precision; tests/quant/test_kernel.py looks at the fast mode.
 os.environ.setdefault("PEFT_EXT_KERNEL", "exact")
 
@@ -48,6 +52,20 @@ def _long_lived():
     """What is imported by now stays: a trainer's every `gc.collect()` walked a million objects of it, half a second."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _hub_cache():
+    yield
+    shutil.rmtree(os.environ["HF_HUB_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def hub():
+    """Tiny models under the ids of real ones (`tests.tiny.hub.MODELS`), for all processes."""
+    from tests.tiny.hub import fill_cache
+
+    fill_cache(Path(os.environ["HF_HUB_CACHE"]))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,7 +9,7 @@ from generation_ext.lazy import found_in
 if TYPE_CHECKING:
     from generation_ext.critic.generate import critic_generate
     from generation_ext.critic.processor import CriticLogitsProcessor
-    from generation_ext.critic.rewards import from_classifier, from_pipeline
+    from generation_ext.critic.rewards import from_classifier, from_pipeline, from_texts
     from generation_ext.critic.training import CriticConfig, CriticTrainer
     from generation_ext.critic.value import Critic, CriticModelConfig
     from peft_ext.language_model import backbone, base_fingerprint
@@ -26,6 +26,7 @@ __all__ = [
     "critic_generate",
     "from_classifier",
     "from_pipeline",
+    "from_texts",
 ]
 
 # training imports transformers' Trainer, seconds that those who only generate shouldn't wait for
