@@ -2,15 +2,18 @@
 """The one place where peft-ext enters PEFT and transformers, through their own registries.
 
 `PeftType` is a closed `str` enum and PEFT's `register_peft_method` asks for a member, so the member is added first.
-Nothing else of PEFT is touched.
+Nothing else of PEFT is touched, and of transformers its quantizer registry and `load_adapter`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import peft
 import transformers
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
+from transformers.integrations.peft import PeftAdapterMixin
 from transformers.quantizers import auto
 
 
@@ -78,6 +81,20 @@ def extend_quantizer(name: str, quantizer_cls: type) -> None:
             "before it, or without it."
         )
     auto.AUTO_QUANTIZER_MAPPING[name] = quantizer_cls
+
+
+def extend_load_adapter(extended: Callable[[Callable], Callable]) -> None:
+    """Wrap transformers' own `load_adapter`; again, or with a reloaded wrapper, is harmless.
+
+    Args:
+        extended: Makes the wrapper. It must treat every adapter but ours as what it wraps does.
+    """
+    current = PeftAdapterMixin.load_adapter
+    if getattr(current, _OWNER_ATTRIBUTE, None) == _OWNER:
+        current = current.__wrapped__
+    wrapper = extended(current)
+    setattr(wrapper, _OWNER_ATTRIBUTE, _OWNER)
+    PeftAdapterMixin.load_adapter = wrapper
 
 
 def peft_type(value: str) -> PeftType:

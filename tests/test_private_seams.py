@@ -61,6 +61,17 @@ SEAMS = {
         "_supports_flash_attn": "generation_ext.granularity: C-DNPG says that it has none",
         "_supports_flex_attn": "generation_ext.granularity: C-DNPG says that it has none",
     },
+    "transformers.integrations.peft.PeftAdapterMixin": {
+        "load_adapter(peft_model_id, adapter_name, peft_config, adapter_state_dict)": "peft_ext.scale_tuning: wrapped",
+        "_hf_peft_config_loaded": "peft_ext.scale_tuning: whether the model has adapters once one failed to load",
+    },
+    "transformers.modeling_utils.LoadStateDictConfig": {
+        "download_kwargs": "peft_ext.scale_tuning: where from_pretrained looks for an adapter's files",
+        "pretrained_model_name_or_path": "peft_ext.scale_tuning: where from_pretrained looks for an adapter's files",
+    },
+    "transformers.core_model_loading.convert_and_load_state_dict_in_model": {
+        "items": "peft_ext.scale_tuning: a state dict is asked for its items once the adapter's layers are there",
+    },
     "transformers.configuration_utils": {
         "_is_quantized": "peft_ext.checkpoint: a dequantised model is an ordinary one again",
     },

@@ -101,10 +101,10 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: Any) -> None:
         """Add an adapter."""
-        scale = self.base_layer.scale
-        delta = torch.zeros(
-            config.trained_shape(scale.shape), dtype=self.base_layer.compute_dtype, device=scale.device
-        )
+        scale, dtype = self.base_layer.scale, self.base_layer.compute_dtype
+        if config.inference_mode:  # to be loaded, perhaps by who doesn't widen half precision as PEFT does
+            dtype = torch.promote_types(dtype, torch.float32)
+        delta = torch.zeros(config.trained_shape(scale.shape), dtype=dtype, device=scale.device)
         if not config.init_weights:
             delta.normal_(std=0.1)
         self.deltas[adapter_name] = Delta(delta)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import warnings
 from typing import Any, Optional
 
-import torch
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import nn
@@ -30,24 +29,6 @@ class ScaleTuningModel(TunerModel):
 
     tuner_layer_cls: type[ScaleTuningLinear]
     _progress: Optional[tqdm] = None  # of the injection under way
-
-    def __init__(
-        self,
-        model: nn.Module,
-        peft_config: PeftConfig | dict[str, PeftConfig],
-        adapter_name: str,
-        low_cpu_mem_usage: bool = False,
-        state_dict: Optional[dict[str, torch.Tensor]] = None,
-    ) -> None:
-        if isinstance(peft_config, PeftConfig) and peft_config.inference_mode:
-            # injected directly for loading, as transformers' load_adapter does, which then copies tensors by name,
-            # past the hooks that check fingerprints and turn scales into deltas: the adapter would silently have no effect
-            raise ValueError(
-                f"{peft_config.peft_type.value} adapters are loaded by PEFT: use PeftModel.from_pretrained(model, folder) (or "
-                "AutoPeftModelForCausalLM), not transformers' load_adapter. To inject layers by hand, pass a config with "
-                "inference_mode=False, then call set_peft_model_state_dict."
-            )
-        super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
 
     def _prepare_adapter_config(self, peft_config: ScaleTuningConfig, model_config: dict) -> ScaleTuningConfig:
         if peft_config.target_modules is None:

@@ -248,22 +248,6 @@ def test_auto_classes(name, auto, tmp_path):
     assert_same(case.logits(restored), case.logits(model), tolerance=1e-6)
 
 
-def test_transformers_loads_the_adapter_itself_or_says_who_can(tmp_path):
-    """`model.load_adapter` of transformers maps names on its own; it must not end in another model than the saved
-    one."""
-    case = CASES[0]
-    model = case.moved()
-    model.save_pretrained(tmp_path)
-    plain = case.float_model()
-    try:
-        plain.load_adapter(str(tmp_path))
-        logits = case.logits(plain)
-    except ValueError as error:
-        assert "PeftModel.from_pretrained" in str(error)
-    else:
-        assert_same(logits, case.logits(model), tolerance=1e-6)
-
-
 def test_transformers_adds_and_saves_an_adapter_itself(tmp_path):
     if Version(peft.__version__) < Version(MIN_PEFT_VERSION):
         pytest.skip(f"this transformers' own add_adapter asks for peft {MIN_PEFT_VERSION}")
