@@ -57,6 +57,7 @@ SEAMS = {
         "_keep_in_fp32_modules": "peft_ext.checkpoint: what isn't packed",
         "_init_weights(module)": "generation_ext.critic, granularity: how new parts are initialised",
         "_is_hf_initialized": "peft_ext.checkpoint: packed layers aren't initialised over",
+        "initialize_weights()": "peft_ext.checkpoint: whether stock loading ends in a layer without a weight",
         "_supports_sdpa": "peft_ext.ood: PooledClassifier says that its backbone may use it",
         "_supports_flash_attn": "generation_ext.granularity: C-DNPG says that it has none",
         "_supports_flex_attn": "generation_ext.granularity: C-DNPG says that it has none",

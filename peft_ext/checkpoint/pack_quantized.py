@@ -4,8 +4,9 @@
 Writing hangs on transformers' own hook: `save_pretrained` asks `model.hf_quantizer` for the state dict. The library packs.
 
 Two things in transformers 5.23 with compressed-tensors 0.20 shape the files. Asymmetric weights can't be loaded
-compressed (the loader makes no room for their packed zero points), so such a checkpoint asks for `dequantize` and
-stock transformers loads it into float layers; `restore` then reads the codes from the files. And that path knows a
+compressed (the loader makes no room for their packed zero points), nor can models that read their layers' weights while
+they are initialised (T5, Mamba, SigLIP, Falcon), so such a checkpoint asks for `dequantize` and stock transformers loads
+it into float layers; `restore` then reads the codes from the files. And that path knows a
 single scheme, so all layers are stored in containers of one width: the widest layer's, or a wider one that is asked
 for; `packed_bits` in the model's config keeps the layers' own. A code is stored as a signed number around the middle
 of its own range, so that symmetric codes stay symmetric in a wider container.
@@ -38,6 +39,7 @@ from peft_ext.checkpoint.files import (
     tensors_of,
     weight_files,
 )
+from peft_ext.checkpoint.stock_loading import loads_without_weights
 from peft_ext.quant.conversion import dequantize_layers, float_layers, packed_layers, replace_layer
 from peft_ext.quant.formats import Uniform
 from peft_ext.quant.linear import PackedLinear
@@ -115,7 +117,10 @@ def compress(layer: PackedLinear, container_bits: int, sym: bool) -> dict[str, t
         "weight_shape": torch.tensor([layer.out_features, layer.in_features]),
     }
     if not sym and layer.zero_point is not None:
-        tensors["weight_zero_point"] = pack_to_int32(signed(layer.zero_point), container_bits, packed_dim=0)
+        words = pack_to_int32(signed(layer.zero_point), container_bits, packed_dim=0)
+        # compressed-tensors can't unpack a single row of 4-bit codes, and reads no further than the layer's outputs
+        lonely = container_bits == 4 and len(words) == 1
+        tensors["weight_zero_point"] = nn.functional.pad(words, (0, 0, 0, 1)) if lonely else words
     return tensors
 
 
@@ -161,6 +166,9 @@ def unpack_words(
     """
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
+    if dim == 0 and len(words) == 1:
+        # a column must have the strides of one, or compressed-tensors can't look at its bytes
+        words = words.flatten().unsqueeze(1).t()
     codes = unpack_from_int32(words, container_bits, shape, packed_dim=dim).to(torch.int16) + 2 ** (bits - 1)
     if bits < container_bits and codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < 2**bits:
         raise ValueError(
@@ -322,7 +330,7 @@ def _describe(
         format="pack-quantized",
         quantization_status="compressed",
         ignore=list(float_layers(model)),
-        dequantize=not sym,
+        dequantize=not sym or not loads_without_weights(model, layers),
     )
     model.config.quantization_config = config
     # stock transformers drops quantization_config from a model that it dequantises, and keeps this

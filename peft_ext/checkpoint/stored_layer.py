@@ -48,8 +48,11 @@ class StoredLayer(nn.Module, ABC):
 
     @property
     def weight(self) -> torch.Tensor:
-        """Nothing; some models (GPT-2) initialise the weights of their layers' layers."""
-        return torch.empty(0)
+        """A shape without numbers; some models (GPT-2, SigLIP) initialise the weights of their layers' layers."""
+        shape = (self.in_features, self.out_features) if self.conv1d else (self.out_features, self.in_features)
+        weight = torch.empty(shape, dtype=self.compute_dtype, device="meta")
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # nothing is to be written
+        return weight
 
     @abstractmethod
     def packed(self, name: str) -> PackedLinear:

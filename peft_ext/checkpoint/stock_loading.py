@@ -1,0 +1,44 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Whether stock transformers can load a model whose linear layers have no float weight: it is tried on the meta device.
+
+While a compressed-tensors checkpoint is loaded compressed, its layers have `weight_packed` and no `weight`. After the
+tensors have arrived, transformers runs the model's own initialisation over all modules. It leaves alone what has been
+loaded, but in some models (T5, Mamba, SigLIP, Falcon) it reads `layer.weight` first, and loading ends in an AttributeError.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+
+
+def loads_without_weights(model: PreTrainedModel, layers: Iterable[str]) -> bool:
+    """Whether a model of this class can be initialised while some of its layers have no `weight`.
+
+    Args:
+        model: Its class and config count, not its layers.
+        layers: Names of the layers that a checkpoint has compressed.
+    """
+    try:
+        skeleton = _skeleton(model)
+        for parameter in skeleton.parameters():
+            parameter._is_hf_initialized = True  # as if it had been loaded
+        for name in layers:
+            del skeleton.get_submodule(name)._parameters["weight"]
+        for tied in getattr(skeleton, "all_tied_weights_keys", None) or {}:
+            skeleton.get_parameter(tied)
+        skeleton.initialize_weights()
+    except Exception:  # whatever it is that the model's own code raises: the loader would end in it
+        return False
+    return True
+
+
+def _skeleton(model: PreTrainedModel) -> PreTrainedModel:
+    config = copy.deepcopy(model.config)
+    config.__dict__.pop("quantization_config", None)
+    with torch.device("meta"), no_init_weights():
+        return type(model)(config)

@@ -1,0 +1,88 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""What `save_pretrained` writes can be read: by stock transformers, in a process that has never heard of us, and by us."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+
+from peft_ext import PeqaConfig
+from peft_ext.checkpoint.stock_loading import loads_without_weights
+from peft_ext.quant.conversion import packed_layers
+from tests.tiny import families
+from tests.tiny.models import logits_of
+
+
+# Models whose own code reads `layer.weight` while they are initialised, and two that don't.
+READ_WEIGHTS = ("t5", "falcon", "mamba", "gpt_bigcode", "recurrent_gemma", "modernbert", "gemma3_vl", "paligemma")
+OTHERS = ("llama", "bart")
+
+STOCK = """
+import json, sys, torch, transformers
+from safetensors.torch import load_file, save_file
+for auto_class, folder in json.loads(sys.argv[1]):
+    model = getattr(transformers, auto_class).from_pretrained(folder).eval()
+    with torch.no_grad():
+        logits = model(**load_file(folder + "/batch.safetensors"))[0]
+    save_file({"logits": logits.contiguous()}, folder + "/stock.safetensors")
+assert "peft_ext" not in sys.modules
+"""
+
+
+def save_base(model, batch, folder, config):
+    """A packed base in a folder, with a batch and its logits."""
+    base = get_peft_model(model, config).unload().eval()
+    base.save_pretrained(folder)
+    with torch.no_grad():
+        logits = logits_of(base, batch)
+    save_file({key: value.contiguous() for key, value in batch.items()}, folder / "batch.safetensors")
+    return logits, len(packed_layers(base))
+
+
+def check_read(fresh_process, saved):
+    """`saved`: folder -> (auto class, logits, number of packed layers)."""
+    jobs = [(auto_class, str(folder)) for folder, (auto_class, *_) in saved.items()]
+    fresh_process(STOCK, json.dumps(jobs))
+    for folder, (auto_class, logits, layers) in saved.items():
+        torch.testing.assert_close(load_file(folder / "stock.safetensors")["logits"], logits, rtol=1e-4, atol=1e-4)
+        ours = getattr(transformers, auto_class).from_pretrained(folder)
+        assert len(packed_layers(ours)) == layers
+        with torch.no_grad():
+            torch.testing.assert_close(logits_of(ours, load_file(folder / "batch.safetensors")), logits)
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_every_kind_of_model_is_read(fresh_process, tmp_path, sym):
+    saved = {}
+    for name in (*READ_WEIGHTS, *OTHERS):
+        folder, auto_class = tmp_path / name, families.FAMILIES[name].auto_class
+        config = PeqaConfig(bits=4, group_size=16, sym=sym, init_method="minmax")
+        saved[folder] = (auto_class, *save_base(families.build(name), families.batch(name), folder, config))
+        flag = json.loads((folder / "config.json").read_text())["quantization_config"].get("dequantize", False)
+        assert flag is (not sym or name in READ_WEIGHTS)
+    check_read(fresh_process, saved)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_layers_of_few_outputs_are_read(fresh_process, tmp_path, bits):
+    saved = {}
+    for outputs in (4, 8, 12):
+        sizes = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+        heads = {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": outputs}
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
+        config = PeqaConfig(bits=bits, group_size=16, init_method="minmax")
+        folder = tmp_path / str(outputs)
+        saved[folder] = ("AutoModelForCausalLM", *save_base(model, families.batch("llama"), folder, config))
+    check_read(fresh_process, saved)
+
+
+def test_whatever_the_models_own_code_raises_counts(monkeypatch):
+    model = families.build("llama")
+    assert loads_without_weights(model, ["model.layers.0.mlp.up_proj"])
+    monkeypatch.setattr(type(model), "_init_weights", lambda self, module: 1 / 0)
+    assert not loads_without_weights(model, ["model.layers.0.mlp.up_proj"])
