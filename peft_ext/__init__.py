@@ -3,7 +3,7 @@
 
 from peft_ext.alphatuning import AlphaTuningConfig, AlphaTuningModel
 from peft_ext.bottleneck import BottleneckConfig, BottleneckModel
-from peft_ext.checkpoint import BcqConfig, load_gptq
+from peft_ext.checkpoint import BcqConfig, load_gptq, load_packed
 from peft_ext.checkpoint.gguf import export_gguf
 from peft_ext.models import load, load_tokenizer
 from peft_ext.peqa import PeqaConfig, PeqaModel
@@ -30,6 +30,7 @@ __all__ = [
     "export_gguf",
     "load",
     "load_gptq",
+    "load_packed",
     "load_text",
     "load_tokenizer",
     "perplexity",

@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from peft_ext.checkpoint.gptq import gptq_config, load_gptq
+from peft_ext.checkpoint.loading import load_packed, stored_quantization
 from peft_ext.language_model import is_causal_config
 
 
@@ -93,7 +93,8 @@ def load(
 
     Args:
         name: What to load, see [`resolve_model`]; or the folder of an adapter, or of a run of `peft-ext tune`, which
-            name their base. A GGUF's weights become plain float tensors, a GPTQ checkpoint's packed layers.
+            name their base. A GGUF's weights become plain float tensors, what others have packed becomes packed
+            layers where [`peft_ext.load_packed`] reads it.
         adapter: Folder or hub id of a PEFT adapter to put onto it.
         kind: `"causal"`, `"seq2seq"`, `"encoder"` (hidden states alone), `"classifier"` (of whole texts; a model
             without such a head gets a new one), or `"auto"`: whichever of the first three the config names.
@@ -214,8 +215,8 @@ def _load_base(source: ModelSource, kind: str, dtype: Any, kwargs: dict[str, Any
             num_labels = kwargs.pop("num_labels", 2)
             model = AutoModelForCausalLM.from_pretrained(source.name_or_path, dtype=dtype, **kwargs)
             return model.base_model if kind == "encoder" else _classifier_on(model, num_labels)
-    elif kind == "causal" and gptq_config(source.name_or_path, **kwargs) is not None:
-        return load_gptq(source.name_or_path, dtype=dtype, **kwargs)
+    elif stored_quantization(source.name_or_path, **kwargs) is not None:
+        return load_packed(source.name_or_path, KINDS[kind], dtype=dtype, **kwargs)
     return KINDS[kind].from_pretrained(source.name_or_path, dtype=dtype, **kwargs)
 
 

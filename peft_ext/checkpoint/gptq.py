@@ -14,36 +14,26 @@ Version 1 (`checkpoint_format: "gptq"`) stores a zero point less one, version 2 
 of 0, version 1 keeps 2**bits - 1; GPTQModel, which subtracts from whole words, borrows from the next one in the word
 for it (not at 3 bits).
 
-transformers' own `gptq` quantizer is left alone: those who have gptqmodel keep it. The way in is [`load_gptq`].
+transformers' own `gptq` quantizer is left alone: those who have gptqmodel keep it. The way in is [`peft_ext.load_packed`].
 """
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from peft_ext.checkpoint.files import (
-    TensorHeader,
-    names_in_model,
-    read_headers,
-    read_json,
-    read_tensor,
-    stored_layers,
-    tensors_of,
-)
-from peft_ext.checkpoint.pack_quantized import unpack_words
-from peft_ext.checkpoint.saving import make_saveable
-from peft_ext.checkpoint.stored_layer import StoredLayer, pack_stored_layers
-from peft_ext.quant.conversion import LINEAR_LAYERS, weight_of
+from peft_ext.checkpoint.files import TensorHeader, read_json, read_tensor, tensors_of
+from peft_ext.checkpoint.pack_quantized import CODES_AT_ONCE, unpack_words
+from peft_ext.checkpoint.stored_layer import StoredLayer, StoredLayersHfQuantizer, check_stored, release_pages
+from peft_ext.quant.conversion import weight_of
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.uniform import UNIFORM_BITS, Quantized
 
@@ -54,62 +44,6 @@ VERSIONS = {"gptq": 1, "gptq_v2": 2}
 # AutoGPTQ keeps its config in a file of its own.
 QUANTIZE_CONFIG = "quantize_config.json"
 _TENSORS = ("qweight", "qzeros", "scales", "g_idx", "bias")
-_HUB_ARGUMENTS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "revision",
-    "subfolder",
-    "token",
-    "trust_remote_code",
-)
-
-
-def load_gptq(
-    pretrained_model_name_or_path: str, auto_class: Any = AutoModelForCausalLM, **kwargs: Any
-) -> PreTrainedModel:
-    """Load a GPTQ checkpoint into packed layers, on which `get_peft_model(model, PeqaConfig(...))` goes.
-
-    `save_pretrained` of the model writes a compressed-tensors checkpoint.
-
-    Args:
-        pretrained_model_name_or_path: A folder, or a model id of the hub, with safetensors files.
-        auto_class: The class whose `from_pretrained` loads it.
-        **kwargs: Passed to `from_pretrained`.
-
-    Raises:
-        ValueError: If it isn't a GPTQ checkpoint, its version is unknown, or a layer can't be taken over (inputs ordered by
-            activation, groups of unequal sizes, damaged tensors); names the layer.
-        OSError: If it can't be found.
-    """
-    config = gptq_config(pretrained_model_name_or_path, **kwargs)
-    if config is None:
-        raise ValueError(
-            f"{str(pretrained_model_name_or_path)!r} is no GPTQ checkpoint: neither its config.json nor a {QUANTIZE_CONFIG} "
-            "says quant_method='gptq'. Load it with from_pretrained."
-        )
-    return auto_class.from_pretrained(pretrained_model_name_or_path, config=config, **kwargs)
-
-
-def gptq_config(pretrained_model_name_or_path: str, **kwargs: Any) -> Optional[PretrainedConfig]:
-    """The config of a GPTQ checkpoint, its quantization under our own name; None for any other model.
-
-    Args:
-        **kwargs: Of `from_pretrained`; what finds the files is used.
-    """
-    hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-    config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
-    stored = getattr(config, "quantization_config", None)
-    if stored is None:
-        hub.pop("trust_remote_code", None)
-        path = cached_file(
-            pretrained_model_name_or_path, QUANTIZE_CONFIG, _raise_exceptions_for_missing_entries=False, **hub
-        )
-        stored = read_quantize_config(path)
-    if stored.get("quant_method") != "gptq":
-        return None
-    config.quantization_config = PackedGptqConfig(**{**stored, "quant_method": QUANT_METHOD}).to_dict()
-    return config
 
 
 def read_quantize_config(path: Union[str, PathLike, None]) -> dict[str, Any]:
@@ -119,7 +53,7 @@ def read_quantize_config(path: Union[str, PathLike, None]) -> dict[str, Any]:
 
 class PackedGptqConfig(QuantizationConfigMixin):
     """
-    What a GPTQ checkpoint's config says that matters for reading it; [`load_gptq`] makes it.
+    What a GPTQ checkpoint's config says that matters for reading it; [`load_packed`] makes it.
 
     Args:
         bits (`int`): Width of a code: 2, 3, 4 or 8.
@@ -127,7 +61,9 @@ class PackedGptqConfig(QuantizationConfigMixin):
         sym (`bool`, *optional*, defaults to `True`): Whether all zero points lie in the middle of the range.
         checkpoint_format (`str`, *optional*, defaults to `"gptq"`): `"gptq"` (version 1) or `"gptq_v2"`.
         meta (`dict`, *optional*): Says in `"quantizer"` what wrote the checkpoint.
-        dynamic (`dict`, *optional*): Other widths and group sizes for some layers; read off the tensors.
+        dynamic (`dict`, *optional*):
+            Patterns of layer names, `"+:"` or nothing before them, mapped to other widths, group sizes and symmetry; or
+            with `"-:"` before them, layers that are float. What the tensors say counts.
         pack_dtype (`str`, *optional*, defaults to `"int32"`): Type of the words.
         kwargs: What the quantizer was told besides; not needed.
     """
@@ -158,6 +94,13 @@ class PackedGptqConfig(QuantizationConfigMixin):
         if pack_dtype != "int32":
             raise ValueError(f"pack_dtype={pack_dtype!r} is not supported; only words of int32 can be read.")
 
+    def of_layer(self, name: str) -> dict[str, Any]:
+        """What `dynamic` says of a layer: the first pattern that its name begins with counts, as in GPTQModel."""
+        for pattern, settings in self.dynamic.items():
+            if re.match(pattern.removeprefix("+:").removeprefix("-:"), name):
+                return {} if pattern.startswith("-:") else dict(settings)
+        return {}
+
     @property
     def borrows(self) -> bool:
         """Whether zero points of version 1 were stored by subtracting from whole words, so that 0 borrows."""
@@ -165,40 +108,17 @@ class PackedGptqConfig(QuantizationConfigMixin):
         return "gptqmodel" in str(quantizer).lower()
 
 
-class PackedGptqHfQuantizer(HfQuantizer):
-    """Makes room for a GPTQ checkpoint's tensors inside transformers' `from_pretrained`, and packs them afterwards."""
+class PackedGptqHfQuantizer(StoredLayersHfQuantizer):
+    """Reads GPTQ checkpoints."""
 
-    requires_calibration = True  # nothing is quantised here
-    is_trainable = True
+    format_name = "GPTQ"
     quantization_config: PackedGptqConfig
 
-    def is_serializable(self) -> bool:
-        return True
-
-    def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: Optional[list[str]] = None, **kwargs: Any
-    ) -> None:
-        headers = read_headers(checkpoint_files or [])
-        stored = stored_layers(headers, "qweight")
-        if not stored:
-            raise ValueError("the checkpoint has no qweight, as GPTQ's layers do; it is damaged or of another format.")
-        in_file = names_in_model(model, stored)
-        modules = dict(model.named_modules())
-        lost = set(stored) - {key for name, key in in_file.items() if isinstance(modules[name], LINEAR_LAYERS)}
-        if lost:
-            raise ValueError(
-                f"the checkpoint's layer {min(lost)!r} ({len(lost)} such) is no linear layer of {type(model).__name__}. Load "
-                "it with the class that it was made from (auto_class=); experts that transformers merges can't be taken over."
-            )
-        for name, key in in_file.items():
-            tensors = tensors_of(headers, key, _TENSORS)
-            bits = _check_tensors(key, tensors, weight_of(modules[name]).shape, self.quantization_config)
-            model.set_submodule(name, _GptqLayer(tensors, modules[name], bits, self.quantization_config))
-
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        pack_stored_layers(model)
-        make_saveable(model)
-        return model
+    def stored_layer(self, key: str, headers: Mapping[str, TensorHeader], layer: Any) -> StoredLayer:
+        tensors = tensors_of(headers, key, _TENSORS)
+        bits = _check_tensors(key, tensors, weight_of(layer).shape, self.quantization_config)
+        sym = self.quantization_config.of_layer(key).get("sym", self.quantization_config.sym)
+        return _GptqLayer(tensors, layer, bits, self.quantization_config, bool(sym))
 
 
 class _GptqLayer(StoredLayer):
@@ -208,23 +128,29 @@ class _GptqLayer(StoredLayer):
     qzeros: nn.Parameter
     scales: nn.Parameter
 
-    def __init__(self, tensors: dict[str, TensorHeader], layer: Any, bits: int, config: PackedGptqConfig) -> None:
+    def __init__(
+        self, tensors: dict[str, TensorHeader], layer: Any, bits: int, config: PackedGptqConfig, sym: bool = False
+    ) -> None:
         # scales are float32 here, so that loading in bfloat16 doesn't round them
         super().__init__(tensors, layer, {"scales": torch.float32})
-        self.bits, self.config = bits, config
+        self.bits, self.config, self.sym = bits, config, sym
 
     def packed(self, name: str) -> PackedLinear:
         """The packed layer with the same codes, zero points and scales."""
         groups, out_features = self.scales.shape
-        shape = torch.Size((self.in_features, out_features))
-        codes = unpack_words(self.qweight, self.bits, self.bits, shape, dim=0).t()
+        codes = torch.empty(out_features, self.in_features, dtype=torch.uint8, device=self.qweight.device)
+        # some outputs at a time: unpacking takes several bytes for a code
+        columns = max(1, CODES_AT_ONCE // self.in_features)
+        for start in range(0, out_features, columns):
+            words = self.qweight[:, start : start + columns]
+            shape = torch.Size((self.in_features, words.shape[1]))
+            codes[start : start + columns] = unpack_words(words, self.bits, self.bits, shape, dim=0).t()
         zero_point = _zero_points(self.qzeros, self.bits, torch.Size((groups, out_features)), self.config)
         zero_point = zero_point.t().contiguous()
-        bias: Any = getattr(self, "bias", None)
-        if bias is not None and not self.has_bias and not bias.any():
-            bias = None  # AutoGPTQ gives every layer a bias, of zeros
-        quantized = Quantized(codes.contiguous(), self.scales.t().contiguous(), zero_point)
-        sym = self.config.sym and bool((zero_point == 2 ** (self.bits - 1)).all())
+        release_pages(self.qweight)
+        bias = self.used_bias()
+        quantized = Quantized(codes, self.scales.t().contiguous(), zero_point)
+        sym = self.sym and bool((zero_point == 2 ** (self.bits - 1)).all())
         return PackedLinear.from_quantized(
             quantized, self.bits, bias, sym=sym, conv1d=self.conv1d, compute_dtype=self.compute_dtype
         )
@@ -248,14 +174,13 @@ def _check_tensors(
     Raises:
         ValueError: Names the layer, what it has and what was expected.
     """
-    missing = [part for part in ("qweight", "qzeros", "scales") if part not in tensors]
-    if missing:
-        raise ValueError(f"layer {name!r}: the checkpoint has no {missing[0]}; download or save it again.")
+    if "qweight" not in tensors:
+        raise ValueError(f"layer {name!r}: the checkpoint has no qweight; download or save it again.")
     out_features, in_features = weight_shape
     bits = _width(name, tensors["qweight"].shape, in_features, out_features, config)
     groups = 1 if config.group_size == -1 else math.ceil(in_features / config.group_size)
     even = groups == 1 or in_features % config.group_size == 0
-    if config.dynamic and len(tensors["scales"].shape) == 2:
+    if config.dynamic and "scales" in tensors and len(tensors["scales"].shape) == 2:
         groups = max(1, tensors["scales"].shape[0])
         even = in_features % groups == 0
     expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
@@ -265,14 +190,8 @@ def _check_tensors(
         "g_idx": (("I32", "I64"), (in_features,)),
         "bias": (("F16", "BF16", "F32"), (out_features,)),
     }
-    for part, header in tensors.items():
-        dtypes, shape = expected[part]
-        if header.shape != shape or header.dtype not in dtypes:
-            raise ValueError(
-                f"layer {name!r}: {part} is {header.dtype} {list(header.shape)}; a weight of [{out_features}, "
-                f"{in_features}] at {bits} bits in {groups} groups has {dtypes[0]} {list(shape)}. The checkpoint is damaged, "
-                "or its config is another's."
-            )
+    weight = f"a weight of [{out_features}, {in_features}] at {bits} bits in {groups} groups"
+    check_stored(name, tensors, expected, weight)
     if not even:
         raise ValueError(
             f"layer {name!r} has {in_features} inputs in {groups} groups of unequal sizes, which packed layers don't have."
@@ -286,8 +205,9 @@ def _width(name: str, shape: tuple[int, ...], in_features: int, out_features: in
     """The width of a layer's codes: the config's, or with `dynamic` what the shape of its words says."""
     rows = shape[0] if len(shape) == 2 else 0
     fitting = [bits for bits in UNIFORM_BITS if math.ceil(in_features * bits / 32) == rows]
-    if config.bits in fitting or not config.dynamic:
-        return config.bits  # that the shape agrees is checked with the others
+    stated = config.of_layer(name).get("bits", config.bits)
+    if stated in fitting or not config.dynamic:
+        return stated  # that the shape agrees is checked with the others
     if not fitting:
         raise ValueError(
             f"layer {name!r}: qweight of shape {list(shape)} holds no weight of [{out_features}, {in_features}] at any "

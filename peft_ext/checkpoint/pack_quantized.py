@@ -50,7 +50,8 @@ from peft_ext.quant.uniform import UNIFORM_BITS, Quantized
 VLLM_BITS, _VLLM_GROUP_SIZES = (4, 8), (32, 64, 128)
 # In the model's config: the width of each layer that isn't stored at its own; also tells that weights were packed.
 OWN_BITS = "packed_bits"
-_CODES_AT_ONCE = 1 << 20
+# Unpacking takes several bytes for a code, so large layers are unpacked some rows at a time.
+CODES_AT_ONCE = 1 << 20
 TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
 
@@ -137,7 +138,7 @@ def expand(
     packed_zero_point = tensors.get("weight_zero_point")
     try:
         # some rows at a time: unpacking takes several bytes for a code
-        rows = max(1, _CODES_AT_ONCE // shape[1])
+        rows = max(1, CODES_AT_ONCE // shape[1])
         codes = torch.empty(shape, dtype=torch.uint8, device=scale.device)
         for start in range(0, shape[0], rows):
             part = tensors["weight_packed"][start : start + rows]

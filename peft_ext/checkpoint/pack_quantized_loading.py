@@ -1,48 +1,100 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""The compressed-tensors checkpoints that we write load into packed layers, and no float weight is made.
+"""compressed-tensors checkpoints of packed integers straight into packed layers; no float weight is made.
 
-transformers' own quantizer stays in charge of everybody else's; of ours, the layers become [`PackedLinear`] as their
-tensors arrive. A checkpoint is ours where its config has `packed_bits`, which `pack_quantized` writes.
+By plain `from_pretrained`, those that we write: a checkpoint is ours where its config has `packed_bits`, which
+`pack_quantized` writes, and transformers' own quantizer stays in charge of everybody else's. By
+[`peft_ext.load_packed`], which puts `QUANT_METHOD` into the config while it loads, also what others wrote.
+
+The layers become [`PackedLinear`] as their tensors arrive. Which scheme of the config a layer has is found as
+compressed-tensors finds it: by its name, by a regular expression, by its class, in that order. Layers of other schemes
+(FP8, W8A8) stay what stock transformers makes of them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Optional
 
 import torch
+from compressed_tensors.quantization import QuantizationScheme
+from compressed_tensors.utils.match import match_targets
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import CompressedTensorsConfig, PreTrainedModel
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
-from peft_ext.checkpoint.files import TensorHeader, names_in_model, read_headers, stored_layers, tensors_of
+from peft_ext.checkpoint.files import (
+    TensorHeader,
+    names_in_model,
+    read_headers,
+    read_tensor,
+    stored_layers,
+    tensors_of,
+)
 from peft_ext.checkpoint.pack_quantized import OWN_BITS, TENSORS, expand
 from peft_ext.checkpoint.saving import make_saveable
-from peft_ext.checkpoint.stored_layer import StoredLayer, pack_stored_layers, release_pages
+from peft_ext.checkpoint.stored_layer import (
+    StoredLayer,
+    linear_layers_of,
+    pack_stored_layers,
+    release_pages,
+    untie,
+)
 from peft_ext.quant.linear import PackedLinear
+from peft_ext.quant.uniform import UNIFORM_BITS
+
+
+# Not "compressed-tensors", whose checkpoints load as stock transformers loads them; stands in configs while one is loaded.
+QUANT_METHOD = "packed-compressed-tensors"
+
+
+class PackedTensorsConfig(CompressedTensorsConfig):
+    """A compressed-tensors config of anybody's whose packed integers are to become packed layers; [`load_packed`] makes
+    it."""
+
+    def __init__(self, *args: Any, quant_method: str = QUANT_METHOD, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.quant_method = quant_method
 
 
 class PackedTensorsHfQuantizer(CompressedTensorsHfQuantizer):
     """transformers' quantizer for compressed-tensors, which packs what peft-ext has written."""
 
+    takes_all = False  # also what others wrote, and then nothing but packed layers will do
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Optional[list[str]] = None, **kwargs: Any
     ) -> None:
-        headers = read_headers(checkpoint_files or []) if hasattr(model.config, OWN_BITS) else {}
-        in_file = names_in_model(model, stored_layers(headers, "weight_packed"))
-        modules = dict(model.named_modules())
-        self.packs = bool(in_file) and all(isinstance(modules[name], nn.Linear) for name in in_file)
+        marked = self.takes_all or hasattr(model.config, OWN_BITS)
+        headers = read_headers(checkpoint_files or []) if marked else {}
+        self.packs = marked and self._make_room(model, headers)
         if not self.packs:
             super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
-            return
+
+    def _make_room(self, model: PreTrainedModel, headers: dict[str, TensorHeader]) -> bool:
+        """Put what takes a checkpoint's tensors in the place of the layers that it has packed; False: there are none.
+
+        Raises:
+            ValueError: If a layer can't be taken over; names it and what it has.
+        """
+        stored = stored_layers(headers, "weight_packed")
+        if not self.takes_all:
+            in_file, modules = names_in_model(model, stored), dict(model.named_modules())
+            if not in_file or not all(isinstance(modules[name], nn.Linear) for name in in_file):
+                return False
+        in_file, modules = linear_layers_of(model, stored), dict(model.named_modules())
         # stock transformers can't load zero points otherwise; we can
         self.quantization_config.dequantize = False
-        weights = self.quantization_config.quantization_config.config_groups["group_0"].weights
-        own_bits = getattr(model.config, OWN_BITS) or {}
+        own_bits = getattr(model.config, OWN_BITS, None) or {}
+        schemes = self.quantization_config.quantization_config
+        untie(model, in_file)
         for name, key in in_file.items():
-            tensors = tensors_of(headers, key, (*TENSORS, "bias"))
-            bits = own_bits.get(key, own_bits.get(name, weights.num_bits))
-            model.set_submodule(name, _StoredIntegers(tensors, modules[name], weights.num_bits, bits, key))
+            scheme = scheme_of(schemes, (key, name), modules[name])
+            check_scheme(key, scheme, schemes.format)
+            tensors = tensors_of(headers, key, (*TENSORS, "weight_g_idx", "bias"))
+            bits = own_bits.get(key, own_bits.get(name, scheme.weights.num_bits))
+            model.set_submodule(name, _StoredIntegers(tensors, modules[name], scheme.weights, bits, key))
+        return True
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.packs:
@@ -52,28 +104,113 @@ class PackedTensorsHfQuantizer(CompressedTensorsHfQuantizer):
         return model
 
 
+class AnyTensorsHfQuantizer(PackedTensorsHfQuantizer):
+    """The same for what others wrote."""
+
+    takes_all = True
+
+
+def has_packed_integers(stored: Mapping[str, Any]) -> bool:
+    """Whether a compressed-tensors config, as config.json has it, packs integers of some layers."""
+    return any(
+        isinstance(scheme, Mapping)
+        and (scheme.get("format") or stored.get("format")) == "pack-quantized"
+        and (scheme.get("weights") or {}).get("type") == "int"
+        and not scheme.get("input_activations")
+        for scheme in (stored.get("config_groups") or {}).values()
+    )
+
+
+def scheme_of(config: Any, names: tuple[str, ...], module: nn.Module) -> Optional[QuantizationScheme]:
+    """A layer's scheme under a compressed-tensors `QuantizationConfig`; `names`: what it is called, the files' first."""
+    schemes = {target: scheme for scheme in config.config_groups.values() for target in scheme.targets}
+    for name in names:
+        targets = match_targets(name, module, list(schemes))
+        if targets:
+            return schemes[targets[0]]
+    return None
+
+
+def check_scheme(name: str, scheme: Optional[QuantizationScheme], config_format: str) -> None:
+    """Refuse a scheme whose layers aren't packed integers that we have.
+
+    Raises:
+        ValueError: Names the layer, what it has and the way out.
+    """
+    weights = getattr(scheme, "weights", None)
+    if scheme is None or weights is None:
+        raise ValueError(
+            f"layer {name!r} is packed in the files, but no config_groups of config.json has it; one of the two isn't this "
+            "checkpoint's. Save or download both again."
+        )
+    found = f"{weights.num_bits}-bit {weights.type} per {weights.strategy}"
+    if (scheme.format or config_format) not in ("pack-quantized", "mixed-precision") or weights.type != "int":
+        raise ValueError(
+            f"layer {name!r} is stored as {scheme.format or config_format} ({found}), which packed layers don't have; only "
+            "pack-quantized integers can be read. Load it with from_pretrained."
+        )
+    if weights.num_bits not in UNIFORM_BITS or weights.strategy not in ("channel", "group"):
+        raise ValueError(
+            f"layer {name!r} is {found}; only integers of {UNIFORM_BITS} bits per channel or group fit into packed layers. "
+            "Load it with from_pretrained, or quantise the float model again."
+        )
+    if scheme.input_activations is not None or scheme.output_activations is not None:
+        raise ValueError(
+            f"layer {name!r} quantises activations too, which packed layers don't. Load it with from_pretrained, or use a "
+            "weight-only checkpoint of the model (W4A16)."
+        )
+
+
 class _StoredIntegers(StoredLayer):
     """A layer of integers in compressed-tensors' containers.
+
+    Args:
+        weights: compressed-tensors' arguments of the weight; their `num_bits` are the container's.
+        bits: Width of a code.
 
     Raises:
         ValueError: If a tensor is missing, or doesn't belong to a weight of the layer's shape; names the layer.
     """
 
-    def __init__(
-        self, tensors: dict[str, TensorHeader], layer: Any, container_bits: int, bits: int, name: str
-    ) -> None:
-        super().__init__(tensors, layer)
-        self.container_bits, self.bits = container_bits, bits
-        missing = [part for part in ("weight_scale", "weight_shape") if part not in tensors]
-        if missing:
-            raise ValueError(f"layer {name!r}: the checkpoint has no {missing[0]}; save or download it again.")
-        shape = tensors["weight_packed"].shape
-        if shape != (self.out_features, math.ceil(self.in_features * container_bits / 32)):
-            raise ValueError(
-                f"layer {name!r}: weight_packed of shape {list(shape)} holds no weight of "
-                f"[{self.out_features}, {self.in_features}] at {container_bits} bits; one of config.json and the weights "
-                "isn't this checkpoint's."
-            )
+    def __init__(self, tensors: dict[str, TensorHeader], layer: Any, weights: Any, bits: int, name: str) -> None:
+        order = tensors.pop("weight_g_idx", None)
+        # scales are float32 here, so that loading in bfloat16 doesn't round them
+        super().__init__(tensors, layer, {"weight_scale": torch.float32})
+        self.container_bits, self.bits = weights.num_bits, bits
+        for part, shape in self._expected(weights, name, tensors).items():
+            if part not in tensors:
+                raise ValueError(f"layer {name!r}: the checkpoint has no {part}; save or download it again.")
+            if tensors[part].shape not in shape:
+                raise ValueError(
+                    f"layer {name!r}: {part} of shape {list(tensors[part].shape)} belongs to no weight of "
+                    f"[{self.out_features}, {self.in_features}] at {weights.num_bits} bits per {weights.strategy}; one of "
+                    "config.json and the weights isn't this checkpoint's."
+                )
+        if order is not None:
+            _check_order(name, read_tensor(order, f"{name}.weight_g_idx"), self.in_features, weights)
+
+    def _expected(
+        self, weights: Any, name: str, tensors: Mapping[str, TensorHeader]
+    ) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """The shapes that the layer's tensors may have."""
+        groups = 1
+        if weights.strategy == "group":
+            groups = self.in_features // weights.group_size
+            if self.in_features % weights.group_size:
+                raise ValueError(
+                    f"layer {name!r} has {self.in_features} inputs in groups of {weights.group_size}, the last one smaller, "
+                    "which packed layers don't have."
+                )
+        words = math.ceil(self.in_features * weights.num_bits / 32)
+        scale = (self.out_features, groups)
+        expected: dict[str, tuple[tuple[int, ...], ...]] = {
+            "weight_packed": ((self.out_features, words),),
+            "weight_scale": (scale, scale[:1]) if groups == 1 else (scale,),
+            "weight_shape": ((2,),),
+        }
+        if not weights.symmetric or "weight_zero_point" in tensors:
+            expected["weight_zero_point"] = ((math.ceil(self.out_features * weights.num_bits / 32), groups),)
+        return expected
 
     def packed(self, name: str) -> PackedLinear:
         """The packed layer with the same codes, zero points and scales."""
@@ -85,3 +222,16 @@ class _StoredIntegers(StoredLayer):
         layer.compute_dtype = self.compute_dtype
         release_pages(tensors["weight_packed"])
         return layer
+
+
+def _check_order(name: str, order: torch.Tensor, in_features: int, weights: Any) -> None:
+    """Refuse groups that don't consist of neighbouring inputs; an order of -1 was never set."""
+    if weights.strategy != "group" or bool((order == -1).any()):
+        return
+    in_order = torch.arange(in_features, device="cpu") // weights.group_size
+    if not torch.equal(order.long().cpu(), in_order):
+        raise ValueError(
+            f"layer {name!r} has its inputs ordered by activation (actorder='group', a weight_g_idx that isn't in order), so "
+            "its groups are scattered over the inputs, which packed layers don't have. Use a checkpoint made with "
+            "actorder='static' (llm-compressor's default), which is as accurate, or per channel."
+        )

@@ -7,15 +7,18 @@ import ctypes
 import mmap
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Optional
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
 
-from peft_ext.checkpoint.files import TensorHeader
-from peft_ext.quant.conversion import replace_layer, weight_of
+from peft_ext.checkpoint.files import TensorHeader, names_in_model, read_headers, stored_layers
+from peft_ext.checkpoint.saving import make_saveable
+from peft_ext.quant.conversion import LINEAR_LAYERS, replace_layer, weight_of
 from peft_ext.quant.linear import PackedLinear
 
 
@@ -54,9 +57,124 @@ class StoredLayer(nn.Module, ABC):
         weight._is_hf_initialized = True  # type: ignore[attr-defined]  # nothing is to be written
         return weight
 
+    def used_bias(self) -> Any:
+        """The layer's bias; None where the model has none and a checkpoint stores zeros, as AutoGPTQ does."""
+        bias: Any = getattr(self, "bias", None)
+        return None if bias is not None and not self.has_bias and not bias.any() else bias
+
     @abstractmethod
     def packed(self, name: str) -> PackedLinear:
         """The packed layer with the same codes, zero points and scales; `name`: the layer's, for messages."""
+
+
+class StoredLayersHfQuantizer(HfQuantizer, ABC):
+    """Makes room for others' packed tensors inside transformers' `from_pretrained`, and packs them afterwards."""
+
+    requires_calibration = True  # nothing is quantised here
+    is_trainable = True
+    quantization_config: Any
+    # The tensor that every packed layer has, and whose format it is.
+    tensor, format_name = "qweight", ""
+
+    @abstractmethod
+    def stored_layer(self, key: str, headers: Mapping[str, TensorHeader], layer: Any) -> StoredLayer:
+        """What takes the tensors of a layer.
+
+        Args:
+            key: Its name in the files.
+            headers: Of all their tensors.
+            layer: The model's linear layer.
+
+        Raises:
+            ValueError: If the layer can't be taken over; names it, what it has and what was expected.
+        """
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Optional[list[str]] = None, **kwargs: Any
+    ) -> None:
+        headers = read_headers(checkpoint_files or [])
+        stored = stored_layers(headers, self.tensor)
+        if not stored:
+            raise ValueError(
+                f"the checkpoint has no {self.tensor}, as {self.format_name}'s layers do; it is damaged or of another format."
+            )
+        in_file, modules = linear_layers_of(model, stored), dict(model.named_modules())
+        untie(model, in_file)
+        for name, key in in_file.items():
+            model.set_submodule(name, self.stored_layer(key, headers, modules[name]))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        pack_stored_layers(model)
+        make_saveable(model)
+        return model
+
+
+def check_stored(
+    name: str,
+    tensors: Mapping[str, TensorHeader],
+    expected: Mapping[str, tuple[tuple[str, ...], tuple[int, ...]]],
+    weight: str,
+) -> None:
+    """Refuse a layer whose tensors aren't there, or have other types or shapes than expected.
+
+    Args:
+        name: The layer's name, for messages.
+        tensors: Its headers.
+        expected: By tensor the types and the shape; `g_idx` and `bias` may be missing.
+        weight: What the layer stands for, for messages.
+
+    Raises:
+        ValueError: Names the layer, what it has and what was expected.
+    """
+    missing = [part for part in expected if part not in tensors and part not in ("g_idx", "bias")]
+    if missing:
+        raise ValueError(f"layer {name!r}: the checkpoint has no {missing[0]}; download or save it again.")
+    for part, header in tensors.items():
+        dtypes, shape = expected[part]
+        if header.shape != shape or header.dtype not in dtypes:
+            raise ValueError(
+                f"layer {name!r}: {part} is {header.dtype} {list(header.shape)}; {weight} has {dtypes[0]} {list(shape)}. The "
+                "checkpoint is damaged, or its config is another's."
+            )
+
+
+def linear_layers_of(model: PreTrainedModel, stored: list[str]) -> dict[str, str]:
+    """The model's linear layers that a checkpoint has packed, mapped to their names in its files.
+
+    An output head that the model doesn't have (a causal model's, loaded as a classifier) is left out.
+
+    Raises:
+        ValueError: If the model lacks one of the layers, or has something else there; names it and the way out.
+    """
+    in_file, modules = names_in_model(model, stored), dict(model.named_modules())
+    linear = {name: key for name, key in in_file.items() if isinstance(modules[name], LINEAR_LAYERS)}
+    lost = set(stored) - set(linear.values()) - {key for key in stored if _is_head(key) and key not in modules}
+    if lost:
+        raise ValueError(
+            f"the checkpoint's layer {min(lost)!r} ({len(lost)} such) is no linear layer of {type(model).__name__}. Load it "
+            "with the class that it was made from (auto_class=); experts that transformers merges can't be taken over."
+        )
+    return linear
+
+
+def _is_head(key: str) -> bool:
+    """Whether a layer lies outside of a model's numbered blocks."""
+    return not any(part.isdigit() for part in key.split("."))
+
+
+def untie(model: PreTrainedModel, layers: Iterable[str]) -> None:
+    """Give these layers weights of their own, whatever the model's config says of tied embeddings."""
+    inside = tuple(f"{name}." for name in layers)
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    kept = {key: value for key, value in tied.items() if not key.startswith(inside) and not value.startswith(inside)}
+    if len(kept) < len(tied):
+        model.all_tied_weights_keys = kept
+        for config in (model.config, model.config.get_text_config()):
+            if getattr(config, "tie_word_embeddings", False):
+                config.tie_word_embeddings = False
 
 
 def pack_stored_layers(model: nn.Module) -> None:

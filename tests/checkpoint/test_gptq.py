@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_ext import PeqaConfig, load_gptq
 from peft_ext.checkpoint.files import TensorHeader
-from peft_ext.checkpoint.gptq import PackedGptqConfig, _GptqLayer, gptq_config
+from peft_ext.checkpoint.gptq import PackedGptqConfig, _GptqLayer
+from peft_ext.checkpoint.loading import stored_quantization
 from peft_ext.models import load
 from peft_ext.quant.conversion import packed_layers
 from tests.cases import assert_same, train
@@ -273,7 +274,7 @@ def test_the_command_line_takes_it(tmp_path):
     made = Made(tmp_path)
     made.check(load(str(tmp_path)))
     save_tiny("llama", tmp_path / "float")
-    assert gptq_config(str(tmp_path / "float")) is None and not packed_layers(load(str(tmp_path / "float")))
+    assert stored_quantization(str(tmp_path / "float")) is None and not packed_layers(load(str(tmp_path / "float")))
 
 
 def test_groups_ordered_by_activation_are_refused(tmp_path):
@@ -318,7 +319,7 @@ def test_groups_in_order_despite_desc_act(tmp_path):
         ({"bits": 8}, "layer 'model.layers.*': qweight is I32.*at 8 bits"),
         ({"group_size": 8}, "in 8 groups has"),
         ({"group_size": 24}, "in 3 groups has"),
-        ({"quant_method": "awq", "checkpoint_format": None}, "is no GPTQ checkpoint.*from_pretrained"),
+        ({"quant_method": "hqq"}, "is packed as 'hqq', which can't be read.*GPTQ.*from_pretrained"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -363,7 +364,7 @@ def test_layers_that_the_model_does_not_have(tmp_path):
 
 
 def test_a_float_checkpoint(tmp_path):
-    with pytest.raises(ValueError, match="is no GPTQ checkpoint"):
+    with pytest.raises(ValueError, match="is not packed.*from_pretrained"):
         load_gptq(save_tiny("llama", tmp_path))
 
 
