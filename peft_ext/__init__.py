@@ -1,6 +1,7 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
 """peft-ext: published methods to adapt and shrink language models, as parts of PEFT. Importing it registers them."""
 
+import peft_ext.auto_classes  # noqa: F401 (AutoPeftModel* on packed bases)
 from peft_ext.alphatuning import AlphaTuningConfig, AlphaTuningModel
 from peft_ext.bottleneck import BottleneckConfig, BottleneckModel
 from peft_ext.checkpoint import BcqConfig, load_gptq, load_packed

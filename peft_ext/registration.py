@@ -2,12 +2,15 @@
 """The one place where peft-ext enters PEFT and transformers, through their own registries.
 
 `PeftType` is a closed `str` enum and PEFT's `register_peft_method` asks for a member, so the member is added first.
-Nothing else of PEFT is touched, and of transformers its quantizer registry and `load_adapter`.
+Else of PEFT, `AutoPeftModel*.from_pretrained` asks us for an adapter's base, and of transformers we touch its quantizer
+registry and `load_adapter`.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import peft
 import transformers
@@ -95,6 +98,46 @@ def extend_load_adapter(extended: Callable[[Callable], Callable]) -> None:
     wrapper = extended(current)
     setattr(wrapper, _OWNER_ATTRIBUTE, _OWNER)
     PeftAdapterMixin.load_adapter = wrapper
+
+
+def extend_auto_classes(base: Any, packed_base: Callable[..., Any]) -> None:
+    """Let PEFT's `AutoPeftModel*.from_pretrained` ask for an adapter's base first; again, or with a reloaded function, is
+    harmless.
+
+    Args:
+        base: The class that has their `from_pretrained`.
+        packed_base: Takes the class, the adapter, `revision`, `import_allowlist` and the other keyword arguments; returns
+            the base, or None for PEFT's own way.
+    """
+    own = base.from_pretrained.__func__
+    if getattr(own, _OWNER_ATTRIBUTE, None) == _OWNER:
+        own = own.__wrapped__
+
+    @functools.wraps(own)
+    def from_pretrained(
+        cls: Any,
+        pretrained_model_name_or_path: Any,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: Any = None,
+        revision: Any = None,
+        import_allowlist: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        model = packed_base(cls, pretrained_model_name_or_path, revision, import_allowlist, kwargs)
+        adapter = {
+            "adapter_name": adapter_name,
+            "is_trainable": is_trainable,
+            "config": config,
+            "revision": revision,
+            **kwargs,
+        }
+        if model is None:
+            return own(cls, pretrained_model_name_or_path, import_allowlist=import_allowlist, **adapter)
+        return cls._target_peft_class.from_pretrained(model, pretrained_model_name_or_path, **adapter)
+
+    setattr(from_pretrained, _OWNER_ATTRIBUTE, _OWNER)
+    base.from_pretrained = classmethod(from_pretrained)
 
 
 def peft_type(value: str) -> PeftType:

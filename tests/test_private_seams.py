@@ -119,6 +119,16 @@ SEAMS = {
         "PEFT_TYPE_TO_TUNER_MAPPING": "peft_ext.registration: registering again after a reload",
         "PEFT_TYPE_TO_PREFIX_MAPPING": "peft_ext.registration: registering again after a reload",
     },
+    "peft.auto": {
+        "_BaseAutoPeftModel": "peft_ext.auto_classes: the class whose from_pretrained all of AutoPeftModel* share",
+    },
+    "peft.AutoPeftModel": {
+        "_target_class": "peft_ext.auto_classes: the class of the base",
+        "_target_peft_class": "peft_ext.auto_classes: the class of the model with the adapter",
+        "from_pretrained(pretrained_model_name_or_path, adapter_name, is_trainable, config, revision, import_allowlist)": (
+            "peft_ext.registration: asks for the base first"
+        ),
+    },
     "peft.PeftModel": {
         "_enable_peft_forward_hooks": "our tuners: mixed batches",
     },

@@ -10,6 +10,7 @@ from typing import Any, Optional
 
 from peft import PeftConfig
 
+from peft_ext.checkpoint.awq import BITS, ORDER
 from peft_ext.checkpoint.bcq import BcqConfig, stored_format
 from peft_ext.checkpoint.files import TensorHeader, read_headers, read_json, read_tensor, stored_layers, weight_files
 from peft_ext.checkpoint.gptq import QUANTIZE_CONFIG, read_quantize_config
@@ -145,12 +146,27 @@ def _gptq(headers: dict[str, TensorHeader], name: str, stored: dict[str, Any], c
     return "uniform integers", rows * 32 // in_features, group_size, (out_features, in_features)
 
 
+def _awq(headers: dict[str, TensorHeader], name: str, stored: dict[str, Any], config: dict[str, Any]) -> _Layout:
+    in_features, words = headers[f"{name}.qweight"].shape
+    groups = _required(headers, name, "scales").shape[0]
+    return "uniform integers", BITS, group_size_of(in_features, groups), (words * len(ORDER), in_features)
+
+
+def _auto_round(
+    headers: dict[str, TensorHeader], name: str, stored: dict[str, Any], config: dict[str, Any]
+) -> _Layout:
+    reader = _awq if "awq" in str(stored.get("packing_format")) else _gptq
+    return reader(headers, name, stored, config)
+
+
 _Reader = Callable[[dict[str, TensorHeader], str, dict[str, Any], dict[str, Any]], _Layout]
 # By quant_method: the tensor that every packed layer has, and what reads the layer off the headers.
 _READERS: dict[str, tuple[str, _Reader]] = {
     "compressed-tensors": ("weight_packed", _pack_quantized),
     "bcq": ("planes", _bcq),
     "gptq": ("qweight", _gptq),
+    "awq": ("qweight", _awq),
+    "auto-round": ("qweight", _auto_round),
 }
 
 

@@ -125,7 +125,7 @@ def _auto_round(stored: dict[str, Any]) -> dict[str, Any]:
             f"data_type={stored.get('data_type')!r} with act_bits={stored.get('act_bits')!r} of AutoRound can't be read into "
             "packed layers, which hold integers and leave activations alone; use a checkpoint of another scheme (W4A16)."
         )
-    kept = {name: stored[name] for name in ("bits", "group_size", "sym", "meta") if name in stored}
+    kept: dict[str, Any] = {name: stored[name] for name in ("bits", "group_size", "sym", "meta") if name in stored}
     if "awq" in packing:
         return _awq({**kept, "zero_point": not stored.get("sym", True)})
     if packing.partition(":")[2].partition(":")[0] not in _AUTO_ROUND_VERSIONS:

@@ -90,10 +90,10 @@ class PackedTensorsHfQuantizer(CompressedTensorsHfQuantizer):
         untie(model, in_file)
         for name, key in in_file.items():
             scheme = scheme_of(schemes, (key, name), modules[name])
-            check_scheme(key, scheme, schemes.format)
+            weights = check_scheme(key, scheme, schemes.format)
             tensors = tensors_of(headers, key, (*TENSORS, "weight_g_idx", "bias"))
-            bits = own_bits.get(key, own_bits.get(name, scheme.weights.num_bits))
-            model.set_submodule(name, _StoredIntegers(tensors, modules[name], scheme.weights, bits, key))
+            bits = own_bits.get(key, own_bits.get(name, weights.num_bits))
+            model.set_submodule(name, _StoredIntegers(tensors, modules[name], weights, bits, key))
         return True
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -131,8 +131,8 @@ def scheme_of(config: Any, names: tuple[str, ...], module: nn.Module) -> Optiona
     return None
 
 
-def check_scheme(name: str, scheme: Optional[QuantizationScheme], config_format: str) -> None:
-    """Refuse a scheme whose layers aren't packed integers that we have.
+def check_scheme(name: str, scheme: Optional[QuantizationScheme], config_format: str) -> Any:
+    """The arguments of a scheme's weights, once it is known that its layers are packed integers that we have.
 
     Raises:
         ValueError: Names the layer, what it has and the way out.
@@ -159,6 +159,7 @@ def check_scheme(name: str, scheme: Optional[QuantizationScheme], config_format:
             f"layer {name!r} quantises activations too, which packed layers don't. Load it with from_pretrained, or use a "
             "weight-only checkpoint of the model (W4A16)."
         )
+    return weights
 
 
 class _StoredIntegers(StoredLayer):

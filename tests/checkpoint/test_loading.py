@@ -7,7 +7,13 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForSequenceClassification,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+)
 from torch import nn
 from transformers import (
     AutoModel,
@@ -17,9 +23,10 @@ from transformers import (
 )
 
 from peft_ext import PeqaConfig, load_gptq, load_packed
+from peft_ext.checkpoint.contents import read_contents
 from peft_ext.models import load
 from peft_ext.quant.conversion import packed_layers
-from tests.cases import assert_same, train
+from tests.cases import assert_same, move_adapter, train
 from tests.checkpoint.foreign_files import (
     Stored,
     awq_layer,
@@ -34,6 +41,7 @@ from tests.checkpoint.foreign_files import (
 from tests.checkpoint.gptq_files import gptq_layer
 from tests.tiny.folders import save_tiny
 from tests.tiny.models import inputs, logits_of, tiny
+from tests.tiny.tokenizers import tiny_tokenizer
 
 
 LAYER = "model.layers.1.mlp.down_proj"
@@ -454,3 +462,62 @@ def test_what_is_not_packed_or_of_another_method(tmp_path):
 
 def test_its_first_name():
     assert load_gptq is load_packed
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", None])
+def test_auto_classes_find_the_packed_base_through_the_adapter_s_config(task_type, make, tmp_path):
+    made = make(tmp_path / "base")
+    config = PeqaConfig(bits=4, group_size=16, task_type=task_type)
+    model = get_peft_model(load_packed(tmp_path / "base", dtype=torch.float32), config)
+    move_adapter(model)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    tiny_tokenizer().save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32, is_trainable=True)
+    assert_same(logits(loaded), expected)
+    assert any(parameter.requires_grad for parameter in loaded.parameters()) and loaded.active_adapter == "default"
+    made.check(loaded.unload())
+    assert_same(logits(load(str(tmp_path / "adapter"), dtype="float32")), expected)
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_auto_classes_of_other_kinds(make, tmp_path):
+    make(tmp_path / "base")
+    config = PeqaConfig(bits=4, group_size=16, task_type="SEQ_CLS")
+    base = load_packed(tmp_path / "base", AutoModelForSequenceClassification, dtype=torch.float32, num_labels=3)
+    model = get_peft_model(base, config)
+    move_adapter(model)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    found = AutoPeftModelForSequenceClassification.from_pretrained(
+        tmp_path / "adapter", dtype=torch.float32, num_labels=3
+    )
+    assert_same(logits(found), expected)
+    with pytest.raises(ValueError, match="Expected target PEFT class"):  # PEFT's own check
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("sym", [False, True], ids=["asym", "sym"])
+def test_another_method_s_adapter_goes_packed_where_stock_transformers_can_not_load_the_base(sym, tmp_path):
+    made = tensors(tmp_path / "base", (4, 16, sym))
+    config = LoraConfig(target_modules=["down_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(load_packed(tmp_path / "base"), config)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert_same(logits(loaded), expected)
+    assert len(packed_layers(loaded)) == len(made.layers)
+    edit_quantization(tmp_path / "base", dequantize=True)  # now it can
+    stock = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert_same(logits(stock), expected)
+    assert not packed_layers(stock)
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_contents(make, tmp_path):
+    made = make(tmp_path)
+    found = read_contents(tmp_path)
+    assert {layer.name: (layer.bits, layer.group_size, layer.shape) for layer in found.layers} == {
+        name: (stored.bits, 16, tuple(stored.codes.shape)) for name, stored in made.layers.items()
+    }
