@@ -10,11 +10,12 @@ from peft_ext.command_line import run_command
 
 
 COMMANDS = {
-    "tune": "quantise a language model, tune its scales on a text, and compare before and after",
-    "quantize": "write a packed checkpoint of a language model, calibrated on a text",
-    "eval": "perplexity of a tuned model on a text",
-    "generate": "generate text with a tuned model",
-    "export": "write a tuned model for other engines: compressed-tensors, GGUF, bcq or plain floats",
+    "tune": "quantise a language model, tune it on conversations, prompts or texts, and compare before and after",
+    "quantize": "write a packed checkpoint of a language model, calibrated on your data",
+    "eval": "perplexity of any model on held-out data",
+    "generate": "generate text with any model",
+    "chat": "talk with a model in the terminal",
+    "export": "write a model for other engines: compressed-tensors, GGUF, bcq or plain floats",
     "inspect": "show what is in a checkpoint, an adapter or a run, without loading it",
     "plan": "memory that tuning and serving a model take, from its config alone",
 }

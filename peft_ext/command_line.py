@@ -73,20 +73,6 @@ class TextArguments:
         return {name: getattr(self, name) for name in names}
 
 
-@dataclass
-class BlockArguments:
-    """Which text, and how it is cut into blocks of tokens."""
-
-    data: str = field(
-        default="python-docs", metadata={"help": "Text or JSON-lines file, folder, hub data set id, or python-docs."}
-    )
-    text_field: str = field(
-        default="text", metadata={"help": "Field that holds the text in JSON lines and data sets."}
-    )
-    data_config: Optional[str] = field(default=None, metadata={"help": "Configuration of the hub data set."})
-    block_size: int = field(default=256, metadata={"help": "Tokens per block."})
-
-
 def run_command(program: str, package: str, commands: Mapping[str, str], argv: Optional[Sequence[str]] = None) -> int:
     """Run one of several commands; returns the exit status, see [`run_main`].
 

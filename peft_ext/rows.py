@@ -1,5 +1,5 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""Rows of JSON-lines and CSV files: complete ones, and ones that grow and survive a kill.
+"""Rows of JSON-lines, JSON, CSV and Parquet files: complete ones, and ones that grow and survive a kill.
 
 A file is split at the byte `\\n` alone and each line decoded afterwards: JSON strings may hold U+2028, U+2029 or U+0085
 unescaped, which `str.splitlines` takes for ends of lines.
@@ -19,31 +19,31 @@ from peft_ext.files import written_whole
 
 
 logger = logging.getLogger(__name__)
+ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 Row = dict[str, Any]
 PathLike = Union[str, os.PathLike]
 
 
 def read_rows(path: PathLike, may_be_empty: bool = False, argument: Optional[str] = None) -> list[Row]:
-    """The rows of a complete `.jsonl` or `.csv` file, such as a user's data or what a finished stage has written.
+    """The rows of a complete `.jsonl`, `.json`, `.csv` or `.parquet` file, such as a user's data or what a finished stage
+    has written.
 
     Args:
-        path: The file.
+        path: The file. A `.json` file holds a list of objects (or JSON lines).
         may_be_empty: Whether it may have no rows.
         argument: What named it, for messages.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it has another ending, has no rows, or a line is no object; names file and line.
+        ImportError: If a `.parquet` file needs pyarrow, which is missing.
     """
     path = Path(path)
-    if path.suffix not in (".csv", ".jsonl"):
-        raise ValueError(f"{path}: must end in .jsonl or .csv.")
-    if path.suffix == ".csv":
-        _check_there(path, argument)
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows: list[Row] = list(csv.DictReader(file))
-    else:
-        rows = read_json_lines(path, argument)
+    if path.suffix not in ROW_SUFFIXES:
+        raise ValueError(f"{path}: must end in {', '.join(ROW_SUFFIXES[:-1])} or {ROW_SUFFIXES[-1]}.")
+    _check_there(path, argument)
+    readers = {".csv": _read_csv, ".json": _read_json, ".parquet": _read_parquet}
+    rows = readers.get(path.suffix, read_json_lines)(path)
     if not rows and not may_be_empty:
         raise ValueError(f"{path} has no rows.")
     return rows
@@ -244,6 +244,46 @@ def _lines(path: Path) -> Iterator[_Line]:
         if piece.strip():
             yield _Line(piece, number, start, ended=number < len(pieces), last=end >= len(content))
         start = end
+
+
+def _read_csv(path: Path) -> list[Row]:
+    limit = csv.field_size_limit(2**31 - 1)  # a conversation may be longer than the module's 128 KiB
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows: list[Row] = list(csv.DictReader(file))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no CSV: {error}.") from None
+    finally:
+        csv.field_size_limit(limit)
+    for number, row in enumerate(rows, start=1):
+        if None in row:
+            raise ValueError(f"{path}, row {number} has more fields than the head names; quote what holds a comma.")
+    return rows
+
+
+def _read_json(path: Path) -> list[Row]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}.") from None
+    except ValueError:
+        return read_json_lines(path)  # which many call .json
+    rows = value if isinstance(value, list) else [value]
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, row {number} is no object; a .json file holds a list of objects.")
+    return rows
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ImportError("a .parquet file needs: pip install pyarrow (it comes with 'peft-ext[cli]')") from error
+    try:
+        return parquet.read_table(path).to_pylist()
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is no Parquet file that can be read: {error}") from None
 
 
 def _check_there(path: Path, argument: Optional[str]) -> None:

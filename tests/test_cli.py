@@ -162,7 +162,12 @@ def test_tune_under_a_launcher(launcher, launch, flags, tmp_path):
         (["--model", "./missing"], "./missing"),
         (["--calibration_blocks", "0"], "calibration_blocks=0"),
         (["--per_device_train_batch_size", "0"], "per_device_train_batch_size=0"),
-        (["--method", "lora"], "method='lora'"),
+        (["--method", "lola"], "method='lola'"),
+        (["--bits", "four"], "bits='four'"),
+        (["--bits", "base"], "has no packed layers"),
+        (["--split", "train"], "split='train'"),
+        (["--packing", "True", "--max_length", "1"], "max_length=1"),
+        (["--padding_free", "True"], "padding_free=True"),
         (["--method", "alphatuning", "--bits", "9"], "bits=9"),
         (["--method", "alphatuning", "--trained_alphas", "second"], "trained_alphas='second'"),
         (["--method", "alphatuning", "--sym", "True"], "sym=True"),
@@ -330,19 +335,22 @@ def test_generate_without_a_prompt(finished, monkeypatch, capsys):
     assert "no chat template" in capsys.readouterr().err
 
 
-def test_eval_holds_out_what_the_run_held_out(finished, tmp_path, monkeypatch):
+def test_eval_reads_what_the_run_held_out(finished, tmp_path, monkeypatch, capsys):
     from peft_ext.commands import eval as eval_command
 
-    run, shares = tmp_path / "run", []
+    run, found = tmp_path / "run", []
     shutil.copytree(finished, run)
+    (tmp_path / "mine.txt").write_text("words of a text\n" * 200)
     config = yaml.safe_load((run / "config.yaml").read_text())
-    (run / "config.yaml").write_text(yaml.safe_dump({**config, "held_out": 0.05}))
-    original = eval_command.load_text
+    (run / "config.yaml").write_text(
+        yaml.safe_dump({**config, "held_out": 0.05, "data": str(tmp_path / "mine.txt"), "block_size": 16})
+    )
+    original = eval_command.held_out_data
     monkeypatch.setattr(
         eval_command,
-        "load_text",
-        lambda *args, **kwargs: shares.append(kwargs["held_out"]) or original(*args, **kwargs),
+        "held_out_data",
+        lambda args, *rest: found.append((args.data, args.block_size, rest[2])) or original(args, *rest),
     )
-    common = ["--block_size", "32", "--blocks", "2"]
-    assert main(["eval", str(run), *common]) == main(["eval", str(run), *common, "--held_out", "0.2"]) == 0
-    assert shares == [0.05, 0.2]
+    assert main(["eval", str(run), "--blocks", "2"]) == 0
+    assert main(["eval", str(run), "--blocks", "2", "--held_out", "0.2", "--data", "python-docs"]) == 0
+    assert found == [(str(tmp_path / "mine.txt"), 16, 0.05), ("python-docs", 256, 0.2)]

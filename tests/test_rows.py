@@ -114,7 +114,7 @@ def test_files_of_other_editors(tmp_path, name):
 
 def test_what_is_no_file_of_rows(tmp_path):
     for name, content, message in (
-        ("a.txt", "x", "must end in .jsonl or .csv"),
+        ("a.txt", "x", "must end in .jsonl, .json, .csv or .parquet"),
         ("a.jsonl", "\n", "has no rows"),
         ("a.jsonl", '{"a": 1}\n[1]\n', "a.jsonl, line 2 is no object"),
         ("a.jsonl", '{"a": 1}\n\n{"a": \n', "a.jsonl, line 3 is no JSON"),

@@ -76,11 +76,11 @@ def test_missing_and_unreadable(tmp_path):
     for name in ("missing.txt", "missing.jsonl", "some/deep/path"):
         with pytest.raises(FileNotFoundError, match=name):
             load_text(str(tmp_path / name))
-    with pytest.raises(FileNotFoundError, match="holds no .txt or .jsonl"):
+    with pytest.raises(FileNotFoundError, match="holds no .txt, .md, .rst, .jsonl, .json, .csv or .parquet file"):
         load_text(str(tmp_path))
-    (tmp_path / "x.csv").write_text("a,b")
-    with pytest.raises(ValueError, match="only .txt and .jsonl"):
-        load_text(str(tmp_path / "x.csv"))
+    (tmp_path / "x.xml").write_text("<a/>")
+    with pytest.raises(ValueError, match="only .txt, .md, .rst, .jsonl, .json, .csv and .parquet"):
+        load_text(str(tmp_path / "x.xml"))
     (tmp_path / "x.txt").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(ValueError, match="not UTF-8"):
         load_text(str(tmp_path / "x.txt"))

@@ -16,13 +16,16 @@ from peft_ext.checkpoint.saving import make_saveable, take_over
 from peft_ext.command_line import parse
 from peft_ext.commands.run_folder import new_folder
 from peft_ext.files import written_whole
-from peft_ext.models import load, load_tokenizer
+from peft_ext.models import load, load_tokenizer, locate
 from peft_ext.quant.conversion import dequantize_layers, packed_layers
+from peft_ext.scale_tuning.config import ScaleTuningConfig
 from peft_ext.tables import mebibytes
 
 
 # What `--to` names, and the checkpoint format of ours that it means.
 TARGETS = {"compressed-tensors": "pack-quantized", "bcq": "bcq", "dequantized": None, "gguf": None}
+# Those that a model without packed layers can be written to, too.
+FLOAT_TARGETS = ("dequantized", "gguf")
 GGUF_FILE = "model.gguf"
 
 
@@ -33,7 +36,8 @@ class ExportArguments:
     model: Optional[str] = field(
         default=None,
         metadata={
-            "help": "Run folder of `peft-ext tune`, packed checkpoint, or folder of an adapter (or the first argument)."
+            "help": "Run folder of `peft-ext tune`, packed checkpoint, adapter, hub id, float model or GGUF (or the first "
+            "argument)."
         },
     )
     adapter: Optional[str] = field(
@@ -63,8 +67,8 @@ def main(argv: Sequence[str]) -> None:
     (args,) = parse(argv, ExportArguments, positional="model")
     _check(args)
     folder = new_folder(args.output_dir)
-    model, tokenizer = load(args.model, adapter=args.adapter), load_tokenizer(args.model)
-    model = merged(model, args.model)
+    tokenizer = load_tokenizer(args.model)
+    model = merged(_load(args), str(args.model), floats=args.to in FLOAT_TARGETS)
     if args.to in ("compressed-tensors", "bcq"):
         make_saveable(model, TARGETS[args.to], args.container_bits)
     elif args.to == "dequantized":
@@ -79,21 +83,49 @@ def main(argv: Sequence[str]) -> None:
         print(f"Note: stock transformers loads it; {notice}")
 
 
-def merged(model: PreTrainedModel, name: str) -> PreTrainedModel:
+def merged(model: PreTrainedModel, name: str, floats: bool = False) -> PreTrainedModel:
     """The model with packed layers, the adapter merged into them.
 
+    Args:
+        model: With or without an adapter.
+        name: What the user called it.
+        floats: Whether a model of floats will do, too.
+
     Raises:
-        ValueError: If it has no packed layers.
+        ValueError: If it has no packed layers, or the adapter can't be merged into them.
     """
     if isinstance(model, PeftModel):
+        if not _changes_scales(model) and packed_layers(model):
+            kind = str(getattr(model.active_peft_config.peft_type, "value", model.active_peft_config.peft_type))
+            raise ValueError(
+                f"model={name!r} is {kind} on a packed base, whose codes are never rounded again, so it can't be merged "
+                "into them: pass --to dequantized or gguf, or let the engine load base and adapter side by side."
+            )
         model = model.merge_and_unload()
     else:
         take_over(model)
-    if not packed_layers(model):
+    if not floats and not packed_layers(model):
         raise ValueError(
             f"model={name!r} has no packed layers to export; quantise it first: peft-ext quantize --model {name}, or tune it."
         )
     return model
+
+
+def _load(args: ExportArguments) -> PreTrainedModel:
+    """The model; under an adapter that can only be merged into floats, its base as floats, where they are asked for."""
+    model = load(args.model, adapter=args.adapter)
+    if args.to not in FLOAT_TARGETS or not isinstance(model, PeftModel) or _changes_scales(model):
+        return model
+    base, adapter = locate(str(args.model), args.adapter)
+    assert adapter is not None
+    if not packed_layers(model):
+        return model
+    return PeftModel.from_pretrained(dequantize_layers(load(base, merge=True)), adapter).eval()
+
+
+def _changes_scales(model: PeftModel) -> bool:
+    """Whether the adapter is one of ours that becomes part of the packed layers."""
+    return isinstance(model.active_peft_config, ScaleTuningConfig)
 
 
 def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, args: ExportArguments) -> None:

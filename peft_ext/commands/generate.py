@@ -1,5 +1,5 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""`peft-ext generate`: text from a tuned model."""
+"""`peft-ext generate`: text from any model."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import torch
 
 from peft_ext.command_line import TextArguments, parse
-from peft_ext.commands.run_folder import TunedModelArguments
+from peft_ext.commands.run_folder import AnyModelArguments
 
 
 @dataclass
-class GenerateArguments(TunedModelArguments, TextArguments):
+class GenerateArguments(AnyModelArguments, TextArguments):
     """Arguments of `peft-ext generate`."""
 
     chat: bool = field(default=False, metadata={"help": "Wrap each prompt in the tokenizer's chat template."})
@@ -22,7 +22,7 @@ class GenerateArguments(TunedModelArguments, TextArguments):
 @torch.no_grad()
 def main(argv: Sequence[str]) -> None:
     """Generate for every prompt, and print prompt and continuation."""
-    (args,) = parse(argv, GenerateArguments, positional="run")
+    (args,) = parse(argv, GenerateArguments, positional="model")
     prompts = args.prompts()
     model, tokenizer = args.load()
     tokenizer.padding_side = "left"

@@ -8,35 +8,45 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
-import torch
 from peft import get_peft_model
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from peft_ext.checkpoint.pack_quantized import is_packed
-from peft_ext.checkpoint.saving import make_saveable
-from peft_ext.command_line import BlockArguments
+from peft_ext.checkpoint.saving import make_saveable, take_over
+from peft_ext.commands.training_data import DataArguments, TrainingData
 from peft_ext.files import written_whole
-from peft_ext.models import DEFAULT_MODEL, load, load_tokenizer
-from peft_ext.perplexity import perplexity
+from peft_ext.models import DEFAULT_MODEL, load, load_config
+from peft_ext.perplexity import example_perplexity, padded
 from peft_ext.quant.conversion import packed_layers
 from peft_ext.quant.formats import CALIBRATED
 from peft_ext.scale_tuning.calibration import calibrate
 from peft_ext.scale_tuning.config import ScaleTuningConfig
 from peft_ext.scale_tuning.model import check_targets
-from peft_ext.text import load_text, token_blocks
+
+
+# Of `--bits`: the model is packed already, and stays as it is.
+BASE = "base"
+DEFAULT_BITS = 4
 
 
 @dataclass
-class PackedBaseArguments(BlockArguments):
-    """Which model to quantise, on which text, in which format."""
+class PackedBaseArguments(DataArguments):
+    """Which model to quantise, on which data, in which format."""
 
     model: str = field(
         default=DEFAULT_MODEL, metadata={"help": "Default model, hub id, folder (also a packed base) or .gguf file."}
     )
-    bits: int = field(default=4, metadata={"help": "Width of a weight: 2, 3, 4 or 8; of binary codings 1, too."})
+    dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16."})
+    bits: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "Width of a weight: 2, 3, 4 or 8; of binary codings 1, too. 4 by default; a model that is packed "
+            f"already stays as it is ({BASE})."
+        },
+    )
     group_size: int = field(default=-1, metadata={"help": "Inputs that share a scale; -1: one scale per channel."})
     sym: bool = field(default=False, metadata={"help": "Of integers: keep every zero point in the middle."})
     init_method: str = field(
@@ -46,31 +56,63 @@ class PackedBaseArguments(BlockArguments):
             "codings alternating or greedy."
         },
     )
-    calibration_blocks: int = field(default=32, metadata={"help": "Blocks of the training text to calibrate on."})
-    held_out: float = field(
-        default=0.1, metadata={"help": "Share of the text that is held out, where it has no validation split."}
+    calibration_blocks: int = field(
+        default=32, metadata={"help": "Blocks (or examples) of the training data to calibrate on."}
     )
-    held_out_blocks: int = field(default=64, metadata={"help": "Held-out blocks to measure perplexity on."})
+    held_out: float = field(
+        default=0.1, metadata={"help": "Share of the data that is held out, where they have no validation split."}
+    )
+    held_out_blocks: int = field(
+        default=64, metadata={"help": "Held-out blocks (or examples) to measure perplexity on."}
+    )
+
+    def width(self) -> Union[int, str]:
+        """The width of a weight, or `"base"`: by default, of a model that is packed already.
+
+        Raises:
+            ValueError: If it is no number.
+        """
+        if self.bits is None:
+            return BASE if is_packed_model(self.model) else DEFAULT_BITS
+        if self.bits == BASE:
+            return BASE
+        try:
+            return int(self.bits)
+        except ValueError:
+            raise ValueError(f"bits={self.bits!r} is no width of a weight; pass 2, 3, 4 or 8, or {BASE}.") from None
+
+    def check_counts(self) -> None:
+        """Refuse counts that leave nothing to calibrate or to measure on."""
+        for name in ("calibration_blocks", "held_out_blocks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
 
 
-def load_blocks(args: PackedBaseArguments, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Training blocks in random order, and held-out blocks `[n, block_size]`."""
-    for name in ("calibration_blocks", "held_out_blocks"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name}={getattr(args, name)} must be at least 1.")
-    splits = load_text(args.data, held_out=args.held_out, text_field=args.text_field, data_config=args.data_config)
-    tokenizer = load_tokenizer(args.model)
-    train = token_blocks(tokenizer, splits.train, args.block_size, name="training text")
-    held_out = token_blocks(tokenizer, splits.held_out, args.block_size, name="held-out text")
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    return train[order], held_out[: args.held_out_blocks]
+def is_packed_model(model: str) -> bool:
+    """Whether a model's config says that its weights are packed; a GGUF's are loaded as floats."""
+    if model.lower().endswith(".gguf") or model == DEFAULT_MODEL:
+        return False
+    return getattr(load_config(model), "quantization_config", None) is not None
 
 
 def load_checked(
-    args: PackedBaseArguments, config: ScaleTuningConfig, checkpoint_format: Optional[str] = None
+    args: PackedBaseArguments, config: Optional[ScaleTuningConfig], checkpoint_format: Optional[str] = None
 ) -> PreTrainedModel:
-    """The model, once it is known that every layer can be packed, and stored in the format where one is asked for."""
-    model = load(args.model)
+    """The model, once it is known that every layer can be packed, and stored in the format where one is asked for.
+
+    Args:
+        args: Which model.
+        config: What to quantise to; None: the model is packed already, and stays as it is.
+        checkpoint_format: As of `make_saveable`.
+    """
+    model = load(args.model, dtype=args.dtype, merge=True)
+    if config is None:
+        take_over(model)
+        if not packed_layers(model):
+            raise ValueError(
+                f"bits={BASE!r}: model={args.model!r} has no packed layers; pass a width, such as --bits 4."
+            )
+        return model
     every_layer = copy.copy(config)
     every_layer.target_modules = "all-linear"
     targets = check_targets(every_layer, model)
@@ -86,34 +128,47 @@ def load_checked(
 def write_base(
     model: PreTrainedModel,
     args: PackedBaseArguments,
-    config: ScaleTuningConfig,
+    config: Optional[ScaleTuningConfig],
     folder: Path,
-    train_blocks: torch.Tensor,
-    held_out: torch.Tensor,
+    data: TrainingData,
+    tokenizer: PreTrainedTokenizerBase,
     checkpoint_format: Optional[str] = None,
 ) -> dict[str, Any]:
-    """Quantise a model, write it and its tokenizer to a folder, whole or not at all; returns what was measured."""
-    config = copy.deepcopy(config)
-    config.target_modules = "all-linear"
-    targets = check_targets(config, model)
-    packed = all(is_packed(module) for module in targets.values())
-    float_bytes = _float_bytes(model)
-    before = None if packed else perplexity(model, held_out, progressbar=True)
-    start = time.perf_counter()
-    if not packed and config.init_method == CALIBRATED:
-        model = calibrate(model, config, train_blocks[-args.calibration_blocks :].split(4))
-    base = get_peft_model(model, config).unload()
+    """Quantise a model, write it and its tokenizer to a folder, whole or not at all; returns what was measured.
+
+    Without a config it is packed already and written as it is.
+    """
+    float_bytes, held_out = _float_bytes(model), data.held_out.examples[: args.held_out_blocks]
+    before, base, start = None, model, time.perf_counter()
+    if config is not None:
+        config = copy.deepcopy(config)
+        config.target_modules = "all-linear"
+        targets = check_targets(config, model)
+        packed = all(is_packed(module) for module in targets.values())
+        if not packed:
+            before = example_perplexity(model, held_out, progressbar=True)
+        start = time.perf_counter()
+        if not packed and config.init_method == CALIBRATED:
+            model = calibrate(model, config, _calibration_batches(data, args.calibration_blocks))
+        base = get_peft_model(model, config).unload()
     seconds = time.perf_counter() - start
     make_saveable(base, checkpoint_format)
-    quantized = perplexity(base, held_out, progressbar=True)
+    quantized = example_perplexity(base, held_out, progressbar=True)
     with written_whole(folder) as partial:
         base.save_pretrained(partial)
-        load_tokenizer(args.model).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
     return {
         "perplexity": {"float": before, "quantized": quantized},
         "bytes": {"float_model": float_bytes},
         "seconds": {"quantize": seconds},
     }
+
+
+def _calibration_batches(data: TrainingData, count: int) -> list[dict[str, Any]]:
+    """The last training examples, four a batch."""
+    chosen = data.train.examples[-count:]
+    batches = [padded(chosen[start : start + 4]) for start in range(0, len(chosen), 4)]
+    return [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]
 
 
 def _float_bytes(model: PreTrainedModel) -> int:

@@ -5,19 +5,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Any, Optional
 
 from peft_ext import AlphaTuningConfig, PeqaConfig
 from peft_ext.command_line import parse
 from peft_ext.commands.packed_base import (
+    BASE,
     PackedBaseArguments,
     file_bytes,
-    load_blocks,
     load_checked,
     number,
     write_base,
 )
 from peft_ext.commands.run_folder import new_folder
+from peft_ext.commands.training_data import ExampleArguments, training_data
+from peft_ext.models import load_tokenizer
 from peft_ext.scale_tuning.config import ScaleTuningConfig
 from peft_ext.tables import mebibytes, pairs
 
@@ -27,7 +29,7 @@ FORMATS = {"pack-quantized": PeqaConfig, "bcq": AlphaTuningConfig}
 
 
 @dataclass
-class QuantizeArguments(PackedBaseArguments):
+class QuantizeArguments(PackedBaseArguments, ExampleArguments):
     """What to quantise, to which checkpoint."""
 
     format: str = field(
@@ -43,13 +45,16 @@ def main(argv: Sequence[str]) -> None:
     (args,) = parse(argv, QuantizeArguments)
     config = _config(args)
     folder = new_folder(args.output_dir)
-    train_blocks, held_out = load_blocks(args, args.seed)
+    args.check_counts()
+    tokenizer = load_tokenizer(args.model)
+    data = training_data(args, args, tokenizer, args.held_out, args.seed)
+    print(*data.lines(), sep="\n", end="\n" if data.lines() else "")
     model = load_checked(args, config, args.format)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    measured = write_base(model, args, config, folder, train_blocks, held_out, args.format)
+    measured = write_base(model, args, config, folder, data, tokenizer, args.format)
     rows = [
         ("perplexity, float model", number(measured["perplexity"]["float"])),
-        (f"perplexity, {args.bits} bits", number(measured["perplexity"]["quantized"])),
+        (f"perplexity, {config.bits} bits", number(measured["perplexity"]["quantized"])),
         ("float model", mebibytes(measured["bytes"]["float_model"])),
         ("packed checkpoint", mebibytes(file_bytes(folder))),
         ("time to quantise", f"{measured['seconds']['quantize']:.0f} s"),
@@ -63,5 +68,8 @@ def _config(args: QuantizeArguments) -> ScaleTuningConfig:
         raise ValueError(f"format={args.format!r} is unknown; choose one of {tuple(FORMATS)}.")
     if args.sym and args.format == "bcq":
         raise ValueError("sym=True is for integers (format='pack-quantized'); a binary coding is symmetric anyway.")
-    common = {name: getattr(args, name) for name in ("bits", "group_size", "init_method")}
+    bits = args.width()
+    if bits == BASE:
+        raise ValueError(f"model={args.model!r} is packed already; name a float model, or its width with --bits.")
+    common: dict[str, Any] = {"bits": bits, "group_size": args.group_size, "init_method": args.init_method}
     return PeqaConfig(**common, sym=args.sym) if args.format == "pack-quantized" else AlphaTuningConfig(**common)

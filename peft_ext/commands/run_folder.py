@@ -1,5 +1,5 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""A run folder: what `tune` writes and what `eval` and `generate` read.
+"""A run folder: what `tune` writes; and the models, runs among them, that other commands read.
 
 base/         the packed base, a compressed-tensors checkpoint with its tokenizer
 adapter/      the tuned scales
@@ -14,38 +14,54 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
+import torch
+
 from peft_ext.command_line import ModelArguments
 from peft_ext.files import check_folder_writable
 from peft_ext.runs import RunFolder
 
 
 @dataclass
-class TunedModelArguments(ModelArguments):
-    """Which tuned model to use: a run folder, or a model with or without an adapter."""
+class AnyModelArguments(ModelArguments):
+    """Which model to use: whatever `peft_ext.models.load` takes."""
 
     run: Optional[str] = field(
-        default=None, metadata={"help": "Run folder of `peft-ext tune` (or the first argument)."}
+        default=None, metadata={"help": "Run folder of `peft-ext tune`; --model and the first argument take it, too."}
+    )
+    device: Optional[str] = field(
+        default=None, metadata={"help": "Where to run: cpu, cuda, cuda:1, mps; cpu by default."}
     )
 
-    def load(self, kind: str = "causal") -> tuple[Any, Any]:
-        """The model in eval mode, and its tokenizer.
-
-        Raises:
-            FileNotFoundError: If the run or adapter folder is missing or incomplete.
-            ValueError: If both a run and a model are given.
-        """
+    def __post_init__(self) -> None:
         if self.run is None:
-            return super().load(kind)
+            return
         if self.model or self.adapter:
             raise ValueError(f"run={self.run!r} names base and adapter already; leave out --model and --adapter.")
         if RunFolder(self.run).settings is None:
             raise FileNotFoundError(f"run={self.run!r} is no run of peft-ext tune: it has no config.yaml.")
-        return ModelArguments(self.run, dtype=self.dtype).load(kind)
+        self.model = self.run
+
+    def load(self, kind: str = "causal") -> tuple[Any, Any]:
+        """The model in eval mode, on the device, and its tokenizer.
+
+        Raises:
+            FileNotFoundError: If the run or adapter folder is missing or incomplete.
+            ValueError: If there is no such device.
+        """
+        if self.device is not None:
+            try:
+                torch.empty(1, device=self.device)
+            except (RuntimeError, AssertionError) as error:
+                raise ValueError(f"device={self.device!r} can't be used here: {error}") from error
+        model, tokenizer = super().load(kind)
+        return (model if self.device is None else model.to(self.device)), tokenizer
 
 
-def held_out_of(run: Optional[str]) -> Optional[float]:
-    """The share of the text that a run held out, so that nothing is measured on what it was tuned on."""
-    return None if run is None else (RunFolder(run).settings or {}).get("held_out")
+def settings_of(model: Optional[str]) -> dict[str, Any]:
+    """What a run was started with; nothing for any other model."""
+    if model is None or not (Path(model).expanduser() / "config.yaml").is_file():
+        return {}
+    return RunFolder(model).settings or {}
 
 
 def new_folder(output_dir: Optional[str]) -> Path:

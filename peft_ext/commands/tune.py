@@ -10,106 +10,146 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
-import torch
-from peft import get_peft_model
-from transformers import Trainer, TrainingArguments
+from peft import LoraConfig, PeftConfig, get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTTrainer
 
 from peft_ext import AlphaTuningConfig, PeqaConfig
 from peft_ext.command_line import parse
 from peft_ext.commands.packed_base import (
+    BASE,
     PackedBaseArguments,
     file_bytes,
-    load_blocks,
     load_checked,
     number,
     write_base,
 )
+from peft_ext.commands.sft import TuneTrainingArguments, sft_trainer
+from peft_ext.commands.training_data import TrainingData, training_data
+from peft_ext.data import PYTHON_DOCS
+from peft_ext.examples import TEXTS
 from peft_ext.files import write_json, written_whole
-from peft_ext.models import load
-from peft_ext.perplexity import perplexity
+from peft_ext.models import load, load_tokenizer
+from peft_ext.perplexity import example_perplexity
+from peft_ext.quant.conversion import packed_layers
 from peft_ext.runs import RunFolder, last_checkpoint, read_settings
 from peft_ext.scale_tuning.config import ScaleTuningConfig
 from peft_ext.tables import mebibytes, pairs
 
 
-METHODS = {"peqa": PeqaConfig, "alphatuning": AlphaTuningConfig}
+METHODS = ("peqa", "alphatuning", "lora")
+LEARNING_RATES = {"peqa": 1e-2, "alphatuning": 1e-2, "lora": 2e-4}
 
 
 @dataclass
 class TuneArguments(PackedBaseArguments):
-    """What to tune, on which text, by which method."""
+    """What to tune, on which data, by which method."""
 
     method: str = field(
-        default="peqa", metadata={"help": "peqa (integers, scales trained) or alphatuning (binary codings, alphas)."}
+        default="peqa",
+        metadata={
+            "help": "peqa (integers, scales trained), alphatuning (binary codings, alphas) or lora (integers, PEFT's LoRA "
+            "beside them)."
+        },
     )
     trained_alphas: str = field(
         default="first", metadata={"help": "Of alphatuning: train the first alpha of a channel (group), or all."}
     )
-
-
-@dataclass
-class TuneTrainingArguments(TrainingArguments):
-    """transformers' TrainingArguments with defaults for scales: a high learning rate, no weight decay."""
-
-    output_dir: Optional[str] = field(default=None, metadata={"help": "The run folder to write."})
-    learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate of the relative scales."})
-    per_device_train_batch_size: int = field(default=4, metadata={"help": "Blocks per step and device."})
-    max_steps: int = field(default=100, metadata={"help": "Training steps."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
-    warmup_steps: float = field(default=0.05, metadata={"help": "Steps (or the share of steps) of warm-up."})
-    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay: towards the untuned scales."})
-    logging_steps: float = field(default=1, metadata={"help": "Steps between two losses in the log."})
-    save_steps: float = field(default=20, metadata={"help": "Steps between two checkpoints."})
-    save_total_limit: Optional[int] = field(default=1, metadata={"help": "Checkpoints to keep."})
-    report_to: str = field(default="none", metadata={"help": "Where to report to; none by default."})
-
-    def __post_init__(self):
-        if not self.output_dir:  # transformers would choose a folder by itself
-            raise ValueError("output_dir is missing: pass --output_dir, the folder to write the run to.")
-        if self.per_device_train_batch_size < 1:
-            raise ValueError(f"per_device_train_batch_size={self.per_device_train_batch_size} must be at least 1.")
-        if getattr(self.eval_strategy, "value", self.eval_strategy) != "no":
-            raise ValueError(
-                f"eval_strategy={self.eval_strategy!r}: tune measures held-out perplexity before and after; leave it out."
-            )
-        super().__post_init__()
+    lora_r: int = field(default=16, metadata={"help": "Of lora: the rank."})
+    lora_alpha: int = field(default=32, metadata={"help": "Of lora: alpha."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Of lora: dropout."})
+    lora_target_modules: Optional[list[str]] = field(
+        default=None, metadata={"help": "Of lora: names of the layers; all linear ones but the output by default."}
+    )
 
 
 def main(argv: Sequence[str]) -> None:
     """Check everything, then quantise, tune and compare."""
     args, training = parse(argv, TuneArguments, TuneTrainingArguments)
-    config = _config(args)
+    run_folder = RunFolder(training.output_dir)
+    settings = _settings(args, training, run_folder.settings)
+    training.learning_rate, args.bits = settings["learning_rate"], str(settings["bits"])
+    _config(args)  # refuses what can't be, before any work
+    if training.dataset_text_field != "text":  # TRL's name
+        args.text_field = training.dataset_text_field
     # of several processes, the others look at the run folder once the first has written the base
     with training.main_process_first(desc="quantising the base"):
-        run_folder = RunFolder(training.output_dir)
-        run, settings = run_folder.folder, _arguments(args, training)
+        run = run_folder.folder
         finished = run_folder.check(settings)
         if finished is not None:
             print(f"{run} is finished already; its figures:")
             print(table(finished))
             return
-        train_blocks, held_out = load_blocks(args, training.seed)
-        before = _quantize(args, config, run_folder, settings, train_blocks, held_out)
-    trainer = _train(config, training, run, train_blocks)
+        args.check_counts()
+        tokenizer = _tokenizer(args.model, training.eos_token)
+        data = training_data(args, training, tokenizer, args.held_out, training.seed)
+        if training.process_index == 0:
+            print(*data.lines(), sep="\n", end="\n" if data.lines() else "", flush=True)
+        before = _quantize(args, run_folder, settings, data, tokenizer)
+    trainer = _train(args, training, run, data, tokenizer)
     if trainer.is_world_process_zero():
-        metrics = _finish(trainer, args, run_folder, held_out, before)
+        metrics = _finish(trainer, args, run_folder, data, before)
         print(table(metrics))
-        print(f"\nThe run is in {run}. Next: peft-ext generate {run} --prompt '...'")
+        chat = " --chat" if tokenizer.chat_template and not data.blocks else ""
+        print(f"\nThe run is in {run}. Next: peft-ext generate {run}{chat} --prompt '...'")
 
 
-def _config(args: TuneArguments) -> ScaleTuningConfig:
+def _config(args: TuneArguments, base: Optional[PreTrainedModel] = None) -> Optional[ScaleTuningConfig]:
+    """What to quantise to; of a packed base that stays as it is, what it is quantised to (None: that isn't known yet)."""
     if args.method not in METHODS:
-        raise ValueError(f"method={args.method!r} is unknown; choose one of {tuple(METHODS)}.")
-    common = {name: getattr(args, name) for name in ("bits", "group_size", "init_method")}
-    if args.method == "peqa":
-        return PeqaConfig(**common, sym=args.sym, task_type="CAUSAL_LM")
-    if args.sym:
+        raise ValueError(f"method={args.method!r} is unknown; choose one of {METHODS}.")
+    bits: Union[int, str] = args.width()
+    if args.sym and args.method == "alphatuning":
         raise ValueError("sym=True is for integers (method='peqa'); a binary coding is symmetric anyway.")
-    return AlphaTuningConfig(**common, trained_alphas=args.trained_alphas, task_type="CAUSAL_LM")
+    common: dict[str, Any] = {"bits": bits, "group_size": args.group_size, "init_method": args.init_method}
+    sym = args.sym
+    if bits == BASE:
+        if base is None:
+            return None
+        common, sym = _format_of(base)
+    if args.method == "alphatuning":
+        return AlphaTuningConfig(**common, trained_alphas=args.trained_alphas, task_type="CAUSAL_LM")
+    return PeqaConfig(**common, sym=sym, task_type="CAUSAL_LM")
+
+
+def _format_of(base: PreTrainedModel) -> tuple[dict[str, Any], bool]:
+    """Of a packed model: bits, group size and the layers that have them; and whether they are symmetric."""
+    layers = packed_layers(base)
+    formats = {layer.number_format for layer in layers.values()}
+    if len(formats) != 1:
+        listed = ", ".join(sorted(map(str, formats)))
+        raise ValueError(f"the packed layers have several formats ({listed}); pass --method lora, which takes any.")
+    (found,) = formats
+    common = {"bits": found.bits, "group_size": found.group_size, "target_modules": list(layers)}
+    return common, getattr(found, "sym", False)
+
+
+def _adapter(args: TuneArguments, base: PreTrainedModel) -> PeftConfig:
+    """What to put onto the packed base."""
+    if args.method != "lora":
+        config = _config(args, base)
+        assert config is not None
+        return config
+    return LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=args.lora_target_modules or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+
+
+def _tokenizer(model: str, eos_token: Optional[str]) -> PreTrainedTokenizerBase:
+    tokenizer = load_tokenizer(model)
+    if eos_token is not None:
+        if eos_token not in tokenizer.get_vocab():
+            raise ValueError(f"eos_token={eos_token!r} isn't in the tokenizer's vocabulary.")
+        tokenizer.eos_token = eos_token
+    return tokenizer
 
 
 def table(metrics: dict[str, Any]) -> str:
@@ -117,7 +157,7 @@ def table(metrics: dict[str, Any]) -> str:
     perplexities, sizes, seconds = metrics["perplexity"], metrics["bytes"], metrics["seconds"]
     rows = [
         ("perplexity, float model", number(perplexities["float"])),
-        (f"perplexity, {metrics['bits']} bits", number(perplexities["quantized"])),
+        (_packed_label(metrics["bits"]), number(perplexities["quantized"])),
         ("perplexity, tuned", number(perplexities["tuned"])),
         ("float model", mebibytes(sizes["float_model"])),
         ("packed base", mebibytes(sizes["packed_base"])),
@@ -126,45 +166,61 @@ def table(metrics: dict[str, Any]) -> str:
         ("time to quantise", f"{seconds['quantize']:.0f} s"),
         ("time to tune", f"{seconds['train']:.0f} s, {metrics['steps']} steps"),
     ]
+    if "held_out" in metrics and metrics["shape"] != TEXTS:
+        counts = metrics["held_out"]
+        measured = f"{counts['tokens']:,} tokens of {counts['rows']:,} rows of {metrics['shape']}"
+        rows.insert(3, ("measured on", measured))
     return pairs(rows)
+
+
+def _packed_label(bits: Union[int, str]) -> str:
+    return "perplexity, packed base" if bits == BASE else f"perplexity, {bits} bits"
 
 
 def _quantize(
     args: TuneArguments,
-    config: ScaleTuningConfig,
     run_folder: RunFolder,
     settings: dict[str, Any],
-    train_blocks: torch.Tensor,
-    held_out: torch.Tensor,
+    data: TrainingData,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, Any]:
     """Write the packed base, unless it is there already; returns what was measured before tuning."""
     measured = read_settings(run_folder.path("before.json"))
     if measured is None:
+        config = _config(args)
         model = load_checked(args, config)
+        _adapter(args, model)  # a base that it doesn't suit is refused before it is written
         run_folder.start(settings)
-        measured = write_base(model, args, config, run_folder.path("base"), train_blocks, held_out)
+        measured = write_base(model, args, config, run_folder.path("base"), data, tokenizer)
         write_json(run_folder.path("before.json"), measured)
     return measured
 
 
-def _train(config: ScaleTuningConfig, training: TuneTrainingArguments, run: Path, blocks: torch.Tensor) -> Trainer:
-    """Tune the packed base with transformers' Trainer, from the last checkpoint if there is one."""
+def _train(
+    args: TuneArguments,
+    training: TuneTrainingArguments,
+    run: Path,
+    data: TrainingData,
+    tokenizer: PreTrainedTokenizerBase,
+) -> SFTTrainer:
+    """Tune the packed base with TRL's SFTTrainer, from the last checkpoint if there is one."""
     base = load(str(run / "base"))
-    model = get_peft_model(base, config)
+    model = get_peft_model(base, _adapter(args, base))
     checkpoints = run / "checkpoints"
     training.output_dir = str(checkpoints)
-    trainer = Trainer(model=model, args=training, train_dataset=[{"input_ids": b, "labels": b} for b in blocks])
+    trainer = sft_trainer(model, training, data.train, tokenizer)
     trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
     return trainer
 
 
 def _finish(
-    trainer: Trainer, args: TuneArguments, run_folder: RunFolder, held_out: torch.Tensor, before: dict[str, Any]
+    trainer: SFTTrainer, args: TuneArguments, run_folder: RunFolder, data: TrainingData, before: dict[str, Any]
 ) -> dict[str, Any]:
     """Measure, and write what makes the run complete: adapter, loss curve, and last the metrics."""
     run = run_folder.folder
     model = trainer.accelerator.unwrap_model(trainer.model)
-    tuned = perplexity(model, held_out, progressbar=True)
+    held_out = data.held_out.examples[: args.held_out_blocks]
+    tuned = example_perplexity(model, held_out, progressbar=True)
     with written_whole(run / "adapter") as folder:
         model.save_pretrained(folder)
     history = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
@@ -173,11 +229,13 @@ def _finish(
         _plot(history, path)
     metrics = {
         "model": args.model,
-        "data": args.data,
+        "data": args.data or PYTHON_DOCS,
+        "shape": data.held_out.shape,
         "method": args.method,
-        "bits": args.bits,
+        "bits": args.width(),
         "group_size": args.group_size,
         "perplexity": {**before["perplexity"], "tuned": tuned},
+        "held_out": {"rows": len(held_out), "tokens": sum(example.trained for example in held_out)},
         "bytes": {
             **before["bytes"],
             "packed_base": file_bytes(run / "base"),
@@ -206,20 +264,48 @@ def _plot(history: list[tuple[int, float]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _arguments(args: TuneArguments, training: TuneTrainingArguments) -> dict[str, Any]:
-    """What the run's result depends on, and a second run must repeat."""
-    names = (
-        "learning_rate",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "max_steps",
-        "num_train_epochs",
-        "lr_scheduler_type",
-        "warmup_steps",
-        "weight_decay",
-        "seed",
-        "bf16",
-        "fp16",
-        "gradient_checkpointing",
-    )
-    return {**asdict(args), **{name: getattr(training, name) for name in names}}
+# Settings of every run; others came later, and a run of an earlier version that lacks one has its default.
+_FIRST_SETTINGS = frozenset(
+    "bits block_size calibration_blocks data data_config group_size held_out held_out_blocks init_method method model sym "
+    "text_field trained_alphas learning_rate per_device_train_batch_size gradient_accumulation_steps max_steps "
+    "num_train_epochs lr_scheduler_type warmup_steps weight_decay seed bf16 fp16 gradient_checkpointing".split()
+)
+_LATER_TRAINING_SETTINGS = (
+    "max_length",
+    "truncation_mode",
+    "packing",
+    "packing_strategy",
+    "assistant_only_loss",
+    "completion_only_loss",
+    "chat_template_path",
+    "dataset_text_field",
+    "eos_token",
+    "loss_type",
+)
+
+
+def _settings(
+    args: TuneArguments, training: TuneTrainingArguments, stored: Optional[dict[str, Any]]
+) -> dict[str, Any]:
+    """What the run's result depends on, and a second run must repeat.
+
+    Args:
+        args: Of the run.
+        training: Of the run.
+        stored: What the run in the folder was started with, if there is one.
+    """
+    if args.method not in METHODS:
+        raise ValueError(f"method={args.method!r} is unknown; choose one of {METHODS}.")
+    settings = asdict(args)
+    settings["data"] = args.data or PYTHON_DOCS
+    settings["bits"] = stored["bits"] if args.bits is None and stored and "bits" in stored else args.width()
+    names = [field.name for field in fields(training) if field.name in _FIRST_SETTINGS]
+    settings.update({name: getattr(training, name) for name in (*names, *_LATER_TRAINING_SETTINGS)})
+    if training.learning_rate is None:
+        settings["learning_rate"] = LEARNING_RATES[args.method]
+    defaults = {each.name: each.default for kind in (type(args), type(training)) for each in fields(kind)}
+    return {
+        name: value
+        for name, value in settings.items()
+        if stored is None or name in stored or name in _FIRST_SETTINGS or value != defaults[name]
+    }
