@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, LlamaConfig
 
 from tests.tiny.models import tiny
-from tests.tiny.tokenizers import byte_tokenizer, tiny_tokenizer
+from tests.tiny.tokenizers import byte_tokenizer, chat_tokenizer, tiny_tokenizer
 
 
 def save_tiny(name: str, folder) -> str:
@@ -35,6 +35,25 @@ def save_tiny_model(folder: Path) -> Path:
         max_position_embeddings=256,
     )
     return _save(config, folder)
+
+
+def save_chat_model(folder: Path) -> Path:
+    """A Llama of bytes with SmolLM2's chat template; returns the folder."""
+    tokenizer = chat_tokenizer()
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    _save(config, folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def save_tiny_gpt2(folder: Path) -> Path:

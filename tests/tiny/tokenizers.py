@@ -33,6 +33,24 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
 
 
+# SmolLM2's, which has no generation markers and is none of those that TRL knows.
+SMOLLM2_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a "
+    "helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] "
+    "+ '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ "
+    "'<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes with SmolLM2's chat template and its special tokens; 260 ids."""
+    fast = byte_tokenizer()
+    fast.add_special_tokens({"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"})
+    fast.add_tokens(["<|im_start|>"], special_tokens=True)
+    fast.chat_template = SMOLLM2_TEMPLATE
+    return fast
+
+
 @functools.cache
 def tokenizer(start: bool = False, end: bool = False) -> PreTrainedTokenizerBase:
     """Bytes; with a start or an end token around each text if asked for. It has no padding token."""
