@@ -97,7 +97,7 @@ def _check_loss(trainer: SFTTrainer, examples: list[Example]) -> None:
     """Compare the trainer's loss of two short examples, in one batch or packed, with the model's logits for each alone."""
     chosen = [_short(example) for example in examples[:2]]
     chosen = [example for example in chosen if example.trained] or [examples[0]]
-    packed = bool(trainer.args.packing) and trainer.padding_free
+    packed = trainer.args.packing and trainer.args.packing_strategy != "wrapped"
     features: list[dict[str, Any]] = [example._asdict() for example in chosen]
     if packed:
         lengths = [len(example.input_ids) for example in chosen]
