@@ -210,7 +210,9 @@ class _StoredIntegers(StoredLayer):
             "weight_shape": ((2,),),
         }
         if not weights.symmetric or "weight_zero_point" in tensors:
-            expected["weight_zero_point"] = ((math.ceil(self.out_features * weights.num_bits / 32), groups),)
+            rows = math.ceil(self.out_features * weights.num_bits / 32)
+            # a single row is stored with a second one that nothing reads, see `compress`
+            expected["weight_zero_point"] = ((rows, groups), (2, groups)) if rows == 1 else ((rows, groups),)
         return expected
 
     def packed(self, name: str) -> PackedLinear:
