@@ -17,6 +17,7 @@ COMMANDS = {
     "chat": "talk with a model in the terminal",
     "export": "write a model for other engines: compressed-tensors, GGUF, bcq or plain floats",
     "inspect": "show what is in a checkpoint, an adapter or a run, without loading it",
+    "run": "another program (lm_eval, trl, transformers, ...) with our methods and formats known to it",
     "plan": "memory that tuning and serving a model take, from its config alone",
 }
 
