@@ -76,7 +76,10 @@ def _score_group(
 
     def run(indices: list[int], rows: list[list[int]]) -> list[Score]:
         logits = read_logits(model, layout(model, [trees[index].tree for index in indices], rows), prefix)
-        states, targets, counts, start = [], [], [], 0
+        states: list[int] = []
+        targets: list[int] = []
+        counts: list[int] = []
+        start = 0
         for index in indices:
             for text, places in zip(group.trees[index], trees[index].reads):
                 states += [start + place for place in places]

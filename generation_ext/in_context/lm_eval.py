@@ -84,7 +84,7 @@ class SharedPrefixLM(HFLM):
         if self._name is None or others or grown or any(kwargs.get(name) for name in _ITS_OWN_LOADING):
             super()._create_model(pretrained=pretrained, revision=revision, dtype=dtype, **kwargs)
             return
-        more = {} if revision in (None, "main") else {"revision": revision}
+        more: dict[str, Any] = {} if revision in (None, "main") else {"revision": revision}
         kind = "seq2seq" if self.backend == "seq2seq" else "causal"
         self._model = models.load(self._name, adapter=peft, kind=kind, dtype=get_dtype(dtype), **more)
 
@@ -146,7 +146,7 @@ class SharedPrefixLM(HFLM):
         """As `HFLM`'s, with all windows handed over at once, for passes of the size that `memory_limit` gives."""
         if self._shared is None:
             return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
-        size = self.batch_size_per_gpu
+        size: Any = self.batch_size
         self.batch_size_per_gpu = _ALL
         try:
             with torch.no_grad():

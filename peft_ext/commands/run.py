@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     argv = list(argv)
     if argv[:1] in (["-h"], ["--help"]):
         print(USAGE)
-        return 0
+        sys.exit(0)
     if argv[:1] == ["--"]:
         argv = argv[1:]
     if not argv or argv == ["-m"]:

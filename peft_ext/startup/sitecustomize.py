@@ -34,8 +34,13 @@ class Registration(importlib.abc.MetaPathFinder):
         if "peft_ext" in sys.modules or importlib.util.find_spec("peft_ext") is None:
             return None
         importlib.import_module("peft_ext")
-        spec = sys.modules[fullname].__spec__
-        return importlib.machinery.ModuleSpec(fullname, _Imported(spec), origin=spec.origin)
+        if fullname not in sys.modules:
+            return None
+        module = sys.modules[fullname]
+        answer = importlib.machinery.ModuleSpec(fullname, _Imported(module.__spec__))
+        # where a module has a spec, Python takes it in place of ours, and would run the module again
+        module.__spec__ = None
+        return answer
 
 
 class _Imported(importlib.abc.Loader):
