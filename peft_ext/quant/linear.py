@@ -62,11 +62,15 @@ class PackedLinear(nn.Linear):
         sym: Whether every zero point is `2**(bits - 1)`.
         conv1d: Whether the layer stood as transformers' `Conv1D` (`[in, out]`), which `to_float` makes of it again.
         compute_dtype: dtype of the float weight that the layer stands for; the scale's by default. PEFT reads it, too.
+
+    Attributes:
+        origin: How its codes were found: `"calibrated"`, or an initialisation without data; None where they were loaded.
     """
 
     planes: PackedParameter
     scale: nn.Parameter
     zero_point: Optional[nn.Parameter]
+    origin: Optional[str] = None
 
     def __init__(
         self,

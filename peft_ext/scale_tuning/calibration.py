@@ -15,12 +15,14 @@ from tqdm.auto import tqdm
 
 from peft_ext.checkpoint.pack_quantized import is_packed
 from peft_ext.language_model import inference
+from peft_ext.modalities import other_parts, part_of
 from peft_ext.quant.formats import CALIBRATED
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.matmul import linear
 from peft_ext.scale_tuning.config import ScaleTuningConfig
-from peft_ext.scale_tuning.model import check_targets
+from peft_ext.scale_tuning.model import asks_for_everything, check_targets, unmatched_targets
 from peft_ext.scale_tuning.quantization import free_weight, pack_layer
+from peft_ext.scale_tuning.report import announce
 
 
 Batch = Union[torch.Tensor, Mapping[str, Any]]
@@ -28,6 +30,11 @@ Batch = Union[torch.Tensor, Mapping[str, Any]]
 _CHUNK = 1 << 23
 # Token ids and the masks that say which of them count.
 _MASKS = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
+# What belongs to images and sounds, in the order of the texts: patches, tiles, grids, features. Their first dimension isn't
+# the batch's.
+_ITEMS = ("pixel", "image", "video", "audio", "feature", "grid")
+# Which tokens stand for something else than text: nothing does where a batch doesn't say.
+_KINDS = ("token_type_ids", "mm_token_type_ids")
 _NO_LABEL = -100  # transformers' padding of labels
 _NO_TOKENS = "the batches hold no tokens (all padding, or of length 0); pass some training data."
 
@@ -51,7 +58,9 @@ def calibrate(
             Target modules and format; `init_method` must be `"calibrated"`.
         batches (iterable of `dict` or `torch.Tensor`):
             What the model takes: dicts of keyword arguments such as `{"input_ids": [batch, tokens]}`, or tensors.
-            Samples of different length are padded on the right; padding doesn't count.
+            Samples of different length are padded on the right; padding doesn't count. Of a multimodal model, what its
+            processor makes of texts with images or sounds (`pixel_values`, `image_grid_thw`, `input_features`, ...);
+            batches of text alone may be among them.
         progressbar (`bool`, defaults to `True`):
             Whether to show one step per layer.
 
@@ -60,6 +69,9 @@ def calibrate(
 
     Raises:
         ValueError: If the config doesn't ask for calibration, a layer can't be quantised, or there is no data.
+
+    Layers that the data never reach (a vision tower that is named as a target, and texts alone) are rounded without data;
+    one warning names them, and so does [`peft_ext.report`].
 
     Example:
 
@@ -73,6 +85,7 @@ def calibrate(
             f"init_method={config.init_method!r} needs no data; pass init_method='calibrated' to calibrate."
         )
     config = copy.copy(config)
+    everything, unmatched = asks_for_everything(config), unmatched_targets(config, model)
     config.target_modules = config.target_modules or "all-linear"
     targets = check_targets(config, model)
     if not targets:
@@ -82,6 +95,7 @@ def calibrate(
     calibration = _Pass(model, config, targets, inputs, progressbar)
     with inference(model), _without_cache(getattr(model, "config", None)):
         calibration.run()
+    announce(model, everything=everything, unmatched=unmatched, unreached=calibration.unreached)
     return model
 
 
@@ -123,6 +137,10 @@ class _Pass:
         self.inputs, sizes = _twice(inputs)
         # a layer sees samples, or flattened tokens; rows that a model has picked (experts) can't be told apart
         self.halves = {2 * size for size in sizes}
+        # towers and projectors keep their rows in order: patches, merged patches, tiles
+        parts = other_parts(model)
+        self.in_order = {name for name in targets if part_of(name, parts) is not None}
+        self.unreached: list[str] = []
         self.progress = tqdm(total=len(targets), desc="Calibrating", unit="layer", disable=not progressbar)
         self.both = torch.empty(0)  # the input of the layer that runs at the moment
         self.last: tuple[torch.Tensor, _Moments] | None = None
@@ -136,24 +154,25 @@ class _Pass:
         finally:
             for handle in handles:
                 handle.remove()
-        for name, module in list(self.targets.items()):  # never reached on this data
+        self.unreached = list(self.targets)
+        for name, module in list(self.targets.items()):
             self._replace(name, pack_layer(module, self.config, name))
             free_weight(module, self.model)
         self.progress.close()
 
     def _hook(self, name: str, module: nn.Module):
         def before(_, args):
-            if name not in self.targets:
-                return None  # called again: a layer that the model uses more than once
+            if name not in self.targets or not args[0].numel():
+                return None  # called again: a layer that the model uses more than once; or for no token at all
             self.both = args[0]
-            if self.last is None and not self._halves_match(args[0]):
-                self.halves = set()
-            return (args[0].chunk(2)[0], *args[1:]) if args[0].shape[0] in self.halves else None
+            if self.last is None and not self._halves_match(name, args[0]):
+                self.halves, self.in_order = set(), set()
+            return (args[0].chunk(2)[0], *args[1:]) if self._has_halves(name, args[0]) else None
 
         def after(_, args, float_output):
-            if name not in self.targets:
+            if name not in self.targets or not args[0].numel():
                 return None
-            moments, x = self._moments_of(self.both), self.both
+            moments, x = self._moments_of(name, self.both), self.both
             packed = pack_layer(module, self.config, name, *moments)
             self._replace(name, packed)
             free_weight(module, self.model)
@@ -171,16 +190,20 @@ class _Pass:
         del self.targets[name]
         self.progress.update()
 
-    def _moments_of(self, both: torch.Tensor) -> _Moments:
+    def _moments_of(self, name: str, both: torch.Tensor) -> _Moments:
         """Moments over the tokens that count; layers that share their input (q, k, v) share them."""
         if self.last is None or self.last[0] is not both:
-            x_float, x = both.chunk(2) if both.shape[0] in self.halves else (None, both)
+            x_float, x = both.chunk(2) if self._has_halves(name, both) else (None, both)
             self.last = both, _moments(self._rows(x), None if x_float is None else self._rows(x_float))
         return self.last[1]
 
-    def _halves_match(self, both: torch.Tensor) -> bool:
+    def _has_halves(self, name: str, both: torch.Tensor) -> bool:
+        """Whether a layer's input is that of the two copies, one after the other."""
+        return both.shape[0] in self.halves or (name in self.in_order and both.shape[0] % 2 == 0)
+
+    def _halves_match(self, name: str, both: torch.Tensor) -> bool:
         """Before anything is packed the copies are equal; where they aren't, the batch isn't the first dimension."""
-        if both.shape[0] not in self.halves:
+        if not self._has_halves(name, both):
             return False
         one, other = both.chunk(2)
         return torch.allclose(one, other, rtol=1e-2, atol=1e-3)
@@ -227,13 +250,27 @@ def _twice(inputs: Batch) -> tuple[Batch, set[int]]:
     if isinstance(inputs, torch.Tensor):
         return torch.cat([inputs, inputs]), _sizes(inputs)
     sizes = set().union(*(_sizes(value) for value in tensors))
-    samples = len(tensors[0]) if tensors else 0
+    texts = [value for key, value in inputs.items() if key in _MASKS and isinstance(value, torch.Tensor)]
+    samples = len((texts or tensors)[0]) if tensors else 0
 
-    def twice(value: Any) -> Any:
-        whole = isinstance(value, torch.Tensor) and value.dim() and len(value) == samples
-        return torch.cat([value, value]) if whole else value
+    def twice(key: str, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.dim():
+            return value
+        dim = _batch_dim(key, value)
+        whole = value.shape[dim] == samples or _of_items(key)
+        return torch.cat([value, value], dim) if whole else value
 
-    return {key: twice(value) for key, value in inputs.items()}, sizes
+    return {key: twice(key, value) for key, value in inputs.items()}, sizes
+
+
+def _of_items(key: str) -> bool:
+    """Whether an input belongs to images or sounds."""
+    return any(part in key for part in _ITEMS)
+
+
+def _batch_dim(key: str, value: torch.Tensor) -> int:
+    """The dimension along which a model's inputs lie side by side; positions in several directions are `[3, batch, tokens]`."""
+    return 1 if key == "position_ids" and value.dim() == 3 else 0
 
 
 def _sizes(tensor: torch.Tensor) -> set[int]:
@@ -250,10 +287,19 @@ def _join(batches: list[Any], decoder_inputs_of: Callable[..., torch.Tensor] | N
         raise TypeError(f"batches must be dicts of model inputs or tensors, got {type(batches[0]).__name__}.")
     if decoder_inputs_of is not None:
         batches = [_with_decoder_inputs(batch, decoder_inputs_of) for batch in batches]
-    keys = [key for key in batches[0] if key != "labels"]
-    if any(set(keys) != set(batch) - {"labels"} for batch in batches):
-        raise ValueError(f"the batches have different keys; the first has {sorted(batches[0])}.")
-    joined = {key: _join_values([batch[key] for batch in batches]) for key in keys}
+    keys = list(dict.fromkeys(key for batch in batches for key in batch if key != "labels"))
+    reads = all(any(ids in batch for ids in _MASKS) for batch in batches)
+    optional = {key for key in keys if reads and (_of_items(key) or key in _KINDS)}
+    if any(set(keys) - set(batch) - optional for batch in batches):
+        raise ValueError(
+            f"the batches have different keys; the first has {sorted(batches[0])}, all together have {sorted(keys)}."
+        )
+    batches = [_with_kinds(batch, [key for key in _KINDS if key in keys]) for batch in batches]
+    # images and sounds of several sizes may be padded where the model is told of it
+    padded = any(_of_items(key) and ("sizes" in key or "mask" in key) for key in keys)
+    joined = {
+        key: _join_values(key, [batch[key] for batch in batches if key in batch], padded and _of_items(key)) for key in keys
+    }
     for ids, mask in _MASKS.items():
         if isinstance(joined.get(ids), torch.Tensor) and mask not in joined:
             ones = [torch.ones_like(batch[ids]) for batch in batches]
@@ -272,14 +318,27 @@ def _with_decoder_inputs(
     return {"decoder_attention_mask": counts, **batch, "decoder_input_ids": decoder_inputs_of(labels=labels)}
 
 
-def _join_values(values: list[Any]) -> Any:
-    return _pad_and_cat(values) if isinstance(values[0], torch.Tensor) and values[0].dim() else values[0]
+def _with_kinds(batch: Mapping[str, Any], kinds: list[str]) -> Mapping[str, Any]:
+    """A batch of text alone says nothing about its tokens' kinds; next to others it has to."""
+    missing = [key for key in kinds if key not in batch]
+    return {**batch, **{key: torch.zeros_like(batch["input_ids"]) for key in missing}} if missing else batch
 
 
-def _pad_and_cat(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Concatenate along the batch; the second dimension (tokens) is padded to the longest."""
-    if tensors[0].dim() < 2:
-        return torch.cat(tensors)
-    longest = max(tensor.shape[1] for tensor in tensors)
-    padding = [0, 0] * (tensors[0].dim() - 2)
-    return torch.cat([torch.nn.functional.pad(tensor, [*padding, 0, longest - tensor.shape[1]]) for tensor in tensors])
+def _join_values(key: str, values: list[Any], every_dim: bool) -> Any:
+    if not isinstance(values[0], torch.Tensor) or not values[0].dim():
+        return values[0]
+    dim = _batch_dim(key, values[0])
+    return _pad_and_cat([value.transpose(0, dim) for value in values], every_dim).transpose(0, dim)
+
+
+def _pad_and_cat(tensors: list[torch.Tensor], every_dim: bool = False) -> torch.Tensor:
+    """Concatenate along the first dimension; the second (tokens), or every other one, is padded to the longest."""
+    padded = tensors[0].dim() - 1 if every_dim else min(1, tensors[0].dim() - 1)
+    longest = [max(sizes) for sizes in zip(*(tensor.shape[1 : 1 + padded] for tensor in tensors))]
+    return torch.cat([_pad(tensor, longest) for tensor in tensors])
+
+
+def _pad(tensor: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """Zeros at the end of the dimensions after the first."""
+    missing = [size - own for size, own in zip(sizes, tensor.shape[1:])] + [0] * (tensor.dim() - 1 - len(sizes))
+    return torch.nn.functional.pad(tensor, [amount for size in reversed(missing) for amount in (0, size)])

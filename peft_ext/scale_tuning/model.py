@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from peft_ext.checkpoint import pack_quantized
 from peft_ext.checkpoint.saving import make_saveable
+from peft_ext.modalities import other_parts, part_of
 from peft_ext.quant.conversion import dequantize_layers
 from peft_ext.quant.formats import CALIBRATED
 from peft_ext.quant.linear import PackedLinear
@@ -20,6 +21,7 @@ from peft_ext.scale_tuning import adapter_file
 from peft_ext.scale_tuning.config import ScaleTuningConfig
 from peft_ext.scale_tuning.layer import Mixture, ScaleTuningLinear
 from peft_ext.scale_tuning.quantization import check_target, free_weight, pack_layer
+from peft_ext.scale_tuning.report import announce
 from peft_ext.targets import target_layers
 from peft_ext.tuner import TunerModel
 
@@ -28,7 +30,9 @@ class ScaleTuningModel(TunerModel):
     """Base of [`PeqaModel`] and [`AlphaTuningModel`], which say what `prefix` and `tuner_layer_cls` are."""
 
     tuner_layer_cls: type[ScaleTuningLinear]
-    _progress: Optional[tqdm] = None  # of the injection under way
+    # of the injection under way
+    _progress: Optional[tqdm] = None
+    _news: Optional[dict[str, Any]] = None
 
     def _prepare_adapter_config(self, peft_config: ScaleTuningConfig, model_config: dict) -> ScaleTuningConfig:
         if peft_config.target_modules is None:
@@ -37,6 +41,7 @@ class ScaleTuningModel(TunerModel):
 
     def _prepare_model(self, peft_config: ScaleTuningConfig, model: nn.Module) -> None:
         """Check every target before any is changed."""
+        everything, unmatched = asks_for_everything(peft_config), unmatched_targets(peft_config, model)
         targets = check_targets(peft_config, model)
         fresh = [
             name
@@ -45,6 +50,8 @@ class ScaleTuningModel(TunerModel):
         ]
         if fresh and peft_config.init_method == CALIBRATED:
             raise ValueError(_calibration_missing(peft_config, fresh))
+        if fresh or unmatched:
+            self._news = {"everything": everything and bool(fresh), "unmatched": unmatched}
         # shown on a terminal, and only if it takes a while
         self._progress = tqdm(total=len(fresh), desc="Quantising", unit="layer", delay=1.0, disable=None, leave=False)
         if fresh and any(isinstance(module, ScaleTuningLinear) for module in model.modules()):
@@ -72,6 +79,9 @@ class ScaleTuningModel(TunerModel):
         if self._progress is not None:
             self._progress.close()
             self._progress = None  # it can't be copied
+        if self._news is not None:
+            announce(model, **self._news)
+            self._news = None
 
     def merge_and_unload(
         self,
@@ -149,10 +159,29 @@ def check_targets(config: ScaleTuningConfig, model: nn.Module) -> dict[str, nn.M
     return targets
 
 
-def resolve_all_linear(config: ScaleTuningConfig, model: nn.Module) -> None:
-    """Spell "all-linear" out. On a base with packed layers it means these; on a float one, what PEFT means by it."""
+def asks_for_everything(config: ScaleTuningConfig) -> bool:
+    """Whether the targets are "all-linear", which they are by default."""
     targets = config.target_modules
-    if not isinstance(targets, str) or targets.lower() != "all-linear":
+    return targets is None or (isinstance(targets, str) and targets.lower() == "all-linear")
+
+
+def unmatched_targets(config: ScaleTuningConfig, model: nn.Module) -> list[str]:
+    """The names in `target_modules` that no module of the model has, which PEFT passes over as long as another one fits."""
+    if not isinstance(config.target_modules, (list, set)):
+        return []
+    endings = {name[start:] for name, _ in model.named_modules() for start in _starts(name)}
+    return sorted(set(config.target_modules) - endings)
+
+
+def _starts(name: str) -> list[int]:
+    return [0, *(index + 1 for index, letter in enumerate(name) if letter == ".")]
+
+
+def resolve_all_linear(config: ScaleTuningConfig, model: nn.Module) -> None:
+    """Spell "all-linear" out. On a base with packed layers it means these; on a float one, what PEFT means by it, of a
+    multimodal model in its language model only: towers and projectors are a few percent of the weights, calibration on
+    text doesn't reach them, and images lose more by rounding than text does."""
+    if not asks_for_everything(config) or config.target_modules is None:
         return
     packed = {
         name
@@ -164,6 +193,9 @@ def resolve_all_linear(config: ScaleTuningConfig, model: nn.Module) -> None:
         config.target_modules = packed - inner  # type: ignore[assignment]  # PEFT, too, keeps a set here
     else:
         _maybe_include_all_linear_layers(config, model)
+        parts = other_parts(model)
+        if parts:
+            config.target_modules = {name for name in config.target_modules or () if part_of(name, parts) is None}  # type: ignore[assignment]
 
 
 def _calibration_missing(config: ScaleTuningConfig, names: list[str]) -> str:

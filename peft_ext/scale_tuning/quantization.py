@@ -47,7 +47,9 @@ def pack_layer(
     # a calibrated initialisation that saw no input for this layer falls back on the best without data
     number_format = config.format_of(name)
     method = number_format.default_method if config.init_method == CALIBRATED else config.init_method
-    return quantize_layer(module, number_format, method, name, hessian, shift)
+    packed = quantize_layer(module, number_format, method, name, hessian, shift)
+    packed.origin = method if hessian is None else CALIBRATED
+    return packed
 
 
 def free_weight(module: nn.Module, model: nn.Module) -> None:
