@@ -12,6 +12,7 @@ from peft_ext.perplexity import perplexity
 from peft_ext.rows import read_rows
 from peft_ext.scale_tuning.calibration import calibrate
 from peft_ext.scale_tuning.pool import AdapterPool
+from peft_ext.scale_tuning.report import Report, report
 from peft_ext.text import PYTHON_DOCS, load_text, token_blocks
 from peft_ext.version import __version__
 
@@ -26,6 +27,7 @@ __all__ = [
     "PYTHON_DOCS",
     "PeqaConfig",
     "PeqaModel",
+    "Report",
     "__version__",
     "calibrate",
     "export_gguf",
@@ -36,5 +38,6 @@ __all__ = [
     "load_tokenizer",
     "perplexity",
     "read_rows",
+    "report",
     "token_blocks",
 ]

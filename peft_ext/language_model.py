@@ -335,11 +335,12 @@ def is_causal(model: nn.Module) -> bool:
 
 
 def is_causal_config(config: PretrainedConfig) -> bool:
-    """Whether a checkpoint's config names a causal language model; one that names no architecture counts as one."""
+    """Whether a checkpoint's config names a causal language model, which may see or hear beside; one that names no
+    architecture counts as one."""
     names = config.architectures
     if config.is_encoder_decoder:
         return False
-    causal = ("ForCausalLM", "LMHeadModel")
+    causal = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
     return names is None or any(name.endswith(causal) for name in names) or getattr(config, "is_decoder", False)
 
 

@@ -7,15 +7,18 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -24,6 +27,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
+from transformers.utils import cached_file
 
 from peft_ext.checkpoint.loading import load_packed, stored_quantization
 from peft_ext.language_model import is_causal_config
@@ -41,6 +46,17 @@ KINDS = {
     "encoder": AutoModel,
     "classifier": AutoModelForSequenceClassification,
 }
+# Of `from_pretrained`, what finds the files.
+_HUB_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 _RUN_CONFIG, _ADAPTER_CONFIG = "config.yaml", "adapter_config.json"
 
 
@@ -96,8 +112,9 @@ def load(
             name their base. A GGUF's weights become plain float tensors, what others have packed becomes packed
             layers where [`peft_ext.load_packed`] reads it.
         adapter: Folder or hub id of a PEFT adapter to put onto it.
-        kind: `"causal"`, `"seq2seq"`, `"encoder"` (hidden states alone), `"classifier"` (of whole texts; a model
-            without such a head gets a new one), or `"auto"`: whichever of the first three the config names.
+        kind: `"causal"` (it may see or hear beside), `"seq2seq"`, `"encoder"` (hidden states alone), `"classifier"`
+            (of whole texts; a model without such a head gets a new one), or `"auto"`: whichever of the first three the
+            config names.
         dtype: Float type of the weights; `"auto"`: the checkpoint's own (float32 for a quantised GGUF).
         merge: Merge an adapter into its base. One that lies below another adapter always is.
         **kwargs: Passed to `from_pretrained` of the base.
@@ -201,6 +218,19 @@ def load_tokenizer(model: Optional[str] = None) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def copy_processor(model: Optional[str], folder: Path) -> None:
+    """Copy the settings of what makes inputs of images and sounds into a folder, so that `AutoProcessor` finds them there.
+
+    Args:
+        model: What the model is loaded from, see [`load`]; most have no such files.
+    """
+    source = resolve_model(locate(model or DEFAULT_MODEL)[0])
+    for name in _PROCESSOR_FILES if source.gguf_file is None else ():
+        found = cached_file(source.name_or_path, name, _raise_exceptions_for_missing_entries=False)
+        if found is not None:
+            shutil.copyfile(found, folder / name)
+
+
 def _named(model: PreTrainedModel, name: str) -> PreTrainedModel:
     """An adapter's file names its base by what the user called it, not by where a package has put it."""
     model.name_or_path = model.config._name_or_path = name
@@ -215,9 +245,25 @@ def _load_base(source: ModelSource, kind: str, dtype: Any, kwargs: dict[str, Any
             num_labels = kwargs.pop("num_labels", 2)
             model = AutoModelForCausalLM.from_pretrained(source.name_or_path, dtype=dtype, **kwargs)
             return model.base_model if kind == "encoder" else _classifier_on(model, num_labels)
-    elif stored_quantization(source.name_or_path, **kwargs) is not None:
-        return load_packed(source.name_or_path, KINDS[kind], dtype=dtype, **kwargs)
-    return KINDS[kind].from_pretrained(source.name_or_path, dtype=dtype, **kwargs)
+        return KINDS[kind].from_pretrained(source.name_or_path, dtype=dtype, **kwargs)
+    auto_class = _auto_class(kind, source.name_or_path, kwargs)
+    if stored_quantization(source.name_or_path, **kwargs) is not None:
+        return load_packed(source.name_or_path, auto_class, dtype=dtype, **kwargs)
+    return auto_class.from_pretrained(source.name_or_path, dtype=dtype, **kwargs)
+
+
+def _auto_class(kind: str, name_or_path: str, kwargs: dict[str, Any]) -> Any:
+    """The class that loads a kind of model; a causal one that sees or hears has one of its own.
+
+    Args:
+        kwargs: Of `from_pretrained`; what finds the files is used.
+    """
+    if kind != "causal":
+        return KINDS[kind]
+    hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+    config = type(AutoConfig.from_pretrained(name_or_path, **hub))
+    multimodal = config in MODEL_FOR_MULTIMODAL_LM_MAPPING and config not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForMultimodalLM if multimodal else KINDS[kind]
 
 
 def _classifier_on(model: PreTrainedModel, num_labels: int) -> PreTrainedModel:

@@ -18,7 +18,7 @@ from peft_ext.checkpoint.pack_quantized import is_packed
 from peft_ext.checkpoint.saving import make_saveable, take_over
 from peft_ext.commands.training_data import DataArguments, TrainingData
 from peft_ext.files import written_whole
-from peft_ext.models import DEFAULT_MODEL, load, load_config
+from peft_ext.models import DEFAULT_MODEL, copy_processor, load, load_config
 from peft_ext.perplexity import example_perplexity, padded
 from peft_ext.quant.conversion import packed_layers
 from peft_ext.quant.formats import CALIBRATED
@@ -143,7 +143,7 @@ def write_base(
     if config is not None:
         config = copy.deepcopy(config)
         config.target_modules = "all-linear"
-        targets = check_targets(config, model)
+        targets = check_targets(copy.copy(config), model)
         packed = all(is_packed(module) for module in targets.values())
         if not packed:
             before = example_perplexity(model, held_out, progressbar=True)
@@ -157,6 +157,7 @@ def write_base(
     with written_whole(folder) as partial:
         base.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        copy_processor(args.model, partial)
     return {
         "perplexity": {"float": before, "quantized": quantized},
         "bytes": {"float_model": float_bytes},

@@ -7,7 +7,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from torch import nn
@@ -167,7 +167,8 @@ class _Pass:
             self.both = args[0]
             if self.last is None and not self._halves_match(name, args[0]):
                 self.halves, self.in_order = set(), set()
-            return (args[0].chunk(2)[0], *args[1:]) if self._has_halves(name, args[0]) else None
+            dim = self._dim_of_halves(name, args[0])
+            return None if dim is None else (args[0].chunk(2, dim)[0], *args[1:])
 
         def after(_, args, float_output):
             if name not in self.targets or not args[0].numel():
@@ -178,9 +179,10 @@ class _Pass:
             free_weight(module, self.model)
             if not self.targets:
                 raise _Finished
-            if moments.shift is None:
+            dim = self._dim_of_halves(name, x)
+            if dim is None:
                 return packed(x)
-            return torch.cat([float_output, packed(x.chunk(2)[1])])
+            return torch.cat([float_output, packed(x.chunk(2, dim)[1])], dim)
 
         return module.register_forward_pre_hook(before), module.register_forward_hook(after)
 
@@ -193,19 +195,27 @@ class _Pass:
     def _moments_of(self, name: str, both: torch.Tensor) -> _Moments:
         """Moments over the tokens that count; layers that share their input (q, k, v) share them."""
         if self.last is None or self.last[0] is not both:
-            x_float, x = both.chunk(2) if self._has_halves(name, both) else (None, both)
+            dim = self._dim_of_halves(name, both)
+            x_float, x = (None, both) if dim is None else both.chunk(2, dim)
             self.last = both, _moments(self._rows(x), None if x_float is None else self._rows(x_float))
         return self.last[1]
 
-    def _has_halves(self, name: str, both: torch.Tensor) -> bool:
-        """Whether a layer's input is that of the two copies, one after the other."""
-        return both.shape[0] in self.halves or (name in self.in_order and both.shape[0] % 2 == 0)
+    def _dim_of_halves(self, name: str, both: torch.Tensor) -> Optional[int]:
+        """The dimension of a layer's input along which the two copies lie one after the other; None if they don't."""
+        if both.shape[0] in self.halves:
+            return 0
+        if name not in self.in_order:
+            return None
+        # some towers make a single sample of all images' patches
+        dim = 1 if both.shape[0] == 1 and both.dim() > 2 else 0
+        return dim if both.shape[dim] % 2 == 0 else None
 
     def _halves_match(self, name: str, both: torch.Tensor) -> bool:
         """Before anything is packed the copies are equal; where they aren't, the batch isn't the first dimension."""
-        if not self._has_halves(name, both):
+        dim = self._dim_of_halves(name, both)
+        if dim is None:
             return False
-        one, other = both.chunk(2)
+        one, other = both.chunk(2, dim)
         return torch.allclose(one, other, rtol=1e-2, atol=1e-3)
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
@@ -298,7 +308,8 @@ def _join(batches: list[Any], decoder_inputs_of: Callable[..., torch.Tensor] | N
     # images and sounds of several sizes may be padded where the model is told of it
     padded = any(_of_items(key) and ("sizes" in key or "mask" in key) for key in keys)
     joined = {
-        key: _join_values(key, [batch[key] for batch in batches if key in batch], padded and _of_items(key)) for key in keys
+        key: _join_values(key, [batch[key] for batch in batches if key in batch], padded and _of_items(key))
+        for key in keys
     }
     for ids, mask in _MASKS.items():
         if isinstance(joined.get(ids), torch.Tensor) and mask not in joined:

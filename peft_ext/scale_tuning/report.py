@@ -8,7 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 from peft.tuners.tuners_utils import SEQ_CLS_HEAD_NAMES, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -163,13 +163,15 @@ def report(model: nn.Module) -> Report:
         part = _part(module, name, reasons)
         if part is None:
             continue
-        (packed if isinstance(part, PackedPart) else left)[name] = part  # type: ignore[assignment,index]
+        (packed if isinstance(part, PackedPart) else left)[name] = part  # type: ignore[assignment]
         counted |= {id(parameter) for parameter in module.parameters()}
     rest = {id(p): p.nbytes for p in model.parameters() if id(p) not in counted}
     return Report(packed, left, tuned, sum(rest.values()))
 
 
-def announce(model: nn.Module, *, everything: bool, unmatched: Iterable[str] = (), unreached: Iterable[str] = ()) -> None:
+def announce(
+    model: nn.Module, *, everything: bool, unmatched: Iterable[str] = (), unreached: Iterable[str] = ()
+) -> None:
     """Say in one line what has been packed: as a warning where something stayed float that nobody would expect to, where
     calibration missed a layer, or a target doesn't exist; else to the log, at level INFO.
 
@@ -227,16 +229,16 @@ def _part(module: nn.Module, name: str, reasons: _Reasons) -> PackedPart | Float
     if isinstance(module, PackedLinear):
         return PackedPart(module.number_format, module.in_features * module.out_features, nbytes, module.origin)
     if is_compressed(module):
-        weights = module.in_features * module.out_features  # type: ignore[operator]
-        return PackedPart(format_of(module, name), weights, nbytes, None)  # type: ignore[arg-type]
+        compressed: Any = module
+        return PackedPart(format_of(module, name), compressed.in_features * compressed.out_features, nbytes, None)
     own = dict(module.named_parameters(recurse=False))
-    weights = sum(parameter.numel() for parameter in own.values())
+    numbers = sum(parameter.numel() for parameter in own.values())
     if isinstance(module, LINEAR_LAYERS):
-        return FloatPart(reasons.of(module, name), weights, nbytes)
+        return FloatPart(reasons.of(module, name), numbers, nbytes)
     if "router" in type(module).__name__.lower() and own.get("weight") is not None and own["weight"].ndim == 2:
-        return FloatPart(ROUTER, weights, nbytes)
+        return FloatPart(ROUTER, numbers, nbytes)
     if "experts" in type(module).__name__.lower() and any(parameter.ndim == 3 for parameter in own.values()):
-        return FloatPart(EXPERTS, weights, nbytes)
+        return FloatPart(EXPERTS, numbers, nbytes)
     return None
 
 

@@ -280,7 +280,7 @@ class Multimodal(NamedTuple):
 
 
 MULTIMODAL = {
-    "gemma3": Multimodal(_gemma3, _typed(_with_images(4, (3, 28, 28))), {"vision tower": 12}),
+    "gemma3": Multimodal(_gemma3, _typed(_with_images(4, (3, 28, 28))), {"vision tower": 15}),
     "qwen2_vl": Multimodal(_qwen2_vl, _patches, {"vision tower": 10}),
     "qwen2_5_vl": Multimodal(_qwen2_5_vl, _patches, {"vision tower": 12}),
     "qwen3_vl": Multimodal(_qwen3_vl, _patches, {"vision tower": 12}),
