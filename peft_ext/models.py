@@ -226,7 +226,12 @@ def copy_processor(model: Optional[str], folder: Path) -> None:
     """
     source = resolve_model(locate(model or DEFAULT_MODEL)[0])
     for name in _PROCESSOR_FILES if source.gguf_file is None else ():
-        found = cached_file(source.name_or_path, name, _raise_exceptions_for_missing_entries=False)
+        found = cached_file(
+            source.name_or_path,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
         if found is not None:
             shutil.copyfile(found, folder / name)
 
