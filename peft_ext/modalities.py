@@ -15,6 +15,7 @@ from peft_ext.language_model import cache_name, unwrapped
 
 
 VISION, AUDIO, PROJECTOR = "vision tower", "audio tower", "projector"
+PARTS = (VISION, AUDIO, PROJECTOR)
 _TOWERS = {"image": VISION, "video": VISION, "audio": AUDIO}
 
 

@@ -15,12 +15,15 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMultimodalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
     AutoTokenizer,
     GgufConfig,
     PretrainedConfig,
@@ -45,6 +48,18 @@ KINDS = {
     "seq2seq": AutoModelForSeq2SeqLM,
     "encoder": AutoModel,
     "classifier": AutoModelForSequenceClassification,
+}
+# The classes that know what a kind's own doesn't: its own first.
+_BESIDE = {
+    "causal": (
+        (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
+        (MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForMultimodalLM),
+    ),
+    "seq2seq": (
+        (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, AutoModelForSeq2SeqLM),
+        (MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING, AutoModelForSpeechSeq2Seq),
+        (MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForMultimodalLM),
+    ),
 }
 # Of `from_pretrained`, what finds the files.
 _HUB_ARGUMENTS = (
@@ -258,17 +273,17 @@ def _load_base(source: ModelSource, kind: str, dtype: Any, kwargs: dict[str, Any
 
 
 def _auto_class(kind: str, name_or_path: str, kwargs: dict[str, Any]) -> Any:
-    """The class that loads a kind of model; a causal one that sees or hears has one of its own.
+    """The class that loads a kind of model; one that writes about images or sounds may have one of its own.
 
     Args:
         kwargs: Of `from_pretrained`; what finds the files is used.
     """
-    if kind != "causal":
+    if kind not in _BESIDE:
         return KINDS[kind]
     hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
     config = type(AutoConfig.from_pretrained(name_or_path, **hub))
-    multimodal = config in MODEL_FOR_MULTIMODAL_LM_MAPPING and config not in MODEL_FOR_CAUSAL_LM_MAPPING
-    return AutoModelForMultimodalLM if multimodal else KINDS[kind]
+    known = (auto_class for mapping, auto_class in _BESIDE[kind] if config in mapping)
+    return next(known, KINDS[kind])
 
 
 def _classifier_on(model: PreTrainedModel, num_labels: int) -> PreTrainedModel:

@@ -179,8 +179,7 @@ def _starts(name: str) -> list[int]:
 
 def resolve_all_linear(config: ScaleTuningConfig, model: nn.Module) -> None:
     """Spell "all-linear" out. On a base with packed layers it means these; on a float one, what PEFT means by it, of a
-    multimodal model in its language model only: towers and projectors are a few percent of the weights, calibration on
-    text doesn't reach them, and images lose more by rounding than text does."""
+    multimodal model in its language model only: what isn't trained on or calibrated with images should see them unrounded."""
     if not asks_for_everything(config) or config.target_modules is None:
         return
     packed = {

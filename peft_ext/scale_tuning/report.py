@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from peft_ext.checkpoint.pack_quantized import format_of, is_compressed
 from peft_ext.language_model import unwrapped
-from peft_ext.modalities import other_parts, part_of
+from peft_ext.modalities import PARTS, other_parts, part_of
 from peft_ext.quant.conversion import LINEAR_LAYERS
 from peft_ext.quant.formats import CALIBRATED, NumberFormat
 from peft_ext.quant.linear import PackedLinear
@@ -192,6 +192,8 @@ def announce(
         )
     if unmatched:
         parts.append(f"target_modules has {', '.join(map(repr, unmatched))}, which no module is called")
+    if everything and any(part.reason in PARTS for part in unexpected):
+        parts.append("what isn't the language model is packed where target_modules names it")
     if unreached or unmatched or (everything and unexpected):
         warnings.warn("; ".join(parts) + ". peft_ext.report(model) has the details.", stacklevel=3)
     else:

@@ -270,10 +270,12 @@ def test_text_alone_leaves_a_tower_that_is_named_uncalibrated_and_says_so():
     assert report(get_peft_model(model, config)).uncalibrated == report(model).uncalibrated
 
 
-def test_models_load_takes_them(tmp_path):
-    multimodal("qwen2_5_vl").save_pretrained(tmp_path)
-    for kind in ("causal", "auto"):
-        assert isinstance(load(str(tmp_path), kind=kind), transformers.Qwen2_5_VLForConditionalGeneration)
+@pytest.mark.parametrize("name", ["gemma3", "qwen2_5_vl", "voxtral", "whisper"])
+def test_models_load_takes_them(name, bases):
+    kind = "seq2seq" if name == "whisper" else "causal"
+    for asked in (kind, "auto"):
+        loaded = load(str(bases[name].folder), kind=asked)
+        assert type(loaded) is type(bases[name].model) and packed_layers(loaded)
 
 
 @pytest.mark.parametrize(("name", "method"), [("gemma3", "peqa"), ("qwen2_5_vl", "alphatuning")])
