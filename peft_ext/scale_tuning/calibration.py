@@ -93,7 +93,7 @@ def calibrate(
     targets = {name: module for name, module in targets.items() if not is_packed(module)}
     inputs = _join(list(batches), getattr(model, "prepare_decoder_input_ids_from_labels", None))
     calibration = _Pass(model, config, targets, inputs, progressbar)
-    with inference(model), _without_cache(getattr(model, "config", None)):
+    with inference(model), _without_cache(getattr(model, "config", None)), _forgotten(model):
         calibration.run()
     announce(model, everything=everything, unmatched=unmatched, unreached=calibration.unreached)
     return model
@@ -110,6 +110,17 @@ def _without_cache(model_config: Any) -> Iterator[None]:
     finally:
         if use_cache:
             model_config.use_cache = use_cache
+
+
+@contextlib.contextmanager
+def _forgotten(model: nn.Module) -> Iterator[None]:
+    """Qwen's multimodal models remember the positions of their last batch, which would stand for those of the next one."""
+    remembered = [(module, module.rope_deltas) for module in model.modules() if hasattr(module, "rope_deltas")]
+    try:
+        yield
+    finally:
+        for module, positions in remembered:
+            module.rope_deltas = positions
 
 
 class _Finished(Exception):

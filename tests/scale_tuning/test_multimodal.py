@@ -237,6 +237,27 @@ def test_batches_of_text_alone_may_be_among_them(name, monkeypatch):
     assert report(model).uncalibrated == []
 
 
+def test_the_model_forgets_the_batch():
+    """Qwen's keep the positions of the batch before, here of twice two texts, for embeddings that come without ids."""
+    model = calibrate(multimodal("qwen2_5_vl"), CONFIGS["calibrated"](), [batch("qwen2_5_vl")], progressbar=False)
+    ids = texts(count=3)
+    embedded = {"inputs_embeds": model.get_input_embeddings()(ids)}
+    assert_same(out(model, embedded), out(model, {"input_ids": ids}))
+
+
+def test_mixed_batches():
+    model, inputs = packed("qwen2_5_vl", CONFIGS["groups"]()), batch("qwen2_5_vl")
+    model.add_adapter("other", CONFIGS["groups"]())
+    expected = []
+    for seed, name in enumerate(("default", "other")):
+        move_adapter(model, name, seed=seed)
+        model.set_adapter(name)
+        expected.append(out(model, inputs)[seed])
+    with torch.no_grad():
+        mixed = model(**inputs, adapter_names=["default", "other"]).logits
+    assert_same(mixed, torch.stack(expected))
+
+
 def test_images_of_several_sizes():
     """Mistral3's processor pads the images of a batch; those of several batches are padded to the largest."""
     small = batch("mistral3")
