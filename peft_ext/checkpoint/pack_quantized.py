@@ -17,6 +17,7 @@ points at 4 bits only; it rounds the scales to the model's float16 or bfloat16. 
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -184,7 +185,7 @@ def restore(model: nn.Module) -> None:
     """Turn float layers that transformers dequantised from a pack-quantized checkpoint back into packed ones, bit for bit.
 
     Layers that it left compressed learn the width of their codes. A layer whose weight is no longer the checkpoint's
-    (it was trained, or adapters were merged) stays float.
+    (it was trained, or adapters were merged) stays float, which a warning says.
 
     Raises:
         ValueError: If the model says that it was packed, but its checkpoint can't be found: its floats would be rounded
@@ -202,7 +203,7 @@ def restore(model: nn.Module) -> None:
         return
     config, headers = source
     scheme = next(iter(config["quantization_config"]["config_groups"].values()))["weights"]
-    own_bits = config.get(OWN_BITS) or {}
+    own_bits, changed = config.get(OWN_BITS) or {}, []
     for name, key in names_in_model(model, stored_layers(headers, "weight_packed")).items():
         module = model.get_submodule(name)
         if type(module) is not nn.Linear or module.weight.device.type == "meta":
@@ -213,6 +214,15 @@ def restore(model: nn.Module) -> None:
         packed.to(module.weight.device).compute_dtype = module.weight.dtype
         if torch.equal(packed.weight, module.weight):
             replace_layer(model, name, packed)
+        else:
+            changed.append(name)
+    if changed:
+        warnings.warn(
+            f"{len(changed)} layers of the packed checkpoint, such as {changed[0]!r}, have other weights by now (they were "
+            "trained, adapters merged into them, or rounded to another dtype): they stay float. Load the checkpoint again to "
+            "have them packed.",
+            stacklevel=2,
+        )
 
 
 def is_packed(module: nn.Module) -> bool:

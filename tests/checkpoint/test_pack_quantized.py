@@ -123,6 +123,21 @@ def test_it_loads_into_packed_layers(kwargs, dtype, tmp_path):
     assert torch.equal(_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), _logits(base))
 
 
+def test_what_stock_made_floats_of_and_was_changed_since_stays_float_with_a_word(tmp_path):
+    base = get_peft_model(tiny("llama"), PeqaConfig(bits=4)).unload()
+    base.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    del settings["packed_bits"]  # as if somebody else had written it
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    changed = "model.layers.1.mlp.up_proj"
+    loaded.get_submodule(changed).weight.data[0, 0] += 1
+    with pytest.warns(UserWarning, match=f"1 layers of the packed checkpoint, such as '{changed}', have other weights"):
+        model = get_peft_model(loaded, PeqaConfig(bits=4))
+    assert set(_codes(base)) - {name for name in _codes(model.get_base_model())} == {changed}
+    assert type(loaded.get_submodule(changed)) is torch.nn.Linear
+
+
 def test_the_checkpoint_is_small_and_densely_packed(tmp_path):
     tiny("llama").save_pretrained(tmp_path / "float")
     base = get_peft_model(tiny("llama"), PeqaConfig(bits=3)).unload()
