@@ -46,8 +46,8 @@ class AlphaTuningConfig(ScaleTuningConfig):
             the paper's, whose learning rate depends on the model. Adapter files hold plain alphas in every case.
         target_modules (`Union[List[str], str]`, *optional*):
             The names of the modules to quantise, or a regular expression. Only `nn.Linear` and transformers' `Conv1D`
-            are supported. Default: `"all-linear"`, every linear layer but the output layer; on a packed base, its
-            packed layers.
+            are supported. Default: `"all-linear"`, every linear layer but the output layer, of a model that
+            sees or hears those of its language model; on a packed base, its packed layers.
         exclude_modules (`Union[List[str], str]`, *optional*):
             The names of the modules to leave as they are, or a regular expression.
         modules_to_save (`List[str]`, *optional*):
