@@ -192,6 +192,15 @@ def pack_stored_layers(model: nn.Module) -> None:
                 "(device_map=None or a device that holds it)."
             )
         replace_layer(model, name, layer.packed(name))
+        del layer
+        release_heap()
+
+
+def release_heap() -> None:
+    """Give freed memory back to the system, which glibc keeps for later: of a large layer's codes, more than the layer."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if trim is not None:  # musl has none
+        trim(0)
 
 
 def release_pages(tensor: torch.Tensor) -> None:
