@@ -277,6 +277,15 @@ def format_of(module: Any, name: str) -> Uniform:
     return Uniform(_own_bits(module), group_size, bool(weights.symmetric))
 
 
+def can_take_over(module: nn.Module) -> bool:
+    """Whether a compressed layer has a packed counterpart; others (FP8, W8A8) are kept as they are."""
+    try:
+        check_taken_over(module, "")
+    except ValueError:
+        return False
+    return True
+
+
 def check_taken_over(module: Any, name: str) -> None:
     """Refuse compressed layers that aren't uniform integers per channel or group in a width that we have.
 

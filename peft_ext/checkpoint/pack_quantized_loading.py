@@ -12,6 +12,7 @@ compressed-tensors finds it: by its name, by a regular expression, by its class,
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any, Optional
@@ -31,6 +32,7 @@ from peft_ext.checkpoint.files import (
     stored_layers,
     tensors_of,
 )
+from peft_ext.checkpoint.mixed_precision import let_gradients_through
 from peft_ext.checkpoint.pack_quantized import OWN_BITS, TENSORS, expand
 from peft_ext.checkpoint.saving import make_saveable
 from peft_ext.checkpoint.stored_layer import (
@@ -46,6 +48,8 @@ from peft_ext.quant.uniform import UNIFORM_BITS
 
 # Not "compressed-tensors", whose checkpoints load as stock transformers loads them; stands in configs while one is loaded.
 QUANT_METHOD = "packed-compressed-tensors"
+# What a layer of a file is matched as before it is known what the model has there.
+_ANY_LINEAR = nn.Linear(1, 1)
 
 
 class PackedTensorsConfig(CompressedTensorsConfig):
@@ -68,8 +72,16 @@ class PackedTensorsHfQuantizer(CompressedTensorsHfQuantizer):
         marked = self.takes_all or hasattr(model.config, OWN_BITS)
         headers = read_headers(checkpoint_files or []) if marked else {}
         self.packs = marked and self._make_room(model, headers)
-        if not self.packs:
+        if not self.packs or self._keep_the_rest():
             super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
+
+    def _keep_the_rest(self) -> bool:
+        """Leave stock transformers what isn't packed integers: layers of other schemes, and keys and values; False: nothing."""
+        self.compressor.quantization_config = rest = copy.deepcopy(self.quantization_config.quantization_config)
+        rest.config_groups = {
+            key: scheme for key, scheme in rest.config_groups.items() if is_kept(scheme, rest.format)
+        }
+        return bool(rest.config_groups) or rest.kv_cache_scheme is not None
 
     def _make_room(self, model: PreTrainedModel, headers: dict[str, TensorHeader]) -> bool:
         """Put what takes a checkpoint's tensors in the place of the layers that it has packed; False: there are none.
@@ -77,7 +89,12 @@ class PackedTensorsHfQuantizer(CompressedTensorsHfQuantizer):
         Raises:
             ValueError: If a layer can't be taken over; names it and what it has.
         """
-        stored = stored_layers(headers, "weight_packed")
+        schemes = self.quantization_config.quantization_config
+        stored = [
+            name
+            for name in stored_layers(headers, "weight_packed")
+            if not is_kept(scheme_of(schemes, (name,), _ANY_LINEAR), schemes.format)
+        ]
         if not self.takes_all:
             in_file, modules = names_in_model(model, stored), dict(model.named_modules())
             if not in_file or not all(isinstance(modules[name], nn.Linear) for name in in_file):
@@ -86,11 +103,12 @@ class PackedTensorsHfQuantizer(CompressedTensorsHfQuantizer):
         # stock transformers can't load zero points otherwise; we can
         self.quantization_config.dequantize = False
         own_bits = getattr(model.config, OWN_BITS, None) or {}
-        schemes = self.quantization_config.quantization_config
         untie(model, in_file)
         for name, key in in_file.items():
             scheme = scheme_of(schemes, (key, name), modules[name])
-            weights = check_scheme(key, scheme, schemes.format)
+            if is_kept(scheme, schemes.format):  # found by its name in the model only
+                continue
+            weights = check_scheme(key, scheme)
             tensors = tensors_of(headers, key, (*TENSORS, "weight_g_idx", "bias"))
             bits = own_bits.get(key, own_bits.get(name, weights.num_bits))
             model.set_submodule(name, _StoredIntegers(tensors, modules[name], weights, bits, key))
@@ -100,6 +118,7 @@ class PackedTensorsHfQuantizer(CompressedTensorsHfQuantizer):
         if not self.packs:
             return super()._process_model_after_weight_loading(model, **kwargs)
         pack_stored_layers(model)
+        let_gradients_through(model)
         make_saveable(model)
         return model
 
@@ -111,14 +130,22 @@ class AnyTensorsHfQuantizer(PackedTensorsHfQuantizer):
 
 
 def has_packed_integers(stored: Mapping[str, Any]) -> bool:
-    """Whether a compressed-tensors config, as config.json has it, packs integers of some layers."""
-    return any(
-        isinstance(scheme, Mapping)
-        and (scheme.get("format") or stored.get("format")) == "pack-quantized"
-        and (scheme.get("weights") or {}).get("type") == "int"
-        and not scheme.get("input_activations")
-        for scheme in (stored.get("config_groups") or {}).values()
+    """Whether a compressed-tensors config, as config.json has it, packs integers of some layers and nothing else of them."""
+    config = CompressedTensorsConfig(**stored).quantization_config
+    schemes = [] if config is None else config.config_groups.values()
+    return any(scheme.weights is not None and not is_kept(scheme, config.format) for scheme in schemes)
+
+
+def is_kept(scheme: Optional[QuantizationScheme], config_format: str) -> bool:
+    """Whether layers of a scheme are left to stock transformers: their weights aren't packed integers (FP8, NVFP4), or
+    activations are quantised, too (W8A8, W4A8)."""
+    if scheme is None or scheme.weights is None:
+        return False
+    integers = scheme.weights.type == "int" and (scheme.format or config_format) in (
+        "pack-quantized",
+        "mixed-precision",
     )
+    return not integers or scheme.input_activations is not None or scheme.output_activations is not None
 
 
 def scheme_of(config: Any, names: tuple[str, ...], module: nn.Module) -> Optional[QuantizationScheme]:
@@ -131,33 +158,22 @@ def scheme_of(config: Any, names: tuple[str, ...], module: nn.Module) -> Optiona
     return None
 
 
-def check_scheme(name: str, scheme: Optional[QuantizationScheme], config_format: str) -> Any:
-    """The arguments of a scheme's weights, once it is known that its layers are packed integers that we have.
+def check_scheme(name: str, scheme: Optional[QuantizationScheme]) -> Any:
+    """The arguments of a scheme's weights, once it is known that packed layers have their width and groups.
 
     Raises:
         ValueError: Names the layer, what it has and the way out.
     """
     weights = getattr(scheme, "weights", None)
-    if scheme is None or weights is None:
+    if weights is None:
         raise ValueError(
             f"layer {name!r} is packed in the files, but no config_groups of config.json has it; one of the two isn't this "
             "checkpoint's. Save or download both again."
         )
-    found = f"{weights.num_bits}-bit {weights.type} per {weights.strategy}"
-    if (scheme.format or config_format) not in ("pack-quantized", "mixed-precision") or weights.type != "int":
-        raise ValueError(
-            f"layer {name!r} is stored as {scheme.format or config_format} ({found}), which packed layers don't have; only "
-            "pack-quantized integers can be read. Load it with from_pretrained."
-        )
     if weights.num_bits not in UNIFORM_BITS or weights.strategy not in ("channel", "group"):
         raise ValueError(
-            f"layer {name!r} is {found}; only integers of {UNIFORM_BITS} bits per channel or group fit into packed layers. "
-            "Load it with from_pretrained, or quantise the float model again."
-        )
-    if scheme.input_activations is not None or scheme.output_activations is not None:
-        raise ValueError(
-            f"layer {name!r} quantises activations too, which packed layers don't. Load it with from_pretrained, or use a "
-            "weight-only checkpoint of the model (W4A16)."
+            f"layer {name!r} is {weights.num_bits}-bit {weights.type} per {weights.strategy}; only integers of {UNIFORM_BITS} "
+            "bits per channel or group fit into packed layers. Load it with from_pretrained, or quantise the float model again."
         )
     return weights
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
-from peft_ext.checkpoint import bcq, pack_quantized
+from peft_ext.checkpoint import bcq, mixed_precision, pack_quantized
 from peft_ext.quant.conversion import packed_layers, replace_layer
 from peft_ext.quant.linear import PackedLinear
 
@@ -40,7 +40,9 @@ def make_saveable(
         _take_over_the_rest(model)
         _untie(model)
         model.hf_quantizer = _writer(model, checkpoint_format, container_bits)
-    elif not any(pack_quantized.is_compressed(module) for module in model.modules()):
+    elif any(pack_quantized.is_compressed(module) for module in model.modules()):
+        model.hf_quantizer = mixed_precision.MixedPrecisionWriter(model)
+    else:
         _forget_quantization(model)
 
 
@@ -56,6 +58,14 @@ def take_over(model: nn.Module) -> None:
 
 
 def _writer(model: PreTrainedModel, checkpoint_format: Optional[str], container_bits: Optional[int]) -> HfQuantizer:
+    kept = next(iter(mixed_precision.kept_layers(model)), None)
+    if kept is not None:
+        if checkpoint_format == "bcq":
+            raise ValueError(
+                f"format='bcq' holds packed and float layers, and layer {kept!r} is stored by compressed-tensors in another "
+                "way; pass format='pack-quantized'."
+            )
+        return mixed_precision.MixedPrecisionWriter(model, container_bits)
     room = pack_quantized.can_store(model)
     if checkpoint_format == "bcq" or (checkpoint_format is None and not room):
         if container_bits is not None:
@@ -72,7 +82,7 @@ def _writer(model: PreTrainedModel, checkpoint_format: Optional[str], container_
 def _take_over_the_rest(model: nn.Module) -> None:
     """Layers of a compressed base that nothing was tuned on are packed like the others, so that one writer has all."""
     for name, module in list(model.named_modules()):
-        if pack_quantized.is_compressed(module):
+        if pack_quantized.is_compressed(module) and pack_quantized.can_take_over(module):
             replace_layer(model, name, pack_quantized.take_over(module, name))
     pack_quantized.release_hook(model)
 

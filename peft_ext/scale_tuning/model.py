@@ -10,12 +10,13 @@ from peft.config import PeftConfig
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import nn
 from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
 
-from peft_ext.checkpoint import pack_quantized
+from peft_ext.checkpoint import mixed_precision, pack_quantized
 from peft_ext.checkpoint.saving import make_saveable
 from peft_ext.modalities import other_parts, part_of
 from peft_ext.quant.conversion import dequantize_layers
-from peft_ext.quant.formats import CALIBRATED
+from peft_ext.quant.formats import CALIBRATED, Uniform
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.scale_tuning import adapter_file
 from peft_ext.scale_tuning.config import ScaleTuningConfig
@@ -50,8 +51,9 @@ class ScaleTuningModel(TunerModel):
         ]
         if fresh and peft_config.init_method == CALIBRATED:
             raise ValueError(_calibration_missing(peft_config, fresh))
-        if fresh or unmatched:
-            self._news = {"everything": everything and bool(fresh), "unmatched": unmatched}
+        everything = everything and bool(fresh or mixed_precision.kept_layers(model))
+        if fresh or unmatched or everything:
+            self._news = {"everything": everything, "unmatched": unmatched}
         # shown on a terminal, and only if it takes a while
         self._progress = tqdm(total=len(fresh), desc="Quantising", unit="layer", delay=1.0, disable=None, leave=False)
         if fresh and any(isinstance(module, ScaleTuningLinear) for module in model.modules()):
@@ -156,6 +158,9 @@ def check_targets(config: ScaleTuningConfig, model: nn.Module) -> dict[str, nn.M
     targets = target_layers(config, model)
     for name, module in targets.items():
         check_target(module, config, name)
+    integers = all(isinstance(config.format_of(name), Uniform) for name in targets)
+    mixed_precision.check_room(model, targets, integers and not any(isinstance(m, Conv1D) for m in targets.values()))
+    mixed_precision.let_gradients_through(model)
     return targets
 
 
@@ -185,7 +190,8 @@ def resolve_all_linear(config: ScaleTuningConfig, model: nn.Module) -> None:
     packed = {
         name
         for name, module in model.named_modules()
-        if isinstance(module, ScaleTuningLinear) or pack_quantized.is_packed(module)
+        if isinstance(module, (ScaleTuningLinear, PackedLinear))
+        or (pack_quantized.is_compressed(module) and pack_quantized.can_take_over(module))
     }
     if packed:
         inner = {f"{name}.base_layer" for name in packed}

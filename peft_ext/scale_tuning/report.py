@@ -15,7 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_ext.checkpoint.pack_quantized import format_of, is_compressed
+from peft_ext.checkpoint.pack_quantized import can_take_over, format_of, is_compressed
 from peft_ext.language_model import unwrapped
 from peft_ext.modalities import PARTS, other_parts, part_of
 from peft_ext.quant.conversion import LINEAR_LAYERS
@@ -34,6 +34,7 @@ OUTPUT, HEAD, TRAINED, ROUTER, EXPERTS, OTHER = (
     "fused experts",
     "no target",
 )
+KEPT = "stored in another format, which is kept"
 # What everybody expects to stay float.
 _EXPECTED = (OUTPUT, HEAD, TRAINED, OTHER)
 _SHOWN = 3
@@ -232,6 +233,8 @@ def _part(module: nn.Module, name: str, reasons: _Reasons) -> PackedPart | Float
         return PackedPart(module.number_format, module.in_features * module.out_features, nbytes, module.origin)
     if is_compressed(module):
         compressed: Any = module
+        if not can_take_over(module):
+            return FloatPart(KEPT, compressed.in_features * compressed.out_features, nbytes)
         return PackedPart(format_of(module, name), compressed.in_features * compressed.out_features, nbytes, None)
     own = dict(module.named_parameters(recurse=False))
     numbers = sum(parameter.numel() for parameter in own.values())
