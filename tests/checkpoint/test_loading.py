@@ -231,7 +231,10 @@ def test_schemes_that_do_not_fit(changes, match, tmp_path):
             "none of its config_groups",
         ),
         (
-            {"weights": weights(4), "input_activations": {**weights(8, -1, True), "dynamic": True}},
+            {
+                "weights": weights(4),
+                "input_activations": {**weights(8, -1, True), "strategy": "token", "dynamic": True},
+            },
             "none of its config_groups",
         ),
         ({"weights": weights(4), "targets": ["re:.*nothing.*"]}, "no config_groups of config.json has it"),
