@@ -8,7 +8,9 @@ import shutil
 
 import pytest
 import yaml
+from peft import get_peft_model
 
+from peft_ext import PeqaConfig, load, load_tokenizer
 from peft_ext.cli import main
 from tests.tiny.folders import save_tiny_gpt2, save_tiny_model
 
@@ -97,6 +99,20 @@ def test_a_packed_base_keeps_its_codes(finished, flags, tmp_path):
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["perplexity"]["float"] is None
     assert (run / "base" / "model.safetensors").read_bytes() == (finished / "base" / "model.safetensors").read_bytes()
+
+
+def test_a_packed_base_of_several_formats(tiny_folder, flags, tmp_path):
+    """Each layer keeps its own width, and half of the adapter is of each."""
+    config = PeqaConfig(bits=4, bits_pattern={"mlp": 3}, group_size=32, group_size_pattern={"q_proj": 16})
+    base = get_peft_model(load(str(tiny_folder)), config).unload()
+    base.save_pretrained(tmp_path / "base")
+    load_tokenizer(str(tiny_folder)).save_pretrained(tmp_path / "base")
+    flags[flags.index("--model") + 1] = str(tmp_path / "base")
+    assert main(["tune", *flags, "--output_dir", str(tmp_path / "run")]) == 0
+    stored = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert stored["bits"] == "base" and stored["group_size"] is None
+    assert main(["tune", *flags, "--method", "alphatuning", "--output_dir", str(tmp_path / "other")]) == 2
+    assert not (tmp_path / "other").exists()
 
 
 def test_yaml_and_flags(flags, tmp_path, capsys):

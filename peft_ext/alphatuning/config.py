@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar, Optional
 
 from peft.utils import PeftType
 
-from peft_ext.quant.formats import BinaryCoding
+from peft_ext.quant.formats import BinaryCoding, NumberFormat
 from peft_ext.scale_tuning.config import ScaleTuningConfig
 
 
@@ -25,13 +26,14 @@ class AlphaTuningConfig(ScaleTuningConfig):
     of inputs). Paper: https://huggingface.co/papers/2210.03858.
 
     Args:
-        bits (`int`, *optional*, defaults to `4`):
-            Number of sign planes: 1, 2, 3, 4 or 8. On a base that is already packed it must be the base's own number,
-            whose codes are taken over as they are.
-        group_size (`int`, *optional*, defaults to `-1`):
+        bits (`int` or `str`, *optional*):
+            Number of sign planes: 1, 2, 3, 4 or 8. Left out, it is what each layer of a packed base has, whose codes
+            are taken over as they are, and `4` on a float one. `"base"`: the same, and a float layer is refused. After
+            injection it is the number; or `"base"`, where the layers of a packed base differ.
+        group_size (`int`, *optional*):
             Number of inputs that share their alphas. -1, the paper's setting, gives every output channel one set.
             Smaller groups (256, 128, 64, 32; any divisor of the layer's inputs) are closer to the float model and
-            train more alphas.
+            train more alphas. Left out, it is what each layer of a packed base has, and `-1` on a float one.
         trained_alphas (`str`, *optional*, defaults to `"first"`):
             `"first"`, the paper's: only `alpha_1` is trained, one number per channel (group). `"all"`: every alpha is,
             `bits` numbers per channel (group). Adapters of both kinds may share a base.
@@ -58,6 +60,8 @@ class AlphaTuningConfig(ScaleTuningConfig):
             Name of the `nn.ModuleList` that `layers_to_transform` indexes, often `"layers"` or `"h"`.
         bits_pattern (`dict`, *optional*):
             Other widths for some layers: module names or regular expressions mapped to bits, as LoRA's `rank_pattern`.
+        group_size_pattern (`dict`, *optional*):
+            Other group sizes for some layers, in the same way.
         fan_in_fan_out (`bool`, *optional*, defaults to `False`):
             Whether the target layers store their weight as (fan_in, fan_out). Kept so that settings carry over from
             PEFT's other methods; the layout is read off the layer (`Conv1D` or `nn.Linear`), with a warning if this
@@ -65,6 +69,8 @@ class AlphaTuningConfig(ScaleTuningConfig):
         init_weights (`bool`, *optional*, defaults to `True`):
             Start from the quantised model. Don't change this setting, except if you know exactly what you're doing.
     """
+
+    number_format_cls: ClassVar[type[BinaryCoding]] = BinaryCoding
 
     init_method: str = field(
         default=BinaryCoding.default_method,
@@ -82,9 +88,9 @@ class AlphaTuningConfig(ScaleTuningConfig):
         if self.trained_alphas not in TRAINED_ALPHAS:
             raise ValueError(f"trained_alphas={self.trained_alphas!r} is unknown; choose one of {TRAINED_ALPHAS}.")
 
-    def number_format(self, bits: int) -> BinaryCoding:
+    def number_format(self, bits: int, group_size: int, base: Optional[NumberFormat] = None) -> BinaryCoding:
         """That many sign planes."""
-        return BinaryCoding(bits, self.group_size)
+        return BinaryCoding(bits, group_size)
 
     def trained_shape(self, scale_shape: Sequence[int]) -> tuple[int, ...]:
         """All alphas `[out, groups, bits]`, or the first ones `[out, groups, 1]`."""

@@ -23,13 +23,8 @@ from peft_ext.perplexity import example_perplexity, padded
 from peft_ext.quant.conversion import packed_layers
 from peft_ext.quant.formats import CALIBRATED
 from peft_ext.scale_tuning.calibration import calibrate
-from peft_ext.scale_tuning.config import ScaleTuningConfig
+from peft_ext.scale_tuning.config import BASE, DEFAULT_BITS, ScaleTuningConfig
 from peft_ext.scale_tuning.model import check_targets
-
-
-# Of `--bits`: the model is packed already, and stays as it is.
-BASE = "base"
-DEFAULT_BITS = 4
 
 
 @dataclass

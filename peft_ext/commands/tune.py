@@ -38,6 +38,7 @@ from peft_ext.perplexity import example_perplexity
 from peft_ext.quant.conversion import packed_layers
 from peft_ext.runs import RunFolder, last_checkpoint, read_settings
 from peft_ext.scale_tuning.config import ScaleTuningConfig
+from peft_ext.scale_tuning.model import check_targets
 from peft_ext.tables import mebibytes, pairs
 
 
@@ -99,33 +100,27 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _config(args: TuneArguments, base: Optional[PreTrainedModel] = None) -> Optional[ScaleTuningConfig]:
-    """What to quantise to; of a packed base that stays as it is, what it is quantised to (None: that isn't known yet)."""
+    """What to quantise to; of a packed base that stays as it is, what its layers have (None: that isn't known yet)."""
     if args.method not in METHODS:
         raise ValueError(f"method={args.method!r} is unknown; choose one of {METHODS}.")
     bits: Union[int, str] = args.width()
     if args.sym and args.method == "alphatuning":
         raise ValueError("sym=True is for integers (method='peqa'); a binary coding is symmetric anyway.")
     common: dict[str, Any] = {"bits": bits, "group_size": args.group_size, "init_method": args.init_method}
-    sym = args.sym
+    sym: Optional[bool] = args.sym
     if bits == BASE:
         if base is None:
             return None
-        common, sym = _format_of(base)
+        common, sym = {"bits": BASE, "target_modules": list(packed_layers(base))}, None
     if args.method == "alphatuning":
-        return AlphaTuningConfig(**common, trained_alphas=args.trained_alphas, task_type="CAUSAL_LM")
-    return PeqaConfig(**common, sym=sym, task_type="CAUSAL_LM")
-
-
-def _format_of(base: PreTrainedModel) -> tuple[dict[str, Any], bool]:
-    """Of a packed model: bits, group size and the layers that have them; and whether they are symmetric."""
-    layers = packed_layers(base)
-    formats = {layer.number_format for layer in layers.values()}
-    if len(formats) != 1:
-        listed = ", ".join(sorted(map(str, formats)))
-        raise ValueError(f"the packed layers have several formats ({listed}); pass --method lora, which takes any.")
-    (found,) = formats
-    common = {"bits": found.bits, "group_size": found.group_size, "target_modules": list(layers)}
-    return common, getattr(found, "sym", False)
+        config: ScaleTuningConfig = AlphaTuningConfig(
+            **common, trained_alphas=args.trained_alphas, task_type="CAUSAL_LM"
+        )
+    else:
+        config = PeqaConfig(**common, sym=sym, task_type="CAUSAL_LM")
+    if bits == BASE and base is not None:
+        check_targets(config, base)
+    return config
 
 
 def _adapter(args: TuneArguments, base: PreTrainedModel) -> PeftConfig:

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar, Optional
 
 from peft.utils import PeftType
 
-from peft_ext.quant.formats import Uniform
+from peft_ext.quant.formats import NumberFormat, Uniform
 from peft_ext.scale_tuning.config import ScaleTuningConfig
 
 
@@ -20,15 +21,17 @@ class PeqaConfig(ScaleTuningConfig):
     (or per group of inputs). Paper: https://huggingface.co/papers/2305.14152.
 
     Args:
-        bits (`int`, *optional*, defaults to `4`):
-            Width of an integer weight: 2, 3, 4 or 8. On a base that is already packed it must be the base's own width,
-            whose integers are taken over as they are.
-        group_size (`int`, *optional*, defaults to `-1`):
+        bits (`int` or `str`, *optional*):
+            Width of an integer weight: 2, 3, 4 or 8. Left out, it is what each layer of a packed base has, whose
+            integers are taken over as they are, and `4` on a float one. `"base"`: the same, and a float layer is
+            refused. After injection it is the number; or `"base"`, where the layers of a packed base differ.
+        group_size (`int`, *optional*):
             Number of inputs that share a scale. -1, the paper's setting, gives every output channel one scale. Smaller
             groups (256, 128, 64, 32; any divisor of the layer's inputs) are closer to the float model and train more
-            scales.
-        sym (`bool`, *optional*, defaults to `False`):
-            Keep every zero point in the middle of the range. Some engines run only symmetric weights.
+            scales. Left out, it is what each layer of a packed base has, and `-1` on a float one.
+        sym (`bool`, *optional*):
+            Keep every zero point in the middle of the range. Some engines run only symmetric weights. Left out, it is
+            what each layer of a packed base has, and `False` on a float one.
         init_method (`str`, *optional*, defaults to `"minmax"`):
             Where the integers come from: `"minmax"` rounds to the nearest level of each channel's range; `"mse"`
             shrinks the range to the least squared error, as in the paper; `"calibrated"` needs a call of [`calibrate`]
@@ -51,6 +54,8 @@ class PeqaConfig(ScaleTuningConfig):
             Name of the `nn.ModuleList` that `layers_to_transform` indexes, often `"layers"` or `"h"`.
         bits_pattern (`dict`, *optional*):
             Other widths for some layers: module names or regular expressions mapped to bits, as LoRA's `rank_pattern`.
+        group_size_pattern (`dict`, *optional*):
+            Other group sizes for some layers, in the same way.
         fan_in_fan_out (`bool`, *optional*, defaults to `False`):
             Whether the target layers store their weight as (fan_in, fan_out). Kept so that settings carry over from
             PEFT's other methods; PEQA reads the layout off the layer (`Conv1D` or `nn.Linear`) and warns if this
@@ -62,7 +67,14 @@ class PeqaConfig(ScaleTuningConfig):
             Start from the quantised model. Don't change this setting, except if you know exactly what you're doing.
     """
 
-    sym: bool = field(default=False, metadata={"help": "Keep every zero point in the middle of the range."})
+    number_format_cls: ClassVar[type[Uniform]] = Uniform
+
+    sym: Optional[bool] = field(
+        default=None,
+        metadata={
+            "help": "Keep every zero point in the middle of the range. Default: as a packed base has them, or False."
+        },
+    )
     init_method: str = field(
         default=Uniform.default_method,
         metadata={"help": "Where the integers come from: 'minmax', 'mse' or 'calibrated' (call calibrate first)."},
@@ -76,6 +88,7 @@ class PeqaConfig(ScaleTuningConfig):
         super().__post_init__()
         self.peft_type = PeftType.PEQA
 
-    def number_format(self, bits: int) -> Uniform:
-        """Integers of that width."""
-        return Uniform(bits, self.group_size, self.sym)
+    def number_format(self, bits: int, group_size: int, base: Optional[NumberFormat] = None) -> Uniform:
+        """Integers of that width; symmetric as `sym` says."""
+        sym = getattr(base, "sym", False) if self.sym is None else self.sym
+        return Uniform(bits, group_size, sym)

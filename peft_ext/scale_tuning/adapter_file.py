@@ -19,7 +19,7 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import nn
 
 from peft_ext.quant.formats import CALIBRATED
-from peft_ext.scale_tuning.config import ScaleTuningConfig
+from peft_ext.scale_tuning.config import BASE, ScaleTuningConfig
 from peft_ext.scale_tuning.layer import ScaleTuningLinear
 
 
@@ -167,9 +167,8 @@ def _check_codes(
     if int(codes) != fingerprint():
         raise ValueError(
             f"{where}: the adapter was trained on other integer codes than this model has, so its scales mean nothing "
-            f"here. It belongs to {_base(config)} at {config.bits} bits, group_size={config.group_size}, "
-            f"init_method={config.init_method!r}: load that (a float base in the same dtype as in training), or "
-            "the packed base that was saved beside the adapter."
+            f"here. It belongs to {_base(config)}{_format(config)}: load that (a float base in the same dtype as in "
+            "training), or the packed base that was saved beside the adapter."
         )
 
 
@@ -214,6 +213,12 @@ def _base(config: ScaleTuningConfig) -> str:
         if config.base_model_name_or_path
         else "another base model"
     )
+
+
+def _format(config: ScaleTuningConfig) -> str:
+    if config.bits == BASE:
+        return ", packed in several formats"
+    return f" at {config.bits} bits, group_size={config.group_size}, init_method={config.init_method!r}"
 
 
 def _layers(model: nn.Module, adapter_name: str) -> dict[str, ScaleTuningLinear]:

@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Any, ClassVar, Optional, Union
 
 from peft.utils.other import get_pattern_key
 
-from peft_ext.quant.formats import CALIBRATED, NumberFormat, check_number_format
+from peft_ext.quant.formats import CALIBRATED, BinaryCoding, NumberFormat, Uniform, check_number_format
 from peft_ext.targets import TargetConfig
 
 
+# Said of bits: a layer's own format, which a float layer doesn't have.
+BASE = "base"
+# Of a float layer, where the config leaves it open.
+DEFAULT_BITS, DEFAULT_GROUP_SIZE = 4, -1
 PARAMETRIZATIONS = ("relative", "log", "absolute")
 
 
@@ -23,9 +27,20 @@ class ScaleTuningConfig(TargetConfig):
     A tuner's config says which number format it tunes, adds its own fields, and documents them all.
     """
 
-    bits: int = field(default=4, metadata={"help": "Width of the code of a weight, in bits."})
-    group_size: int = field(
-        default=-1, metadata={"help": "Number of inputs that share a scale; -1: all inputs of an output channel."}
+    number_format_cls: ClassVar[type[Union[Uniform, BinaryCoding]]]
+
+    bits: Optional[Union[int, str]] = field(
+        default=None,
+        metadata={
+            "help": "Width of the code of a weight, in bits; 'base': a packed base's own. Default: the base's own, or 4."
+        },
+    )
+    group_size: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "Number of inputs that share a scale; -1: all inputs of an output channel. Default: a packed base's "
+            "own, or -1."
+        },
     )
     init_method: str = field(
         default=CALIBRATED,
@@ -39,30 +54,78 @@ class ScaleTuningConfig(TargetConfig):
         default_factory=dict,
         metadata={"help": "Other widths for some layers: module names or regex expressions mapped to bits."},
     )
+    group_size_pattern: Optional[dict] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Other group sizes for some layers: module names or regex expressions mapped to group sizes."
+        },
+    )
     fan_in_fan_out: bool = field(
         default=False, metadata={"help": "Whether the target layers store their weight as (fan_in, fan_out)."}
     )
 
     def __post_init__(self):
         super().__post_init__()
-        self.bits_pattern = self.bits_pattern or {}
-        for bits in (self.bits, *self.bits_pattern.values()):
-            check_number_format(self.number_format(bits))
-        methods = (*self.number_format(self.bits).methods, CALIBRATED)
+        self.bits_pattern, self.group_size_pattern = self.bits_pattern or {}, self.group_size_pattern or {}
+        if isinstance(self.bits, str) and self.bits != BASE:
+            raise ValueError(
+                f"bits={self.bits!r} is unknown; pass one of {self.number_format_cls.supported_bits}, or {BASE!r} on a packed "
+                "base."
+            )
+        for bits in self.bits_pattern.values():
+            check_number_format(self.number_format(bits, -1))
+        check_number_format(self._format(self.bits, self.group_size))
+        for group_size in self.group_size_pattern.values():
+            check_number_format(self.number_format(DEFAULT_BITS, group_size))
+        methods = (*self.number_format_cls.methods, CALIBRATED)
         if self.init_method not in methods:
             raise ValueError(f"init_method={self.init_method!r} is unknown; choose one of {methods}.")
         if self.parametrization not in PARAMETRIZATIONS:
             raise ValueError(f"parametrization={self.parametrization!r} is unknown; choose one of {PARAMETRIZATIONS}.")
 
-    def number_format(self, bits: int) -> NumberFormat:
-        """The format of a layer of that width."""
+    def number_format(self, bits: int, group_size: int, base: Optional[NumberFormat] = None) -> NumberFormat:
+        """That format; what else belongs to it is the config's or, where that leaves it open, `base`'s."""
         raise TypeError("ScaleTuningConfig has no number format; use PeqaConfig or AlphaTuningConfig.")
 
-    def format_of(self, name: str) -> NumberFormat:
-        """The format of the layer called `name`: `bits`, or its entry in `bits_pattern`."""
-        pattern = self.bits_pattern or {}
-        return self.number_format(pattern.get(get_pattern_key(list(pattern), name), self.bits))
+    def format_of(self, name: str, base: Optional[NumberFormat] = None) -> NumberFormat:
+        """The format of the layer called `name`: `bits` and `group_size`, or its entries in their patterns.
+
+        Args:
+            name: The layer's.
+            base: What a packed layer has, which is what the config leaves open; None: a float layer, see the defaults.
+
+        Raises:
+            ValueError: If `bits="base"` and the layer is float.
+        """
+        bits, group_size = self.asked_of(name)
+        at = self.base_model_name_or_path
+        if base is None and bits == BASE:
+            raise ValueError(
+                f"bits={BASE!r} takes the format of a packed base, but layer {name!r} is float. Load the packed base"
+                + (f" ({at!r} is what the config names)" if at else "")
+                + f", or pass bits (such as {DEFAULT_BITS}) and group_size."
+            )
+        return self._format(bits, group_size, base if isinstance(base, self.number_format_cls) else None)
+
+    def asked_of(self, name: str) -> tuple[Optional[Union[int, str]], Optional[int]]:
+        """Bits and group size that the config asks of a layer; None (or "base") where it leaves them open."""
+        return _entry(self.bits_pattern, name, self.bits), _entry(self.group_size_pattern, name, self.group_size)
+
+    def _format(
+        self, bits: Optional[Union[int, str]], group_size: Optional[int], base: Optional[NumberFormat] = None
+    ) -> NumberFormat:
+        if bits is None or isinstance(bits, str):
+            bits = DEFAULT_BITS if base is None else base.bits
+        if group_size is None:
+            group_size = DEFAULT_GROUP_SIZE if base is None else base.group_size
+        return self.number_format(bits, group_size, base)
 
     def trained_shape(self, scale_shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of what is trained of a layer's scale: all of it here, `[out, groups(, bits)]`."""
         return tuple(scale_shape)
+
+
+def _entry(pattern: Optional[Mapping[str, Any]], name: str, otherwise: Any) -> Any:
+    """What a pattern says of a layer, as LoRA's `rank_pattern`."""
+    pattern = pattern or {}
+    return pattern.get(get_pattern_key(list(pattern), name), otherwise)

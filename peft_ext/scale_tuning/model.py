@@ -21,7 +21,7 @@ from peft_ext.quant.linear import PackedLinear
 from peft_ext.scale_tuning import adapter_file
 from peft_ext.scale_tuning.config import ScaleTuningConfig
 from peft_ext.scale_tuning.layer import Mixture, ScaleTuningLinear
-from peft_ext.scale_tuning.quantization import check_target, free_weight, pack_layer
+from peft_ext.scale_tuning.quantization import check_target, free_weight, pack_layer, take_format_of_base
 from peft_ext.scale_tuning.report import announce
 from peft_ext.targets import target_layers
 from peft_ext.tuner import TunerModel
@@ -125,10 +125,16 @@ class ScaleTuningModel(TunerModel):
         if len({type(self.peft_config[name].target_modules) for name in adapters}) > 1:
             raise ValueError("All adapter configs should have the same type for target_modules, a list or a regex.")
         first = self.peft_config[adapters[0]]
-        bits = {name: layer.base_layer.bits for name, layer in held.items() if layer.base_layer.bits != first.bits}
+        formats = {name: layer.base_layer.number_format for name, layer in held.items()}
         # the sum may be of any sign, which the log can't stand for
-        parametrization = "relative" if first.parametrization == "log" else first.parametrization
-        return {"bits_pattern": bits, "parametrization": parametrization}
+        return {
+            "bits_pattern": {name: one.bits for name, one in formats.items() if one.bits != first.bits},
+            "group_size_pattern": {
+                name: one.group_size for name, one in formats.items() if one.group_size != first.group_size
+            },
+            **({"sym": None} if hasattr(first, "sym") else {}),  # as the layers have it
+            "parametrization": "relative" if first.parametrization == "log" else first.parametrization,
+        }
 
     def _layer_arguments(self, adapter_names: list[str]) -> dict[str, Any]:
         return {"mixture": Mixture(adapter_names)}
@@ -147,8 +153,8 @@ class ScaleTuningModel(TunerModel):
 def check_targets(config: ScaleTuningConfig, model: nn.Module) -> dict[str, nn.Module]:
     """The layers that a config targets in a model, by name, once all of them have been checked.
 
-    Layers that were loaded dequantised from a packed checkpoint become packed again; "all-linear" is spelt out in the
-    config.
+    Layers that were loaded dequantised from a packed checkpoint become packed again; "all-linear" and the format are
+    spelt out in the config.
 
     Raises:
         ValueError: If a layer can't be tuned under this config; names it.
@@ -156,6 +162,7 @@ def check_targets(config: ScaleTuningConfig, model: nn.Module) -> dict[str, nn.M
     pack_quantized.restore(model)
     resolve_all_linear(config, model)
     targets = target_layers(config, model)
+    take_format_of_base(config, targets)
     for name, module in targets.items():
         check_target(module, config, name)
     integers = all(isinstance(config.format_of(name), Uniform) for name in targets)
@@ -212,7 +219,7 @@ def _calibration_missing(config: ScaleTuningConfig, names: list[str]) -> str:
             f"adapter's base_model_name_or_path, {config.base_model_name_or_path!r}, is what that base was made from, or "
             "the base itself."
         )
-    data_free = config.number_format(config.bits).default_method
+    data_free = config.number_format_cls.default_method
     return missing + (
         f"Call peft_ext.calibrate(model, config, batches) before get_peft_model, or pass init_method={data_free!r}."
     )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Optional
 
@@ -17,7 +18,7 @@ from peft_ext.checkpoint import pack_quantized
 from peft_ext.quant.conversion import LINEAR_LAYERS, check_layer, quantize_layer
 from peft_ext.quant.formats import CALIBRATED, NumberFormat, same_format
 from peft_ext.quant.linear import PackedLinear
-from peft_ext.scale_tuning.config import ScaleTuningConfig
+from peft_ext.scale_tuning.config import BASE, DEFAULT_BITS, DEFAULT_GROUP_SIZE, ScaleTuningConfig
 from peft_ext.targets import check_supported
 
 
@@ -62,6 +63,68 @@ def free_weight(module: nn.Module, model: nn.Module) -> None:
         module.weight = None
 
 
+def take_format_of_base(config: ScaleTuningConfig, targets: Mapping[str, Any]) -> None:
+    """Say in the config what it leaves open of the format: what the packed ones among the targets have, else the defaults.
+
+    Where they differ, `bits` becomes "base" and what differs stays open, so that each layer's own is taken.
+
+    Args:
+        config: Left as it is where it says all, or tunes another format than the layers have.
+        targets: The modules that the config names, by name.
+
+    Raises:
+        ValueError: If layers that are float still have no format to take; names one.
+    """
+    found = {name: _format_of_base(module, name) for name, module in targets.items()}
+    packed = {name: one for name, one in found.items() if one is not None}
+    own = {name: one for name, one in packed.items() if isinstance(one[1], config.number_format_cls)}
+    fresh = [name for name in found if name not in packed]
+    if fresh and not packed:
+        config.format_of(fresh[0])  # refuses "base"
+    kinds: dict[str, set[Any]] = {"bits": set(), "group_size": set(), "sym": set()}
+    for name, (in_features, number_format) in own.items():
+        bits, group_size = config.asked_of(name)
+        if bits is None or bits == BASE:
+            kinds["bits"].add(number_format.bits)
+        if group_size is None:
+            kinds["group_size"].add((in_features, number_format.group_size))
+        kinds["sym"].add(getattr(number_format, "sym", None))
+    kinds["group_size"] = _group_sizes(kinds["group_size"])
+    defaults = {"bits": DEFAULT_BITS, "group_size": DEFAULT_GROUP_SIZE, "sym": False}
+    left_open = [name for name in kinds if getattr(config, name, 0) in (None, BASE)]
+    differing = [name for name in left_open if len(kinds[name]) > 1]
+    if differing and fresh:
+        raise ValueError(
+            f"layer {fresh[0]!r} ({len(fresh)} in all) is float, and the packed layers beside it differ in "
+            f"{', '.join(differing)}; pass {', '.join(f'{name}=' for name in differing)} to say how it is to be packed (and "
+            "bits_pattern, group_size_pattern for the others), or leave it out of target_modules."
+        )
+    for name in left_open:
+        if name in differing:
+            continue
+        setattr(config, name, next(iter(kinds[name]), defaults[name]))
+    if differing:
+        config.bits = BASE
+
+
+def _group_sizes(found: set[tuple[int, int]]) -> set[int]:
+    """The group sizes among layers of so many inputs; a layer may consist of a single group."""
+    if all(group_size == -1 for _, group_size in found):
+        return {group_size for _, group_size in found}
+    return {in_features if group_size == -1 else group_size for in_features, group_size in found}
+
+
+def _format_of_base(module: Any, name: str) -> Optional[tuple[int, NumberFormat]]:
+    """A packed layer's inputs and format; None of a float one."""
+    if isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    if isinstance(module, PackedLinear):
+        return module.in_features, module.number_format
+    if pack_quantized.is_compressed(module):
+        return module.in_features, pack_quantized.format_of(module, name)
+    return None
+
+
 def check_target(module: Any, config: ScaleTuningConfig, name: str) -> None:
     """Refuse, before anything is changed, a layer that can't be tuned under this config.
 
@@ -75,10 +138,9 @@ def check_target(module: Any, config: ScaleTuningConfig, name: str) -> None:
             f"layer {name!r} is offloaded, so its weight isn't there to be quantised or tuned; load the model without "
             "offload (device_map=None or a device that holds it). Packed, it takes a fraction of the memory."
         )
-    if isinstance(module, PackedLinear):
-        _check_format_of_base(config, name, module.in_features, module.number_format)
-    elif pack_quantized.is_compressed(module):
-        _check_format_of_base(config, name, module.in_features, pack_quantized.format_of(module, name))
+    found = _format_of_base(module, name)
+    if found is not None:
+        _check_format_of_base(config, name, *found)
     else:
         check_supported(name, module)
         _check_float_layer(module, config, name)
@@ -106,7 +168,7 @@ def _check_float_layer(module: Any, config: ScaleTuningConfig, name: str) -> Non
 
 def _check_format_of_base(config: ScaleTuningConfig, name: str, in_features: int, found: NumberFormat) -> None:
     """The codes of a packed base are kept as they are, so the config must describe them."""
-    asked = config.format_of(name)
+    asked = config.format_of(name, found)
     if type(asked) is not type(found):
         raise ValueError(
             f"layer {name!r} is quantised already to {found.name}, but {type(config).__name__} tunes {asked.name}. Use "
@@ -117,5 +179,6 @@ def _check_format_of_base(config: ScaleTuningConfig, name: str, in_features: int
         raise ValueError(
             f"layer {name!r} is quantised already with {differing}, but the config asks for "
             f"{ {key: getattr(asked, key) for key in differing} }. Its codes are never rounded again: pass "
-            f"{', '.join(f'{key}={value}' for key, value in differing.items())}, or start from the float model."
+            f"{', '.join(f'{key}={value}' for key, value in differing.items())}, or leave that out to take what each layer "
+            "has, or start from the float model. (A config that was used on one model says what that had.)"
         )

@@ -268,6 +268,10 @@ def test_layers_of_other_widths(tmp_path):
     made.edit(dynamic={r"+:.*\.1\.mlp\.down_proj": {"bits": 8, "group_size": -1}})
     layer = packed_layers(load_gptq(tmp_path))[LAYER]
     assert torch.equal(layer.codes().long(), codes) and torch.equal(layer.zero_point.long(), zero)
+    config = PeqaConfig()  # each layer's own
+    tuned = get_peft_model(load_gptq(tmp_path), config)
+    assert config.bits == "base" and config.group_size is None
+    assert packed_layers(tuned.unload())[LAYER].bits == 8
 
 
 def test_the_command_line_takes_it(tmp_path):

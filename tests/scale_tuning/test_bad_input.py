@@ -35,18 +35,22 @@ def _refused(model, config, match: str, error: type[Exception] = ValueError) -> 
         torch.testing.assert_close(value, state[key], rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("bits", [0, 1, 5, 6, 7, 9, 16, -4, 4.5, None, "4", True])
+@pytest.mark.parametrize("bits", [0, 1, 5, 6, 7, 9, 16, -4, 4.5, None, "4", "base", True])
 def test_bits(bits):
-    with pytest.raises((ValueError, TypeError), match=rf"bits={bits!r}.*2, 3, 4, 8"):
-        PeqaConfig(bits=bits)
+    if bits not in (None, "base"):
+        with pytest.raises((ValueError, TypeError), match=rf"bits={bits!r}.*2, 3, 4, 8"):
+            PeqaConfig(bits=bits)
     with pytest.raises((ValueError, TypeError), match=rf"{bits!r}.*2, 3, 4, 8"):
         PeqaConfig(bits_pattern={"q_proj": bits})
 
 
 @pytest.mark.parametrize("group_size", [0, -2, 1.5, "64", None, True])
 def test_group_size(config_cls, group_size):
+    if group_size is not None:
+        with pytest.raises((ValueError, TypeError), match=rf"group_size={group_size!r}"):
+            config_cls(group_size=group_size)
     with pytest.raises((ValueError, TypeError), match=rf"group_size={group_size!r}"):
-        config_cls(group_size=group_size)
+        config_cls(group_size_pattern={"q_proj": group_size})
 
 
 @pytest.mark.parametrize(

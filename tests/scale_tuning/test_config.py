@@ -26,9 +26,10 @@ def _targets(model: str, **kwargs) -> set[str]:
 
 def test_defaults():
     config = PeqaConfig()
-    assert (config.bits, config.group_size, config.sym) == (4, -1, False)
+    assert (config.bits, config.group_size, config.sym) == (None, None, None)  # tests/scale_tuning/test_base_format.py
     assert (config.init_method, config.parametrization) == ("minmax", "relative")
     assert config.target_modules is None and config.modules_to_save is None and config.bits_pattern == {}
+    assert config.group_size_pattern == {}
     assert config.peft_type is PeftType.PEQA and config.inference_mode is False and config.task_type is None
 
 
@@ -56,6 +57,7 @@ def test_round_trip_through_a_file(tmp_path):
         layers_to_transform=[0, 1],
         layers_pattern="layers",
         bits_pattern={"v_proj": 8},
+        group_size_pattern={"q_proj": 16},
         task_type=TaskType.CAUSAL_LM,
         base_model_name_or_path="somewhere",
         revision="main",
@@ -203,6 +205,21 @@ def test_bits_pattern():
         expected = 2 if name == "model.layers.0.self_attn.q_proj" else expected
         expected = 3 if name == "model.layers.1.mlp.up_proj" else expected
         assert bits == expected, name
+
+
+def test_group_size_pattern():
+    """As `bits_pattern`, and beside it."""
+    pattern = {"down_proj": 16, r"layers\.0\..*\.q_proj": 8, "^model.layers.1.mlp.up_proj": -1}
+    config = PeqaConfig(bits=4, group_size=32, group_size_pattern=pattern, bits_pattern={"down_proj": 8})
+    layers = tuner_layers(get_peft_model(tiny("llama"), config).base_model.model)
+    for name, layer in layers.items():
+        expected = 16 if name.endswith("down_proj") else 32
+        expected = 8 if name == "model.layers.0.self_attn.q_proj" else expected
+        expected = layer.in_features if name == "model.layers.1.mlp.up_proj" else expected
+        assert layer.in_features // layer.base_layer.scale.shape[1] == expected, name
+        assert layer.base_layer.bits == (8 if name.endswith("down_proj") else 4)
+    with pytest.raises(ValueError, match="up_proj.*group_size=24.*in_features=32"):
+        get_peft_model(tiny("llama"), AlphaTuningConfig(group_size_pattern={"up_proj": 24}))
 
 
 def test_fan_in_fan_out_is_read_off_the_layer():
