@@ -30,16 +30,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from benchmarks.common import (
-    Results,
-    argument_parser,
-    describe,
-    log,
-    markdown_table,
-    reset_peak,
-    resident_bytes,
-    verdict,
-)
+from benchmarks.common import Results, argument_parser, describe, log, markdown_table, verdict
+from benchmarks.resident import reset_peak, resident_bytes
 from benchmarks.tuning import tiny_llama
 from peft_ext import AdapterPool, PeqaConfig
 from peft_ext.models import DEFAULT_MODEL, load

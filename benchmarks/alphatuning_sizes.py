@@ -23,18 +23,8 @@ from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, PretrainedConfig
 
-from benchmarks.common import (
-    Results,
-    argument_parser,
-    describe,
-    fresh_process,
-    log,
-    markdown_table,
-    peak_resident_bytes,
-    reset_peak,
-    resident_bytes,
-    verdict,
-)
+from benchmarks.common import Results, argument_parser, describe, fresh_process, log, markdown_table, verdict
+from benchmarks.resident import peak_resident_bytes, reset_peak, resident_bytes
 from benchmarks.tuning import tiny_llama
 from peft_ext import AlphaTuningConfig
 from peft_ext.models import DEFAULT_MODEL, load

@@ -29,18 +29,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.common import (
-    RESULTS,
-    ROOT,
-    Results,
-    describe,
-    log,
-    markdown_table,
-    peak_resident_bytes,
-    reset_peak,
-    resident_bytes,
-    verdict,
-)
+from benchmarks.common import RESULTS, ROOT, Results, describe, log, markdown_table, verdict
+from benchmarks.resident import peak_resident_bytes, reset_peak, resident_bytes
 from benchmarks.tuning import tiny_llama
 from peft_ext import PeqaConfig
 from peft_ext.checkpoint.gguf import export_gguf

@@ -18,17 +18,8 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
-from benchmarks.common import (
-    Results,
-    argument_parser,
-    describe,
-    log,
-    markdown_table,
-    peak_resident_bytes,
-    reset_peak,
-    resident_bytes,
-    verdict,
-)
+from benchmarks.common import Results, argument_parser, describe, log, markdown_table, verdict
+from benchmarks.resident import peak_resident_bytes, reset_peak, resident_bytes
 from peft_ext.ood.detectors import make_detector
 from peft_ext.ood.study.grid import DETECTORS
 

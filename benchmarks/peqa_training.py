@@ -29,19 +29,8 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks import baselines
-from benchmarks.common import (
-    Results,
-    argument_parser,
-    available_bytes,
-    describe,
-    fresh_process,
-    log,
-    markdown_table,
-    peak_resident_bytes,
-    reset_peak,
-    resident_bytes,
-    verdict,
-)
+from benchmarks.common import Results, argument_parser, describe, fresh_process, log, markdown_table, verdict
+from benchmarks.resident import available_bytes, peak_resident_bytes, reset_peak, resident_bytes
 from benchmarks.tuning import tiny_llama, trainable
 from peft_ext import AlphaTuningConfig, PeqaConfig
 from peft_ext.models import DEFAULT_MODEL, load

@@ -27,18 +27,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 
-from benchmarks.common import (
-    Results,
-    argument_parser,
-    describe,
-    fresh_process,
-    log,
-    markdown_table,
-    peak_resident_bytes,
-    reset_peak,
-    resident_bytes,
-    verdict,
-)
+from benchmarks.common import Results, argument_parser, describe, fresh_process, log, markdown_table, verdict
+from benchmarks.resident import peak_resident_bytes, reset_peak, resident_bytes
 from benchmarks.tuning import SMOKE_VOCAB, trainable
 from peft_ext import AlphaTuningConfig, PeqaConfig
 from peft_ext.memory.estimate import serving_memory, tuning_memory

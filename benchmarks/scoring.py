@@ -24,18 +24,7 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 import torch
 
-from benchmarks.common import (
-    Results,
-    argument_parser,
-    data_folder,
-    describe,
-    log,
-    markdown_table,
-    peak_resident_bytes,
-    reset_peak,
-    resident_bytes,
-    verdict,
-)
+from benchmarks.common import Results, argument_parser, data_folder, describe, log, markdown_table, verdict
 from benchmarks.in_context import (
     Example,
     demonstrations,
@@ -46,6 +35,7 @@ from benchmarks.in_context import (
     smoke_task,
     task_named,
 )
+from benchmarks.resident import peak_resident_bytes, reset_peak, resident_bytes
 from generation_ext.in_context import LabelScorer, Task
 from peft_ext.models import DEFAULT_MODEL, load, load_tokenizer
 
