@@ -142,7 +142,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Measure what the results file lacks, and print the tables."""
     budget = {"repeats": 5, "prompt_tokens": 64, "new_tokens": 32}
     parser = argument_parser(__doc__, "loading.json", budget=budget)
-    parser.add_argument("--what", choices=KINDS, default="time", help="time includes memory, and wants a quiet machine")
+    parser.add_argument(
+        "--what", choices=KINDS, default="time", help="time includes memory, and wants a quiet machine"
+    )
     parser.add_argument("--work-dir", type=Path, help="where checkpoints are kept; a temporary folder by default")
     args = parser.parse_args(argv)
     model = SMOKE if args.smoke else BILLION

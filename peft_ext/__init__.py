@@ -6,7 +6,9 @@ from peft_ext.alphatuning import AlphaTuningConfig, AlphaTuningModel
 from peft_ext.bottleneck import BottleneckConfig, BottleneckModel
 from peft_ext.checkpoint import BcqConfig, load_gptq, load_packed
 from peft_ext.checkpoint.gguf import export_gguf
+from peft_ext.model_card import note_measured
 from peft_ext.models import load, load_tokenizer
+from peft_ext.packed_cards import install as _install_cards
 from peft_ext.peqa import PeqaConfig, PeqaModel
 from peft_ext.perplexity import perplexity
 from peft_ext.rows import read_rows
@@ -36,8 +38,11 @@ __all__ = [
     "load_packed",
     "load_text",
     "load_tokenizer",
+    "note_measured",
     "perplexity",
     "read_rows",
     "report",
     "token_blocks",
 ]
+
+_install_cards()

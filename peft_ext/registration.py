@@ -3,7 +3,7 @@
 
 `PeftType` is a closed `str` enum and PEFT's `register_peft_method` asks for a member, so the member is added first.
 Else of PEFT, `AutoPeftModel*.from_pretrained` asks us for an adapter's base, and of transformers we touch its quantizer
-registry and `load_adapter`.
+registry, `load_adapter` and, for model cards, what saves and uploads a model.
 """
 
 from __future__ import annotations
@@ -92,12 +92,23 @@ def extend_load_adapter(extended: Callable[[Callable], Callable]) -> None:
     Args:
         extended: Makes the wrapper. It must treat every adapter but ours as what it wraps does.
     """
-    current = PeftAdapterMixin.load_adapter
+    extend_method(PeftAdapterMixin, "load_adapter", extended)
+
+
+def extend_method(owner: type, name: str, extended: Callable[[Callable], Callable]) -> None:
+    """Wrap a method of theirs; again, or with a reloaded wrapper, is harmless.
+
+    Args:
+        owner: The class.
+        name: The method.
+        extended: Makes the wrapper, by `functools.wraps`. It must treat everything but ours as what it wraps does.
+    """
+    current = getattr(owner, name)
     if getattr(current, _OWNER_ATTRIBUTE, None) == _OWNER:
         current = current.__wrapped__
     wrapper = extended(current)
     setattr(wrapper, _OWNER_ATTRIBUTE, _OWNER)
-    PeftAdapterMixin.load_adapter = wrapper
+    setattr(owner, name, wrapper)
 
 
 def extend_auto_classes(base: Any, packed_base: Callable[..., Any]) -> None:
