@@ -15,14 +15,9 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def looks_like_hub_id(name: str) -> bool:
-    """Whether a name has the form `owner/name`."""
-    return _HUB_ID.fullmatch(name) is not None
-
-
 def is_hub_id(name: str) -> bool:
     """Whether a name has the form `owner/name` and nothing here is called so."""
-    return looks_like_hub_id(name) and not Path(name).exists()
+    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
 def fetched(name_or_path: Union[str, os.PathLike], **kwargs: Any) -> Path:

@@ -8,6 +8,7 @@ templates count as nobody's.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import warnings
@@ -16,13 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
 
+import peft
 import torch
+import transformers
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 from transformers.utils import cached_file
 
 from peft_ext.files import written_whole
-from peft_ext.hub import is_hub_id, looks_like_hub_id
+from peft_ext.hub import is_hub_id
 from peft_ext.language_model import base_fingerprint, base_name, embedding_weight, token_embedding, unwrapped
 from peft_ext.models import DEFAULT_MODEL, resolve_model
 from peft_ext.version import __version__
@@ -36,7 +39,9 @@ THIS_FOLDER = "."
 DEFAULT_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _MARK = "<!-- written by peft-ext {}: as long as the text above is unchanged it is renewed at every save -->"
 _MARKED = re.compile(r"\n*<!-- written by peft-ext (\w+):[^\n]*-->\s*$")
-# What PEFT appends to its blank template.
+# What PEFT appends to any card, and the tag that it adds.
+_PEFT_VERSION = re.compile(r"- PEFT \S+")
+_LINEAGE_TAG = "base_model:adapter:"
 _PEFT_VERSIONS = re.compile(r"\n*### Framework versions\n+(- PEFT [^\n]+\n*)+$")
 _TRANSFORMERS_DESCRIPTION = (
     "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
@@ -65,15 +70,20 @@ class BaseModel:
         """Whether a stranger can load it by its name."""
         return self.name is not None and (self.name == DEFAULT_MODEL or is_hub_id(self.name))
 
+    @property
+    def title(self) -> str:
+        """Its name for a heading; a folder's place is its owner's business."""
+        if self.name is None:
+            return "a model without a name"
+        return self.name if is_hub_id(self.name) else Path(self.name).name
+
     def __str__(self) -> str:
         if self.name is None:
             return "a model without a name"
         if is_hub_id(self.name):
             return f"[{self.name}](https://huggingface.co/{self.name})"
-        # a folder's place is its owner's business
-        return f"`{self.name if self.name == DEFAULT_MODEL else Path(self.name).name}`" + (
-            f", made from [{self.hub_id}](https://huggingface.co/{self.hub_id})" if self.hub_id else ""
-        )
+        made_from = f", made from [{self.hub_id}](https://huggingface.co/{self.hub_id})" if self.hub_id else ""
+        return f"`{self.title}`{made_from}"
 
 
 @dataclass
@@ -83,7 +93,9 @@ class Card:
     Args:
         title: Its heading.
         text: One paragraph: what this is.
-        base: The model that it belongs to.
+        base: The model that it belongs to; None: it stands by itself.
+        base_is: Where the base's name is kept, for those who push it: Python that names it; None where nothing is loaded
+            by that name.
         relation: What it is to that model on the hub: `"adapter"`, `"quantized"`, or None where the hub has no word.
         library: Which library loads it.
         tags: Beside `peft-ext`.
@@ -96,8 +108,9 @@ class Card:
 
     title: str
     text: str
-    base: BaseModel
+    base: Optional[BaseModel]
     relation: Optional[str] = None
+    base_is: Optional[str] = None
     library: str = "peft-ext"
     tags: tuple[str, ...] = ()
     pipeline_tag: Optional[str] = None
@@ -113,9 +126,11 @@ class Card:
             source: The hub id that it gets, or the folder it lies in.
         """
         parts = [f"# {self.title}", self.text]
-        facts = {"base model": str(self.base)}
-        if self.base.fingerprint is not None:
-            facts["base model's fingerprint"] = f"`{self.base.fingerprint}`"
+        facts: dict[str, Any] = {}
+        if self.base is not None:
+            facts["base model"] = str(self.base)
+            if self.base.fingerprint is not None:
+                facts["base model's fingerprint"] = f"`{self.base.fingerprint}`"
         parts.append(_table(["", ""], [[name, _cell(value)] for name, value in {**facts, **self.facts}.items()]))
         if self.measured:
             columns = list(dict.fromkeys(name for row in self.measured.values() for name in row))
@@ -124,9 +139,12 @@ class Card:
         if self.snippet is not None:
             parts += ["## Use", f"`pip install peft-ext`, then:\n\n```python\n{self.code(source)}\n```"]
         parts += self.notes
-        if not self.base.license:
+        if self.base is not None and not self.base.license:
             parts.append("The base model's licence wasn't known where this card was written; it applies here, too.")
-        parts.append(f"Made with peft-ext {__version__}.")
+        versions = {"peft-ext": __version__, "PEFT": peft.__version__, "transformers": transformers.__version__}
+        parts.append(
+            "### Framework versions\n\n" + "\n".join(f"- {name} {version}" for name, version in versions.items())
+        )
         return "\n\n".join(parts)
 
     def code(self, source: str = THIS_FOLDER) -> str:
@@ -135,14 +153,27 @@ class Card:
 
     def metadata(self) -> dict[str, Any]:
         """The card's own metadata; None where there is nothing to say."""
+        base = self.base or BaseModel()
         return {
             "library_name": self.library,
-            "base_model": self.base.hub_id,
-            "base_model_relation": self.relation if self.base.hub_id else None,
+            "base_model": base.hub_id,
+            "base_model_relation": self.relation if base.hub_id else None,
             "pipeline_tag": self.pipeline_tag,
             "tags": sorted({"peft-ext", *self.tags}),
-            **self.base.license,
+            **base.license,
         }
+
+    def warn_of_local_base(self, repo_id: str) -> None:
+        """Say that nobody else finds the base, where its name is a folder of this machine."""
+        name = None if self.base is None else self.base.name
+        if self.base_is is None or name is None or name == DEFAULT_MODEL or is_hub_id(name):
+            return
+        if Path(name).expanduser().exists():
+            warnings.warn(
+                f"{repo_id}: its base is called {name!r}, a folder of this machine, so nobody else finds it. Push the base "
+                f"first, base.push_to_hub('owner/base'), and name it before pushing this: {self.base_is} = 'owner/base'.",
+                stacklevel=5,
+            )
 
 
 def write_card(card: Card, folder: Path, source: str = THIS_FOLDER) -> None:
@@ -187,9 +218,11 @@ def base_model(model: nn.Module, name: Optional[str] = None, token: Any = None, 
     return BaseModel(name, hub_id, fingerprint_of(model), license)
 
 
-def named_base(name: Optional[str], fingerprint: Optional[str] = None) -> BaseModel:
-    """What is known of a model by its name alone."""
-    hub_id, license = _lineage(name, None, False)
+def named_base(
+    name: Optional[str], fingerprint: Optional[str] = None, token: Any = None, online: bool = False
+) -> BaseModel:
+    """What is known of a model by its name alone; see [`base_model`]."""
+    hub_id, license = _lineage(name, token, online)
     return BaseModel(name, hub_id, fingerprint, license)
 
 
@@ -246,10 +279,13 @@ def _merged(data: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
                 merged[key] = value
         elif value is not None:
             merged.setdefault(key, value)
+    # PEFT names folders there, which the hub refuses, and which are their owner's business
     named = merged.get("base_model")
-    if isinstance(named, str) and not looks_like_hub_id(named):
-        # PEFT's cards name folders there, which the hub refuses
+    if isinstance(named, str) and not is_hub_id(named):
         del merged["base_model"]
+    merged["tags"] = [
+        tag for tag in merged["tags"] if not tag.startswith(_LINEAGE_TAG) or is_hub_id(tag[len(_LINEAGE_TAG) :])
+    ]
     return {key: value for key, value in merged.items() if value is not None}
 
 
@@ -262,19 +298,21 @@ def _is_ours(text: str) -> bool:
     return not plain or plain in _blank_templates()
 
 
-def _blank_templates() -> set[str]:
+@functools.cache
+def _blank_templates() -> frozenset[str]:
     try:
         cards = (
             ModelCard.from_template(ModelCardData()),
             ModelCard.from_template(ModelCardData(), model_description=_TRANSFORMERS_DESCRIPTION),
         )
     except ImportError:  # without Jinja2 nobody writes them, either
-        return set()
-    return {_normal(card.text) for card in cards}
+        return frozenset()
+    return frozenset(_normal(card.text) for card in cards)
 
 
 def _normal(text: str) -> str:
-    return "\n".join(line.rstrip() for line in text.strip().splitlines())
+    lines = (line.rstrip() for line in text.strip().splitlines())
+    return "\n".join(line for line in lines if _PEFT_VERSION.fullmatch(line) is None)
 
 
 def _digest(body: str) -> str:

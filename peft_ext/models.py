@@ -34,6 +34,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 from transformers.utils import cached_file
 
 from peft_ext.checkpoint.loading import load_packed, stored_quantization
+from peft_ext.hub import is_hub_id
 from peft_ext.language_model import is_causal_config
 
 
@@ -123,9 +124,9 @@ def load(
     """Load a language model in eval mode.
 
     Args:
-        name: What to load, see [`resolve_model`]; or the folder of an adapter, or of a run of `peft-ext tune`, which
-            name their base. A GGUF's weights become plain float tensors, what others have packed becomes packed
-            layers where [`peft_ext.load_packed`] reads it.
+        name: What to load, see [`resolve_model`]; or the folder or hub id of an adapter, or the folder of a run of
+            `peft-ext tune`, which name their base. A GGUF's weights become plain float tensors, what others have packed
+            becomes packed layers where [`peft_ext.load_packed`] reads it.
         adapter: Folder or hub id of a PEFT adapter to put onto it.
         kind: `"causal"` (it may see or hear beside), `"seq2seq"`, `"encoder"` (hidden states alone), `"classifier"`
             (of whole texts; a model without such a head gets a new one), or `"auto"`: whichever of the first three the
@@ -175,15 +176,30 @@ def locate(name: str, adapter: Optional[str] = None) -> tuple[str, Optional[str]
                 f"run={name!r} is no finished run: it has no metrics.json. Run peft-ext tune first."
             )
         return str(folder / "base"), str(folder / "adapter")
-    if not is_adapter:
+    config = folder / _ADAPTER_CONFIG if is_adapter else _adapter_config_on_hub(name) if adapter is None else None
+    if config is None:
         return name, adapter
-    base = json.loads((folder / _ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
         raise ValueError(
             f"the adapter {name!r} doesn't say what its base is; pass the base, and --adapter {name}, or set "
             f"base_model_name_or_path in {folder / _ADAPTER_CONFIG}."
         )
-    return str(base), str(folder)
+    return str(base), str(folder) if is_adapter else name
+
+
+def _adapter_config_on_hub(name: str) -> Optional[Path]:
+    """The adapter's config in a repository of the hub that holds an adapter; None where it holds anything else."""
+    if not is_hub_id(name):
+        return None
+    found = cached_file(
+        name,
+        _ADAPTER_CONFIG,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
 
 
 def load_config(model: Optional[str] = None) -> PretrainedConfig:

@@ -1,15 +1,14 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
 """The cards of adapters and of packed models, and where PEFT and transformers get to write them.
 
-PEFT writes a card in `create_or_update_model_card`; transformers writes none when it saves, and a blank one over whatever
-is there when it pushes. So three methods are extended, for models with packed layers or tuners of ours alone; see
-[`install`].
+PEFT writes a blank card before it saves an adapter; ours takes its place once the adapter's config is written.
+transformers writes none when it saves, and a blank one over whatever is there when it pushes: two of its methods are
+extended, which treat everything but ours as ever. See [`install`].
 """
 
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import MISSING, fields
@@ -28,7 +27,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import PushToHubMixin
 
-from peft_ext.hub import is_hub_id
+from peft_ext import saved_adapters
 from peft_ext.language_model import unwrapped
 from peft_ext.model_card import (
     SOURCE,
@@ -78,7 +77,11 @@ PROMPT = "Once upon a time"
 
 
 def adapter_card(
-    model: PeftModel, adapter_name: Optional[str] = None, token: Any = None, online: bool = False
+    model: PeftModel,
+    adapter_name: Optional[str] = None,
+    token: Any = None,
+    online: bool = False,
+    subfolder: Optional[str] = None,
 ) -> Card:
     """The card of an adapter, of one of our methods or on a packed base.
 
@@ -86,8 +89,10 @@ def adapter_card(
         model: Has the adapter.
         adapter_name: Which one; by default the active one.
         token, online: See [`base_model`].
+        subfolder: Where the adapter lies below the card.
     """
-    config: Any = model.peft_config[adapter_name or _one_adapter(model)]
+    adapter_name = adapter_name or _one_adapter(model)
+    config: Any = model.peft_config[adapter_name]
     method = str(getattr(config.peft_type, "value", config.peft_type))
     ours = method in TUNERS
     inner = unwrapped(model)
@@ -111,16 +116,17 @@ def adapter_card(
     missing = _needs_saved_base(config, base, packed)
     notes = [] if missing is None else [missing]
     return Card(
-        title=f"{NAMES.get(method, method)}{_of_bits(packed)} on {_short(base)}",
+        title=f"{NAMES.get(method, method)}{_of_bits(packed)} on {base.title}",
         text=text,
         base=base,
         relation="adapter",
+        base_is=f"model.peft_config[{adapter_name!r}].base_model_name_or_path",
         library="peft",
         tags=("peft", *_tags(packed), *([NAMES[method].lower().replace(" ", "-")] if ours else [method.lower()])),
         pipeline_tag=_PIPELINES.get(kind),
         facts=facts,
         measured=measured_of(model),
-        snippet=None if missing is not None or base.name is None else _adapter_snippet(kind),
+        snippet=None if missing is not None or base.name is None else _adapter_snippet(kind, base.name, subfolder),
         notes=tuple(notes),
     )
 
@@ -158,7 +164,7 @@ def packed_card(model: PreTrainedModel, tokenizer_here: bool = False, token: Any
         else "Without peft-ext these files can't be loaded."
     )
     return Card(
-        title=f"{_short(base)}, packed{_of_bits(layers)}",
+        title=f"{base.title}, packed{_of_bits(layers)}",
         text=f"{base} with its linear layers packed. It loads packed, generates packed "
         "and is tuned packed: by PEQA, AlphaTuning or LoRA.",
         base=base,
@@ -192,9 +198,9 @@ def codes_digest(model: nn.Module) -> Optional[str]:
 def install() -> None:
     """Let PEFT and transformers write these cards when they save and push a model; doing so again is harmless.
 
-    Models without packed layers and without tuners of ours are saved as ever.
+    Models without packed layers, and adapters of other tuners, are saved as ever.
     """
-    extend_method(PeftModel, "create_or_update_model_card", _on_adapter_saved)
+    saved_adapters.listen("model cards", _on_adapter_saved)
     extend_method(PreTrainedModel, "save_pretrained", _on_model_saved)
     extend_method(PushToHubMixin, "_upload_modified_files", _on_upload)
 
@@ -211,22 +217,18 @@ def card_of(thing: Any, folder: Path, token: Any = None, online: bool = False) -
     if own is not None:
         return own(token=token, online=online)
     if isinstance(thing, PeftModel):
-        return adapter_card(thing, token=token, online=online) if _is_adapter_of_ours(thing) else None
+        if not _is_adapter_of_ours(thing):
+            return None
+        name = _one_adapter(thing)
+        return adapter_card(thing, name, token, online, subfolder=None if name == "default" else name)
     if isinstance(thing, PreTrainedModel) and not getattr(thing, "_hf_peft_config_loaded", False):
         return packed_card(thing, _has_tokenizer(folder), token, online) if packed_layers(thing) else None
     return None
 
 
-def _on_adapter_saved(original: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(original)
-    def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
-        card = card_of(self, Path(output_dir))
-        if card is None:
-            original(self, output_dir)
-        else:
-            write_card(card, Path(output_dir))
-
-    return create_or_update_model_card
+def _on_adapter_saved(model: Any, adapter_name: str, folder: Path) -> None:
+    if isinstance(model, PeftModel):
+        write_card(adapter_card(model, adapter_name), folder)
 
 
 def _on_model_saved(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -249,8 +251,7 @@ def _on_upload(original: Callable[..., Any]) -> Callable[..., Any]:
         card = card_of(self, Path(working_dir), kwargs.get("token"), online=True)
         if card is None:
             return original(self, working_dir, repo_id, *args, **kwargs)
-        if isinstance(self, PeftModel):
-            _warn_of_local_base(self, card.base, repo_id)
+        card.warn_of_local_base(repo_id)
         write_card(card, Path(working_dir), repo_id)
         done = original(self, working_dir, repo_id, *args, **kwargs)
         is_base = isinstance(self, PreTrainedModel) and card.relation == "quantized"
@@ -274,18 +275,6 @@ def _has_tokenizer(folder: Path) -> bool:
 def _one_adapter(model: PeftModel) -> str:
     active = model.active_adapter
     return active if isinstance(active, str) and active in model.peft_config else next(iter(model.peft_config))
-
-
-def _warn_of_local_base(model: PeftModel, base: BaseModel, repo_id: str) -> None:
-    name = base.name
-    if name is None or name == DEFAULT_MODEL or is_hub_id(name) or not Path(name).expanduser().exists():
-        return
-    warnings.warn(
-        f"{repo_id}: the adapter's base_model_name_or_path is {name!r}, a folder of this machine, so nobody else finds its "
-        "base. Push the base first, base.push_to_hub('owner/base'), and name it before pushing the adapter: "
-        f"model.peft_config[{_one_adapter(model)!r}].base_model_name_or_path = 'owner/base'.",
-        stacklevel=4,
-    )
 
 
 def _needs_saved_base(config: Any, base: BaseModel, packed: dict[str, Any]) -> Optional[str]:
@@ -356,12 +345,6 @@ def _tags(layers: dict[str, Any]) -> list[str]:
     return [f"{bits}-bit" for bits in sorted({layer.bits for layer in layers.values()})] + ["quantized"] * bool(layers)
 
 
-def _short(base: BaseModel) -> str:
-    return (
-        "a model without a name" if base.name is None else base.name if is_hub_id(base.name) else Path(base.name).name
-    )
-
-
 def _kind(config: Any, model: nn.Module) -> str:
     """How `peft_ext.load` is to load the base."""
     task = getattr(config.task_type, "value", config.task_type)
@@ -382,7 +365,17 @@ def _kind_of_class(model: nn.Module) -> str:
     return "encoder" if isinstance(model, PreTrainedModel) and not model.can_generate() else "other"
 
 
-def _adapter_snippet(kind: str) -> str:
+def _adapter_snippet(kind: str, base: str, subfolder: Optional[str]) -> str:
+    if subfolder is not None:
+        lines = [
+            "import peft_ext",
+            "from peft import PeftModel",
+            "",
+            f'base = peft_ext.load("{base}", kind="{"auto" if kind == "other" else kind}")',
+            f'model = PeftModel.from_pretrained(base, "{SOURCE}", subfolder="{subfolder}")',
+        ]
+        rest = [] if kind == "other" else [f'tokenizer = peft_ext.load_tokenizer("{base}")', _use(kind)]
+        return "\n".join([*lines, *rest])
     if kind == "other":
         return f'import peft_ext\n\nmodel = peft_ext.load("{SOURCE}", kind="auto")'
     argument = "" if kind == "causal" else f', kind="{kind}"'

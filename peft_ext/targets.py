@@ -5,12 +5,15 @@ is changed."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Optional, Union
+from pathlib import Path
+from typing import Any, Optional, Union
 
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from peft_ext import saved_adapters
 
 
 @dataclass
@@ -57,6 +60,11 @@ class TargetConfig(PeftConfig):
             raise ValueError(
                 "`layers_to_transform` cannot be used when `target_modules` is a str; pass a list of names."
             )
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT does; and those who listen are told, see `saved_adapters.py`."""
+        super().save_pretrained(save_directory, **kwargs)
+        saved_adapters.saved(self, Path(save_directory))
 
 
 def target_layers(config: PeftConfig, model: nn.Module) -> dict[str, nn.Module]:

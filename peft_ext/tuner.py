@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from peft_ext import saved_adapters
 from peft_ext.mixed_batches import MixedBatches
 
 
@@ -18,6 +19,11 @@ class TunerModel(MixedBatches, BaseTuner):
     """Base of the tuners' models, which say what `prefix` and `tuner_layer_cls` are."""
 
     tuner_layer_cls: type[Any]
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        saved_adapters.taken_from(model, config)
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     def _layer_around(self, target: nn.Module, adapter_name: str, peft_config: Any, name: str) -> nn.Module:
         """The tuner layer that takes a target's place; `name`: the target's."""

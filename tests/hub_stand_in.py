@@ -238,7 +238,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"errors": errors, "warnings": []}, 400 if errors else 200)
 
     def whoami(self) -> None:
-        self._json({"type": "user", "name": USER, "orgs": []} if self._authorised else {}, 200 if self._authorised else 401)
+        self._json(
+            {"type": "user", "name": USER, "orgs": []} if self._authorised else {}, 200 if self._authorised else 401
+        )
 
     def preupload(self, repo_id: str, revision: str) -> None:
         if self._repository(repo_id, writes=True) is None:
@@ -331,7 +333,10 @@ class _Handler(BaseHTTPRequestHandler):
         if commit is None:
             self._missing("Revision")
             return
-        prefix, deep = f"{folder}/" if folder else "", self.query.get("recursive", ["false"])[0].lower() in ("true", "1")
+        prefix, deep = (
+            f"{folder}/" if folder else "",
+            self.query.get("recursive", ["false"])[0].lower() in ("true", "1"),
+        )
         entries: dict[str, dict[str, Any]] = {}
         for path, oid in sorted(commit.files.items()):
             if not path.startswith(prefix):

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
+from generation_ext.critic.card import critic_card
 from peft_ext.language_model import (
     adapters_fingerprint,
     backbone,
@@ -27,6 +28,7 @@ from peft_ext.language_model import (
     text_config,
     token_embedding,
 )
+from peft_ext.model_card import Card
 
 
 HEADS = ("linear", "mlp")
@@ -318,6 +320,10 @@ class Critic(PreTrainedModel):
         self.check_model(model)
         self._embedding = [token_embedding(model)]
         return self
+
+    def model_card(self, token: Any = None, online: bool = False) -> Card:
+        """What `save_pretrained` and `push_to_hub` write into README.md; see `peft_ext.model_card`."""
+        return critic_card(self, token, online)
 
     @contextlib.contextmanager
     def adapted(self, model: nn.Module) -> Iterator[None]:

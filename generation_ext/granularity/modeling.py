@@ -18,6 +18,18 @@ from generation_ext.granularity.attention import (
     check_implementation,
     recorded,
 )
+from peft_ext.model_card import SOURCE, Card, measured_of
+
+
+_SNIPPET = f"""
+from transformers import AutoTokenizer
+
+from generation_ext import CDNPGForConditionalGeneration, paraphrase
+
+model = CDNPGForConditionalGeneration.from_pretrained("{SOURCE}").eval()
+tokenizer = AutoTokenizer.from_pretrained("{SOURCE}")  # saved or pushed beside the model
+print(paraphrase(model, tokenizer, ["how do i learn to swim"]))
+"""
 
 
 @strict
@@ -113,6 +125,25 @@ class CDNPGForConditionalGeneration(BartForConditionalGeneration):
             if granularity.cross_attention:
                 add_granularity(layer.encoder_attn, size, granularity, is_causal=False)
         self.config._attn_implementation = check_implementation(self.config._attn_implementation)
+
+    def model_card(self, token: Any = None, online: bool = False) -> Card:
+        """What `save_pretrained` and `push_to_hub` write into README.md; see `peft_ext.model_card`."""
+        config = self.config
+        return Card(
+            title="A paraphrase model (C-DNPG)",
+            text="An encoder-decoder that infers the granularity of each token and paraphrases word by word or phrase by "
+            "phrase; its architecture is peft-ext's, on transformers' BART.",
+            base=None,
+            tags=("paraphrase", "c-dnpg", "text2text-generation"),
+            facts={
+                "method": "[C-DNPG](https://huggingface.co/papers/2209.01765)",
+                "granularity": f"`{config.granularity_mode}`, {config.granularity_placement} the softmax",
+                "size": f"{config.encoder_layers} and {config.decoder_layers} layers of {config.d_model}, "
+                f"{self.num_parameters():,} numbers, texts of {config.max_position_embeddings} tokens",
+            },
+            measured=measured_of(self),
+            snippet=_SNIPPET,
+        )
 
     def forward(
         self,

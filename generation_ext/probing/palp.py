@@ -13,12 +13,16 @@ from typing import Any, Optional, Protocol, Union
 import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import PushToHubMixin
 
 from generation_ext.probing import saving
+from generation_ext.probing.card import palp_card
 from generation_ext.probing.features import FeatureExtractor, digest_of_texts
 from generation_ext.probing.heads import HEADS, Head
 from generation_ext.prompts import Example, Task
+from peft_ext.hub import fetched
 from peft_ext.language_model import identity
+from peft_ext.model_card import Card
 
 
 try:
@@ -41,7 +45,7 @@ class Extractor(Protocol):
         """`[texts, size]`."""
 
 
-class PALPClassifier(ClassifierMixin, BaseEstimator):
+class PALPClassifier(ClassifierMixin, PushToHubMixin, BaseEstimator):
     """A light classifier on hidden states of a frozen language model, behind a prompt.
 
     Plain linear probing is `template="{text}"`, PALP-T a template that ends where the label would stand, PALP-D the same
@@ -202,8 +206,13 @@ class PALPClassifier(ClassifierMixin, BaseEstimator):
 
     # ---- saved and loaded
 
-    def save_pretrained(self, folder: Union[str, os.PathLike]) -> None:
-        """Write the classifier, without the language model: `palp.json` and `head.safetensors`.
+    def save_pretrained(self, folder: Union[str, os.PathLike], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write the classifier, without the language model: `palp.json`, `head.safetensors` and a model card.
+
+        Args:
+            folder: Where to.
+            push_to_hub: Upload it as well.
+            **kwargs: Of `push_to_hub`, such as `repo_id`, `private` and `token`.
 
         Raises:
             NotFittedError: If it isn't fitted.
@@ -220,7 +229,15 @@ class PALPClassifier(ClassifierMixin, BaseEstimator):
             "demonstrations": [[self.task_.values(text), name] for text, name in self.demonstrations_],
         }
         head = {f"head.{name}": array for name, array in self.head_.arrays.items()}
-        saving.write(Path(folder), self.model, content, {"mean": self.mean_, "scale": self.scale_, **head})
+        arrays = {"mean": self.mean_, "scale": self.scale_, **head}
+        saving.write(Path(folder), self.model, content, arrays, self.model_card())
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(folder).name), **kwargs)
+
+    def model_card(self, token: Any = None, online: bool = False) -> Card:
+        """What `save_pretrained` and `push_to_hub` write into README.md; see `peft_ext.model_card`."""
+        check_is_fitted(self)
+        return palp_card(self, token, online)
 
     @classmethod
     def from_pretrained(
@@ -228,20 +245,23 @@ class PALPClassifier(ClassifierMixin, BaseEstimator):
         folder: Union[str, os.PathLike],
         model: Optional[Union[nn.Module, Extractor]] = None,
         tokenizer: Optional[PreTrainedTokenizerBase] = None,
+        **kwargs: Any,
     ) -> PALPClassifier:
         """Load what `save_pretrained` wrote.
 
         Args:
-            folder: The folder.
+            folder: The folder, or a repository of the hub.
             model: The language model it was fitted on; None: loaded by the name that the folder has.
             tokenizer: Its tokenizer; None: loaded by the same name.
+            **kwargs: Of `huggingface_hub.snapshot_download`, such as `revision` and `token`.
 
         Raises:
             FileNotFoundError: If there is no classifier in the folder.
             ValueError: If it is damaged, or belongs to another model; names both.
         """
-        content, arrays = saving.read(Path(folder))
-        model, tokenizer = saving.base_of(Path(folder), content["base_model"], model, tokenizer)
+        folder = fetched(folder, **kwargs)
+        content, arrays = saving.read(folder)
+        model, tokenizer = saving.base_of(folder, content["base_model"], model, tokenizer)
         words = dict(zip(content["classes"], content["words"]))
         classifier = cls(model, tokenizer, label_words=words, **content["params"])
         classifier.classes_ = np.array(content["classes"])

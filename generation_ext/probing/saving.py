@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,14 +20,17 @@ from peft_ext import models
 from peft_ext.files import written_whole
 from peft_ext.language_model import adapters_fingerprint, base_fingerprint, other_adapters
 from peft_ext.language_model import base_name as name_of
+from peft_ext.model_card import README, Card, write_card
 
 
 FORMAT = 1
 JSON, ARRAYS = "palp.json", "head.safetensors"
 
 
-def write(folder: Path, model: Any, content: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+def write(folder: Path, model: Any, content: Mapping[str, Any], arrays: Mapping[str, np.ndarray], card: Card) -> None:
     """Write what a classifier consists of, and which model it belongs to; `read` gives it back.
+
+    A model card that is there already is kept as `write_card` keeps it.
 
     Raises:
         FileExistsError: If the folder holds something else.
@@ -36,13 +40,17 @@ def write(folder: Path, model: Any, content: Mapping[str, Any], arrays: Mapping[
         fingerprints = {"fingerprint": base_fingerprint(model), "adapters": adapters_fingerprint(model)}
         base = {"name": name_of(model), **fingerprints}
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if folder.exists() and not (folder / JSON).is_file() and any(folder.iterdir()):
+    others = [path for path in folder.iterdir() if path.name != README] if folder.is_dir() else []
+    if folder.exists() and not (folder / JSON).is_file() and (others or not folder.is_dir()):
         raise FileExistsError(f"folder={str(folder)!r} holds something else; choose another one.")
     with written_whole(folder) as partial:
         partial.mkdir()
         whole = {"format": FORMAT, "base_model": base, **content}
         text = json.dumps(whole, indent=1, ensure_ascii=False, default=_plain)
         (partial / JSON).write_text(text + "\n", encoding="utf-8")
+        if (folder / README).is_file():
+            shutil.copy(folder / README, partial)
+        write_card(card, partial)
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial / ARRAYS)
 
 

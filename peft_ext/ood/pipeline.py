@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
-from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import PushToHubMixin
 
 from peft_ext.files import write_json
+from peft_ext.hub import fetched
 from peft_ext.language_model import unwrapped
+from peft_ext.model_card import README, Card, write_card
 from peft_ext.models import load
+from peft_ext.ood.card import ood_card
 from peft_ext.ood.classifier import PooledClassifier
 from peft_ext.ood.detectors import Detector, load_detector, make_detector
 from peft_ext.ood.features import extract
@@ -153,9 +155,16 @@ class OODPipeline(PushToHubMixin):
             "pooling": base.config.pooling if pooled else None,
             "layers": base.config.num_hidden_layers if pooled else None,
         }
+        # of the adapter alone, which nobody loads by itself
+        (folder / "model" / README).unlink(missing_ok=True)
+        write_card(self.model_card(), folder)
         write_json(folder / _CONFIG, config)  # last: a folder with it is whole
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+
+    def model_card(self, token: Any = None, online: bool = False) -> Card:
+        """What `save_pretrained` and `push_to_hub` write into README.md; see `peft_ext.model_card`."""
+        return ood_card(self, token, online)
 
     @classmethod
     def from_pretrained(
@@ -172,9 +181,7 @@ class OODPipeline(PushToHubMixin):
             FileNotFoundError: If a folder has no such file.
             ValueError: If it was written by a later version.
         """
-        folder = Path(name_or_path)
-        if not folder.is_dir():
-            folder = Path(snapshot_download(str(name_or_path), **kwargs))
+        folder = fetched(name_or_path, **kwargs)
         if not (folder / _CONFIG).is_file():
             raise FileNotFoundError(f"{str(folder)!r} has no {_CONFIG}, as OODPipeline.save_pretrained writes it.")
         config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
@@ -182,9 +189,13 @@ class OODPipeline(PushToHubMixin):
             raise ValueError(
                 f"{str(folder / _CONFIG)!r} has format {config.get('format')!r}; install a newer peft-ext."
             )
+        model, tokenizer = _load(folder / "model", config, model), AutoTokenizer.from_pretrained(folder / "tokenizer")
+        padding = unwrapped(model).config
+        if padding.pad_token_id is None:  # an adapter's files don't say what was set on its base
+            padding.pad_token_id = tokenizer.pad_token_id
         return cls(
-            _load(folder / "model", config, model),
-            AutoTokenizer.from_pretrained(folder / "tokenizer"),
+            model,
+            tokenizer,
             load_detector(folder / "detector"),
             config["threshold"],
             config["labels"],

@@ -318,10 +318,14 @@ def test_a_saved_critic_is_safetensors_and_json(tmp_path):
     trained = trainer(tmp_path / "run", save_strategy="steps", save_steps=5)
     trained.train()
     trained.save_model(str(tmp_path / "critic"))
-    assert sorted(path.name for path in (tmp_path / "critic").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "critic").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
     trained.save_model()
     files = {path.name for path in (tmp_path / "run").iterdir() if path.is_file()}
-    assert files == {"config.json", "model.safetensors"}
+    assert files == {"README.md", "config.json", "model.safetensors"}
     assert not list(tmp_path.rglob("training_args.bin"))
 
 

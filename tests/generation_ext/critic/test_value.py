@@ -113,7 +113,7 @@ def test_action_values_need_their_head_and_their_model(tmp_path):
 def test_save_and_load(tmp_path, name, kwargs):
     critic = random_critic(tiny(name), control_codes=["Space", "Law"], **kwargs)
     critic.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "config.json", "model.safetensors"}
     loaded = Critic.from_pretrained(tmp_path)
     assert loaded.config.control_codes == ["Space", "Law"]
     assert loaded.config.lora_layers == critic.config.lora_layers

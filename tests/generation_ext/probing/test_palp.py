@@ -69,7 +69,11 @@ def test_fits_predicts_and_comes_back_from_its_folder(head, demonstrations, tmp_
     assert head == "knn" or fitted.score(TEXTS, LABELS) > 0.7  # neighbours in a random model mean little
     assert (fitted.predict(TEXTS) == fitted.classes_[probabilities.argmax(1)]).all()
     fitted.save_pretrained(tmp_path / "palp")
-    assert sorted(path.name for path in (tmp_path / "palp").iterdir()) == ["head.safetensors", "palp.json"]
+    assert sorted(path.name for path in (tmp_path / "palp").iterdir()) == [
+        "README.md",
+        "head.safetensors",
+        "palp.json",
+    ]
     back = PALPClassifier.from_pretrained(tmp_path / "palp", model("llama"), tokenizer_for("llama"))
     np.testing.assert_array_equal(back.predict_proba(TEXTS), probabilities)
     np.testing.assert_array_equal(back.predict(TEXTS), fitted.predict(TEXTS))
