@@ -72,10 +72,10 @@ class BaseModel:
 
     @property
     def title(self) -> str:
-        """Its name for a heading; a folder's place is its owner's business."""
+        """Its name for a heading, or what it was made from; a folder's place is its owner's business."""
         if self.name is None:
             return "a model without a name"
-        return self.name if is_hub_id(self.name) else Path(self.name).name
+        return self.name if is_hub_id(self.name) else self.hub_id or Path(self.name).name
 
     def __str__(self) -> str:
         if self.name is None:
@@ -83,7 +83,7 @@ class BaseModel:
         if is_hub_id(self.name):
             return f"[{self.name}](https://huggingface.co/{self.name})"
         made_from = f", made from [{self.hub_id}](https://huggingface.co/{self.hub_id})" if self.hub_id else ""
-        return f"`{self.title}`{made_from}"
+        return f"`{Path(self.name).name}`{made_from}"
 
 
 @dataclass

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -17,7 +18,10 @@ from transformers.pytorch_utils import Conv1D
 from peft_ext.checkpoint.pack_quantized import is_packed
 from peft_ext.checkpoint.saving import make_saveable, take_over
 from peft_ext.commands.training_data import DataArguments, TrainingData
+from peft_ext.data import PYTHON_DOCS
 from peft_ext.files import written_whole
+from peft_ext.hub import is_hub_id
+from peft_ext.model_card import note_measured
 from peft_ext.models import DEFAULT_MODEL, copy_processor, load, load_config
 from peft_ext.perplexity import example_perplexity, padded
 from peft_ext.quant.conversion import packed_layers
@@ -149,15 +153,23 @@ def write_base(
     seconds = time.perf_counter() - start
     make_saveable(base, checkpoint_format)
     quantized = example_perplexity(base, held_out, progressbar=True)
+    figures = {"packed": quantized} if before is None else {"float": before, "packed": quantized}
+    note_measured(base, perplexity_of(args, held_out), **figures)
     with written_whole(folder) as partial:
+        tokenizer.save_pretrained(partial)  # first: the model's card then loads it from there
         base.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
         copy_processor(args.model, partial)
     return {
         "perplexity": {"float": before, "quantized": quantized},
         "bytes": {"float_model": float_bytes},
         "seconds": {"quantize": seconds},
     }
+
+
+def perplexity_of(args: PackedBaseArguments, held_out: Sequence[Any]) -> str:
+    """What a model card calls the perplexity on held-out examples; a file's place is its owner's business."""
+    data = args.data or PYTHON_DOCS
+    return f"perplexity on {len(held_out)} held-out rows of {data if is_hub_id(data) else Path(data).name}"
 
 
 def _calibration_batches(data: TrainingData, count: int) -> list[dict[str, Any]]:

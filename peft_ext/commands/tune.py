@@ -26,6 +26,7 @@ from peft_ext.commands.packed_base import (
     file_bytes,
     load_checked,
     number,
+    perplexity_of,
     write_base,
 )
 from peft_ext.commands.sft import TuneTrainingArguments, sft_trainer
@@ -33,7 +34,9 @@ from peft_ext.commands.training_data import TrainingData, training_data
 from peft_ext.data import PYTHON_DOCS
 from peft_ext.examples import TEXTS
 from peft_ext.files import write_json, written_whole
+from peft_ext.model_card import note_measured, write_card
 from peft_ext.models import load, load_tokenizer
+from peft_ext.packed_cards import adapter_card
 from peft_ext.perplexity import example_perplexity
 from peft_ext.quant.conversion import packed_layers
 from peft_ext.runs import RunFolder, last_checkpoint, read_settings
@@ -216,8 +219,12 @@ def _finish(
     model = trainer.accelerator.unwrap_model(trainer.model)
     held_out = data.held_out.examples[: args.held_out_blocks]
     tuned = example_perplexity(model, held_out, progressbar=True)
+    figures = {"float": before["perplexity"]["float"], "packed": before["perplexity"]["quantized"], "tuned": tuned}
+    figures = {name: value for name, value in figures.items() if value is not None}
+    note_measured(model, perplexity_of(args, held_out), **figures)
     with written_whole(run / "adapter") as folder:
         model.save_pretrained(folder)
+        write_card(adapter_card(model), folder)  # LoRA's, too
     history = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     runtime = next((e["train_runtime"] for e in reversed(trainer.state.log_history) if "train_runtime" in e), 0.0)
     with written_whole(run / "loss.png") as path:

@@ -18,7 +18,7 @@ from transformers.utils import PushToHubMixin
 from peft_ext.files import write_json
 from peft_ext.hub import fetched
 from peft_ext.language_model import unwrapped
-from peft_ext.model_card import README, Card, write_card
+from peft_ext.model_card import README, Card, note_measured, write_card
 from peft_ext.models import load
 from peft_ext.ood.card import ood_card
 from peft_ext.ood.classifier import PooledClassifier
@@ -94,8 +94,12 @@ class OODPipeline(PushToHubMixin):
         train = extract(model, tokenizer, texts, **options)
         detector = make_detector(detector).fit(train.features, train.logits, np.asarray(labels))
         validation = extract(model, tokenizer, validation_texts, **options)
-        threshold = threshold_for_recall(detector.score(validation.features, validation.logits), id_recall)
-        return cls(model, tokenizer, detector, threshold, **kwargs)
+        scores = detector.score(validation.features, validation.logits)
+        threshold = threshold_for_recall(scores, id_recall)
+        pipeline = cls(model, tokenizer, detector, threshold, **kwargs)
+        accepted = float((np.asarray(scores) >= threshold).mean())
+        note_measured(pipeline, f"share of {len(scores)} validation texts that is accepted", in_distribution=accepted)
+        return pipeline
 
     def __call__(self, inputs: Union[str, Sequence[str]]) -> Union[dict[str, Any], list[dict[str, Any]]]:
         """`{"label", "score", "in_distribution"}` of a text, or a list of these of several.

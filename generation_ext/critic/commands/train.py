@@ -27,6 +27,7 @@ from generation_ext.critic.training import CriticConfig, CriticTrainer
 from generation_ext.critic.value import Critic
 from peft_ext.command_line import ModelArguments
 from peft_ext.files import written_whole
+from peft_ext.model_card import note_measured
 from peft_ext.runs import RunFolder, drop_checkpoints, last_checkpoint
 
 
@@ -78,6 +79,10 @@ def main(argv: Sequence[str]) -> None:
     seconds = time.perf_counter() - start
     metrics = _measure(trainer, args, seconds)
     if trainer.is_world_process_zero():
+        names = ("explained_variance", "calibration_error")
+        figures = {name: metrics["evaluation"].get(f"eval_{name}") for name in names}
+        figures = {name.replace("_", " "): value for name, value in figures.items() if value is not None}
+        note_measured(critic, "V on roll-outs of held-out prompts", **figures)
         with written_whole(run / "critic") as folder:
             critic.save_pretrained(folder)
         run_folder.finish(finite(metrics))

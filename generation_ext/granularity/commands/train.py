@@ -26,6 +26,7 @@ from generation_ext.granularity.modeling import CDNPGConfig, CDNPGForConditional
 from generation_ext.granularity.tokenizer import train_tokenizer
 from generation_ext.granularity.training import paraphrase_trainer
 from peft_ext.files import written_whole
+from peft_ext.model_card import note_measured
 from peft_ext.runs import RunFolder, drop_checkpoints, last_checkpoint
 
 
@@ -86,6 +87,7 @@ def main(argv: Sequence[str]) -> None:
     trainer = paraphrase_trainer(model, tokenizer, _training(args, run), pairs, held_out)
     trainer.train(resume_from_checkpoint=last_checkpoint(run))
     metrics = {**trainer.evaluate(), "steps": trainer.state.global_step, "parameters": model.num_parameters()}
+    note_measured(model, f"loss on {len(held_out)} held-out pairs", trained=metrics["eval_loss"])
     with written_whole(run / "model") as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

@@ -18,6 +18,7 @@ from generation_ext.probing.commands.arguments import RUN, DataArguments, ModelA
 from generation_ext.probing.palp import NONE, PALPClassifier
 from generation_ext.prompts import Task
 from peft_ext.files import check_folder_writable, write_json
+from peft_ext.model_card import note_measured, write_card
 
 
 @dataclass
@@ -76,10 +77,14 @@ def main(argv: Sequence[str]) -> None:
     print(f"{len(texts)} texts of {len(classifier.classes_)} classes: classifier in {output}")
     for text, name in classifier.demonstrations_:
         print(f"  shown for {name}: {' / '.join(classifier.task_.values(text).values())}")
-    print(f"accuracy on the training texts: {100 * classifier.score(texts, labels):.1f} %")
+    training = float(classifier.score(texts, labels))
+    note_measured(classifier, f"accuracy on {len(texts)} training texts", share=training)
+    print(f"accuracy on the training texts: {100 * training:.1f} %")
     if validation is not None:
-        accuracy = np.mean(classifier.predict(validation[0]) == np.array(validation[1]))
+        accuracy = float(np.mean(classifier.predict(validation[0]) == np.array(validation[1])))
+        note_measured(classifier, f"accuracy on {len(validation[0])} validation texts", share=accuracy)
         print(f"accuracy on {args.validation}: {100 * accuracy:.1f} % of {len(validation[0])} texts")
+    write_card(classifier.model_card(), output)
     if not args.keep_features:
         shutil.rmtree(features, ignore_errors=True)
 
