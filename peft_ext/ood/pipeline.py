@@ -94,10 +94,10 @@ class OODPipeline(PushToHubMixin):
         train = extract(model, tokenizer, texts, **options)
         detector = make_detector(detector).fit(train.features, train.logits, np.asarray(labels))
         validation = extract(model, tokenizer, validation_texts, **options)
-        scores = detector.score(validation.features, validation.logits)
+        scores = np.asarray(detector.score(validation.features, validation.logits))
         threshold = threshold_for_recall(scores, id_recall)
         pipeline = cls(model, tokenizer, detector, threshold, **kwargs)
-        accepted = float((np.asarray(scores) >= threshold).mean())
+        accepted = float((scores >= threshold).mean())
         note_measured(pipeline, f"share of {len(scores)} validation texts that is accepted", in_distribution=accepted)
         return pipeline
 
