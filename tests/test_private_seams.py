@@ -50,6 +50,9 @@ SEAMS = {
         "_attn_implementation": "language_model, granularity: which attention runs, and what masks it takes",
         "_name_or_path": "everywhere: what the user called the model",
     },
+    "transformers.utils.PushToHubMixin": {
+        "_upload_modified_files(working_dir, repo_id)": "peft_ext.packed_cards: writes the card before it is uploaded",
+    },
     "transformers.PreTrainedModel": {
         "_can_set_attn_implementation": "shared_prefix: attention goes through transformers' interface",
         "_supports_attention_backend": "generation_ext.shared_prefix: masks of our own reach the layers",
