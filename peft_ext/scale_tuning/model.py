@@ -165,7 +165,7 @@ def check_targets(config: ScaleTuningConfig, model: nn.Module) -> dict[str, nn.M
     take_format_of_base(config, targets)
     for name, module in targets.items():
         check_target(module, config, name)
-    integers = all(isinstance(config.format_of(name), Uniform) for name in targets)
+    integers = config.number_format_cls is Uniform
     mixed_precision.check_room(model, targets, integers and not any(isinstance(m, Conv1D) for m in targets.values()))
     mixed_precision.let_gradients_through(model)
     return targets
