@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 from peft import LoraConfig, PeftConfig, get_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import SFTTrainer
 
 from peft_ext import AlphaTuningConfig, PeqaConfig
@@ -203,6 +203,7 @@ def _train(
 ) -> SFTTrainer:
     """Tune the packed base with TRL's SFTTrainer, from the last checkpoint if there is one."""
     base = load(str(run / "base"))
+    set_seed(training.seed)  # LoRA starts from random numbers
     model = get_peft_model(base, _adapter(args, base))
     checkpoints = run / "checkpoints"
     training.output_dir = str(checkpoints)
