@@ -9,11 +9,22 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_ext import saved_adapters
+from peft_ext.quant.replaceable import acts_linearly, bypassed_layers, foreign_weight
+
+
+# Why "all-linear" leaves a layer out: its weight is read by the module that it lies in, or its forward is another one.
+NOT_CALLED, NOT_LINEAR = "never called", "computes something else"
+# The heads that PEFT's models of these tasks train in full, by the ends of their names.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 @dataclass
@@ -77,6 +88,66 @@ def target_layers(config: PeftConfig, model: nn.Module) -> dict[str, nn.Module]:
         and not (tuner_layers and name.startswith(tuner_layers))
         and BaseTuner._check_target_module_exists(config, name)
     }
+
+
+def expand_all_linear(config: PeftConfig, model: nn.Module) -> dict[str, str]:
+    """Spell "all-linear" out in a config: PEFT's layers without heads that are trained in full and without those that an
+    adapter can't stand around, which are returned with the reason."""
+    _maybe_include_all_linear_layers(config, model)
+    left = left_out(model)
+    found: set[str] = set(config.target_modules)
+    config.target_modules = {name for name in found if name not in left and not _trained_in_full(config, name)}
+    return {name: reason for name, reason in left.items() if name in found}
+
+
+def left_out(model: nn.Module) -> dict[str, str]:
+    """The linear layers of a model that "all-linear" leaves as they are, by name, and why."""
+    reasons = {name: f"{NOT_CALLED} by {owner}" for name, owner in bypassed_layers(model).items()}
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, Conv1D)) or name in reasons or foreign_weight(module) is not None:
+            continue  # other libraries' are refused, each by its name
+        if not acts_linearly(module):
+            reasons[name] = f"{NOT_LINEAR}, a {type(module).__name__}"
+    return reasons
+
+
+def check_called(targets: dict[str, nn.Module], model: nn.Module) -> None:
+    """Refuse targets whose adapters would have no part in training: layers that the model never calls.
+
+    Raises:
+        ValueError: Names the first of them, the module that reads its weight and the way out.
+    """
+    for name, owner in bypassed_layers(model).items():
+        if name in targets:
+            raise ValueError(
+                f"Target module {name!r} is never called: {owner} reads its weight instead, so an adapter there would get no "
+                "gradient and act only once it is merged. Leave it out of `target_modules` or name it in "
+                f"`exclude_modules` (exclude_modules=[{name.rpartition('.')[2]!r}])."
+            )
+
+
+def check_weights_stay(model: nn.Module) -> None:
+    """Refuse a model that changes its layers' weights between training and inference, which packed ones can't be.
+
+    Raises:
+        ValueError: Says which setting of RWKV's does it.
+    """
+    config = getattr(model, "config", None)
+    if (getattr(config, "rescale_every", None) or 0) > 0:
+        raise ValueError(
+            f"{type(model).__name__} divides its layers' weights for inference (rescale_every={config.rescale_every}), and "  # type: ignore[union-attr]
+            "packed codes are never changed: load it with from_pretrained(..., rescale_every=0), which computes the same "
+            "without it."
+        )
+
+
+def _trained_in_full(config: PeftConfig, name: str) -> bool:
+    """Whether a layer is, or lies in, a module that PEFT will train whole."""
+    task = getattr(config.task_type, "value", config.task_type)
+    keys = (*(config.modules_to_save or ()), *_HEADS.get(task or "", ()))
+    parts = name.split(".")
+    paths = [".".join(parts[: end + 1]) for end in range(len(parts))]
+    return any(path.endswith(key) for path in paths for key in keys)
 
 
 def check_supported(name: str, module: nn.Module) -> None:

@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from peft_ext.bottleneck.config import BottleneckConfig
 from peft_ext.bottleneck.layer import CANNOT_MERGE, BottleneckLinear
 from peft_ext.bottleneck.targets import TARGET_MODULES
-from peft_ext.targets import check_supported, target_layers
+from peft_ext.targets import check_called, check_supported, expand_all_linear, target_layers
 from peft_ext.tuner import TunerModel
 
 
@@ -72,8 +73,11 @@ class BottleneckModel(TunerModel):
     def _prepare_model(self, peft_config: BottleneckConfig, model: nn.Module) -> None:
         """Check every target before any is changed."""
         if isinstance(peft_config.target_modules, str) and peft_config.target_modules.lower() == "all-linear":
-            _maybe_include_all_linear_layers(peft_config, model)
-        for name, module in target_layers(peft_config, model).items():
+            for name, reason in expand_all_linear(peft_config, model).items():
+                warnings.warn(f"target_modules='all-linear' leaves {name!r} as it is: {reason}.", stacklevel=2)
+        targets = target_layers(peft_config, model)
+        check_called(targets, model)
+        for name, module in targets.items():
             check_supported(name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module)
 
     def _check_merge_allowed(self) -> None:

@@ -42,6 +42,7 @@ from peft_ext.quant.conversion import (
 from peft_ext.quant.formats import BinaryCoding, NumberFormat, Uniform, check_number_format, group_size_of, groups_of
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.packing import TILE_ROWS
+from peft_ext.quant.replaceable import acts_linearly
 
 
 QUANT_METHOD = "bcq"
@@ -160,7 +161,7 @@ class BcqHfQuantizer(HfQuantizer):
             model, config.modules_to_not_convert, model._keep_in_fp32_modules, add_default_skips=True
         )
         for name, module in model.named_modules():
-            if isinstance(module, LINEAR_LAYERS) and should_convert_module(name, skipped):
+            if isinstance(module, LINEAR_LAYERS) and acts_linearly(module) and should_convert_module(name, skipped):
                 check_layer(name, module, config.format_of(name))
                 self.targets[name] = config.format_of(name)
         if not self.targets:

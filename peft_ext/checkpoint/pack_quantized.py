@@ -40,10 +40,11 @@ from peft_ext.checkpoint.files import (
     tensors_of,
     weight_files,
 )
-from peft_ext.checkpoint.stock_loading import loads_without_weights
+from peft_ext.checkpoint.stock_loading import is_rebuilt, loads_without_weights
 from peft_ext.quant.conversion import dequantize_layers, float_layers, packed_layers, replace_layer
 from peft_ext.quant.formats import Uniform
 from peft_ext.quant.linear import PackedLinear
+from peft_ext.quant.replaceable import acts_linearly
 from peft_ext.quant.uniform import UNIFORM_BITS, Quantized
 
 
@@ -206,7 +207,9 @@ def restore(model: nn.Module) -> None:
     own_bits, changed = config.get(OWN_BITS) or {}, []
     for name, key in names_in_model(model, stored_layers(headers, "weight_packed")).items():
         module = model.get_submodule(name)
-        if type(module) is not nn.Linear or module.weight.device.type == "meta":
+        # a subclass, such as Falcon's, was packed where it computes the same
+        plain = isinstance(module, nn.Linear) and not is_packed(module) and acts_linearly(module)
+        if not plain or module.weight.device.type == "meta":
             continue
         found = tensors_of(headers, key, TENSORS)
         tensors = {part: read_tensor(header, f"{key}.{part}") for part, header in found.items()}
@@ -366,7 +369,7 @@ def can_store(model: PreTrainedModel) -> bool:
     layers = packed_layers(model)
     uniform = all(isinstance(layer.number_format, Uniform) and not layer.conv1d for layer in layers.values())
     merged = any(isinstance(entry, WeightConverter) for entry in get_model_conversion_mapping(model))
-    return uniform and not merged and len(group_sizes(layers)) == 1
+    return uniform and not merged and len(group_sizes(layers)) == 1 and not is_rebuilt(model)
 
 
 def group_sizes(layers: dict[str, PackedLinear]) -> set[int]:

@@ -14,6 +14,8 @@ from collections.abc import Iterable
 import torch
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
+from transformers.utils.quantization_config import QuantizationMethod
 
 
 def loads_without_weights(model: PreTrainedModel, layers: Iterable[str]) -> bool:
@@ -35,6 +37,15 @@ def loads_without_weights(model: PreTrainedModel, layers: Iterable[str]) -> bool
     except Exception:  # whatever it is that the model's own code raises: the loader would end in it
         return False
     return True
+
+
+def is_rebuilt(model: PreTrainedModel) -> bool:
+    """Whether transformers puts other modules into a model of this class before it loads a compressed-tensors checkpoint.
+
+    Llama 4's experts become one module each, and the fused tensors that we save would be found by none of them.
+    """
+    patches = [MODULES_TO_PATCH_FOR_QUANTIZATION.get(type(module).__name__) for module in model.modules()]
+    return any(QuantizationMethod.COMPRESSED_TENSORS in patch["quantization_methods"] for patch in patches if patch)
 
 
 def _skeleton(model: PreTrainedModel) -> PreTrainedModel:

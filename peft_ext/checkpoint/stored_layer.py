@@ -166,12 +166,18 @@ def _is_head(key: str) -> bool:
 
 
 def untie(model: PreTrainedModel, layers: Iterable[str]) -> None:
-    """Give these layers weights of their own, whatever the model's config says of tied embeddings."""
+    """Give these layers weights of their own, whatever the model's config says of tied embeddings.
+
+    Where the output layer isn't among them, the embeddings stay tied (Zamba ties whole blocks).
+    """
     inside = tuple(f"{name}." for name in layers)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     kept = {key: value for key, value in tied.items() if not key.startswith(inside) and not value.startswith(inside)}
-    if len(kept) < len(tied):
-        model.all_tied_weights_keys = kept
+    if len(kept) == len(tied):
+        return
+    model.all_tied_weights_keys = kept
+    output = model.get_output_embeddings()
+    if any(module is output for name, module in model.named_modules() if f"{name}." in inside):
         for config in (model.config, model.config.get_text_config()):
             if getattr(config, "tie_word_embeddings", False):
                 config.tie_word_embeddings = False

@@ -7,7 +7,7 @@ import warnings
 from typing import Any, Optional
 
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
@@ -18,12 +18,13 @@ from peft_ext.modalities import other_parts, part_of
 from peft_ext.quant.conversion import dequantize_layers
 from peft_ext.quant.formats import CALIBRATED, Uniform
 from peft_ext.quant.linear import PackedLinear
+from peft_ext.quant.replaceable import bypassed_layers
 from peft_ext.scale_tuning import adapter_file
 from peft_ext.scale_tuning.config import ScaleTuningConfig
 from peft_ext.scale_tuning.layer import Mixture, ScaleTuningLinear
 from peft_ext.scale_tuning.quantization import check_target, free_weight, pack_layer, take_format_of_base
 from peft_ext.scale_tuning.report import announce
-from peft_ext.targets import target_layers
+from peft_ext.targets import check_called, check_weights_stay, expand_all_linear, target_layers
 from peft_ext.tuner import TunerModel
 
 
@@ -67,7 +68,9 @@ class ScaleTuningModel(TunerModel):
         return self.tuner_layer_cls(pack_layer(target, peft_config, name), adapter_name, peft_config)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(new_module, (ScaleTuningLinear, PackedLinear)):
+        if isinstance(child, AuxiliaryTrainingWrapper):
+            setattr(parent, child_name, new_module)  # a module that was trained in full; it needn't have a weight
+        elif isinstance(new_module, (ScaleTuningLinear, PackedLinear)):
             # made on the right device, with a weight of its own; PEFT's version would copy the float weight over
             setattr(parent, child_name, new_module)
             free_weight(child, self.model)
@@ -159,9 +162,12 @@ def check_targets(config: ScaleTuningConfig, model: nn.Module) -> dict[str, nn.M
     Raises:
         ValueError: If a layer can't be tuned under this config; names it.
     """
+    check_weights_stay(model)
     pack_quantized.restore(model)
     resolve_all_linear(config, model)
     targets = target_layers(config, model)
+    if not config.inference_mode:  # an earlier release's adapter holds such layers too, as they were
+        check_called(targets, model)
     take_format_of_base(config, targets)
     for name, module in targets.items():
         check_target(module, config, name)
@@ -202,9 +208,10 @@ def resolve_all_linear(config: ScaleTuningConfig, model: nn.Module) -> None:
     }
     if packed:
         inner = {f"{name}.base_layer" for name in packed}
-        config.target_modules = packed - inner  # type: ignore[assignment]  # PEFT, too, keeps a set here
+        tunable = packed - inner - set(bypassed_layers(model))
+        config.target_modules = tunable  # type: ignore[assignment]  # PEFT, too, keeps a set here
     else:
-        _maybe_include_all_linear_layers(config, model)
+        expand_all_linear(config, model)
         parts = other_parts(model)
         if parts:
             config.target_modules = {name for name in config.target_modules or () if part_of(name, parts) is None}  # type: ignore[assignment]

@@ -18,6 +18,7 @@ from peft_ext.checkpoint import pack_quantized
 from peft_ext.quant.conversion import LINEAR_LAYERS, check_layer, quantize_layer
 from peft_ext.quant.formats import CALIBRATED, NumberFormat, same_format
 from peft_ext.quant.linear import PackedLinear
+from peft_ext.quant.replaceable import acts_linearly, check_own_weight
 from peft_ext.scale_tuning.config import BASE, DEFAULT_BITS, DEFAULT_GROUP_SIZE, ScaleTuningConfig
 from peft_ext.targets import check_supported
 
@@ -153,10 +154,12 @@ def _is_offloaded(module: nn.Module) -> bool:
 
 
 def _check_float_layer(module: Any, config: ScaleTuningConfig, name: str) -> None:
+    check_own_weight(name, module)
     weight = module.weight
-    if not weight.is_floating_point():
+    if not acts_linearly(module):
         raise ValueError(
-            f"layer {name!r} has a {weight.dtype} weight in a format that is unknown here; load the float model."
+            f"layer {name!r} is a {type(module).__name__}, whose forward computes something else than a linear layer, which a "
+            "packed one can't; leave it out of `target_modules` or name it in `exclude_modules`."
         )
     check_layer(name, module, config.format_of(name))
     if weight.device.type != "meta" and not torch.isfinite(weight).all():

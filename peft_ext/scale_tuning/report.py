@@ -22,6 +22,7 @@ from peft_ext.quant.conversion import LINEAR_LAYERS
 from peft_ext.quant.formats import CALIBRATED, NumberFormat
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.tables import mebibytes
+from peft_ext.targets import left_out
 
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,8 @@ class Report:
         packed (`dict`): The packed layers, by name.
         left (`dict`): The layers that could be packed by their kind and are float, by name, with the reason:
             `"output layer"`, `"head"`, `"trained in full"` (of `modules_to_save`), `"vision tower"`, `"audio tower"`,
-            `"projector"`, `"router"`, `"fused experts"`, or `"no target"`.
+            `"projector"`, `"router"`, `"fused experts"`, `"never called by MambaMixer"` (which reads the layer's weight),
+            `"computes something else, a ..."` (a layer that looks linear only), or `"no target"`.
         tuned (`list`): The packed layers that have an adapter.
         other_bytes (`int`): Bytes of everything else: embeddings, norms, convolutions, adapters.
     """
@@ -207,6 +209,7 @@ class _Reasons:
     def __init__(self, base: nn.Module) -> None:
         self.parts = other_parts(base)
         self.output = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
+        self.unfit = left_out(base)
         modules = base.named_modules()
         self.trained = tuple(f"{name}." for name, module in modules if isinstance(module, AuxiliaryTrainingWrapper))
 
@@ -223,7 +226,7 @@ class _Reasons:
             return ROUTER
         if name.rpartition(".")[2] in SEQ_CLS_HEAD_NAMES:
             return HEAD
-        return OTHER
+        return self.unfit.get(name, OTHER)
 
 
 def _part(module: nn.Module, name: str, reasons: _Reasons) -> PackedPart | FloatPart | None:

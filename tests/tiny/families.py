@@ -90,7 +90,7 @@ class Family(NamedTuple):
     config: str
     fields: dict[str, Any]
     auto_class: str
-    inputs: str  # a function below: _tokens, _seq2seq, _labelled, _images, _audio
+    inputs: str  # a key of _INPUTS below
 
 
 def _causal(config: str, **fields: Any) -> Family:
@@ -227,10 +227,11 @@ FAMILIES: dict[str, Family] = {
         mamba_dt_rank=16,
         use_mamba_kernels=False,
         layers_block_type=["mamba", "hybrid", "mamba", "mamba", "hybrid"],
+        num_key_value_heads=HEADS,
     ),
     "zamba2": _causal(
         "Zamba2Config",
-        num_hidden_layers=3,
+        num_hidden_layers=4,
         mamba_d_state=8,
         mamba_headdim=16,
         n_mamba_heads=4,
@@ -238,8 +239,8 @@ FAMILIES: dict[str, Family] = {
         chunk_size=8,
         adapter_rank=16,
         use_mem_rope=False,
-        layers_block_type=["mamba", "hybrid", "mamba"],
-        hybrid_layer_ids=[1],
+        layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
+        hybrid_layer_ids=[1, 3],
         num_mem_blocks=1,
         use_mamba_kernels=False,
     ),
@@ -264,7 +265,7 @@ FAMILIES: dict[str, Family] = {
         mamba_n_groups=1,
         mamba_chunk_size=8,
     ),
-    "rwkv": _causal("RwkvConfig", context_length=64, attention_hidden_size=HIDDEN),
+    "rwkv": _causal("RwkvConfig", context_length=64, attention_hidden_size=HIDDEN, rescale_every=0),
     "qwen3_next": _causal(
         "Qwen3NextConfig",
         **_GROUPED,
@@ -330,8 +331,10 @@ FAMILIES: dict[str, Family] = {
             ("blenderbot", "BlenderbotConfig"),
         ]
     },
-    "led": _seq2seq(
+    "led": _exact(
         "LEDConfig",
+        "AutoModelForSeq2SeqLM",
+        "seq2seq_global",
         **_BART_SIZES,
         attention_window=[4, 4],
         max_encoder_position_embeddings=64,
@@ -474,6 +477,12 @@ def _seq2seq_batch(model: Any) -> dict[str, torch.Tensor]:
     return {**_token_batch(), "labels": torch.tensor([[4, 11, 2], [52, 9, 2], [31, 7, 2]])}
 
 
+def _seq2seq_global(model: Any) -> dict[str, torch.Tensor]:
+    """With tokens that see all others (LED has layers for these alone)."""
+    found = _seq2seq_batch(model)
+    return {**found, "global_attention_mask": torch.eye(8, dtype=torch.long)[:3]}
+
+
 def _labelled(model: Any) -> dict[str, torch.Tensor]:
     return {**_token_batch(), "labels": torch.tensor([0, 2, 1])}
 
@@ -493,6 +502,7 @@ def _images(model: Any) -> dict[str, torch.Tensor]:
 _INPUTS: dict[str, Callable[[Any], dict[str, torch.Tensor]]] = {
     "tokens": _tokens,
     "seq2seq": _seq2seq_batch,
+    "seq2seq_global": _seq2seq_global,
     "labelled": _labelled,
     "audio": _audio,
     "images": _images,
@@ -522,6 +532,6 @@ def batch(name: str, labels: bool = False) -> dict[str, torch.Tensor]:
     if labels:
         return found
     given = found.pop("labels")
-    if FAMILIES[name].inputs in ("seq2seq", "audio"):
+    if FAMILIES[name].inputs in ("seq2seq", "seq2seq_global", "audio"):
         found["decoder_input_ids"] = given
     return found
