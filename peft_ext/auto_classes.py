@@ -69,7 +69,7 @@ def _goes_packed(config: Any, kwargs: dict[str, Any]) -> bool:
         stored = stored_quantization(config.base_model_name_or_path, **{**kwargs, "revision": config.revision})
     except OSError:  # PEFT's own way says what is missing
         return False
-    if stored is None:
+    if stored is None or kwargs.get("quantization_config") is not None:
         return False
     return config.peft_type.value in TUNERS or not _stock_loads(stored)
 

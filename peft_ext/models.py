@@ -289,7 +289,7 @@ def _load_base(source: ModelSource, kind: str, dtype: Any, kwargs: dict[str, Any
             return model.base_model if kind == "encoder" else _classifier_on(model, num_labels)
         return KINDS[kind].from_pretrained(source.name_or_path, dtype=dtype, **kwargs)
     auto_class = _auto_class(kind, source.name_or_path, kwargs)
-    if stored_quantization(source.name_or_path, **kwargs) is not None:
+    if "quantization_config" not in kwargs and stored_quantization(source.name_or_path, **kwargs) is not None:
         return load_packed(source.name_or_path, auto_class, dtype=dtype, **kwargs)
     return auto_class.from_pretrained(source.name_or_path, dtype=dtype, **kwargs)
 

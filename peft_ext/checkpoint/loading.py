@@ -8,6 +8,7 @@ of ours instead (`packed-gptq`, `packed-awq`, `packed-compressed-tensors`), whic
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any, Optional
 
@@ -41,6 +42,10 @@ def load_packed(
             ordered by activation, groups of unequal sizes, damaged tensors); names the layer.
         OSError: If it can't be found.
     """
+    if kwargs.get("quantization_config") is not None:
+        raise ValueError(
+            "quantization_config is the checkpoint's own in load_packed; leave it out, or use from_pretrained."
+        )
     config, rest = _config(pretrained_model_name_or_path, kwargs)
     stored = _stored(config, pretrained_model_name_or_path, rest)
     method = stored.get("quant_method")
@@ -145,6 +150,17 @@ def _compressed_tensors(stored: dict[str, Any]) -> dict[str, Any]:
             f"the checkpoint's format is {stored.get('format')!r}, and none of its config_groups packs integers without "
             "quantising activations, which is what packed layers hold. Load it with from_pretrained, or start from the float "
             "model."
+        )
+    if (stored.get("transform_config") or {}).get("config_groups"):
+        raise ValueError(
+            "the checkpoint rotates weights and activations while it runs (transform_config), which packed layers don't. Use "
+            "a checkpoint without transforms (SpinQuant, QuIP), or start from the float model."
+        )
+    if stored.get("kv_cache_scheme"):
+        warnings.warn(
+            "kv_cache_scheme of the checkpoint's config.json, which serving engines quantise keys and values by, isn't kept: "
+            "a checkpoint that is saved from this model has none.",
+            stacklevel=3,
         )
     return {**stored, "quant_method": pack_quantized_loading.QUANT_METHOD}
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Optional
 
 from torch import nn
@@ -38,7 +39,7 @@ def make_saveable(
         return
     if packed_layers(model):
         _take_over_the_rest(model)
-        _untie(model)
+        untie(model, packed_layers(model))
         model.hf_quantizer = _writer(model, checkpoint_format, container_bits)
     elif any(pack_quantized.is_compressed(module) for module in model.modules()):
         model.hf_quantizer = mixed_precision.MixedPrecisionWriter(model)
@@ -87,18 +88,22 @@ def _take_over_the_rest(model: nn.Module) -> None:
     pack_quantized.release_hook(model)
 
 
-def _untie(model: PreTrainedModel) -> None:
-    """A packed output layer has a weight of its own, whatever the config said before."""
-    if not isinstance(model.get_output_embeddings(), PackedLinear):
-        return
-    for config in (model.config, model.config.get_text_config()):
-        if getattr(config, "tie_word_embeddings", False):
-            config.tie_word_embeddings = False
-    packed = tuple(f"{name}." for name in packed_layers(model))
+def untie(model: PreTrainedModel, layers: Iterable[str]) -> None:
+    """Give these layers weights of their own, whatever the model's config says of tied embeddings.
+
+    Where the output layer isn't among them, the embeddings stay tied (Zamba ties whole blocks).
+    """
+    names = set(layers)
+    inside = tuple(f"{name}." for name in names)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     model.all_tied_weights_keys = {
-        key: value for key, value in tied.items() if not key.startswith(packed) and not value.startswith(packed)
+        key: value for key, value in tied.items() if not key.startswith(inside) and not value.startswith(inside)
     }
+    output = model.get_output_embeddings()
+    if any(module is output for name, module in model.named_modules() if name in names):
+        for config in (model.config, model.config.get_text_config()):
+            if getattr(config, "tie_word_embeddings", False):
+                config.tie_word_embeddings = False
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:

@@ -7,7 +7,7 @@ import ctypes
 import mmap
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Optional
 
 import torch
@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 
 from peft_ext.checkpoint.files import TensorHeader, names_in_model, read_headers, stored_layers
-from peft_ext.checkpoint.saving import make_saveable
+from peft_ext.checkpoint.saving import make_saveable, untie
 from peft_ext.quant.conversion import LINEAR_LAYERS, replace_layer, weight_of
 from peft_ext.quant.linear import PackedLinear
 
@@ -163,24 +163,6 @@ def linear_layers_of(model: PreTrainedModel, stored: list[str]) -> dict[str, str
 def _is_head(key: str) -> bool:
     """Whether a layer lies outside of a model's numbered blocks."""
     return not any(part.isdigit() for part in key.split("."))
-
-
-def untie(model: PreTrainedModel, layers: Iterable[str]) -> None:
-    """Give these layers weights of their own, whatever the model's config says of tied embeddings.
-
-    Where the output layer isn't among them, the embeddings stay tied (Zamba ties whole blocks).
-    """
-    inside = tuple(f"{name}." for name in layers)
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    kept = {key: value for key, value in tied.items() if not key.startswith(inside) and not value.startswith(inside)}
-    if len(kept) == len(tied):
-        return
-    model.all_tied_weights_keys = kept
-    output = model.get_output_embeddings()
-    if any(module is output for name, module in model.named_modules() if f"{name}." in inside):
-        for config in (model.config, model.config.get_text_config()):
-            if getattr(config, "tie_word_embeddings", False):
-                config.tie_word_embeddings = False
 
 
 def pack_stored_layers(model: nn.Module) -> None:

@@ -16,6 +16,7 @@ from peft import (
 )
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -248,6 +249,17 @@ def test_what_is_no_packed_integer(group, match, tmp_path):
         load_packed(tmp_path)
 
 
+def test_what_a_config_says_besides(tmp_path):
+    made = tensors(tmp_path)
+    cache = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+    edit_quantization(tmp_path, kv_cache_scheme=cache, transform_config={})
+    with pytest.warns(UserWarning, match="kv_cache_scheme.*isn't kept"):
+        made.check(load_packed(tmp_path))
+    edit_quantization(tmp_path, transform_config={"config_groups": {"u": {"type": "hadamard", "apply": []}}})
+    with pytest.raises(ValueError, match="rotates weights and activations.*without transforms"):
+        load_packed(tmp_path)
+
+
 @pytest.mark.parametrize("part", ["weight_scale", "weight_zero_point", "weight_shape"])
 def test_tensors_that_are_missing(part, tmp_path):
     tensors(tmp_path)
@@ -461,6 +473,24 @@ def test_what_is_not_packed_or_of_another_method(tmp_path):
         load_packed(tmp_path)
     with pytest.raises(OSError):
         load_packed("nothing/there")
+
+
+def test_a_quantization_config_of_the_caller_s_own(tmp_path):
+    """Who asks stock transformers for floats gets them."""
+    tensors(tmp_path)
+    config = CompressedTensorsConfig(dequantize=True)
+    with pytest.raises(ValueError, match="quantization_config is the checkpoint's own.*from_pretrained"):
+        load_packed(tmp_path, quantization_config=config)
+    assert not packed_layers(load(str(tmp_path), quantization_config=config))
+
+
+def test_a_config_and_a_device_map_of_the_caller_s_own(tmp_path):
+    made = awq(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.attention_dropout = 0.25
+    model = load_packed(tmp_path, config=config, device_map="cpu")
+    made.check(model)
+    assert model.config.attention_dropout == 0.25 and config.quantization_config["quant_method"] == "awq"
 
 
 def test_its_first_name():

@@ -132,7 +132,9 @@ def test_what_stock_made_floats_of_and_was_changed_since_stays_float_with_a_word
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     changed = "model.layers.1.mlp.up_proj"
     loaded.get_submodule(changed).weight.data[0, 0] += 1
-    with pytest.warns(UserWarning, match=f"1 layers of the packed checkpoint, such as '{changed}', have other weights"):
+    with pytest.warns(
+        UserWarning, match=f"1 layers of the packed checkpoint, such as '{changed}', have other weights"
+    ):
         model = get_peft_model(loaded, PeqaConfig(bits=4))
     assert set(_codes(base)) - {name for name in _codes(model.get_base_model())} == {changed}
     assert type(loaded.get_submodule(changed)) is torch.nn.Linear
