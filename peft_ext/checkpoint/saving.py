@@ -12,7 +12,6 @@ from transformers.quantizers.base import HfQuantizer
 
 from peft_ext.checkpoint import bcq, mixed_precision, pack_quantized
 from peft_ext.quant.conversion import packed_layers, replace_layer
-from peft_ext.quant.linear import PackedLinear
 
 
 FORMATS = ("pack-quantized", "bcq")
