@@ -76,6 +76,17 @@ SEAMS = {
     "transformers.core_model_loading.convert_and_load_state_dict_in_model": {
         "items": "peft_ext.scale_tuning: a state dict is asked for its items once the adapter's layers are there",
     },
+    "transformers.modeling_utils.PreTrainedModel": {
+        "get_encoder(modality)": "peft_ext.modalities: which part sees, which hears",
+        "get_decoder()": "peft_ext.modalities: the language model beside them",
+        "input_modalities": "peft_ext.modalities: parts that read no text",
+    },
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLModel": {
+        "rope_deltas": "peft_ext.scale_tuning: calibrate leaves no positions behind",
+    },
+    "transformers.models.auto.modeling_auto": {
+        "MODEL_FOR_MULTIMODAL_LM_MAPPING": "peft_ext.models: which class loads models that see or hear",
+    },
     "transformers.configuration_utils": {
         "_is_quantized": "peft_ext.checkpoint: a dequantised model is an ordinary one again",
     },
@@ -156,6 +167,7 @@ SEAMS = {
     },
     "peft.tuners.tuners_utils": {
         "_maybe_include_all_linear_layers": "our tuners: 'all-linear'",
+        "SEQ_CLS_HEAD_NAMES": "peft_ext.modalities, scale_tuning: heads of classifiers",
         "_get_in_out_features": "peft_ext.bottleneck: sizes of any linear layer",
     },
     "peft.utils.other": {
