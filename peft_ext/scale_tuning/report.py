@@ -1,5 +1,5 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""What of a model is packed, what stayed float and why, and how the codes were found; as an object, and as one line."""
+"""What of a model is packed, what isn't and why, and how the codes were found; as an object, and as one line."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from peft_ext.modalities import PARTS, other_parts, part_of
 from peft_ext.quant.conversion import LINEAR_LAYERS
 from peft_ext.quant.formats import CALIBRATED, NumberFormat
 from peft_ext.quant.linear import PackedLinear
+from peft_ext.quant.replaceable import foreign_weight
 from peft_ext.tables import mebibytes
 from peft_ext.targets import left_out
 
@@ -35,7 +36,7 @@ OUTPUT, HEAD, TRAINED, ROUTER, EXPERTS, OTHER = (
     "fused experts",
     "no target",
 )
-KEPT = "stored in another format, which is kept"
+KEPT, FOREIGN = "stored in another format, which is kept", "quantised by others"
 # What everybody expects to stay float.
 _EXPECTED = (OUTPUT, HEAD, TRAINED, OTHER)
 _SHOWN = 3
@@ -52,8 +53,8 @@ class PackedPart(NamedTuple):
     origin: Optional[str]
 
 
-class FloatPart(NamedTuple):
-    """A layer that is float: why, how many numbers its weight has, and the bytes that it takes."""
+class LeftPart(NamedTuple):
+    """A layer that isn't packed here: why, how many numbers its weight has, and the bytes that it takes."""
 
     reason: str
     weights: int
@@ -67,16 +68,17 @@ class Report:
 
     Attributes:
         packed (`dict`): The packed layers, by name.
-        left (`dict`): The layers that could be packed by their kind and are float, by name, with the reason:
+        left (`dict`): The layers that could be packed by their kind and aren't, by name, with the reason:
             `"output layer"`, `"head"`, `"trained in full"` (of `modules_to_save`), `"vision tower"`, `"audio tower"`,
             `"projector"`, `"router"`, `"fused experts"`, `"never called by MambaMixer"` (which reads the layer's weight),
-            `"computes something else, a ..."` (a layer that looks linear only), or `"no target"`.
+            `"computes something else, a ..."` (a layer that looks linear only), `"quantised by others"`, or `"no target"`.
+            All but those of others are float.
         tuned (`list`): The packed layers that have an adapter.
         other_bytes (`int`): Bytes of everything else: embeddings, norms, convolutions, adapters.
     """
 
     packed: Mapping[str, PackedPart]
-    left: Mapping[str, FloatPart]
+    left: Mapping[str, LeftPart]
     tuned: list[str] = field(default_factory=list)
     other_bytes: int = 0
 
@@ -86,14 +88,14 @@ class Report:
         return sum(part.nbytes for part in self.packed.values())
 
     @property
-    def float_bytes(self) -> int:
-        """Bytes of the layers that are left float."""
+    def left_bytes(self) -> int:
+        """Bytes of the layers that are left."""
         return sum(part.nbytes for part in self.left.values())
 
     @property
     def nbytes(self) -> int:
         """Bytes of the whole model."""
-        return self.packed_bytes + self.float_bytes + self.other_bytes
+        return self.packed_bytes + self.left_bytes + self.other_bytes
 
     @property
     def bits_per_weight(self) -> float:
@@ -110,9 +112,9 @@ class Report:
 
     @property
     def summary(self) -> str:
-        """One line, such as `packed 24 of 26 linear layers; left float: lm_head (output layer), vision tower x12`."""
+        """One line, such as `packed 24 of 26 linear layers; left: lm_head (output layer), vision tower x12`."""
         line = f"packed {len(self.packed)} of {len(self.packed) + len(self.left)} linear layers"
-        return f"{line}; left float: {_counted(self.left)}" if self.left else line
+        return f"{line}; left: {_counted(self.left)}" if self.left else line
 
     def __str__(self) -> str:
         lines = [self.summary]
@@ -123,17 +125,17 @@ class Report:
         for reason in dict.fromkeys(part.reason for part in self.left.values()):
             names = [name for name, part in self.left.items() if part.reason == reason]
             size = mebibytes(sum(self.left[name].nbytes for name in names))
-            lines.append(f"  float, {reason}: {_listed(names)}, {size}")
+            lines.append(f"  left, {reason}: {_listed(names)}, {size}")
         if self.uncalibrated:
             lines.append(f"  without calibration data: {_listed(self.uncalibrated)}")
-        sizes = (self.packed_bytes, self.float_bytes, self.other_bytes, self.nbytes)
-        lines.append("  packed {}, float layers {}, everything else {}; {} in all".format(*map(mebibytes, sizes)))
+        sizes = (self.packed_bytes, self.left_bytes, self.other_bytes, self.nbytes)
+        lines.append("  packed {}, left {}, everything else {}; {} in all".format(*map(mebibytes, sizes)))
         return "\n".join(lines)
 
 
 def report(model: nn.Module) -> Report:
     """
-    Look over a model: which of its linear layers are packed, in what format and from what data, and which are float.
+    Look over a model: which of its linear layers are packed, in what format and from what data, and which aren't.
 
     Args:
         model (`nn.Module`):
@@ -154,7 +156,7 @@ def report(model: nn.Module) -> Report:
     reasons = _Reasons(base)
     wrappers = {name for name, module in base.named_modules() if isinstance(module, _WRAPPERS)}
     packed: dict[str, PackedPart] = {}
-    left: dict[str, FloatPart] = {}
+    left: dict[str, LeftPart] = {}
     counted: set[int] = set()
     tuned: list[str] = []
     for full_name, module in base.named_modules():
@@ -217,6 +219,8 @@ class _Reasons:
         """The reason; `name`: the module's."""
         if f"{name}.".startswith(self.trained):
             return TRAINED
+        if foreign_weight(module) is not None:
+            return FOREIGN
         if module is self.output:
             return OUTPUT
         part = part_of(name, self.parts)
@@ -229,7 +233,7 @@ class _Reasons:
         return self.unfit.get(name, OTHER)
 
 
-def _part(module: nn.Module, name: str, reasons: _Reasons) -> PackedPart | FloatPart | None:
+def _part(module: nn.Module, name: str, reasons: _Reasons) -> PackedPart | LeftPart | None:
     """What a module is, if it is a linear layer, a router or fused experts."""
     nbytes = sum(parameter.nbytes for parameter in module.parameters())
     if isinstance(module, PackedLinear):
@@ -237,16 +241,16 @@ def _part(module: nn.Module, name: str, reasons: _Reasons) -> PackedPart | Float
     if is_compressed(module):
         compressed: Any = module
         if not can_take_over(module):
-            return FloatPart(KEPT, compressed.in_features * compressed.out_features, nbytes)
+            return LeftPart(KEPT, compressed.in_features * compressed.out_features, nbytes)
         return PackedPart(format_of(module, name), compressed.in_features * compressed.out_features, nbytes, None)
     own = dict(module.named_parameters(recurse=False))
     numbers = sum(parameter.numel() for parameter in own.values())
     if isinstance(module, LINEAR_LAYERS):
-        return FloatPart(reasons.of(module, name), numbers, nbytes)
+        return LeftPart(reasons.of(module, name), numbers, nbytes)
     if "router" in type(module).__name__.lower() and own.get("weight") is not None and own["weight"].ndim == 2:
-        return FloatPart(ROUTER, numbers, nbytes)
+        return LeftPart(ROUTER, numbers, nbytes)
     if "experts" in type(module).__name__.lower() and any(parameter.ndim == 3 for parameter in own.values()):
-        return FloatPart(EXPERTS, numbers, nbytes)
+        return LeftPart(EXPERTS, numbers, nbytes)
     return None
 
 
@@ -269,7 +273,7 @@ def _described(number_format: NumberFormat) -> str:
     return f"{number_format.bits} bits {groups} ({number_format.name})"
 
 
-def _counted(left: Mapping[str, FloatPart]) -> str:
+def _counted(left: Mapping[str, LeftPart]) -> str:
     """`lm_head (output layer), vision tower x12`."""
     names: dict[str, list[str]] = {}
     for name, part in left.items():

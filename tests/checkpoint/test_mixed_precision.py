@@ -76,7 +76,7 @@ def test_the_whole_way(other, sym, tmp_path):
     start = logits(base)
     if sym:  # zero points can't be loaded by stock transformers
         assert_same(start, logits(AutoModelForCausalLM.from_pretrained(tmp_path / "base")))
-    with pytest.warns(UserWarning, match="packed 8 of 15 linear layers; left float:.*stored in another format"):
+    with pytest.warns(UserWarning, match="packed 8 of 15 linear layers; left:.*stored in another format"):
         model = get_peft_model(base, PeqaConfig(**CONFIG, sym=sym, task_type="CAUSAL_LM"))
     assert_same(logits(model), start)
     losses = train(model, inputs("llama"))

@@ -169,7 +169,7 @@ def test_calibration_and_injection_say_it_once():
     with pytest.warns(UserWarning) as caught:
         model = packed("llava", CONFIGS["calibrated"]())
     (line,) = (str(warning.message) for warning in caught if "linear layers" in str(warning.message))
-    assert "packed 14 of 29 linear layers; left float: vision tower x12, projector x2, lm_head (output layer)" in line
+    assert "packed 14 of 29 linear layers; left: vision tower x12, projector x2, lm_head (output layer)" in line
     assert report(model).uncalibrated == []
 
 

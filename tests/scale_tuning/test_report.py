@@ -28,7 +28,7 @@ def said():
 def test_an_ordinary_model_is_packed_without_a_word(said, caplog):
     with caplog.at_level(logging.INFO, logger="peft_ext"):
         model = get_peft_model(tiny("llama"), PeqaConfig(bits=4, group_size=16, task_type="CAUSAL_LM"))
-    line = f"packed {7 * LAYERS} of {7 * LAYERS + 1} linear layers; left float: lm_head (output layer)"
+    line = f"packed {7 * LAYERS} of {7 * LAYERS + 1} linear layers; left: lm_head (output layer)"
     assert said() == [] and caplog.messages == [f"{line}."]
     found = report(model)
     assert found.summary == line and line in str(found)
@@ -68,12 +68,21 @@ def test_adapters_of_others_are_no_layers_of_the_model():
     assert report(get_peft_model(tiny("llama"), BottleneckConfig(bottleneck_dim=4))).packed == {}
 
 
+def test_what_others_have_quantised_is_told():
+    class Linear8(nn.Linear):
+        pass
+
+    model = tiny("mlp")
+    model.lin0 = Linear8(10, 32)
+    model.lin0.weight = nn.Parameter(torch.zeros(32, 10, dtype=torch.int8), requires_grad=False)
+    found = report(model)
+    assert found.left["lin0"].reason == "quantised by others" and found.left["lin1"].reason == "no target"
+
+
 def test_a_model_of_nobody(said):
     """Not of transformers: its layers are told all the same."""
     model = get_peft_model(tiny("mlp"), PeqaConfig(target_modules=["lin0"], modules_to_save=["head"]))
-    assert report(model).summary == (
-        "packed 1 of 3 linear layers; left float: lin1 (no target), head (trained in full)"
-    )
+    assert report(model).summary == ("packed 1 of 3 linear layers; left: lin1 (no target), head (trained in full)")
     assert said() == []
 
 
