@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional
 
@@ -62,12 +62,14 @@ class Examples:
         shape: `"text"`, `"prompt/completion"` or `"messages"`.
         truncated: How many were cut to the longest length.
         dropped: Reason -> how many rows were left out.
+        of: How many rows there are; no more of them were read than are needed.
     """
 
     examples: list[Example]
     shape: str
     truncated: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
+    of: Optional[int] = None
 
     @property
     def tokens(self) -> int:
@@ -81,7 +83,9 @@ class Examples:
 
     def summary(self, name: str) -> str:
         """One line for the user, such as `training: 90 rows of messages, 1,234 tokens, loss on 567 of them`."""
-        line = f"{name}: {len(self.examples):,} rows of {self.shape}, {self.tokens:,} tokens, "
+        rest = (self.of or 0) - len(self.examples) - sum(self.dropped.values())
+        chosen = f" (of {self.of:,}: as many as are used)" if rest > 0 else ""
+        line = f"{name}: {len(self.examples):,} rows of {self.shape}{chosen}, {self.tokens:,} tokens, "
         line += f"loss on {self.trained:,} of them"
         notes = [f"{self.truncated:,} too long and truncated"] if self.truncated else []
         notes += [f"{count:,} dropped ({reason})" for reason, count in self.dropped.items()]
@@ -163,17 +167,23 @@ class Encoder:
         self.assistant_only_loss, self.completion_only_loss = assistant_only_loss, completion_only_loss
         self.max_length, self.keep_end = max_length, keep_end
 
-    def __call__(self, records: Iterable[Record], shape: str, name: str = "data") -> Examples:
-        """The examples of rows of one shape.
+    def __call__(
+        self, records: Sequence[Record], shape: str, name: str = "data", at_most: Optional[int] = None
+    ) -> Examples:
+        """The examples of rows of one shape: all, or the first so many.
 
         Raises:
             ValueError: If a row lacks a column or holds something else than its shape says, there is no chat template,
                 or no row is left; names the row.
         """
-        result = Examples([], shape)
+        for record in records:
+            self._check_columns(record, shape)
+        result = Examples([], shape, of=len(records))
         encode = {TEXTS: self._text, PROMPTS: self._prompt, CONVERSATIONS: self._conversation}[shape]
         reason = {TEXTS: "empty", PROMPTS: "an empty completion", CONVERSATIONS: "no turn of the assistant's"}[shape]
         for record in records:
+            if len(result.examples) == at_most:
+                break
             example = encode(record)
             if example.trained == 0:
                 result.dropped[reason] = result.dropped.get(reason, 0) + 1
@@ -199,11 +209,22 @@ class Encoder:
         ids = self.tokenizer(self._ended(text), verbose=False)["input_ids"]
         return Example(ids, list(ids))
 
+    def _check_columns(self, record: Record, shape: str) -> None:
+        """Of every row, also of those that aren't needed: an error in the data is one."""
+        if shape == PROMPTS and not {self.columns.prompt, self.columns.completion} <= record.row.keys():
+            raise ValueError(_missing(record, self.columns, PROMPTS))
+        if shape == CONVERSATIONS and self._talk_column(record) not in record.row:
+            raise ValueError(_missing(record, self.columns, CONVERSATIONS))
+        if shape == TEXTS:
+            text_of(record, self.columns.text)
+
+    def _talk_column(self, record: Record) -> str:
+        column = self.columns.messages
+        other = column == CONVERSATIONS and column not in record.row and "conversations" in record.row
+        return "conversations" if other else column
+
     def _prompt(self, record: Record) -> Example:
         row = record.row
-        for column in (self.columns.prompt, self.columns.completion):
-            if column not in row:
-                raise ValueError(_missing(record, self.columns, PROMPTS))
         prompt, completion = row[self.columns.prompt], row[self.columns.completion]
         if isinstance(prompt, str) and isinstance(completion, str):
             if not completion.strip():
@@ -228,11 +249,7 @@ class Encoder:
         return _labelled(ids, masks)
 
     def _conversation(self, record: Record) -> Example:
-        column = self.columns.messages
-        if column not in record.row and column == CONVERSATIONS and "conversations" in record.row:
-            column = "conversations"
-        if column not in record.row:
-            raise ValueError(_missing(record, self.columns, CONVERSATIONS))
+        column = self._talk_column(record)
         messages = _messages(record.row[column], record, column)
         options = self._template_options(record.row)
         if self.assistant_only_loss is False:

@@ -191,6 +191,11 @@ def test_long_rows_are_counted():
         "training data: 2 rows of prompt/completion, 18 tokens, loss on 6 of them; 2 too long and truncated; "
         "1 dropped (nothing to learn in 9 tokens)"
     )
+    some = Encoder(byte_tokenizer())(records(rows), "prompt/completion", at_most=2)
+    assert len(some.examples) == 2
+    assert some.summary("x").startswith("x: 2 rows of prompt/completion (of 3: as many as are used), ")
+    with pytest.raises(ValueError, match="row 4: no column 'prompt'"):  # not needed, and an error all the same
+        Encoder(byte_tokenizer())(records([*rows, {"text": "x"}]), "prompt/completion", at_most=2)
     ends = Encoder(byte_tokenizer(), max_length=9, keep_end=True)(records(rows), "prompt/completion")
     assert [example.trained for example in ends.examples] == [6, 2, 3]
 

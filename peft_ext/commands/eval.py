@@ -47,8 +47,7 @@ def main(argv: Sequence[str]) -> None:
     share = args.held_out or run.get("held_out") or 0.1
     # data that can't be read, or are too short, fail before the model is loaded
     tokenizer = load_tokenizer(args.adapter if _has_tokenizer(args.adapter) else args.model)
-    data = held_out_data(args, args, tokenizer, share, args.whole)
-    data.examples = data.examples[: args.blocks]
+    data = held_out_data(args, args, tokenizer, share, args.whole, args.blocks)
     model, _ = args.load()
     result = {
         "model": args.model or "default",

@@ -137,7 +137,7 @@ def write_base(
 
     Without a config it is packed already and written as it is.
     """
-    float_bytes, held_out = _float_bytes(model), data.held_out.examples[: args.held_out_blocks]
+    float_bytes, held_out = _float_bytes(model), data.held_out.examples
     before, base, start = None, model, time.perf_counter()
     if config is not None:
         config = copy.deepcopy(config)

@@ -47,7 +47,9 @@ def main(argv: Sequence[str]) -> None:
     folder = new_folder(args.output_dir)
     args.check_counts()
     tokenizer = load_tokenizer(args.model)
-    data = training_data(args, args, tokenizer, args.held_out, args.seed)
+    data = training_data(
+        args, args, tokenizer, args.held_out, args.seed, args.calibration_blocks, args.held_out_blocks
+    )
     print(*data.lines(), sep="\n", end="\n" if data.lines() else "")
     model = load_checked(args, config, args.format)
     folder.parent.mkdir(parents=True, exist_ok=True)

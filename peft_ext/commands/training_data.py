@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from peft_ext.data import PYTHON_DOCS, Records, check_share, hold_out, load_records
 from peft_ext.examples import TEXTS, Columns, Encoder, Examples, blocks_as_examples, shape_of
 from peft_ext.text import split_texts, token_blocks
+
+
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -84,7 +87,13 @@ class TrainingData(NamedTuple):
 
 
 def training_data(
-    data: DataArguments, options: Any, tokenizer: PreTrainedTokenizerBase, held_out: float, seed: int = 0
+    data: DataArguments,
+    options: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: float,
+    seed: int = 0,
+    at_most: Optional[int] = None,
+    held_out_at_most: Optional[int] = None,
 ) -> TrainingData:
     """Read the data and turn them into examples.
 
@@ -97,24 +106,28 @@ def training_data(
         tokenizer: The model's; `chat_template_path` is put into it.
         held_out: Share that is held out where the data have no validation split and there is no `eval_data`.
         seed: Of the order of the training examples.
+        at_most, held_out_at_most: How many examples are needed; of a large data set, the other rows aren't tokenised.
+            Texts always are.
 
     Raises:
         FileNotFoundError: If there are no such data.
         ValueError: If a row can't be read, or a part is empty; names file and row.
     """
     reader = _Reader(data, options, tokenizer, held_out)
-    train = reader.train()
-    order = torch.randperm(len(train.examples), generator=torch.Generator().manual_seed(seed)).tolist()
-    train.examples = [train.examples[index] for index in order]
-    return TrainingData(train, reader.held_out(), reader.blocks)
+    return TrainingData(reader.train(seed, at_most), reader.held_out(held_out_at_most), reader.blocks)
 
 
 def held_out_data(
-    data: DataArguments, options: Any, tokenizer: PreTrainedTokenizerBase, held_out: float, whole: bool = False
+    data: DataArguments,
+    options: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: float,
+    whole: bool = False,
+    at_most: Optional[int] = None,
 ) -> Examples:
     """The held-out examples alone, in order; with `whole`, those of all rows. See [`training_data`]."""
     reader = _Reader(data, options, tokenizer, held_out)
-    return reader.whole() if whole else reader.held_out()
+    return reader.whole(at_most) if whole else reader.held_out(at_most)
 
 
 class _Reader:
@@ -146,28 +159,39 @@ class _Reader:
             keep_end=options.truncation_mode == "keep_end",
         )
 
-    def train(self) -> Examples:
+    def train(self, seed: int, at_most: Optional[int]) -> Examples:
         if self.blocks:
-            return self._blocks(self.texts.train, "training text")
-        if self.options.packing and getattr(self.options, "packing_strategy", "bfd") != "bfd":
-            self.encoder.max_length = None  # packing cuts what is too long, and keeps all of it
-        train = self.encoder(self.train_records, self.shape, "training data")
+            train = self._blocks(self.texts.train, "training text")
+            train.examples = _shuffled(train.examples, seed)
+            return train
+        if self.options.packing:
+            at_most = None  # how many fill a row isn't known
+            if getattr(self.options, "packing_strategy", "bfd") != "bfd":
+                self.encoder.max_length = None  # packing cuts what is too long, and keeps all of it
+        train = self.encoder(_shuffled(self.train_records, seed), self.shape, "training data", at_most)
         self.encoder.max_length = self.options.max_length
         return train
 
-    def held_out(self) -> Examples:
+    def held_out(self, at_most: Optional[int]) -> Examples:
         if self.blocks:
-            return self._blocks(self.texts.held_out, "held-out text")
+            return self._blocks(self.texts.held_out, "held-out text", at_most)
         assert self.held_out_records is not None
-        return self.encoder(self.held_out_records, self.shape, "held-out data")
+        return self.encoder(self.held_out_records, self.shape, "held-out data", at_most)
 
-    def whole(self) -> Examples:
+    def whole(self, at_most: Optional[int]) -> Examples:
         if self.blocks:
-            return self._blocks([*self.texts.train, *self.texts.held_out], "text")
-        return self.encoder([*self.train_records, *(self.held_out_records or ())], self.shape)
+            return self._blocks([*self.texts.train, *self.texts.held_out], "text", at_most)
+        records = [*self.train_records, *(self.held_out_records or ())]
+        return self.encoder(records, self.shape, at_most=at_most)
 
-    def _blocks(self, texts: list[str], name: str) -> Examples:
-        return blocks_as_examples(token_blocks(self.tokenizer, texts, self.data.block_size, name=name))
+    def _blocks(self, texts: list[str], name: str, at_most: Optional[int] = None) -> Examples:
+        blocks = token_blocks(self.tokenizer, texts, self.data.block_size, name=name)
+        return blocks_as_examples(blocks[:at_most])
+
+
+def _shuffled(items: list[_T], seed: int) -> list[_T]:
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [items[index] for index in order]
 
 
 def _records(data: DataArguments, held_out: float) -> Records:

@@ -90,7 +90,9 @@ def main(argv: Sequence[str]) -> None:
             return
         args.check_counts()
         tokenizer = _tokenizer(args.model, training.eos_token)
-        data = training_data(args, training, tokenizer, args.held_out, training.seed)
+        data = training_data(
+            args, training, tokenizer, args.held_out, training.seed, _needed(args, training), args.held_out_blocks
+        )
         if training.process_index == 0:
             print(*data.lines(), sep="\n", end="\n" if data.lines() else "", flush=True)
         before = _quantize(args, run_folder, settings, data, tokenizer)
@@ -132,13 +134,24 @@ def _adapter(args: TuneArguments, base: PreTrainedModel) -> PeftConfig:
         config = _config(args, base)
         assert config is not None
         return config
+    # the towers of a multimodal model stay as they are, since the data are texts
+    multimodal = base.config.get_text_config() is not base.config
+    default = list(packed_layers(base)) if multimodal else "all-linear"
     return LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=args.lora_target_modules or "all-linear",
+        target_modules=args.lora_target_modules or default,
         task_type="CAUSAL_LM",
     )
+
+
+def _needed(args: TuneArguments, training: TuneTrainingArguments) -> Optional[int]:
+    """How many training examples the steps and the calibration take; None: all, in epochs."""
+    if training.max_steps < 1:
+        return None
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    return max(training.max_steps * batch, args.calibration_blocks)
 
 
 def _tokenizer(model: str, eos_token: Optional[str]) -> PreTrainedTokenizerBase:
@@ -218,7 +231,7 @@ def _finish(
     """Measure, and write what makes the run complete: adapter, loss curve, and last the metrics."""
     run = run_folder.folder
     model = trainer.accelerator.unwrap_model(trainer.model)
-    held_out = data.held_out.examples[: args.held_out_blocks]
+    held_out = data.held_out.examples
     tuned = example_perplexity(model, held_out, progressbar=True)
     figures = {"float": before["perplexity"]["float"], "packed": before["perplexity"]["quantized"], "tuned": tuned}
     figures = {name: value for name, value in figures.items() if value is not None}
