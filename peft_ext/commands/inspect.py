@@ -60,7 +60,7 @@ def _described(contents: Contents, every_layer: bool) -> str:
         ("base model", contents.base_model),
         ("size", mebibytes(contents.nbytes)),
     ]
-    if contents.kind == "adapter":
+    if contents.kind == "adapter" and contents.layers:  # LoRA and others have no scales
         rows.append(("trained scales", f"{sum(math.prod(layer.shape) for layer in contents.layers):,}"))
         rows.append(("fingerprint", _joint_fingerprint(contents.layers)))
     lines = [f"{contents.path}: {contents.kind}", pairs([(name, value) for name, value in rows if value])]

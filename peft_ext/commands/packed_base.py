@@ -80,6 +80,15 @@ class PackedBaseArguments(DataArguments):
         except ValueError:
             raise ValueError(f"bits={self.bits!r} is no width of a weight; pass 2, 3, 4 or 8, or {BASE}.") from None
 
+    def check_base_format(self) -> None:
+        """Refuse a group size or symmetry beside a base that keeps its own."""
+        for name, default in (("group_size", -1), ("sym", False)):
+            if getattr(self, name) != default and self.width() == BASE:
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: model={self.model!r} is packed already and keeps its own format; leave "
+                    "it out, or name the base's width with --bits to have it checked."
+                )
+
     def check_counts(self) -> None:
         """Refuse counts that leave nothing to calibrate or to measure on."""
         for name in ("calibration_blocks", "held_out_blocks"):
@@ -104,7 +113,13 @@ def load_checked(
         config: What to quantise to; None: the model is packed already, and stays as it is.
         checkpoint_format: As of `make_saveable`.
     """
-    model = load(args.model, dtype=args.dtype, merge=True)
+    try:
+        model = load(args.model, dtype=args.dtype, merge=True)
+    except TypeError as error:  # packed codes are never rounded again
+        raise ValueError(
+            f"model={args.model!r} has an adapter that can't be merged into its base, so nothing can be tuned on top of "
+            f"it ({error})"
+        ) from error
     if config is None:
         take_over(model)
         if not packed_layers(model):

@@ -78,6 +78,8 @@ def main(argv: Sequence[str]) -> None:
     settings = _settings(args, training, run_folder.settings)
     training.learning_rate, args.bits = settings["learning_rate"], str(settings["bits"])
     _config(args)  # refuses what can't be, before any work
+    args.check_base_format()
+    _check_lora(args)
     if training.dataset_text_field != "text":  # TRL's name
         args.text_field = training.dataset_text_field
     # of several processes, the others look at the run folder once the first has written the base
@@ -134,16 +136,35 @@ def _adapter(args: TuneArguments, base: PreTrainedModel) -> PeftConfig:
         config = _config(args, base)
         assert config is not None
         return config
-    # the towers of a multimodal model stay as they are, since the data are texts
-    multimodal = base.config.get_text_config() is not base.config
-    default = list(packed_layers(base)) if multimodal else "all-linear"
     return LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=args.lora_target_modules or default,
+        target_modules=_lora_targets(args, base),
         task_type="CAUSAL_LM",
     )
+
+
+def _check_lora(args: TuneArguments, model: Optional[PreTrainedModel] = None) -> None:
+    """Refuse settings of LoRA beside another method; and, of a model, targets that it hasn't."""
+    lora = [each for each in fields(args) if each.name.startswith("lora_")]
+    changed = [each.name for each in lora if getattr(args, each.name) != each.default]
+    if changed and args.method != "lora":
+        raise ValueError(f"{changed[0]}={getattr(args, changed[0])!r} is for method='lora'; leave it out.")
+    if model is None or args.method != "lora" or args.lora_target_modules in (None, ["all-linear"]):
+        return
+    names = [name for name, _ in model.named_modules()]
+    for target in args.lora_target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise ValueError(f"lora_target_modules={args.lora_target_modules}: the model has no module {target!r}.")
+
+
+def _lora_targets(args: TuneArguments, base: PreTrainedModel) -> Union[str, list[str]]:
+    if args.lora_target_modules == ["all-linear"]:
+        return "all-linear"
+    # the towers of a multimodal model stay as they are, since the data are texts
+    multimodal = base.config.get_text_config() is not base.config
+    return args.lora_target_modules or (list(packed_layers(base)) if multimodal else "all-linear")
 
 
 def _needed(args: TuneArguments, training: TuneTrainingArguments) -> Optional[int]:
@@ -201,6 +222,7 @@ def _quantize(
         config = _config(args)
         model = load_checked(args, config)
         _adapter(args, model)  # a base that it doesn't suit is refused before it is written
+        _check_lora(args, model)
         run_folder.start(settings)
         measured = write_base(model, args, config, run_folder.path("base"), data, tokenizer)
         write_json(run_folder.path("before.json"), measured)

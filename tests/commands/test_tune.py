@@ -205,6 +205,8 @@ def packed_folder(chat_folder, tmp_path_factory):
 def test_what_is_packed_stays_as_it_is(method, flags, packed_folder, tmp_path, capsys):
     write_rows(tmp_path / "chat.jsonl", [{"messages": talk(number)} for number in range(20)])
     flags += ["--model", str(packed_folder), "--data", str(tmp_path / "chat.jsonl"), "--method", method]
+    assert main(["tune", *flags, "--group_size", "64"]) == 2
+    assert "group_size=64: model=" in capsys.readouterr().err
     assert main(["tune", *flags]) == 0
     assert "perplexity, packed base" in capsys.readouterr().out
     run = tmp_path / "run"
@@ -241,6 +243,12 @@ def test_runs_of_earlier_versions(tmp_path, capsys, monkeypatch):
         ([{"messages": talk(0)}] * 4, ["--chat_template_path", "x.txt"], "chat_template_path='x.txt' is no .jinja"),
         ([{"messages": talk(0)}], [], "there is 1 row, and one has to be held out"),
         ([{"text": "x"}] * 20, ["--eos_token", "<none>"], "eos_token='<none>' isn't in"),
+        ([{"text": "x" * 600}] * 20, ["--lora_r", "4"], "lora_r=4 is for method='lora'"),
+        (
+            [{"text": "x" * 600}] * 20,
+            ["--method", "lora", "--lora_target_modules", "q_proj", "key"],
+            "the model has no module 'key'",
+        ),
         ([{"messages": talk(0)}] * 4, ["--max_length", "3"], "no row of messages is left (3 x nothing to learn in 3"),
     ],
 )
