@@ -1,5 +1,5 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""How tuning methods and model size change out-of-distribution detection: `python -m peft_ext.ood` on `ood.yaml`, with
+"""How tuning methods and model size change out-of-distribution detection: `peft-ext ood` on `ood.yaml`, with
 MiniLM-L6 found in its package and float layers by oneDNN (which changes no result).
 
     python -m benchmarks.ood --data-dir path/to/folder-with-clinc150-banking77-snips

@@ -1,8 +1,10 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""`python -m generation_ext.in_context`, see `cli.py`."""
+"""`python -m generation_ext.in_context`: `peft-ext classify` by its old name, for one release."""
 
-from generation_ext.in_context.cli import main
+import sys
+
+from peft_ext.cli import old_name
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(old_name("python -m generation_ext.in_context", "classify"))

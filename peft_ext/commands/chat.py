@@ -19,6 +19,9 @@ from peft_ext.commands.run_folder import AnyModelArguments
 COMMANDS = "/reset forgets the conversation, /exit ends; Ctrl-C stops an answer."
 
 
+OWNS_STDOUT = True  # what it prints is the conversation
+
+
 @dataclass
 class ChatArguments(AnyModelArguments):
     """Arguments of `peft-ext chat`."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Optional
 
-from peft_ext.command_line import parse
+from peft_ext.command_line import parse, show
 from peft_ext.commands.run_folder import AnyModelArguments, settings_of
 from peft_ext.commands.training_data import DataArguments, ExampleArguments, held_out_data
 from peft_ext.data import PYTHON_DOCS
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
         "trained_tokens": data.trained,
         "perplexity": example_perplexity(model, data.examples, batch_size=args.batch_size, progressbar=True),
     }
-    print(json.dumps(result, indent=2))
+    show(result, json.dumps(result, indent=2))
     if args.output:
         write_json(Path(args.output), result)
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_ext.checkpoint.pack_quantized import vllm_notice
 from peft_ext.checkpoint.saving import make_saveable, take_over
-from peft_ext.command_line import parse
+from peft_ext.command_line import note, parse, show
 from peft_ext.commands.run_folder import new_folder
 from peft_ext.files import written_whole
 from peft_ext.models import load, load_tokenizer, locate
@@ -77,10 +77,10 @@ def main(argv: Sequence[str]) -> None:
     with written_whole(folder) as partial:
         _write(model, tokenizer, partial, args)
     size = sum(path.stat().st_size for path in folder.iterdir())
-    print(f"{args.to}: {mebibytes(size)} in {folder}")
+    show({"to": args.to, "bytes": size, "output_dir": str(folder)}, f"{args.to}: {mebibytes(size)} in {folder}")
     notice = vllm_notice(model.config.quantization_config) if args.to == "compressed-tensors" else None
     if notice is not None:
-        print(f"Note: stock transformers loads it; {notice}")
+        note(f"Note: stock transformers loads it; {notice}")
 
 
 def merged(model: PreTrainedModel, name: str, floats: bool = False) -> PreTrainedModel:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from peft_ext.command_line import TextArguments, parse
+from peft_ext.command_line import TextArguments, parse, show
 from peft_ext.commands.run_folder import AnyModelArguments
 
 
@@ -32,8 +32,12 @@ def main(argv: Sequence[str]) -> None:
     inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not args.chat)
     tokens = model.generate(**inputs.to(model.device), pad_token_id=tokenizer.pad_token_id, **args.options())
     new_tokens = tokens[:, inputs["input_ids"].shape[1] :]
-    for prompt, text in zip(prompts, tokenizer.batch_decode(new_tokens, skip_special_tokens=True)):
-        print(f"--- {prompt}\n{text.strip() if args.chat else prompt + text}\n")
+    answers = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+    whole = [text.strip() if args.chat else prompt + text for prompt, text in zip(prompts, answers)]
+    show(
+        [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, whole)],
+        "\n".join(f"--- {prompt}\n{text}\n" for prompt, text in zip(prompts, whole)),
+    )
 
 
 def _as_chat(tokenizer, prompt: str) -> str:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,7 +12,7 @@ from typing import Optional
 
 import peft_ext  # noqa: F401 (registers the tuners that adapters name)
 from peft_ext.checkpoint.contents import Contents, LayerContents, read_contents
-from peft_ext.command_line import parse
+from peft_ext.command_line import parse, show
 from peft_ext.tables import mebibytes, pairs
 
 
@@ -26,9 +25,6 @@ class InspectArguments:
         metadata={"help": "Folder of a checkpoint, an adapter or a run, or a .gguf file (or the first argument)."},
     )
     layers: bool = field(default=False, metadata={"help": "List every layer, not only how many of a kind there are."})
-    json: bool = field(
-        default=False, metadata={"help": "Print everything as JSON: a list, of a run base and adapter."}
-    )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -40,10 +36,9 @@ def main(argv: Sequence[str]) -> None:
     if not path.exists():
         raise FileNotFoundError(f"path={args.path!r} doesn't exist.")
     found = [read_contents(part) for part in _parts(path)]
-    if args.json:
-        print(json.dumps([asdict(contents) for contents in found], indent=2))
-        return
-    print("\n\n".join(_described(contents, args.layers) for contents in found))
+    # --json: a list, of a run base and adapter
+    text = "\n\n".join(_described(contents, args.layers) for contents in found)
+    show([asdict(contents) for contents in found], text)
 
 
 def _parts(path: Path) -> list[Path]:

@@ -6,7 +6,6 @@ Nothing is loaded: the model is built, trained for a step and made to generate o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Optional
@@ -16,7 +15,7 @@ from peft import LoraConfig, PeftConfig
 from transformers import PretrainedConfig
 
 from peft_ext import AlphaTuningConfig, PeqaConfig
-from peft_ext.command_line import parse
+from peft_ext.command_line import parse, show
 from peft_ext.memory.estimate import (
     ServingMemory,
     TuningMemory,
@@ -65,7 +64,6 @@ class PlanArguments:
     optim: str = field(default="adamw_torch", metadata={"help": f"Optimiser: {' or '.join(OPTIMIZERS)}."})
     batch_size: int = field(default=1, metadata={"help": "Sequences served at once."})
     context_length: int = field(default=1024, metadata={"help": "Tokens of a sequence that is served."})
-    json: bool = field(default=False, metadata={"help": "Print JSON, in bytes, instead of tables."})
 
 
 def main(argv: Sequence[str]) -> None:
@@ -80,10 +78,7 @@ def main(argv: Sequence[str]) -> None:
         check_length(config, name, getattr(args, name))
     tuning = {name: tuning_memory(config, method, dtype, step, args.gpus) for name, method in methods.items()}
     serving = _serving(args, config, dtype, methods, generation)
-    if args.json:
-        print(json.dumps(_plain(args, dtype, tuning, serving), indent=2))
-    else:
-        print(_text(args, dtype, tuning, serving))
+    show(_plain(args, dtype, tuning, serving), _text(args, dtype, tuning, serving))
 
 
 def _peft_config(args: PlanArguments, method: str) -> Optional[PeftConfig]:

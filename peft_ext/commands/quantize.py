@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from peft_ext import AlphaTuningConfig, PeqaConfig
-from peft_ext.command_line import parse
+from peft_ext.command_line import note, parse, show
 from peft_ext.commands.packed_base import (
     BASE,
     PackedBaseArguments,
@@ -50,7 +50,8 @@ def main(argv: Sequence[str]) -> None:
     data = training_data(
         args, args, tokenizer, args.held_out, args.seed, args.calibration_blocks, args.held_out_blocks
     )
-    print(*data.lines(), sep="\n", end="\n" if data.lines() else "")
+    for line in data.lines():
+        note(line)
     model = load_checked(args, config, args.format)
     folder.parent.mkdir(parents=True, exist_ok=True)
     measured = write_base(model, args, config, folder, data, tokenizer, args.format)
@@ -61,8 +62,8 @@ def main(argv: Sequence[str]) -> None:
         ("packed checkpoint", mebibytes(file_bytes(folder))),
         ("time to quantise", f"{measured['seconds']['quantize']:.0f} s"),
     ]
-    print(pairs(rows))
-    print(f"\nThe checkpoint is in {folder}. Next: peft-ext generate --model {folder} --prompt '...'")
+    show({**measured, "output_dir": str(folder), "packed_bytes": file_bytes(folder)}, pairs(rows))
+    note(f"\nThe checkpoint is in {folder}. Next: peft-ext generate --model {folder} --prompt '...'")
 
 
 def _config(args: QuantizeArguments) -> ScaleTuningConfig:

@@ -33,6 +33,7 @@ module    what python -m would run
   peft-ext run -- trl sft --model_name_or_path base --dataset_name data --use_peft --output_dir out
   accelerate launch -m peft_ext.cli run -- train.py --model base"""
 
+OWNS_STDOUT = True  # the program's
 STARTUP = Path(__file__).parents[1] / "startup"
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import SFTTrainer
 
 from peft_ext import AlphaTuningConfig, PeqaConfig
-from peft_ext.command_line import parse
+from peft_ext.command_line import note, parse, show
 from peft_ext.commands.packed_base import (
     BASE,
     PackedBaseArguments,
@@ -87,8 +87,8 @@ def main(argv: Sequence[str]) -> None:
         run = run_folder.folder
         finished = run_folder.check(settings)
         if finished is not None:
-            print(f"{run} is finished already; its figures:")
-            print(table(finished))
+            note(f"{run} is finished already; its figures:")
+            show(finished, table(finished))
             return
         args.check_counts()
         tokenizer = _tokenizer(args.model, training.eos_token)
@@ -96,14 +96,15 @@ def main(argv: Sequence[str]) -> None:
             args, training, tokenizer, args.held_out, training.seed, _needed(args, training), args.held_out_blocks
         )
         if training.process_index == 0:
-            print(*data.lines(), sep="\n", end="\n" if data.lines() else "", flush=True)
+            for line in data.lines():
+                note(line)
         before = _quantize(args, run_folder, settings, data, tokenizer)
     trainer = _train(args, training, run, data, tokenizer)
     if trainer.is_world_process_zero():
         metrics = _finish(trainer, args, run_folder, data, before)
-        print(table(metrics))
+        show(metrics, table(metrics))
         chat = " --chat" if tokenizer.chat_template and not data.blocks else ""
-        print(f"\nThe run is in {run}. Next: peft-ext generate {run}{chat} --prompt '...'")
+        note(f"\nThe run is in {run}. Next: peft-ext generate {run}{chat} --prompt '...'")
 
 
 def _config(args: TuneArguments, base: Optional[PreTrainedModel] = None) -> Optional[ScaleTuningConfig]:

@@ -68,7 +68,7 @@ def test_a_script_says_in_a_line_what_is_wrong_and_is_imported_once(name, monkey
         runpy.run_module(f"trl_ext.scripts.{name}", run_name="__main__", alter_sys=True)
     assert ended.value.code == 2 and f"trl_ext.scripts.{name}" not in sys.modules
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith(f"{name}: error: ") and "is missing: pass --" in line
+    assert line.startswith(f"peft-ext {name.replace('_', ' ', 1)}: error: ") and "is missing: pass --" in line
 
 
 @pytest.mark.parametrize("script", [almost_queries, almost_feedback, almost_self_play])

@@ -83,9 +83,9 @@ def test_containers_for_vllm(run, tmp_path, capsys, fresh_process):
     folder, expected = run
     arguments = [folder, "--to", "compressed-tensors", "--output_dir"]
     assert export(*arguments, tmp_path / "dense") == 0
-    assert "vLLM won't run this checkpoint: it takes codes of 4 and 8 bits, not 3" in capsys.readouterr().out
+    assert "vLLM won't run this checkpoint: it takes codes of 4 and 8 bits, not 3" in capsys.readouterr().err
     assert export(*arguments, tmp_path / "wide", "--container_bits", 4) == 0
-    assert "vLLM" not in capsys.readouterr().out
+    assert "vLLM" not in capsys.readouterr().err
     assert_same(torch.tensor(json.loads(fresh_process(STOCK, tmp_path / "wide"))), expected.flatten(), tolerance=1e-4)
     tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "wide"), PeqaConfig(bits=3, group_size=32))
     assert_same(logits(tuned), expected)

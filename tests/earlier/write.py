@@ -36,18 +36,14 @@ from transformers import (
 )
 
 from generation_ext.critic import rollout_files
-from generation_ext.critic.__main__ import main as critic_main
 from generation_ext.critic.value import Critic
-from generation_ext.granularity.__main__ import main as granularity_main
 from generation_ext.granularity.modeling import CDNPGForConditionalGeneration
 from generation_ext.in_context.self_generated import SelfGeneratedICL
-from generation_ext.probing.__main__ import main as probing_main
 from generation_ext.probing.features import FeatureExtractor
 from generation_ext.probing.palp import PALPClassifier
 from generation_ext.prompts import SST2
 from peft_ext import AlphaTuningConfig, BottleneckConfig, PeqaConfig, calibrate
 from peft_ext.cli import main as peft_ext_main
-from peft_ext.ood.__main__ import main as ood_main
 from peft_ext.ood.classifier import PooledClassifier
 from peft_ext.ood.pipeline import OODPipeline
 from tests.tiny.tokenizers import byte_tokenizer
@@ -171,7 +167,7 @@ def read_critic() -> Any:
 
 
 def write_critic_run() -> None:
-    """A finished run of `python -m generation_ext.critic train`."""
+    """A finished run of `peft-ext critic train`."""
     Path("prompts.txt").write_text("a b\nthe cat\nonce upon\nb a c\n", encoding="utf-8")
     reward = "def vowels(completions, **columns):\n    return [min(len(text), 9) / 9 for text in completions]\n"
     Path("judge.py").write_text(reward, encoding="utf-8")
@@ -192,7 +188,7 @@ def _train_critic() -> int:
     flags = {"model": "base", "prompts": "prompts.txt", "reward": "judge.py:vowels", "output_dir": "critic_run"}
     flags |= {"num_iterations": 1, "rollouts_per_iteration": 4, "rollout_batch_size": 4, "eval_rollouts": 4}
     flags |= {"max_new_tokens": 4, "per_device_train_batch_size": 4, "disable_tqdm": True, "use_cpu": True}
-    return critic_main(["train", *_flags(flags)])
+    return peft_ext_main(["critic", "train", *_flags(flags)])
 
 
 @torch.no_grad()
@@ -208,16 +204,18 @@ def _values(folder: str) -> dict[str, Any]:
 
 
 def write_palp() -> None:
-    """A classifier that `python -m generation_ext.probing train` has saved."""
+    """A classifier that `peft-ext probe train` has saved."""
     rows = [{"text": text, "label": label} for texts, label in ((GOOD, "good"), (BAD, "bad")) for text in texts]
     _write_rows("labelled.jsonl", rows)
     _write_rows("unlabelled.jsonl", [{"text": text} for text in TEXTS])
     flags = {"model": "base", "data": "labelled.jsonl", "template": "Review: {text} Sentiment:", "output_dir": "palp"}
-    assert probing_main(["train", *_flags({**flags, "demonstrations": "per-class"})]) == 0
+    assert peft_ext_main(["probe", "train", *_flags({**flags, "demonstrations": "per-class"})]) == 0
 
 
 def read_palp() -> Any:
-    assert probing_main(["predict", "palp", "--data", "unlabelled.jsonl", "--output", "predicted.jsonl"]) == 0
+    assert (
+        peft_ext_main(["probe", "predict", "palp", "--data", "unlabelled.jsonl", "--output", "predicted.jsonl"]) == 0
+    )
     rows = [json.loads(line) for line in Path("predicted.jsonl").read_text(encoding="utf-8").split("\n") if line]
     return {"classifier": PALPClassifier.from_pretrained("palp").predict_proba(TEXTS).tolist(), "command": rows}
 
@@ -254,7 +252,7 @@ def _score() -> Any:
 
 
 def write_granularity() -> None:
-    """A finished run of `python -m generation_ext.granularity train`."""
+    """A finished run of `peft-ext paraphrase train`."""
     nouns, verbs = ("song", "cake", "house", "trick"), ("learn", "make", "find", "sell")
     pairs = [
         {"source": f"how do i {verb} a {noun}?", "target": f"what is the way to {verb} a {noun}?"}
@@ -268,7 +266,7 @@ def write_granularity() -> None:
 def read_granularity() -> Any:
     _said(_train_paraphraser, "is finished already")
     command = ["paraphrase", "granularity", "--texts", "how do i make a cake?", "--num_beams", "1"]
-    said = _said(lambda: granularity_main(command), "")
+    said = _said(lambda: peft_ext_main(["paraphrase", *command]), "")
     model = CDNPGForConditionalGeneration.from_pretrained("granularity/model").eval()
     with torch.no_grad():
         logits = model(input_ids=IDS % 40, decoder_input_ids=IDS[:, :3] % 40).logits
@@ -278,7 +276,7 @@ def read_granularity() -> Any:
 def _train_paraphraser() -> int:
     flags = {"data": "pairs.jsonl", "output_dir": "granularity", "hidden_size": 8, "heads": 2, "layers": 1}
     flags |= {"ffn_size": 16, "vocab_size": 80, "batch_size": 4, "max_steps": 2, "eval_steps": 2, "warmup_steps": 1}
-    return granularity_main(["train", *_flags(flags)])
+    return peft_ext_main(["paraphrase", "train", *_flags(flags)])
 
 
 # ---- out-of-distribution detection
@@ -327,14 +325,14 @@ def write_ood_study() -> None:
         "resamples": 5,
     }
     Path("study.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
-    assert ood_main(["run", "--config", "study.yaml"]) == 0
+    assert peft_ext_main(["ood", "run", "--config", "study.yaml"]) == 0
     for name in ("report.html", "plots", "locks"):
         path = Path("ood_study", name)
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def read_ood_study() -> Any:
-    _said(lambda: ood_main(["run", "--config", "study.yaml"]), "0 done, 0 failed, 0 skipped")
+    _said(lambda: peft_ext_main(["ood", "run", "--config", "study.yaml"]), "0 done, 0 failed, 0 skipped")
     (result,) = Path("ood_study", "cells").glob("*/result.json")
     report = Path("ood_study", "report.md").read_text(encoding="utf-8")
     assert "1 of 2 cells" in report

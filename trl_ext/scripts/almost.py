@@ -3,8 +3,8 @@
 killed at any moment and goes on.
 
 ```bash
-python -m trl_ext.scripts.almost --config trl_ext/recipes/smollm2-135m.yaml --run_dir runs/almost --dry_run
-python -m trl_ext.scripts.almost --config trl_ext/recipes/smollm2-135m.yaml --run_dir runs/almost --set queries.count=200
+peft-ext almost --config trl_ext/recipes/smollm2-135m.yaml --run_dir runs/almost --dry_run
+peft-ext almost --config trl_ext/recipes/smollm2-135m.yaml --run_dir runs/almost --set queries.count=200
 ```
 """
 
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Optional
 
+from peft_ext import command_line
 from peft_ext.command_line import parse, run_main
 from trl_ext.almost.pipeline import Pipeline
 from trl_ext.almost.plan import plan, show
@@ -42,17 +43,22 @@ class PipelineArguments(AlmostConfig):
 
 def main(argv: Sequence[str]) -> None:
     """Parse the flags and the recipe (`--config`), and run what isn't done."""
-    (args,) = parse(argv, PipelineArguments, program="almost")
+    (args,) = parse(argv, PipelineArguments, aliases={"output_dir": "run_dir", "model": "model_name_or_path"})
     values = {name: value for name, value in vars(args).items() if name not in ("dry_run", "set")}
     pipeline = Pipeline(override(AlmostConfig(**values), args.set))
     if args.dry_run:
-        print(show(plan(pipeline)))
+        planned = plan(pipeline)
+        command_line.show(planned, show(planned))
         return
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("trl_ext").setLevel(logging.INFO)
-    for stage, counts in pipeline.run().items():
-        print(f"{stage}: " + (", ".join(f"{name} {count}" for name, count in counts.items()) or "done"))
+    done = pipeline.run()
+    lines = (
+        f"{stage}: " + (", ".join(f"{name} {count}" for name, count in counts.items()) or "done")
+        for stage, counts in done.items()
+    )
+    command_line.show(done, "\n".join(lines))
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, sys.argv[1:], "almost"))
+    sys.exit(run_main(main, sys.argv[1:], "peft-ext almost"))

@@ -2,8 +2,8 @@
 """Evaluates a run of ALMoST, or any models: HHH alignment, TruthfulQA MC1, win rate on the Vicuna questions.
 
 ```bash
-python -m trl_ext.scripts.almost_eval --run_dir run --data_dir data  # with hhh, truthfulqa, vicuna
-python -m trl_ext.scripts.almost_eval --models run/rlsf --tasks win_rate --output_dir out \
+peft-ext almost eval --run_dir run --data_dir data  # with hhh, truthfulqa, vicuna
+peft-ext almost eval --models run/rlsf --tasks win_rate --output_dir out \
     --judge https://api.openai.com/v1 --judge_model gpt-4o
 ```
 """
@@ -14,15 +14,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from peft_ext.command_line import run_main
+from peft_ext.command_line import note, run_main, show
 from trl_ext.almost.evaluation import run as evaluation
 
 
 def main(argv: Sequence[str]) -> None:
     """Parse the flags (and the YAML of `--config`), evaluate, and print a table."""
     (args,) = evaluation.parse(argv)
-    print(table(evaluation.run(args)))
-    print(f"\n{args.output_dir}/evaluation.json has all of it.")
+    results = evaluation.run(args)
+    show(results, table(results))
+    note(f"\n{args.output_dir}/evaluation.json has all of it.")
 
 
 def table(results: dict[str, Any]) -> str:
@@ -52,4 +53,4 @@ def _percent(result: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, sys.argv[1:], "almost_eval"))
+    sys.exit(run_main(main, sys.argv[1:], "peft-ext almost eval"))

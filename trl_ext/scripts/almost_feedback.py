@@ -2,7 +2,7 @@
 """Synthetic feedback for ALMoST: generators answer queries, and their answers become comparisons in TRL's preference format.
 
 ```bash
-python -m trl_ext.scripts.almost_feedback --queries_file run/queries.jsonl --output_dir run \\
+peft-ext almost feedback --queries_file run/queries.jsonl --output_dir run \\
     --generators prompt=faithful,shots=3 prompt=hhh,shots=5 prompt=hhh,shots=1,bits=3
 ```
 """
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Optional
 
-from peft_ext.command_line import parse, run_main
+from peft_ext.command_line import parse, run_main, show
 from peft_ext.runs import open_file
 from trl_ext.almost.config import RENAMED, ComparisonsConfig, ResponsesConfig
 from trl_ext.almost.data import comparisons, responses
@@ -37,7 +37,7 @@ class FeedbackArguments(ComparisonsConfig, ResponsesConfig):
 
 def main(argv: Sequence[str]) -> None:
     """Parse the flags (and the YAML of `--config`), answer, compare, and say what the filters dropped."""
-    (args,) = parse(argv, FeedbackArguments, program="almost_feedback")
+    (args,) = parse(argv, FeedbackArguments)
     if not args.queries_file or not args.output_dir:
         raise ValueError("queries_file or output_dir is missing: pass --queries_file and --output_dir.")
     folder = Path(args.output_dir).expanduser()
@@ -45,9 +45,9 @@ def main(argv: Sequence[str]) -> None:
     settings = {name: value for name, value in asdict(args).items() if name in names}
     path = open_file(folder / "responses.jsonl", settings, renamed=RENAMED)
     responses.run(args, args.queries_file, path)
-    for name, count in comparisons.run(args, args.generators, path, folder).items():
-        print(f"{name}: {count}")
+    counts = comparisons.run(args, args.generators, path, folder)
+    show(counts, "\n".join(f"{name}: {count}" for name, count in counts.items()))
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, sys.argv[1:], "almost_feedback"))
+    sys.exit(run_main(main, sys.argv[1:], "peft-ext almost feedback"))

@@ -2,7 +2,7 @@
 """Mines queries for ALMoST: a model continues a list of ten, filters keep what is well formed and new.
 
 ```bash
-python -m trl_ext.scripts.almost_queries --count 1000 --output_file run/queries.jsonl
+peft-ext almost queries --count 1000 --output_file run/queries.jsonl
 ```
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Optional
 
-from peft_ext.command_line import parse, run_main
+from peft_ext.command_line import parse, run_main, show
 from peft_ext.runs import open_file
 from trl_ext.almost.config import QueriesConfig
 from trl_ext.almost.data import queries
@@ -31,10 +31,10 @@ class QueriesArguments(QueriesConfig):
 
 def main(argv: Sequence[str]) -> None:
     """Parse the flags (and the YAML of `--config`), mine, and say what the filters dropped."""
-    (args,) = parse(argv, QueriesArguments, program="almost_queries")
-    for name, count in queries.run(args, open_file(args.output_file, args), args.avoid or []).items():
-        print(f"{name}: {count}")
+    (args,) = parse(argv, QueriesArguments)
+    counts = queries.run(args, open_file(args.output_file, args), args.avoid or [])
+    show(counts, "\n".join(f"{name}: {count}" for name, count in counts.items()))
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, sys.argv[1:], "almost_queries"))
+    sys.exit(run_main(main, sys.argv[1:], "peft-ext almost queries"))

@@ -2,7 +2,7 @@
 """Raises the reward of ALMoST's SFT policy on new queries: RLOO, or GRPO with `--trainer grpo`.
 
 ```bash
-accelerate launch -m trl_ext.scripts.almost_rlsf \\
+accelerate launch -m peft_ext.cli almost rlsf \\
     --model_name_or_path run/sft --reward_model run/reward_model --use_peft \\
     --dataset_name run/rlsf_queries.jsonl \\
     --output_dir run/rlsf
@@ -14,17 +14,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from peft_ext.command_line import run_main
+from peft_ext.command_line import run_main, show
 from trl_ext.almost.training import rlsf
 
 
 def main(argv: Sequence[str]) -> None:
     """Parse the flags (and the YAML of `--config`), and train."""
     result = rlsf.run(*rlsf.parse(argv))
-    for name in ("reward", "kl", "length"):
-        if name in result:
-            print(f"{name}: {result[name]['start']:.4g} at the start, {result[name]['end']:.4g} at the end")
+    lines = (
+        f"{name}: {result[name]['start']:.4g} at the start, {result[name]['end']:.4g} at the end"
+        for name in ("reward", "kl", "length")
+        if name in result
+    )
+    show(result, "\n".join(lines))
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, sys.argv[1:], "almost_rlsf"))
+    sys.exit(run_main(main, sys.argv[1:], "peft-ext almost rlsf"))

@@ -2,7 +2,7 @@
 """Demonstrations for ALMoST: a model plays a person and an assistant, a reward model chooses the best of N answers.
 
 ```bash
-python -m trl_ext.scripts.almost_self_play --queries_file run/queries.jsonl --reward_model run/reward_model \\
+peft-ext almost self_play --queries_file run/queries.jsonl --reward_model run/reward_model \\
     --samples 4 --output_file run/demonstrations.jsonl
 ```
 """
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Optional
 
-from peft_ext.command_line import parse, run_main
+from peft_ext.command_line import parse, run_main, show
 from peft_ext.runs import open_file
 from trl_ext.almost.config import SelfPlayConfig
 from trl_ext.almost.data import self_play
@@ -40,16 +40,17 @@ class SelfPlayArguments(SelfPlayConfig):
 
 def main(argv: Sequence[str]) -> None:
     """Parse the flags (and the YAML of `--config`), play, and say what choosing gains."""
-    (args,) = parse(argv, SelfPlayArguments, program="almost_self_play")
+    (args,) = parse(argv, SelfPlayArguments)
     if not args.queries_file:
         raise ValueError("queries_file is missing: pass --queries_file.")
     counts = self_play.run(args, args.queries_file, open_file(args.output_file, args), args.reward_model)
-    best = counts.pop("best of")
-    for name, count in counts.items():
-        print(f"{name}: {count}")
-    for n, numbers in best.items():
-        print(f"reward of the best of {n}: {numbers['mean']:.4f} (standard error {numbers['standard_error']:.4f})")
+    lines = [f"{name}: {count}" for name, count in counts.items() if name != "best of"]
+    for n, numbers in counts["best of"].items():
+        lines.append(
+            f"reward of the best of {n}: {numbers['mean']:.4f} (standard error {numbers['standard_error']:.4f})"
+        )
+    show(counts, "\n".join(lines))
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, sys.argv[1:], "almost_self_play"))
+    sys.exit(run_main(main, sys.argv[1:], "peft-ext almost self_play"))

@@ -5,20 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Optional, Union
 
 from generation_ext.critic.processor import CriticLogitsProcessor
 from generation_ext.critic.rollouts import prompt_rows
 from generation_ext.critic.value import Critic
-from peft_ext import command_line
 from peft_ext.command_line import ModelArguments
 from peft_ext.rows import read_json_lines, read_lines
 from peft_ext.runs import read_settings
 
 
-parse = partial(command_line.parse, program="python -m generation_ext.critic")
+# as they were called before all commands had one word for one thing
+OLD_FLAGS = {"prompts": "data"}
 
 
 @dataclass
@@ -51,7 +50,7 @@ class CriticArguments(ModelArguments):
 class PromptArguments:
     """Which prompts to sample from."""
 
-    prompts: Optional[str] = field(
+    data: Optional[str] = field(
         default=None, metadata={"help": "A text file with a prompt a line, or JSON lines with a field of that name."}
     )
     prompt_field: str = field(default="prompt", metadata={"help": "Field of JSON lines that holds the prompt."})
@@ -91,16 +90,16 @@ def load_prompts(args: PromptArguments) -> list[dict[str, Any]]:
     Raises:
         ValueError, FileNotFoundError: If there is no such file, no such field, or no prompt.
     """
-    if args.prompts is None:
-        raise ValueError("prompts is missing: pass --prompts, a text or JSON-lines file.")
-    path = Path(args.prompts).expanduser()
+    if args.data is None:
+        raise ValueError("data is missing: pass --data, prompts as a text or JSON-lines file.")
+    path = Path(args.data).expanduser()
     if path.suffix not in (".jsonl", ".json"):
-        return prompt_rows(read_lines(path, "prompts"))
-    rows = read_json_lines(path, "prompts")
+        return prompt_rows(read_lines(path, "data"))
+    rows = read_json_lines(path, "data")
     for row in rows:
         if args.prompt_field not in row:
             raise ValueError(
-                f"prompts={args.prompts!r}: a line has the fields {sorted(row)}, but no {args.prompt_field!r}; pass "
+                f"data={args.data!r}: a line has the fields {sorted(row)}, but no {args.prompt_field!r}; pass "
                 "--prompt_field."
             )
         row["prompt"] = row.pop(args.prompt_field)

@@ -10,18 +10,19 @@ from typing import Any, Optional
 
 from generation_ext.critic.batches import values_of
 from generation_ext.critic.commands.arguments import (
+    OLD_FLAGS,
     CriticArguments,
     PromptArguments,
     critic_folders,
     load_critics,
     load_prompts,
-    parse,
 )
 from generation_ext.critic.commands.reward_arguments import RewardArguments, load_reward
 from generation_ext.critic.diagnostics import by_position, calibration_table, explained_variance, finite
 from generation_ext.critic.rollout_files import read_rollouts
 from generation_ext.critic.rollouts import Rollout, RolloutSampler, schedule
 from generation_ext.critic.value import Critic
+from peft_ext.command_line import parse, show
 from peft_ext.files import check_writable, write_json
 from peft_ext.tables import aligned, figure
 
@@ -47,7 +48,7 @@ class EvaluateArguments(CriticArguments, PromptArguments, RewardArguments):
 
 def main(argv: Sequence[str]) -> None:
     """Measure and print."""
-    (args,) = parse(argv, EvaluateArguments, positional="critic")
+    (args,) = parse(argv, EvaluateArguments, positional="critic", aliases=OLD_FLAGS)
     for name in ("count", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name}={getattr(args, name)} must be at least 1.")
@@ -68,10 +69,11 @@ def main(argv: Sequence[str]) -> None:
     rows = schedule(rows, critic.config.control_codes, args.count, args.seed) if rows else []
     rollouts = saved if saved is not None else _sampled(sampler, rows, args)
     result = _foreseen(critic, model, [rollout for rollout in rollouts if rollout.reward is not None], args.batch_size)
-    print(positions_table(result["positions"]))
+    text = positions_table(result["positions"])
     if args.strengths:
         result["strengths"] = [_steered(sampler, rows, args, critic, strength) for strength in args.strengths]
-        print("\n" + _strengths_table(result["strengths"]))
+        text += "\n\n" + _strengths_table(result["strengths"])
+    show(finite(result), text)
     if args.output:
         write_json(Path(args.output), finite(result))
 

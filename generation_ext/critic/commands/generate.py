@@ -9,10 +9,10 @@ from typing import Any, Optional
 
 import torch
 
-from generation_ext.critic.commands.arguments import CriticArguments, critic_folders, load_critics, parse
+from generation_ext.critic.commands.arguments import CriticArguments, critic_folders, load_critics
 from generation_ext.critic.generate import critic_generate
 from generation_ext.critic.value import Critic
-from peft_ext.command_line import TextArguments
+from peft_ext.command_line import TextArguments, parse, show
 
 
 @dataclass
@@ -44,8 +44,12 @@ def main(argv: Sequence[str]) -> None:
         torch.manual_seed(args.seed)
     tokens = _generate(args, model, tokenizer, critics, inputs)
     start = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
-    for prompt, text in zip(prompts, tokenizer.batch_decode(tokens[:, start:], skip_special_tokens=True)):
-        print(f"--- {prompt}\n{text if model.config.is_encoder_decoder else prompt + text}\n")
+    answers = tokenizer.batch_decode(tokens[:, start:], skip_special_tokens=True)
+    whole = [text if model.config.is_encoder_decoder else prompt + text for prompt, text in zip(prompts, answers)]
+    show(
+        [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, whole)],
+        "\n".join(f"--- {prompt}\n{text}\n" for prompt, text in zip(prompts, whole)),
+    )
 
 
 def _generate(args: GenerateArguments, model: Any, tokenizer: Any, critics: list[Critic], inputs: Any) -> torch.Tensor:

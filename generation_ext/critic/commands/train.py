@@ -18,14 +18,14 @@ from typing import Any
 
 from transformers import set_seed
 
-from generation_ext.critic.commands.arguments import PromptArguments, load_prompts, parse
+from generation_ext.critic.commands.arguments import OLD_FLAGS, PromptArguments, load_prompts
 from generation_ext.critic.commands.evaluate import positions_table
 from generation_ext.critic.commands.reward_arguments import RewardArguments, load_reward
 from generation_ext.critic.diagnostics import finite
 from generation_ext.critic.rollouts import schedule
 from generation_ext.critic.training import CriticConfig, CriticTrainer
 from generation_ext.critic.value import Critic
-from peft_ext.command_line import ModelArguments
+from peft_ext.command_line import ModelArguments, note, parse, show
 from peft_ext.files import written_whole
 from peft_ext.model_card import note_measured
 from peft_ext.runs import RunFolder, drop_checkpoints, last_checkpoint
@@ -55,13 +55,13 @@ class TrainArguments(ModelArguments, PromptArguments, RewardArguments):
 
 def main(argv: Sequence[str]) -> None:
     """Check everything, then train and evaluate."""
-    args, training = parse(argv, TrainArguments, CriticConfig)
+    args, training = parse(argv, TrainArguments, CriticConfig, aliases=OLD_FLAGS)
     run_folder, settings = RunFolder(training.output_dir), _arguments(args, training)
     run = run_folder.folder
     finished = run_folder.check(settings)
     if finished is not None:
-        print(f"{run} is finished already; its figures:")
-        print(table(finished))
+        note(f"{run} is finished already; its figures:")
+        show(finished, table(finished))
         return
     prompts, held_out = _split(load_prompts(args), args.held_out, training.seed)
     reward = load_reward(args)
@@ -87,10 +87,8 @@ def main(argv: Sequence[str]) -> None:
             critic.save_pretrained(folder)
         run_folder.finish(finite(metrics))
         drop_checkpoints(run)
-        print(table(metrics))
-        print(
-            f"\nThe run is in {run}. Next: python -m generation_ext.critic generate {run} --prompt '...' --strength 2"
-        )
+        show(finite(metrics), table(metrics))
+        note(f"\nThe run is in {run}. Next: peft-ext critic generate {run} --prompt '...' --strength 2")
 
 
 def table(metrics: dict[str, Any]) -> str:
@@ -126,7 +124,10 @@ def _arguments(args: TrainArguments, training: CriticConfig) -> dict[str, Any]:
     """What the run's result depends on, and a second run must repeat."""
     own = [name for name in CriticConfig.__annotations__ if name not in _FREE]
     names = (*own, "seed", "max_steps", "gradient_accumulation_steps", "warmup_steps", "max_grad_norm", "bf16", "fp16")
-    return {**asdict(args), **{name: getattr(training, name) for name in names}}
+    of_args = asdict(args)
+    of_args["prompts"] = of_args.pop("data")  # its name in the files of earlier versions
+    del of_args["device"]
+    return {**of_args, **{name: getattr(training, name) for name in names}}
 
 
 # what may differ between the start of a run and its going on

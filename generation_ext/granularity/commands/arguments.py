@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -14,9 +13,6 @@ from generation_ext.columns import DataArguments, columns_of
 from generation_ext.granularity import modeling  # noqa: F401 (registers the model type)
 from peft_ext import command_line
 from peft_ext.models import load_config
-
-
-parse = partial(command_line.parse, program="python -m generation_ext.granularity")
 
 
 @dataclass
@@ -39,7 +35,7 @@ class ModelArguments(command_line.ModelArguments):
         config = load_config(str(path))
         if not config.is_encoder_decoder:
             raise ValueError(f"model={self.model!r} is a {config.model_type}, not an encoder-decoder model.")
-        return command_line.ModelArguments(str(path), self.adapter, self.dtype).load(kind)
+        return command_line.ModelArguments(str(path), self.adapter, self.dtype, self.device).load(kind)
 
 
 @dataclass

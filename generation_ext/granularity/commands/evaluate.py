@@ -12,11 +12,11 @@ from generation_ext.granularity.commands.arguments import (
     DataArguments,
     DecodingArguments,
     ModelArguments,
-    parse,
     read_texts,
 )
 from generation_ext.granularity.metrics import paraphrase_metrics
 from generation_ext.granularity.training import paraphrase
+from peft_ext.command_line import parse, show
 from peft_ext.files import check_writable, write_json
 
 
@@ -37,7 +37,9 @@ def main(argv: Sequence[str]) -> None:
     model, tokenizer = args.load()
     paraphrases = paraphrase(model, tokenizer, sources, batch_size=args.batch_size, num_beams=args.num_beams)
     metrics = {"pairs": len(pairs), **paraphrase_metrics(paraphrases, targets, sources)}
-    for name, value in metrics.items():
-        print(f"{name:>12}  {value:.2f}" if name != "pairs" else f"{name:>12}  {value}")
+    lines = (
+        f"{name:>12}  {value:.2f}" if name != "pairs" else f"{name:>12}  {value}" for name, value in metrics.items()
+    )
+    show(metrics, "\n".join(lines))
     if args.output:
         write_json(Path(args.output), metrics)

@@ -12,10 +12,10 @@ from generation_ext.granularity.commands.arguments import (
     DataArguments,
     DecodingArguments,
     ModelArguments,
-    parse,
     read_texts,
 )
 from generation_ext.granularity.training import paraphrase
+from peft_ext.command_line import note, parse, show
 from peft_ext.files import check_writable
 from peft_ext.rows import write_rows
 
@@ -42,6 +42,6 @@ def main(argv: Sequence[str]) -> None:
     paraphrases = paraphrase(model, tokenizer, texts, batch_size=args.batch_size, num_beams=args.num_beams)
     if args.output:
         write_rows(args.output, [{"source": text, "paraphrase": each} for text, each in zip(texts, paraphrases)])
-        print(f"{len(paraphrases)} paraphrases in {args.output}")
+        note(f"{len(paraphrases)} paraphrases in {args.output}")
     else:
-        print("\n".join(paraphrases))
+        show(paraphrases, "\n".join(paraphrases))

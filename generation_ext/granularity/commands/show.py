@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
-from generation_ext.granularity.commands.arguments import ModelArguments, parse
+from generation_ext.granularity.commands.arguments import ModelArguments
 from generation_ext.granularity.pictures import as_text, heat_map, sentence_granularities
+from peft_ext.command_line import note, parse, show
 from peft_ext.files import check_writable
 
 
@@ -32,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
         check_writable(Path(args.output), "output")
     model, tokenizer = args.load()
     tokens, z = sentence_granularities(model, tokenizer, args.text)
-    print(as_text(tokens, z))
+    show({"tokens": tokens, "granularities": z.tolist()}, as_text(tokens, z))
     if args.output:
         heat_map(tokens, z, args.output)
-        print(f"picture in {args.output}")
+        note(f"picture in {args.output}")

@@ -21,10 +21,11 @@ from typing import Any, Optional
 from transformers import AutoTokenizer, Seq2SeqTrainingArguments, set_seed
 
 from generation_ext.columns import DataArguments
-from generation_ext.granularity.commands.arguments import parse, read_texts
+from generation_ext.granularity.commands.arguments import read_texts
 from generation_ext.granularity.modeling import CDNPGConfig, CDNPGForConditionalGeneration
 from generation_ext.granularity.tokenizer import train_tokenizer
 from generation_ext.granularity.training import paraphrase_trainer
+from peft_ext.command_line import note, parse, show
 from peft_ext.files import written_whole
 from peft_ext.model_card import note_measured
 from peft_ext.runs import RunFolder, drop_checkpoints, last_checkpoint
@@ -69,7 +70,8 @@ def main(argv: Sequence[str]) -> None:
     run, settings = run_folder.folder, {name: value for name, value in asdict(args).items() if name != "output_dir"}
     finished = run_folder.check(settings)
     if finished is not None:
-        print(f"{run} is finished already: {json.dumps(finished)}")
+        note(f"{run} is finished already; its figures:")
+        show(finished, json.dumps(finished))
         return
     pairs = read_texts(args.data, "data", ("source", "target"), args)
     if args.validation:
@@ -93,10 +95,11 @@ def main(argv: Sequence[str]) -> None:
         tokenizer.save_pretrained(partial)
     run_folder.finish(metrics)
     drop_checkpoints(run)
-    print(
-        f"validation loss {metrics['eval_loss']:.3f} after {metrics['steps']} steps; the model is in {run / 'model'}"
+    show(
+        metrics,
+        f"validation loss {metrics['eval_loss']:.3f} after {metrics['steps']} steps; the model is in {run / 'model'}",
     )
-    print(f"Next: python -m generation_ext.granularity paraphrase {run} --texts 'how do i learn to swim'")
+    note(f"Next: peft-ext paraphrase paraphrase {run} --texts 'how do i learn to swim'")
 
 
 def _config(args: TrainArguments, vocab_size: int) -> CDNPGConfig:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Optional
 
 from generation_ext import columns
@@ -14,7 +13,6 @@ from peft_ext import command_line
 
 
 RUN = "run.json"
-parse = partial(command_line.parse, program="python -m generation_ext.probing")
 
 
 @dataclass

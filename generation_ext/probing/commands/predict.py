@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, Optional
 
 from generation_ext.columns import columns_of
-from generation_ext.probing.commands.arguments import RUN, DataArguments, ModelArguments, labelled, parse
+from generation_ext.probing.commands.arguments import RUN, DataArguments, ModelArguments, labelled
 from generation_ext.probing.palp import PALPClassifier
 from generation_ext.probing.saving import base_name, fields_of_template
+from peft_ext.command_line import parse, show
 from peft_ext.files import check_writable
 from peft_ext.rows import write_rows
 from peft_ext.runs import read_settings
@@ -57,9 +58,11 @@ def main(argv: Sequence[str]) -> None:
         # a CSV has a column for each class
         rows.append({"prediction": prediction, **(each if output.suffix == ".csv" else {"probabilities": each})})
     write_rows(output, rows)
-    print(f"{len(rows)} predictions in {output}")
-    for name, count in Counter(predictions).most_common(10):
-        print(f"  {name}: {count}")
+    counts = dict(Counter(predictions).most_common(10))
+    lines = [f"{len(rows)} predictions in {output}", *(f"  {name}: {count}" for name, count in counts.items())]
+    result: dict[str, Any] = {"predictions": len(rows), "output": str(output), "counts": counts}
     correct = [str(prediction) == label for prediction, label in zip(predictions, labels) if label is not None]
     if correct:
-        print(f"accuracy: {100 * sum(correct) / len(correct):.1f} % of {len(correct)} labelled texts")
+        result["accuracy"] = sum(correct) / len(correct)
+        lines.append(f"accuracy: {100 * result['accuracy']:.1f} % of {len(correct)} labelled texts")
+    show(result, "\n".join(lines))

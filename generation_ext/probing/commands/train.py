@@ -14,9 +14,10 @@ from typing import Any, Optional
 import numpy as np
 
 from generation_ext.columns import columns_of
-from generation_ext.probing.commands.arguments import RUN, DataArguments, ModelArguments, labelled, parse
+from generation_ext.probing.commands.arguments import RUN, DataArguments, ModelArguments, labelled
 from generation_ext.probing.palp import NONE, PALPClassifier
 from generation_ext.prompts import Task
+from peft_ext.command_line import parse, show
 from peft_ext.files import check_folder_writable, write_json
 from peft_ext.model_card import note_measured, write_card
 
@@ -74,17 +75,20 @@ def main(argv: Sequence[str]) -> None:
     classifier.save_pretrained(output)
     run = {name: getattr(args, name) for name in ("model", "adapter", "dtype", "fields", "label_column")}
     write_json(output / RUN, run)
-    print(f"{len(texts)} texts of {len(classifier.classes_)} classes: classifier in {output}")
+    result: dict[str, Any] = {"texts": len(texts), "classes": len(classifier.classes_), "output_dir": str(output)}
+    lines = [f"{len(texts)} texts of {len(classifier.classes_)} classes: classifier in {output}"]
     for text, name in classifier.demonstrations_:
-        print(f"  shown for {name}: {' / '.join(classifier.task_.values(text).values())}")
-    training = float(classifier.score(texts, labels))
-    note_measured(classifier, f"accuracy on {len(texts)} training texts", share=training)
-    print(f"accuracy on the training texts: {100 * training:.1f} %")
+        lines.append(f"  shown for {name}: {' / '.join(classifier.task_.values(text).values())}")
+    result["accuracy"] = float(classifier.score(texts, labels))
+    note_measured(classifier, f"accuracy on {len(texts)} training texts", share=result["accuracy"])
+    lines.append(f"accuracy on the training texts: {100 * result['accuracy']:.1f} %")
     if validation is not None:
         accuracy = float(np.mean(classifier.predict(validation[0]) == np.array(validation[1])))
+        result["validation_accuracy"] = accuracy
         note_measured(classifier, f"accuracy on {len(validation[0])} validation texts", share=accuracy)
-        print(f"accuracy on {args.validation}: {100 * accuracy:.1f} % of {len(validation[0])} texts")
+        lines.append(f"accuracy on {args.validation}: {100 * accuracy:.1f} % of {len(validation[0])} texts")
     write_card(classifier.model_card(), output)
+    show(result, "\n".join(lines))
     if not args.keep_features:
         shutil.rmtree(features, ignore_errors=True)
 

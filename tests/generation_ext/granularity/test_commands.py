@@ -1,5 +1,5 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""`python -m generation_ext.granularity`: train, kill, go on, paraphrase, evaluate, show; mistakes are one line."""
+"""`peft-ext paraphrase`: train, kill, go on, paraphrase, evaluate, show; mistakes are one line."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ import shutil
 
 import pytest
 
-from generation_ext.granularity.__main__ import main
+from peft_ext import cli
 from peft_ext.files import written_whole
+
+
+def main(arguments):
+    return cli.main(["paraphrase", *arguments])
 
 
 STRANGE = {"source": "how do i\u2028 make\u2029 a\u0085 song?", "target": "what is the best way to make a song?"}
@@ -47,7 +51,7 @@ def test_a_run_folder(folder, capsys):
         "tokenizer",
     ]
     assert train(folder, folder / "run") == 0
-    assert "is finished already" in capsys.readouterr().out
+    assert "is finished already" in capsys.readouterr().err
     assert train(folder, folder / "run", "--seed", "3") == 2
     assert "holds a run with other settings (seed: was 0, is 3)" in capsys.readouterr().err
 
@@ -62,8 +66,7 @@ def test_goes_on_after_a_kill(folder, tmp_path, monkeypatch):
 
     step = Seq2SeqTrainer.training_step
     monkeypatch.setattr(Seq2SeqTrainer, "training_step", die)
-    with pytest.raises(KeyboardInterrupt):
-        train(folder, tmp_path / "run")
+    assert train(folder, tmp_path / "run") == 130  # Ctrl-C
     assert (tmp_path / "run" / "checkpoint-3").is_dir()
     monkeypatch.setattr(Seq2SeqTrainer, "training_step", step)
     # the same tokenizer: training one on several threads breaks ties at random
@@ -75,8 +78,7 @@ def test_goes_on_after_a_kill(folder, tmp_path, monkeypatch):
 
 def test_a_checkpoint_that_a_kill_left_incomplete_is_not_gone_on_from(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("generation_ext.granularity.commands.train.written_whole", stopped_at("model"))
-    with pytest.raises(KeyboardInterrupt):
-        train(folder, tmp_path / "run")
+    assert train(folder, tmp_path / "run") == 130  # Ctrl-C
     monkeypatch.undo()
     (tmp_path / "run" / "checkpoint-6" / "trainer_state.json").unlink()
     assert train(folder, tmp_path / "run") == 0

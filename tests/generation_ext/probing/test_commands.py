@@ -1,5 +1,5 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""`python -m generation_ext.probing` on a tiny model: files in, files out, and errors that are one line."""
+"""`peft-ext probe` on a tiny model: files in, files out, and errors that are one line."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ import pytest
 pytest.importorskip("sklearn", reason="PALPClassifier is an estimator of scikit-learn")
 
 from generation_ext.probing import FeatureExtractor, PALPClassifier  # noqa: E402
-from generation_ext.probing.__main__ import main  # noqa: E402
+from peft_ext import cli  # noqa: E402
 from tests.tiny.byte_models import model  # noqa: E402
 from tests.tiny.tokenizers import tokenizer, tokenizer_for  # noqa: E402
+
+
+def main(arguments):
+    return cli.main(["probe", *arguments])
 
 
 ROWS = [
@@ -94,8 +98,7 @@ def test_csv_and_yaml(folder, tmp_path, capsys):
 def test_goes_on_after_a_kill(folder, tmp_path, monkeypatch, capsys):
     saved = PALPClassifier.save_pretrained
     monkeypatch.setattr(PALPClassifier, "save_pretrained", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        train(folder, tmp_path / "palp")
+    assert train(folder, tmp_path / "palp") == 130  # Ctrl-C
     assert (tmp_path / "palp-features").is_dir()
     monkeypatch.setattr(PALPClassifier, "save_pretrained", saved)
     monkeypatch.setattr(FeatureExtractor, "_fill", lambda *args: pytest.fail("encoded again"))

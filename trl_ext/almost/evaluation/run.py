@@ -32,7 +32,6 @@ from trl_ext.almost.rewards import RewardModel
 
 
 logger = logging.getLogger(__name__)
-PROGRAM = "almost_eval"
 TASKS = ("hhh", "truthfulqa", "win_rate")
 FILES = {"hhh": "hhh/test.jsonl", "truthfulqa": "truthfulqa/test.jsonl", "win_rate": "vicuna/questions.jsonl"}
 
@@ -146,7 +145,7 @@ class ResultFile:
 
 def parse(argv: Sequence[str]) -> tuple[Any, ...]:
     """What [`run`] takes, from flags and the YAML of `--config`."""
-    return command_line.parse(argv, EvaluationArguments, program=PROGRAM)
+    return command_line.parse(argv, EvaluationArguments)
 
 
 def run(args: EvaluationArguments) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from trl_ext.almost.models import load_chat_tokenizer, load_classifier
 from trl_ext.almost.prompts.chat import as_messages
 from trl_ext.almost.rewards import RewardModel, encode_answer
 from trl_ext.almost.training.stage import (
+    TRAINING_FLAGS,
     AlmostModelConfig,
     StageArguments,
     StageDefaults,
@@ -63,7 +64,7 @@ class AlmostRewardConfig(StageDefaults, RewardConfig):
 
 def parse(argv: Sequence[str]) -> tuple[Any, ...]:
     """What [`run`] takes, from flags and the YAML of `--config`."""
-    return command_line.parse(argv, RewardArguments, AlmostRewardConfig, AlmostModelConfig, program=PROGRAM)
+    return command_line.parse(argv, RewardArguments, AlmostRewardConfig, AlmostModelConfig, aliases=TRAINING_FLAGS)
 
 
 def run(script_args: RewardArguments, training_args: RewardConfig, model_args: ModelConfig) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from trl_ext.almost.prompts.chat import as_messages
 from trl_ext.almost.rewards import RewardModel
 from trl_ext.almost.training.rlsf_generation import MergedGRPOTrainer, MergedRLOOTrainer, check_merged_generation
 from trl_ext.almost.training.stage import (
+    TRAINING_FLAGS,
     AlmostModelConfig,
     StageArguments,
     StageDefaults,
@@ -89,7 +90,9 @@ RLSF_CONFIGS: dict[str, type] = {"rloo": AlmostRLOOConfig, "grpo": AlmostGRPOCon
 
 def parse(argv: Sequence[str]) -> tuple[Any, ...]:
     """What [`run`] takes, from flags and the YAML of `--config`."""
-    return command_line.parse(argv, RLSFArguments, RLSF_CONFIGS[trainer_of(argv)], AlmostModelConfig, program=PROGRAM)
+    return command_line.parse(
+        argv, RLSFArguments, RLSF_CONFIGS[trainer_of(argv)], AlmostModelConfig, aliases=TRAINING_FLAGS
+    )
 
 
 def trainer_of(argv: Sequence[str]) -> str:

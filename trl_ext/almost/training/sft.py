@@ -15,6 +15,7 @@ from peft_ext import command_line
 from trl_ext.almost.models import load_chat_tokenizer, load_policy
 from trl_ext.almost.prompts.chat import encode_chat
 from trl_ext.almost.training.stage import (
+    TRAINING_FLAGS,
     AlmostModelConfig,
     StageArguments,
     StageDefaults,
@@ -44,7 +45,7 @@ class AlmostSFTConfig(StageDefaults, SFTConfig):
 
 def parse(argv: Sequence[str]) -> tuple[Any, ...]:
     """What [`run`] takes, from flags and the YAML of `--config`."""
-    return command_line.parse(argv, StageArguments, AlmostSFTConfig, AlmostModelConfig, program=PROGRAM)
+    return command_line.parse(argv, StageArguments, AlmostSFTConfig, AlmostModelConfig, aliases=TRAINING_FLAGS)
 
 
 def run(script_args: StageArguments, training_args: SFTConfig, model_args: ModelConfig) -> dict[str, Any]:

@@ -32,6 +32,9 @@ _FREE = frozenset(
     "per_device_eval_batch_size".split()
 )
 
+# The words that all commands share, for TRL's.
+TRAINING_FLAGS = {"model": "model_name_or_path", "data": "dataset_name", "batch_size": "per_device_train_batch_size"}
+
 # Settings that may be a file's or a folder's path.
 _PATHS = frozenset(("dataset_name", "eval_dataset_name", "model_name_or_path", "reward_model"))
 

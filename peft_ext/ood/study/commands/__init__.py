@@ -1,2 +1,7 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""The commands of `python -m peft_ext.ood`, a module each."""
+"""The verbs of `peft-ext ood`, a module each."""
+
+COMMANDS = {
+    "run": "train the study's classifiers, measure all detectors behind them; resumes, several may run at once",
+    "report": "write tables and plots of what is finished",
+}

@@ -1,24 +1,35 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""What both commands take: the study's file, and what takes its fields' place."""
+"""What both verbs take: the study's file, and what takes its fields' place."""
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass, field
+from typing import Optional
 
 from peft_ext.ood.study.grid import StudyConfig, read_config
 
 
-def parser(command: str, description: str) -> argparse.ArgumentParser:
-    """A parser with the flags of both commands."""
-    made = argparse.ArgumentParser(prog=f"python -m peft_ext.ood {command}", description=description)
-    made.add_argument(
-        "--config", required=True, help="the study's YAML file (see peft_ext.ood.study.grid.StudyConfig)"
+@dataclass
+class StudyArguments:
+    """Which study. Its YAML isn't one of flags (see `peft_ext.ood.study.grid.StudyConfig`), so it is `--study` to the parser."""
+
+    study: Optional[str] = field(default=None, metadata={"help": "The study's YAML file (or --config)."})
+    output_dir: Optional[str] = field(
+        default=None, metadata={"help": "Where everything goes, in place of the file's."}
     )
-    made.add_argument("--output_dir", help="where everything goes, in place of the file's")
-    made.add_argument("--data_dir", help="where the known data sets' folders lie, in place of the file's")
-    return made
+    data_dir: Optional[str] = field(
+        default=None, metadata={"help": "Where the known data sets' folders lie, in place of the file's."}
+    )
+
+    def config(self) -> StudyConfig:
+        """The study that the flags name.
+
+        Raises:
+            ValueError: If they name none.
+        """
+        if not self.study:
+            raise ValueError("config is missing: pass --config, the study's YAML file.")
+        return read_config(self.study, output_dir=self.output_dir, data_dir=self.data_dir)
 
 
-def config_of(arguments: argparse.Namespace) -> StudyConfig:
-    """The study that the flags name."""
-    return read_config(arguments.config, output_dir=arguments.output_dir, data_dir=arguments.data_dir)
+ALIASES = {"config": "study"}

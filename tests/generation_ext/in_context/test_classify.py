@@ -1,5 +1,5 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""`python -m generation_ext.in_context` on a tiny model: files in, files out, and errors that are one line."""
+"""`peft-ext classify` on a tiny model: files in, files out, and errors that are one line."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import json
 
 import pytest
 
-from generation_ext.in_context.cli import main, read_task
+from generation_ext.in_context.classify import read_task
 from generation_ext.in_context.scoring import LabelScorer
 from generation_ext.in_context.self_generated import SelfGeneratedICL
 from generation_ext.prompts import CB, SST2
+from peft_ext import cli
 from tests.tiny.byte_models import model
 from tests.tiny.tokenizers import tokenizer
 
@@ -36,10 +37,11 @@ def folder(tmp_path_factory):
 
 def call(folder, *arguments, name="model", data="data.jsonl"):
     output = folder / "out.jsonl"
-    main(
-        ["--task", "sst2", "--model", str(folder / name), "--data", str(folder / data), "--output", str(output)]
-        + list(map(str, arguments))
-    )
+    named = {"task": "sst2", "model": folder / name, "data": folder / data, "output": output}
+    flags = [part for flag, value in named.items() for part in (f"--{flag}", value)]
+    status = cli.main(["classify", *map(str, [*flags, *arguments])])
+    if status:
+        raise SystemExit(status)
     return [json.loads(line) for line in output.read_text().splitlines()]
 
 
@@ -118,7 +120,7 @@ def test_task_of_a_file(folder):
         (["--data", "missing.jsonl"], "missing.jsonl"),
         (["--data", "empty.jsonl"], "has no rows"),
         (["--data", "bad.jsonl"], "bad.jsonl, line 2 is no JSON"),
-        (["--data", "data.txt"], "must end in .jsonl or .csv"),
+        (["--data", "data.txt"], "must end in .jsonl"),
         (["--output", "no/where.jsonl"], "does not exist"),
         (["--model", "./nowhere"], "there is no such folder"),
         (["--method", "demonstrations"], "--demonstrations FILE goes with"),
@@ -141,5 +143,5 @@ def test_errors_are_one_line(folder, arguments, message, capsys, monkeypatch):
 
 def test_help(capsys):
     with pytest.raises(SystemExit):
-        main(["--help"])
-    assert "--self-consistent" in capsys.readouterr().out
+        cli.main(["classify", "--help"])
+    assert "--self_consistent" in capsys.readouterr().out
