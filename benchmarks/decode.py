@@ -45,6 +45,10 @@ MODELS = (DEFAULT_MODEL, ONE_BILLION)
 MB = 1e6
 
 
+# What plain `save_pretrained` writes (compressed-tensors); the other packed ones are `bcq`.
+SAVED_CHECKPOINT = "4 bits, compressed-tensors"
+
+
 class Contender(NamedTuple):
     """Who generates."""
 
@@ -53,12 +57,17 @@ class Contender(NamedTuple):
     compiled: bool = False  # with a static cache
     adapter: bool = False  # a new one beside the packed base, instead of merged into it
     llama_cpp: bool = False
+    packed_here: bool = False  # the float checkpoint, packed to 4 bits in this process: never saved
 
     @property
     def title(self) -> str:
         """A row's first column."""
         if self.llama_cpp:
             return f"llama.cpp on our GGUF, {self.checkpoint}"
+        if self.packed_here:
+            return f"PEQA, 4 bits, {self.dtype}, never saved"
+        if self.checkpoint == SAVED_CHECKPOINT:
+            return f"PEQA, 4 bits, {self.dtype}, saved, loaded in a fresh process"
         name = "transformers" if self.checkpoint == "float" else f"PEQA, {self.checkpoint}"
         notes = [", static cache and torch.compile"] * self.compiled + [", adapter beside the base"] * self.adapter
         return f"{name}, {self.dtype}{''.join(notes)}"
@@ -67,6 +76,7 @@ class Contender(NamedTuple):
 FLOAT32, BFLOAT16 = Contender("float", "float32"), Contender("float")
 COMPILED = Contender("float", compiled=True)
 FOUR, TWO = Contender("4 bits"), Contender("2 bits")
+NEVER_SAVED, SAVED = Contender("float", packed_here=True), Contender(SAVED_CHECKPOINT)
 LLAMA_CPP = Contender("4 bits", llama_cpp=True)
 CONTENDERS = (
     FLOAT32,
@@ -78,24 +88,31 @@ CONTENDERS = (
     Contender("4 bits", "float32"),
     Contender("4 bits", compiled=True),
     Contender("4 bits", adapter=True),
+    NEVER_SAVED,
+    SAVED,
     LLAMA_CPP,
 )
+
+
+# Name -> bits.
+_CHECKPOINTS = {"float": None, "4 bits": 4, SAVED_CHECKPOINT: 4, "3 bits": 3, "2 bits": 2}
 
 
 def prepare(model: str, folder: Path) -> None:
     """Write the checkpoints of a model that all contenders load: floats in bfloat16, packed ones, and a GGUF."""
     tokenizer = load_tokenizer(DEFAULT_MODEL)
-    for name, bits in (("float", None), ("4 bits", 4), ("3 bits", 3), ("2 bits", 2)):
+    for name, bits in _CHECKPOINTS.items():
         if (folder / name).is_dir():
             continue
         torch.manual_seed(0)
         loaded = _build(model) if bits is None else AutoModelForCausalLM.from_pretrained(folder / "float")
         if bits is not None:
             loaded = get_peft_model(loaded, PeqaConfig(bits=bits)).merge_and_unload()
-            make_saveable(loaded, "bcq")
+            if name != SAVED_CHECKPOINT:
+                make_saveable(loaded, "bcq")
         partial = folder / f"{name}.partial"
         loaded.save_pretrained(partial)
-        if bits == 4:
+        if name == LLAMA_CPP.checkpoint:
             export_gguf(loaded, tokenizer, partial / "model.gguf")
         partial.rename(folder / name)
 
@@ -132,6 +149,8 @@ def transformers_generate(contender: Contender, folder: Path) -> Generate:
     """Greedy `model.generate`."""
     dtype = getattr(torch, contender.dtype)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    if contender.packed_here:
+        model = get_peft_model(model, PeqaConfig(bits=4)).merge_and_unload().eval()
     if contender.adapter:
         model = get_peft_model(model, PeqaConfig(bits=4, inference_mode=True)).eval()
     options: dict[str, Any] = {"do_sample": False}
@@ -237,7 +256,7 @@ def measure(args: argparse.Namespace, model: str, folder: Path) -> dict[str, dic
         for process in processes.values():
             process.kill()
             process.wait()
-    sizes = {name: _weight_bytes(folder / name) for name in ("float", "4 bits", "3 bits", "2 bits")}
+    sizes = {name: _weight_bytes(folder / name) for name in _CHECKPOINTS}
     return {
         contender.title: {
             **{
@@ -326,6 +345,7 @@ def print_tables(output: Path) -> None:
         if large:
             _print_ratio(found, "4 bits over llama.cpp", FOUR, LLAMA_CPP, 0.8)
         _print_ratio(found, "2 bits over 4 bits", TWO, FOUR, 1.0)
+        _print_ratio(found, "saved, loaded in a fresh process, over never saved", SAVED, NEVER_SAVED, 0.95)
         if FOUR.title in found:
             four = found[FOUR.title]
             cache = settings["cache_bytes"]
@@ -363,7 +383,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         return
     if args.smoke:
         args.models, args.rounds, args.prompt_tokens, args.new_tokens = [SMOKE], 1, 8, 4
-        args.rows = args.rows or [contender.title for contender in (BFLOAT16, FOUR, TWO)]
+        args.rows = args.rows or [contender.title for contender in (BFLOAT16, FOUR, TWO, NEVER_SAVED, SAVED)]
     if not args.table:
         with tempfile.TemporaryDirectory() as temporary:
             for model in args.models:

@@ -149,7 +149,7 @@ def packed_card(model: PreTrainedModel, tokenizer_here: bool = False, token: Any
         facts["float linear layers"] = ", ".join(f"`{name}`" for name in rest[:4]) + (
             f" and {len(rest) - 4} more" if len(rest) > 4 else ""
         )
-    size = sum(tensor.numel() * tensor.element_size() for layer in layers.values() for tensor in layer.parameters())
+    size = sum(tensor.nbytes for layer in layers.values() for tensor in layer.parameters())
     whole = sum(layer.in_features * layer.out_features for layer in layers.values())
     facts["packed layers"] = (
         f"{size / 2**20:,.1f} MiB, {16 * whole / max(1, 8 * size):.1f} times smaller than bfloat16"

@@ -95,6 +95,8 @@ def test_a_packed_bases_card(checkpoint_format, beside, base, tmp_path, monkeypa
     assert data.base_model == "owner/tiny" and data.base_model_relation == "quantized" and data.license == "mit"
     assert {"3-bit", "quantized", "peft-ext"} <= set(data.tags) and data.library_name == "transformers"
     assert "uniform integers of 3 bits, in groups of 32 (14 layers)" in card.text and codes_digest(model) in card.text
+    (smaller,) = map(float, re.findall(r"([\d.]+) times smaller than bfloat16", card.text))
+    assert 2.5 < smaller < 4  # 3 bits, and 40 in 32 weights for scales and zero points
     assert run_snippet(tmp_path, monkeypatch, capsys).strip()
     # base and adapters on it show the same codes
     adapted = get_peft_model(_load(tmp_path), PeqaConfig(bits=3, group_size=32))

@@ -18,6 +18,7 @@ from benchmarks import (  # noqa: E402
     common,
     decode,
     kernels,
+    loading,
     nlg_metrics,
     peqa_learning_rate,
     peqa_quality,
@@ -249,6 +250,21 @@ def test_kernels(tmp_path, capsys):
 
 
 @linux_only
+@linux_only
+def test_loading(tmp_path, capsys):
+    output = tmp_path / "loading.json"
+    loading.main(["--smoke", "--output", str(output)])
+    shown = capsys.readouterr().out
+    (row,) = _rows(output)
+    layers = {title: one["layers"] for title, one in row["result"].items()}
+    assert layers[loading.OURS.title] == layers[loading.OUR_BCQ.title] == ["PackedLinear"]
+    assert layers[loading.STOCK.title] == layers[loading.BFLOAT16.title] == ["Linear"], "stock is stock"
+    assert "peak of loading, over the packed bytes" in shown and "first token, first call" in shown
+    loading.main(["--smoke", "--table", "--output", str(output)])
+    assert capsys.readouterr().out == shown
+
+
+@linux_only
 def test_decode(tmp_path, capsys):
     output = tmp_path / "decode.json"
     decode.main(["--smoke", "--output", str(output)])
@@ -258,6 +274,7 @@ def test_decode(tmp_path, capsys):
     assert set(found) == set(row["settings"]["rows"]) and "tokens per second, 2 bits over 4 bits" in shown
     assert all(one["tokens_per_second"] > 0 and one["first_token_seconds"] > 0 for one in found.values())
     assert found[decode.TWO.title]["weight_bytes"] < found[decode.FOUR.title]["weight_bytes"]
+    assert "saved, loaded in a fresh process, over never saved" in shown
     before = output.read_text()
     decode.main(["--smoke", "--table", "--output", str(output)])
     assert output.read_text() == before and capsys.readouterr().out == shown
