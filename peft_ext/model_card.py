@@ -24,6 +24,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 from transformers.utils import cached_file
 
+from peft_ext.checkpoint.gguf_header import read_text
 from peft_ext.files import written_whole
 from peft_ext.hub import is_hub_id
 from peft_ext.language_model import base_fingerprint, base_name, embedding_weight, token_embedding, unwrapped
@@ -361,15 +362,13 @@ def _license_in(data: Mapping[str, Any]) -> dict[str, str]:
 
 def _gguf_license(name: str) -> dict[str, str]:
     try:
-        from gguf import GGUFReader
-
         source = resolve_model(name)
         if source.gguf_file is None:
             return _license_in(_metadata(Path(source.name_or_path) / README))
-        found = GGUFReader(Path(source.name_or_path) / source.gguf_file).get_field("general.license")
+        found = read_text(Path(source.name_or_path) / source.gguf_file, "general.license")
     except (ImportError, OSError, ValueError):
         return {}
-    return {} if found is None else {"license": str(found.contents())}
+    return {} if found is None else {"license": found}
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

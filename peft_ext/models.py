@@ -185,12 +185,14 @@ def locate(name: str, adapter: Optional[str] = None) -> tuple[str, Optional[str]
             f"the adapter {name!r} doesn't say what its base is; pass the base, and --adapter {name}, or set "
             f"base_model_name_or_path in {folder / _ADAPTER_CONFIG}."
         )
+    beside = folder.resolve().parent / Path(base).name
     if (
         is_adapter
         and not Path(base).expanduser().exists()
-        and (folder.parent / Path(base).name / "config.json").is_file()
+        and (beside.parent / _RUN_CONFIG).is_file()
+        and beside.is_dir()
     ):
-        base = folder.parent / Path(base).name  # a run that was moved, or is named from another folder
+        base = beside  # of a run that was moved, or is named from another folder
     return str(base), str(folder) if is_adapter else name
 
 

@@ -12,6 +12,8 @@ from peft import get_peft_model
 
 from peft_ext import PeqaConfig, load, load_tokenizer
 from peft_ext.cli import main
+from peft_ext.model_card import README
+from tests.snippets import printed_by_card
 from tests.tiny.folders import save_tiny_gpt2, save_tiny_model
 
 
@@ -53,6 +55,25 @@ def test_a_run_holds_what_it_promises(finished):
     assert metrics["steps"] == len(metrics["losses"]) == 4
     assert metrics["bytes"]["adapter"] < metrics["bytes"]["packed_base"] < metrics["bytes"]["float_model"]
     assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_runs_cards(finished, tmp_path):
+    """Also of a run that was moved: its adapter's base lies beside it."""
+    run = shutil.copytree(finished, tmp_path / "moved")
+    cards, perplexities = {}, json.loads((run / "metrics.json").read_text())["perplexity"]
+    for part, columns in (("base", ("float", "quantized")), ("adapter", ("float", "quantized", "tuned"))):
+        text = (run / part / README).read_text()
+        row = " | ".join(f"{perplexities[name]:.4g}" for name in columns)
+        cards[part] = text
+        assert "perplexity on 4 held-out rows of" in text and f" | {row} |" in text and "3-bit" in text
+    assert printed_by_card(cards["base"], run / "base")
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(finished / "base")
+    config["base_model_name_or_path"] = "runs/not/here/base"
+    (run / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    assert printed_by_card(cards["adapter"], run / "adapter")
+    loaded = load(str(run / "adapter"))
+    assert loaded.get_base_model().name_or_path == str(run / "base")
 
 
 def test_started_again_a_finished_run_prints_its_table(finished, capsys):

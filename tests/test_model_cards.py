@@ -20,11 +20,13 @@ from transformers import (
 
 from generation_ext import CDNPGConfig, CDNPGForConditionalGeneration, Critic, PALPClassifier
 from peft_ext import AlphaTuningConfig, BottleneckConfig, PeqaConfig, calibrate, note_measured
+from peft_ext.checkpoint.gguf_header import read_text
 from peft_ext.checkpoint.saving import make_saveable
 from peft_ext.language_model import base_fingerprint
 from peft_ext.model_card import README, BaseModel, Card, write_card
 from peft_ext.ood import OODPipeline
 from peft_ext.packed_cards import codes_digest, install
+from tests.snippets import printed_by_card
 from tests.tiny.folders import save_tiny, save_tiny_model
 from tests.tiny.models import tiny
 from tests.tiny.tokenizers import byte_tokenizer, tiny_tokenizer
@@ -51,13 +53,9 @@ def _load(folder: Path):
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
-def run_snippet(folder: Path, monkeypatch, capsys) -> str:
-    """Execute the card's Python as it stands, in the folder that it lies in; what it prints."""
-    (code,) = re.findall(r"```python\n(.*?)\n```", (folder / README).read_text(), re.DOTALL)
-    monkeypatch.chdir(folder)
-    capsys.readouterr()
-    exec(compile(code, str(folder / README), "exec"), {"__name__": "card"})
-    return capsys.readouterr().out
+def _run(folder: Path) -> str:
+    """What the card's snippet prints in the folder that it lies in."""
+    return printed_by_card((folder / README).read_text(), folder)
 
 
 def _card(folder: Path) -> ModelCard:
@@ -67,7 +65,7 @@ def _card(folder: Path) -> ModelCard:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_an_adapters_card(name, base, tmp_path, monkeypatch, capsys):
+def test_an_adapters_card(name, base, tmp_path):
     model = get_peft_model(_load(base), copy.deepcopy(CONFIGS[name]))
     model.save_pretrained(tmp_path)
     card, data = _card(tmp_path), _card(tmp_path).data
@@ -80,12 +78,12 @@ def test_an_adapters_card(name, base, tmp_path, monkeypatch, capsys):
         assert f"of {bits} bits" in card.text and f"{bits}-bit" in data.tags and codes_digest(model) in card.text
     else:
         assert "`bottleneck_dim=4`" in card.text
-    assert run_snippet(tmp_path, monkeypatch, capsys).strip()
+    assert _run(tmp_path)
 
 
 @pytest.mark.parametrize("checkpoint_format", ["pack-quantized", "bcq"])
 @pytest.mark.parametrize("beside", [True, False], ids=["tokenizer", "no-tokenizer"])
-def test_a_packed_bases_card(checkpoint_format, beside, base, tmp_path, monkeypatch, capsys):
+def test_a_packed_bases_card(checkpoint_format, beside, base, tmp_path):
     model = get_peft_model(_load(base), PeqaConfig(bits=3, group_size=32)).unload()
     make_saveable(model, checkpoint_format)
     if beside:
@@ -97,7 +95,7 @@ def test_a_packed_bases_card(checkpoint_format, beside, base, tmp_path, monkeypa
     assert "uniform integers of 3 bits, in groups of 32 (14 layers)" in card.text and codes_digest(model) in card.text
     (smaller,) = map(float, re.findall(r"([\d.]+) times smaller than bfloat16", card.text))
     assert 2.5 < smaller < 4  # 3 bits, and 40 in 32 weights for scales and zero points
-    assert run_snippet(tmp_path, monkeypatch, capsys).strip()
+    assert _run(tmp_path)
     # base and adapters on it show the same codes
     adapted = get_peft_model(_load(tmp_path), PeqaConfig(bits=3, group_size=32))
     assert codes_digest(adapted) == codes_digest(model)
@@ -106,7 +104,7 @@ def test_a_packed_bases_card(checkpoint_format, beside, base, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("name", "auto"), [("t5", AutoModelForSeq2SeqLM), ("bert", AutoModelForSequenceClassification)]
 )
-def test_other_kinds(name, auto, tmp_path, monkeypatch, capsys):
+def test_other_kinds(name, auto, tmp_path):
     save_tiny(name, tmp_path / "float")
     tiny_tokenizer().save_pretrained(tmp_path / "float")
     model = auto.from_pretrained(tmp_path / "float")
@@ -114,11 +112,11 @@ def test_other_kinds(name, auto, tmp_path, monkeypatch, capsys):
     adapted = get_peft_model(model, PeqaConfig(bits=4, task_type=task))
     adapted.save_pretrained(tmp_path / "adapter")
     adapted.unload().save_pretrained(tmp_path / "base")
-    assert run_snippet(tmp_path / "adapter", monkeypatch, capsys).strip()
-    assert run_snippet(tmp_path / "base", monkeypatch, capsys).strip()
+    assert _run(tmp_path / "adapter")
+    assert _run(tmp_path / "base")
 
 
-def test_a_model_without_a_name(tmp_path, monkeypatch, capsys):
+def test_a_model_without_a_name(tmp_path):
     model = get_peft_model(tiny("llama"), PeqaConfig(bits=4))
     model.save_pretrained(tmp_path / "adapter")
     assert (
@@ -126,7 +124,7 @@ def test_a_model_without_a_name(tmp_path, monkeypatch, capsys):
         and "```python" not in _card(tmp_path / "adapter").text
     )
     model.unload().save_pretrained(tmp_path / "base")
-    assert run_snippet(tmp_path / "base", monkeypatch, capsys).strip()
+    assert _run(tmp_path / "base")
     assert "licence wasn't known" in _card(tmp_path / "base").text and _card(tmp_path / "base").data.license is None
 
 
@@ -198,7 +196,7 @@ def test_a_card_that_cannot_be_read_is_left(tmp_path):
     assert (tmp_path / README).read_text().endswith("Mine.\n")
 
 
-def test_a_critics_card(base, tmp_path, monkeypatch, capsys):
+def test_a_critics_card(base, tmp_path):
     for codes in (None, ["sports", "science"]):
         critic = Critic.for_model(_load(base), control_codes=codes)
         note_measured(critic, "held-out roll-outs", explained_variance=0.4)
@@ -208,10 +206,10 @@ def test_a_critics_card(base, tmp_path, monkeypatch, capsys):
             card.data.license == "mit" and card.data.base_model == "owner/tiny" and "critic-control" in card.data.tags
         )
         assert base_fingerprint(_load(base)) in card.text and "explained_variance" in card.text
-        assert run_snippet(tmp_path, monkeypatch, capsys).strip()
+        assert _run(tmp_path)
 
 
-def test_a_palp_classifiers_card(base, tmp_path, monkeypatch, capsys):
+def test_a_palp_classifiers_card(base, tmp_path):
     palp = PALPClassifier(
         _load(base), byte_tokenizer(), template="Review: {text}\nSentiment:", demonstrations="per-class"
     )
@@ -223,10 +221,10 @@ def test_a_palp_classifiers_card(base, tmp_path, monkeypatch, capsys):
     palp.save_pretrained(tmp_path / "other")
     card = _card(tmp_path / "other")
     assert "`'Review: {text}\\nSentiment:'`" in card.text and "palp" in card.data.tags and card.data.license == "mit"
-    assert re.search("good|bad", run_snippet(tmp_path / "other", monkeypatch, capsys))
+    assert re.search("good|bad", _run(tmp_path / "other"))
 
 
-def test_an_ood_pipelines_card(base, tmp_path, monkeypatch, capsys):
+def test_an_ood_pipelines_card(base, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
     model.config.pad_token_id = tiny_tokenizer().pad_token_id
     model = get_peft_model(model, PeqaConfig(bits=4, task_type="SEQ_CLS"))
@@ -236,10 +234,10 @@ def test_an_ood_pipelines_card(base, tmp_path, monkeypatch, capsys):
     card = _card(tmp_path)
     assert card.data.base_model == "owner/tiny" and "msp" in card.data.tags and "trained: PEQA" in card.text
     assert list(tmp_path.rglob(README)) == [tmp_path / README]
-    assert "in_distribution" in run_snippet(tmp_path, monkeypatch, capsys)
+    assert "in_distribution" in _run(tmp_path)
 
 
-def test_a_paraphrase_models_card(tmp_path, monkeypatch, capsys):
+def test_a_paraphrase_models_card(tmp_path):
     config = CDNPGConfig(
         vocab_size=len(tiny_tokenizer()),
         pad_token_id=0,
@@ -255,7 +253,7 @@ def test_a_paraphrase_models_card(tmp_path, monkeypatch, capsys):
     CDNPGForConditionalGeneration(config).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     assert "base model" not in _card(tmp_path).text and "c-dnpg" in _card(tmp_path).data.tags
-    run_snippet(tmp_path, monkeypatch, capsys)
+    _run(tmp_path)
 
 
 def test_installed_twice_it_is_there_once():
@@ -266,8 +264,13 @@ def test_installed_twice_it_is_there_once():
 
 def test_the_default_models_lineage(monkeypatch):
     from peft_ext.model_card import DEFAULT_ON_HUB, named_base
-    from peft_ext.models import DEFAULT_MODEL, DEFAULT_VARIABLE
+    from peft_ext.models import DEFAULT_MODEL, DEFAULT_VARIABLE, resolve_model
 
     monkeypatch.delenv(DEFAULT_VARIABLE, raising=False)
     base = named_base(DEFAULT_MODEL)
+    source = resolve_model(DEFAULT_MODEL)
+    path = Path(source.name_or_path, source.gguf_file)
+    assert read_text(path, "general.architecture") == "llama" and read_text(path, "tokenizer.nothing") is None
+    with pytest.raises(ValueError, match="is no GGUF"):
+        read_text(Path(__file__), "general.license")
     assert base.hub_id == DEFAULT_ON_HUB and base.license == {"license": "apache-2.0"} and base.loads_elsewhere

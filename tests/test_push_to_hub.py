@@ -29,6 +29,7 @@ from peft_ext.quant.linear import PackedLinear
 from tests.cases import move_adapter
 from tests.conftest import ROOT
 from tests.hub_stand_in import TOKEN, HubStandIn
+from tests.snippets import printed_by_card
 from tests.tiny.folders import save_tiny_model
 from tests.tiny.tokenizers import byte_tokenizer, tiny_tokenizer
 
@@ -80,17 +81,13 @@ def _card(hub: HubStandIn, repo_id: str, **kwargs) -> ModelCard:
     return card
 
 
-def _run_snippet(hub: HubStandIn, repo_id: str, monkeypatch, tmp_path, capsys) -> str:
-    (code,) = re.findall(r"```python\n(.*?)\n```", hub.read(repo_id, "README.md"), re.DOTALL)
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    capsys.readouterr()
-    exec(compile(code, repo_id, "exec"), {"__name__": "card"})
-    return capsys.readouterr().out
+def _run(hub: HubStandIn, repo_id: str, tmp_path: Path) -> str:
+    """What the card's snippet prints anywhere."""
+    return printed_by_card(hub.read(repo_id, "README.md"), tmp_path / "elsewhere")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_an_adapter(name, hub, base, monkeypatch, tmp_path, capsys):
+def test_an_adapter(name, hub, base, tmp_path):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), _config(name))
     move_adapter(model)
     model.push_to_hub("me/adapter", commit_message="A first one")
@@ -102,21 +99,21 @@ def test_an_adapter(name, hub, base, monkeypatch, tmp_path, capsys):
     assert torch.equal(_logits(AutoPeftModelForCausalLM.from_pretrained("me/adapter")), _logits(model))
     assert torch.equal(_logits(peft_ext.load("me/adapter")), _logits(model))
     assert torch.equal(_logits(peft_ext.load(base, adapter="me/adapter")), _logits(model))
-    assert _run_snippet(hub, "me/adapter", monkeypatch, tmp_path, capsys).strip()
+    assert _run(hub, "me/adapter", tmp_path)
 
 
-def test_an_adapter_of_another_name(hub, base, monkeypatch, tmp_path, capsys):
+def test_an_adapter_of_another_name(hub, base, tmp_path):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), _config("peqa"), "other")
     move_adapter(model, "other")
     model.push_to_hub("me/adapter")
     assert "other/adapter_model.safetensors" in hub.files("me/adapter")
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "me/adapter", subfolder="other")
     assert torch.equal(_logits(loaded), _logits(model))
-    assert _run_snippet(hub, "me/adapter", monkeypatch, tmp_path, capsys).strip()
+    assert _run(hub, "me/adapter", tmp_path)
 
 
 @pytest.mark.parametrize("checkpoint_format", ["pack-quantized", "bcq"])
-def test_a_packed_base_and_an_adapter_on_it(checkpoint_format, hub, base, monkeypatch, tmp_path, capsys):
+def test_a_packed_base_and_an_adapter_on_it(checkpoint_format, hub, base, tmp_path):
     packed = get_peft_model(AutoModelForCausalLM.from_pretrained(base), _config("peqa")).unload()
     make_saveable(packed, checkpoint_format)
     packed.push_to_hub("me/base", private=True)
@@ -133,7 +130,7 @@ def test_a_packed_base_and_an_adapter_on_it(checkpoint_format, hub, base, monkey
     with adapted.disable_adapter():
         assert torch.equal(_logits(loaded), _logits(adapted))
     assert torch.equal(_logits(AutoPeftModelForCausalLM.from_pretrained("me/adapter")), _logits(adapted))
-    assert _run_snippet(hub, "me/base", monkeypatch, tmp_path, capsys).strip()
+    assert _run(hub, "me/base", tmp_path)
 
 
 def test_lora_on_a_packed_base(hub, base):
@@ -204,7 +201,7 @@ def test_save_pretrained_pushes(hub, base, tmp_path):
     assert 'from_pretrained("me/packed")' in hub.read("me/packed", "README.md")
 
 
-def test_a_critic(hub, base, monkeypatch, tmp_path, capsys):
+def test_a_critic(hub, base, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(base)
     critic = Critic.for_model(model)
     torch.nn.init.normal_(critic.head.weight)
@@ -213,10 +210,10 @@ def test_a_critic(hub, base, monkeypatch, tmp_path, capsys):
     loaded = Critic.from_pretrained("me/critic").attach(model)
     hidden = torch.randn(3, 64)
     assert torch.equal(loaded.value(hidden), critic.value(hidden))
-    assert _run_snippet(hub, "me/critic", monkeypatch, tmp_path, capsys).strip()
+    assert _run(hub, "me/critic", tmp_path)
 
 
-def test_a_palp_classifier(hub, base, monkeypatch, tmp_path, capsys):
+def test_a_palp_classifier(hub, base, tmp_path):
     texts = ["a fine film", "two lost hours", "what a joy", "dull"]
     palp = PALPClassifier(AutoModelForCausalLM.from_pretrained(base), byte_tokenizer())
     palp.fit(texts, ["good", "bad", "good", "bad"])
@@ -225,14 +222,14 @@ def test_a_palp_classifier(hub, base, monkeypatch, tmp_path, capsys):
     assert _card(hub, "me/palp").data.base_model == base
     loaded = PALPClassifier.from_pretrained("me/palp")
     assert (loaded.predict_proba(texts) == palp.predict_proba(texts)).all()
-    assert re.search("good|bad", _run_snippet(hub, "me/palp", monkeypatch, tmp_path, capsys))
+    assert re.search("good|bad", _run(hub, "me/palp", tmp_path))
     palp.save_pretrained(tmp_path / "palp", push_to_hub=True, repo_id="me/again")
     assert hub.files("me/again") == hub.files("me/palp")
     with pytest.raises(FileNotFoundError, match="'me/nothing' is no folder here"):
         PALPClassifier.from_pretrained("me/nothing")
 
 
-def test_an_ood_pipeline(hub, base, monkeypatch, tmp_path, capsys):
+def test_an_ood_pipeline(hub, base, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
     model.config.pad_token_id = 0
     model = get_peft_model(model, PeqaConfig(bits=4, task_type="SEQ_CLS"))
@@ -242,17 +239,17 @@ def test_an_ood_pipeline(hub, base, monkeypatch, tmp_path, capsys):
     assert _card(hub, "me/intents").data.base_model == base
     assert [path for path in hub.files("me/intents") if path.endswith("README.md")] == ["README.md"]
     assert OODPipeline.from_pretrained("me/intents")(texts) == pipeline(texts)
-    assert "in_distribution" in _run_snippet(hub, "me/intents", monkeypatch, tmp_path, capsys)
+    assert "in_distribution" in _run(hub, "me/intents", tmp_path)
 
 
-def test_a_paraphrase_model(hub, monkeypatch, tmp_path, capsys):
+def test_a_paraphrase_model(hub, tmp_path):
     sizes = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_position_embeddings": 64}
     layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
     model = CDNPGForConditionalGeneration(CDNPGConfig(vocab_size=100, pad_token_id=0, **sizes, **layers))
     model.push_to_hub("me/paraphrases")
     tiny_tokenizer().push_to_hub("me/paraphrases")
     assert "c-dnpg" in _card(hub, "me/paraphrases").data.tags
-    _run_snippet(hub, "me/paraphrases", monkeypatch, tmp_path, capsys)
+    _run(hub, "me/paraphrases", tmp_path)
 
 
 def test_others_models_are_pushed_as_ever(hub, folder):

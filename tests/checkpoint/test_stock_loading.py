@@ -12,11 +12,26 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
 from peft_ext import PeqaConfig
+from peft_ext.checkpoint.pack_quantized import OWN_BITS
 from peft_ext.checkpoint.stock_loading import loads_without_weights
 from peft_ext.quant.conversion import packed_layers
 from tests.tiny import families
 from tests.tiny.models import logits_of
 
+
+AS_STOCK = """
+import hashlib, json, sys, torch, transformers
+if sys.argv[2] == "ours":
+    import peft_ext
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+layers = {name: type(module).__module__ + type(module).__name__ for name, module in model.named_modules()}
+tensors = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in model.state_dict().items()}
+with torch.no_grad():
+    logits = model(input_ids=torch.tensor([[5, 6, 7, 8]])).logits.flatten().tolist()
+after = sorted(model.state_dict())
+traces = [hasattr(model, name) for name in ("hf_quantizer", "ct_decompress_hook")]
+print(json.dumps([layers, tensors, logits, after, traces]))
+"""
 
 # Models whose own code reads `layer.weight` while they are initialised, and two that don't.
 READ_WEIGHTS = ("t5", "falcon", "mamba", "gpt_bigcode", "recurrent_gemma", "modernbert", "gemma3_vl", "paligemma")
@@ -86,3 +101,17 @@ def test_whatever_the_models_own_code_raises_counts(monkeypatch):
     assert loads_without_weights(model, ["model.layers.0.mlp.up_proj"])
     monkeypatch.setattr(type(model), "_init_weights", lambda self, module: 1 / 0)
     assert not loads_without_weights(model, ["model.layers.0.mlp.up_proj"])
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_somebody_elses_checkpoint_is_loaded_as_stock_loads_it(sym, fresh_process, tmp_path):
+    """Without our mark the very same files are somebody else's."""
+    base = get_peft_model(families.build("llama"), PeqaConfig(bits=4, group_size=16, sym=sym)).unload()
+    base.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config[OWN_BITS]
+    path.write_text(json.dumps(config))
+    stock, ours = (json.loads(fresh_process(AS_STOCK, tmp_path, who)) for who in ("stock", "ours"))
+    assert ours == stock
+    assert not any("PackedLinear" in kind for kind in ours[0].values())

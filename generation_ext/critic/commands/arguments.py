@@ -12,6 +12,7 @@ from generation_ext.critic.processor import CriticLogitsProcessor
 from generation_ext.critic.rollouts import prompt_rows
 from generation_ext.critic.value import Critic
 from peft_ext.command_line import ModelArguments
+from peft_ext.hub import fetched
 from peft_ext.rows import read_json_lines, read_lines
 from peft_ext.runs import read_settings
 
@@ -25,7 +26,8 @@ class CriticArguments(ModelArguments):
     """Which critic, and how it steers."""
 
     critic: list[str] = field(
-        default_factory=list, metadata={"help": "Folder of a critic or of a run (or the first argument); or several."}
+        default_factory=list,
+        metadata={"help": "Folder or hub id of a critic, or of a run (or the first argument); or several."},
     )
     critic_top_k: int = field(default=10, metadata={"help": "Tokens that are re-weighted in each step."})
     mode: str = field(default="exact", metadata={"help": "exact, or action-value (a critic with that head)."})
@@ -67,7 +69,8 @@ def critic_folders(names: Sequence[str]) -> list[Path]:
         raise ValueError("critic is missing: pass --critic, the folder of a critic or of a run.")
     folders = []
     for name in names:
-        folder = Path(name, "critic") if Path(name, "critic", "config.json").is_file() else Path(name)
+        named = fetched(name)
+        folder = named / "critic" if (named / "critic" / "config.json").is_file() else named
         if not (folder / "config.json").is_file():
             hint = " The run isn't finished: call train again." if Path(name, "config.yaml").is_file() else ""
             raise FileNotFoundError(f"critic={name!r}: there is no critic in that folder.{hint}")

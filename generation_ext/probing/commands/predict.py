@@ -16,6 +16,7 @@ from generation_ext.probing.palp import PALPClassifier
 from generation_ext.probing.saving import base_name, fields_of_template
 from peft_ext.command_line import parse, show
 from peft_ext.files import check_writable
+from peft_ext.hub import fetched
 from peft_ext.rows import write_rows
 from peft_ext.runs import read_settings
 
@@ -25,7 +26,7 @@ class PredictArguments(DataArguments, ModelArguments):
     """Arguments of `predict`."""
 
     classifier: Optional[str] = field(
-        default=None, metadata={"help": "Folder of a classifier (or the first argument)."}
+        default=None, metadata={"help": "Folder or hub id of a classifier (or the first argument)."}
     )
     output: Optional[str] = field(default=None, metadata={"help": "Predictions: .jsonl or .csv."})
 
@@ -36,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
     for name in ("classifier", "data", "output"):
         if not getattr(args, name):
             raise ValueError(f"{name} is missing: pass --{name}.")
-    folder, output = Path(args.classifier), Path(args.output)
+    folder, output = fetched(args.classifier), Path(args.output)
     if output.suffix not in (".jsonl", ".csv"):
         raise ValueError(f"output={args.output!r} must end in .jsonl or .csv.")
     check_writable(output, "output")

@@ -99,6 +99,7 @@ def test_a_run_has_its_critic_rollouts_and_figures(place, run):
     assert {"eval_loss", "eval_calibration_error"} <= metrics["evaluation"].keys()
     assert len(read_rollouts(run / "rollouts")) == 12
     assert not list(run.glob("checkpoint-*"))
+    assert "calibration error |" in (run / "critic" / "README.md").read_text()
     model = AutoModelForCausalLM.from_pretrained(place / "model")
     critic = Critic.from_pretrained(run / "critic").attach(model)
     assert critic.config.action_values and not (critic.head.weight == 0).all()

@@ -50,6 +50,7 @@ def test_a_run_folder(folder, capsys):
         "model",
         "tokenizer",
     ]
+    assert "held-out pairs |" in (folder / "run" / "model" / "README.md").read_text()
     assert train(folder, folder / "run") == 0
     assert "is finished already" in capsys.readouterr().err
     assert train(folder, folder / "run", "--seed", "3") == 2

@@ -59,6 +59,7 @@ def test_train_and_predict(folder, tmp_path, capsys, name):
     assert status == 0, printed.err
     assert "shown for bad:" in printed.out and "% of 6 texts" in printed.out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["palp"]
+    assert "| accuracy on 6 validation texts |" in (tmp_path / "palp" / "README.md").read_text()
     assert predict(folder, tmp_path / "palp", tmp_path / "out.jsonl") == 0
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     lm, words = model(name), tokenizer_for(name)
