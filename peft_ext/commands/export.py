@@ -16,7 +16,7 @@ from peft_ext.checkpoint.saving import make_saveable, take_over
 from peft_ext.command_line import note, parse, show
 from peft_ext.commands.run_folder import new_folder
 from peft_ext.files import written_whole
-from peft_ext.models import load, load_tokenizer, locate
+from peft_ext.models import copy_processor, load, load_tokenizer, locate
 from peft_ext.quant.conversion import dequantize_layers, packed_layers
 from peft_ext.scale_tuning.config import ScaleTuningConfig
 from peft_ext.tables import mebibytes
@@ -137,6 +137,7 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
         return
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    copy_processor(args.model, folder)
 
 
 def _check(args: ExportArguments) -> None:

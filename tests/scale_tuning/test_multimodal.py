@@ -15,6 +15,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_ext import AdapterPool, AlphaTuningConfig, PeqaConfig, calibrate, report
+from peft_ext.commands.export import main as export
 from peft_ext.commands.tune import main as tune
 from peft_ext.models import load
 from peft_ext.quant.conversion import packed_layers
@@ -333,5 +334,7 @@ def test_tune(name, method, tmp_path, capsys):
     model = load(str(run))
     assert len(tuner_layers(model)) == MULTIMODAL[name].packed
     assert all("language_model" in layer for layer in tuner_layers(model))
+    export(["--model", str(run), "--to", "dequantized", "--output_dir", str(tmp_path / "floats")])
+    assert (tmp_path / "floats" / "preprocessor_config.json").is_file()
     losses = json.loads((run / "metrics.json").read_text())["losses"]
     assert len({round(loss, 6) for _, loss in losses}) == len(losses)
