@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any, Optional
 
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationScheme
 from compressed_tensors.utils.match import match_targets
 from torch import nn
@@ -41,6 +42,7 @@ from peft_ext.checkpoint.stored_layer import (
     pack_stored_layers,
     release_pages,
 )
+from peft_ext.quant.conversion import weight_of
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.uniform import UNIFORM_BITS
 
@@ -190,56 +192,68 @@ class _StoredIntegers(StoredLayer):
 
     def __init__(self, tensors: dict[str, TensorHeader], layer: Any, weights: Any, bits: int, name: str) -> None:
         order = tensors.pop("weight_g_idx", None)
+        _check_tensors(name, tensors, tuple(weight_of(layer).shape), weights)
         # scales are float32 here, so that loading in bfloat16 doesn't round them
         super().__init__(tensors, layer, {"weight_scale": torch.float32})
         self.container_bits, self.bits = weights.num_bits, bits
-        for part, shape in self._expected(weights, name, tensors).items():
-            if part not in tensors:
-                raise ValueError(f"layer {name!r}: the checkpoint has no {part}; save or download it again.")
-            if tensors[part].shape not in shape:
-                raise ValueError(
-                    f"layer {name!r}: {part} of shape {list(tensors[part].shape)} belongs to no weight of "
-                    f"[{self.out_features}, {self.in_features}] at {weights.num_bits} bits per {weights.strategy}; one of "
-                    "config.json and the weights isn't this checkpoint's."
-                )
         if order is not None:
             _check_order(name, read_tensor(order, f"{name}.weight_g_idx"), self.in_features, weights)
-
-    def _expected(
-        self, weights: Any, name: str, tensors: Mapping[str, TensorHeader]
-    ) -> dict[str, tuple[tuple[int, ...], ...]]:
-        """The shapes that the layer's tensors may have."""
-        groups = 1
-        if weights.strategy == "group":
-            groups = self.in_features // weights.group_size
-            if self.in_features % weights.group_size:
-                raise ValueError(
-                    f"layer {name!r} has {self.in_features} inputs in groups of {weights.group_size}, the last one smaller, "
-                    "which packed layers don't have."
-                )
-        words = math.ceil(self.in_features * weights.num_bits / 32)
-        scale = (self.out_features, groups)
-        expected: dict[str, tuple[tuple[int, ...], ...]] = {
-            "weight_packed": ((self.out_features, words),),
-            "weight_scale": (scale, scale[:1]) if groups == 1 else (scale,),
-            "weight_shape": ((2,),),
-        }
-        if not weights.symmetric or "weight_zero_point" in tensors:
-            rows = math.ceil(self.out_features * weights.num_bits / 32)
-            # a single row is stored with a second one that nothing reads, see `compress`
-            expected["weight_zero_point"] = ((rows, groups), (2, groups)) if rows == 1 else ((rows, groups),)
-        return expected
 
     def packed(self, name: str) -> PackedLinear:
         """The packed layer with the same codes, zero points and scales."""
         tensors: dict[str, torch.Tensor] = {
             part: getattr(self, part).data for part in TENSORS if isinstance(getattr(self, part, None), torch.Tensor)
         }
+        zero_point = tensors.get("weight_zero_point")
+        if zero_point is not None and zero_point.dtype == torch.int8:
+            tensors["weight_zero_point"] = pack_to_int32(zero_point, self.container_bits, packed_dim=0)
         bias: Any = getattr(self, "bias", None)
         layer = expand(tensors, self.container_bits, self.bits, bias, name)
         layer.compute_dtype = self.compute_dtype
         release_pages(tensors["weight_packed"])
         return layer
+
+
+def _check_tensors(
+    name: str, tensors: Mapping[str, TensorHeader], weight_shape: tuple[int, ...], weights: Any
+) -> None:
+    """Refuse, before anything is loaded, a layer whose tensors don't fit.
+
+    Raises:
+        ValueError: Names the layer, what it has and what was expected.
+    """
+    out_features, in_features = weight_shape
+    groups = 1
+    if weights.strategy == "group":
+        groups = in_features // weights.group_size
+        if in_features % weights.group_size:
+            raise ValueError(
+                f"layer {name!r} has {in_features} inputs in groups of {weights.group_size}, the last one smaller, which "
+                "packed layers don't have."
+            )
+    scale, rows = (out_features, groups), math.ceil(out_features * weights.num_bits / 32)
+    packed = [("I32", (rows, groups))]
+    if rows == 1:  # may be stored with a second one that nothing reads, see `compress`
+        packed.append(("I32", (2, groups)))
+    shapes: list[tuple[int, ...]] = [scale, scale[:1]] if groups == 1 else [scale]
+    expected: dict[str, list[tuple[str, tuple[int, ...]]]] = {
+        "weight_packed": [("I32", (out_features, math.ceil(in_features * weights.num_bits / 32)))],
+        "weight_scale": [(kind, shape) for kind in ("F16", "BF16", "F32") for shape in shapes],
+        "weight_shape": [("I64", (2,)), ("I32", (2,))],
+    }
+    if not weights.symmetric or "weight_zero_point" in tensors:
+        # compressed-tensors before 0.9 left them as they are
+        expected["weight_zero_point"] = [*packed, ("I8", scale)]
+    for part, fitting in expected.items():
+        if part not in tensors:
+            raise ValueError(f"layer {name!r}: the checkpoint has no {part}; save or download it again.")
+        found = (tensors[part].dtype, tensors[part].shape)
+        if found not in fitting:
+            raise ValueError(
+                f"layer {name!r}: {part} is {found[0]} {list(found[1])}; a weight of [{out_features}, {in_features}] at "
+                f"{weights.num_bits} bits per {weights.strategy} has {fitting[0][0]} {list(fitting[0][1])}. The checkpoint is "
+                "damaged, or its config is another's."
+            )
 
 
 def _check_order(name: str, order: torch.Tensor, in_features: int, weights: Any) -> None:

@@ -22,7 +22,10 @@ from peft_ext.quant.conversion import LINEAR_LAYERS, replace_layer, weight_of
 from peft_ext.quant.linear import PackedLinear
 
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "I64": torch.int64}
+DTYPES = {
+    **{"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I8": torch.int8, "I32": torch.int32, "I64": torch.int64},
+}
 
 
 class StoredLayer(nn.Module, ABC):

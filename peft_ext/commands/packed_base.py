@@ -15,6 +15,7 @@ from peft import get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from peft_ext.checkpoint.gptq import QUANTIZE_CONFIG
 from peft_ext.checkpoint.pack_quantized import is_packed
 from peft_ext.checkpoint.saving import make_saveable, take_over
 from peft_ext.commands.training_data import DataArguments, TrainingData
@@ -100,7 +101,8 @@ def is_packed_model(model: str) -> bool:
     """Whether a model's config says that its weights are packed; a GGUF's are loaded as floats."""
     if model.lower().endswith(".gguf") or model == DEFAULT_MODEL:
         return False
-    return getattr(load_config(model), "quantization_config", None) is not None
+    stored = getattr(load_config(model), "quantization_config", None)
+    return stored is not None or Path(model, QUANTIZE_CONFIG).is_file()
 
 
 def load_checked(

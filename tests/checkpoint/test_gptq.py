@@ -19,6 +19,7 @@ from peft_ext import PeqaConfig, load_gptq
 from peft_ext.checkpoint.files import TensorHeader
 from peft_ext.checkpoint.gptq import PackedGptqConfig, _GptqLayer
 from peft_ext.checkpoint.loading import stored_quantization
+from peft_ext.commands.packed_base import is_packed_model
 from peft_ext.models import load
 from peft_ext.quant.conversion import packed_layers
 from tests.cases import assert_same, train
@@ -242,6 +243,7 @@ def test_a_config_in_a_file_of_its_own_and_no_g_idx(tmp_path):
     (tmp_path / "quantize_config.json").write_text(json.dumps(stored))
     made.replace(g_idx=None)
     made.check(load_gptq(tmp_path))
+    assert is_packed_model(str(tmp_path))
 
 
 def test_the_zero_biases_of_autogptq_are_dropped_and_others_kept(tmp_path):

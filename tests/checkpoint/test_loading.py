@@ -211,8 +211,8 @@ def test_inputs_ordered_by_activation_are_refused(tmp_path):
     [
         (weights(5), r"is 5-bit int per group; only integers of \(2, 3, 4, 8\) bits"),
         (weights(4, 24), "inputs in groups of 24, the last one smaller"),
-        (weights(8), r"weight_packed of shape \[.*belongs to no weight of .* at 8 bits"),
-        (weights(4, 8), r"weight_scale of shape"),
+        (weights(8), r"weight_packed is I32 \[.*; a weight of .* at 8 bits per group has I32"),
+        (weights(4, 8), r"weight_scale is F32 \[\d+, \d\]; a weight of"),
         ({**weights(4), "strategy": "tensor", "group_size": None}, "is 4-bit int per tensor"),
     ],
     ids=["bits", "size", "width", "groups", "tensor"],
@@ -281,6 +281,23 @@ def test_awq_bit_for_bit(group_size, zero_point, tmp_path):
     groups = stored.codes.view(len(stored.codes), stored.scale.shape[1], -1) - stored.zero_point[..., None]
     expected = (groups.half() * stored.scale.half()[..., None]).view(stored.codes.shape)
     assert torch.equal(half.get_submodule(LAYER).weight + 0, expected)
+
+
+def test_zero_points_that_are_not_packed(tmp_path):
+    """As compressed-tensors stored them before 0.9."""
+    made = tensors(tmp_path)
+    plain = {
+        f"{name}.weight_zero_point": (stored.zero_point - 8).to(torch.int8) for name, stored in made.layers.items()
+    }
+    replace_tensors(tmp_path, **plain)
+    made.check(load_packed(tmp_path))
+
+
+def test_scales_of_a_type_that_is_not_read(tmp_path):
+    made = tensors(tmp_path)
+    replace_tensors(tmp_path, **{f"{LAYER}.weight_scale": made.layers[LAYER].scale.to(torch.float8_e4m3fn)})
+    with pytest.raises(ValueError, match=f"layer '{LAYER}': weight_scale is F8_E4M3"):
+        load_packed(tmp_path)
 
 
 def test_awq_layers_that_are_not_converted(tmp_path):
