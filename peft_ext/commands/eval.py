@@ -67,7 +67,8 @@ def _take_data_of(args: EvalArguments, run: dict[str, Any]) -> None:
     """What a run was tuned on, and how its rows became examples; a flag that differs from its default stays."""
     for kind in (DataArguments, ExampleArguments):
         for each in fields(kind):
-            if each.name in run and getattr(args, each.name) == each.default:
+            # the template went into the run's own tokenizer
+            if each.name in run and each.name != "chat_template_path" and getattr(args, each.name) == each.default:
                 setattr(args, each.name, run[each.name])
 
 

@@ -74,14 +74,14 @@ class TuneArguments(PackedBaseArguments):
 def main(argv: Sequence[str]) -> None:
     """Check everything, then quantise, tune and compare."""
     args, training = parse(argv, TuneArguments, TuneTrainingArguments)
+    if training.dataset_text_field != "text":  # TRL's name
+        args.text_field = training.dataset_text_field
     run_folder = RunFolder(training.output_dir)
     settings = _settings(args, training, run_folder.settings)
     training.learning_rate, args.bits = settings["learning_rate"], str(settings["bits"])
     _config(args)  # refuses what can't be, before any work
     args.check_base_format()
     _check_lora(args)
-    if training.dataset_text_field != "text":  # TRL's name
-        args.text_field = training.dataset_text_field
     # of several processes, the others look at the run folder once the first has written the base
     with training.main_process_first(desc="quantising the base"):
         run = run_folder.folder

@@ -142,9 +142,14 @@ def test_packing_is_refused_where_they_would(name, tmp_path):
 
 def test_texts_as_examples(flags, tmp_path, capsys):
     write_rows(tmp_path / "t.jsonl", [{"body": f"text number {number}" * 3} for number in range(12)])
-    data = ["--data", str(tmp_path / "t.jsonl"), "--text_field", "body", "--packing", "False", "--max_length", "20"]
+    data = ["--data", str(tmp_path / "t.jsonl"), "--dataset_text_field", "body", "--packing", "False", "--max_length", "20"]
     assert main(["tune", *flags, *data]) == 0
     assert "training data: 11 rows of text, 220 tokens, loss on 209 of them; 11 too long" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path / "run"), "--output", str(tmp_path / "e.json")]) == 0
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert result["tokens"] == 20 and result["perplexity"] == pytest.approx(
+        tuned(tmp_path / "run")["perplexity"]["tuned"], rel=1e-3
+    )
 
 
 def test_lora_on_a_base_that_is_packed_first(flags, tmp_path, capsys):
@@ -266,3 +271,5 @@ def test_messages_need_a_chat_template(flags, float_folder, tmp_path, capsys):
     (tmp_path / "t.jinja").write_text("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>{% endfor %}")
     assert main(["tune", *flags, "--chat_template_path", str(tmp_path / "t.jinja")]) == 0
     assert load_tokenizer(str(tmp_path / "run" / "base")).chat_template.startswith("{% for m in")
+    (tmp_path / "t.jinja").unlink()
+    assert main(["eval", str(tmp_path / "run")]) == 0  # the template went along
