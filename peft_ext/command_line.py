@@ -44,12 +44,20 @@ class ModelArguments:
     )
 
     def load(self, kind: str = "causal") -> tuple[Any, Any]:
-        """The model in eval mode, and its tokenizer; see `peft_ext.models.load`."""
+        """The model in eval mode, and its tokenizer; see `peft_ext.models.load`.
+
+        Raises:
+            ValueError: If there is no such device.
+        """
         import torch
 
         from peft_ext import models
 
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.empty(1, device=device)  # before a model is loaded
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device={device!r} can't be used here: {error}") from error
         model = models.load(self.model, adapter=self.adapter, kind=kind, dtype=self.dtype)
         return model.to(device), models.load_tokenizer(self.model)
 

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
-import torch
-
 from peft_ext.command_line import ModelArguments
 from peft_ext.files import check_folder_writable
 from peft_ext.runs import RunFolder
@@ -28,9 +26,6 @@ class AnyModelArguments(ModelArguments):
     run: Optional[str] = field(
         default=None, metadata={"help": "Run folder of `peft-ext tune`; --model and the first argument take it, too."}
     )
-    device: Optional[str] = field(
-        default=None, metadata={"help": "Where to run: cpu, cuda, cuda:1, mps; cpu by default."}
-    )
 
     def __post_init__(self) -> None:
         if self.run is None:
@@ -40,21 +35,6 @@ class AnyModelArguments(ModelArguments):
         if RunFolder(self.run).settings is None:
             raise FileNotFoundError(f"run={self.run!r} is no run of peft-ext tune: it has no config.yaml.")
         self.model = self.run
-
-    def load(self, kind: str = "causal") -> tuple[Any, Any]:
-        """The model in eval mode, on the device, and its tokenizer.
-
-        Raises:
-            FileNotFoundError: If the run or adapter folder is missing or incomplete.
-            ValueError: If there is no such device.
-        """
-        if self.device is not None:
-            try:
-                torch.empty(1, device=self.device)
-            except (RuntimeError, AssertionError) as error:
-                raise ValueError(f"device={self.device!r} can't be used here: {error}") from error
-        model, tokenizer = super().load(kind)
-        return (model if self.device is None else model.to(self.device)), tokenizer
 
 
 def settings_of(model: Optional[str]) -> dict[str, Any]:

@@ -142,7 +142,16 @@ def test_packing_is_refused_where_they_would(name, tmp_path):
 
 def test_texts_as_examples(flags, tmp_path, capsys):
     write_rows(tmp_path / "t.jsonl", [{"body": f"text number {number}" * 3} for number in range(12)])
-    data = ["--data", str(tmp_path / "t.jsonl"), "--dataset_text_field", "body", "--packing", "False", "--max_length", "20"]
+    data = [
+        "--data",
+        str(tmp_path / "t.jsonl"),
+        "--dataset_text_field",
+        "body",
+        "--packing",
+        "False",
+        "--max_length",
+        "20",
+    ]
     assert main(["tune", *flags, *data]) == 0
     assert "training data: 11 rows of text, 220 tokens, loss on 209 of them; 11 too long" in capsys.readouterr().err
     assert main(["eval", str(tmp_path / "run"), "--output", str(tmp_path / "e.json")]) == 0
