@@ -197,11 +197,11 @@ def _calibration_batches(data: TrainingData, count: int) -> list[dict[str, Any]]
 
 
 def _float_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the model with every packed layer as floats of its scale's dtype."""
+    """Bytes of the model with every packed layer as floats of the dtype that it stands for."""
     packed = packed_layers(model).values()
     inside = {id(p) for layer in packed for p in layer.parameters()}
     rest = sum(p.nbytes for p in model.parameters() if id(p) not in inside)
-    return rest + sum(layer.in_features * layer.out_features * layer.scale.element_size() for layer in packed)
+    return rest + sum(layer.in_features * layer.out_features * layer.compute_dtype.itemsize for layer in packed)
 
 
 def file_bytes(folder: Path) -> int:

@@ -55,7 +55,8 @@ class PackedLinear(nn.Linear):
 
     Args:
         planes: uint8 `[ceil(out / 32), ceil(in / 8), bits, 32]`, see `packing.py`.
-        scale: float `[out, groups]`; of a binary coding the alphas `[out, groups, bits]`.
+        scale: float `[out, groups]`; of a binary coding the alphas `[out, groups, bits]`. Kept in float32 at least: half
+            precision would round away a fifth of what tuning changes about a scale by one percent.
         zero_point: uint8 `[out, groups]`; None for a binary coding.
         bias: float `[out]` or None.
         in_features, out_features: Size of the weight.
@@ -91,6 +92,7 @@ class PackedLinear(nn.Linear):
         self.sym = sym
         self.conv1d = conv1d
         self.compute_dtype = compute_dtype or scale.dtype
+        scale = scale.to(torch.promote_types(scale.dtype, torch.float32))
         self._check_shapes(planes, scale, zero_point)
         self.planes = PackedParameter(planes, in_features * out_features)
         self.scale = nn.Parameter(scale, requires_grad=False)
@@ -269,9 +271,12 @@ class PackedLinear(nn.Linear):
         self.requires_grad_(False)
 
     def _apply(self, fn, recurse=True):
-        # scales are float32 from the start, so they don't tell what a cast does to the weight that they stand for
+        # a cast is of the weight that the scales stand for; they themselves stay as precise as they are
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.scale.device)).dtype
+        before = self.scale.data
         super()._apply(fn, recurse)
+        if torch.promote_types(self.scale.dtype, before.dtype) != self.scale.dtype:
+            self.scale.data = before.to(self.scale.device)
         return self._keep_packed_parameter()
 
     def _load_from_state_dict(self, *args, **kwargs):

@@ -162,6 +162,7 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
     def scale_for(self, delta: torch.Tensor, base: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """What `delta` makes of the trained part of `base` under an adapter's parametrisation; shaped like `delta`."""
         base = trained_part(base, delta)
+        delta = delta.to(torch.promote_types(base.dtype, delta.dtype))  # 1 + delta takes more digits than delta
         kind = self.parametrization[adapter_name]
         if kind == "absolute":
             return base + delta
@@ -173,7 +174,8 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: If no delta does: a log-parametrised scale can't change its sign.
         """
-        base = trained_part(self.base_scale().detach(), scale).to(scale)
+        base = trained_part(self.base_scale().detach(), scale).to(scale.device)
+        scale = scale.to(base.dtype)
         kind = self.parametrization[adapter_name]
         if kind == "absolute":
             return scale - base
@@ -199,7 +201,7 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
     def set_weighted(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
         """Give an adapter the weighted sum of what others change about the base's scale."""
         base, delta = self.base_scale(), self.delta(adapter_name)
-        scale = base.to(delta.dtype, copy=True)
+        scale = base.clone()
         for name, weight in zip(adapters, weights):
             if self.holds(name):
                 scale += weight * (self.scale_of(name) - base)

@@ -77,8 +77,12 @@ def test_copies_and_pickles(layer):
 
 def test_dtype_moves_leave_the_codes(layer):
     planes, fingerprint = layer.planes.clone(), layer.fingerprint()
+    scale = layer.scale.clone()
     layer.to(torch.bfloat16)
-    assert layer.scale.dtype == layer.bias.dtype == torch.bfloat16
+    assert layer.compute_dtype == layer.bias.dtype == torch.bfloat16
+    assert layer.scale.dtype == torch.float32 and torch.equal(
+        layer.scale, scale
+    )  # tests/scale_tuning/test_precision.py
     assert layer.planes.dtype == layer.zero_point.dtype == torch.uint8
     assert torch.equal(layer.planes, planes) and layer.fingerprint() == fingerprint
     assert layer(torch.randn(2, IN, dtype=torch.bfloat16)).dtype == torch.bfloat16

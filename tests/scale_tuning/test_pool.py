@@ -222,7 +222,9 @@ def test_a_model_that_changes_under_the_pool(tmp_path):
     pool.activate("one")  # the failed block has left nothing behind
     with pool.mixed(["one"]):
         pass
-    pool.model.to(torch.bfloat16)
+    pool.model.to(torch.bfloat16)  # leaves scales alone
+    pool.activate("one")
+    pool.model.to(torch.float64)
     for use in (lambda: pool.activate(None), lambda: pool.mixed(["one"]).__enter__()):
         with pytest.raises(ValueError, match="make the pool last"):
             use()
