@@ -69,7 +69,7 @@ class ScaleTuningConfig(TargetConfig):
         self.bits_pattern, self.group_size_pattern = self.bits_pattern or {}, self.group_size_pattern or {}
         if isinstance(self.bits, str) and self.bits != BASE:
             raise ValueError(
-                f"bits={self.bits!r} is unknown; pass one of {self.number_format_cls.supported_bits}, or {BASE!r} on a packed "
+                f"bits={self.bits!r} is not supported; choose one of {self.number_format_cls.supported_bits}, or {BASE!r} on a packed "
                 "base."
             )
         for bits in self.bits_pattern.values():
