@@ -69,8 +69,8 @@ class ScaleTuningConfig(TargetConfig):
         self.bits_pattern, self.group_size_pattern = self.bits_pattern or {}, self.group_size_pattern or {}
         if isinstance(self.bits, str) and self.bits != BASE:
             raise ValueError(
-                f"bits={self.bits!r} is not supported; choose one of {self.number_format_cls.supported_bits}, or {BASE!r} on a packed "
-                "base."
+                f"bits={self.bits!r} is not supported; choose one of {self.number_format_cls.supported_bits}, or {BASE!r} on a "
+                "packed base."
             )
         for bits in self.bits_pattern.values():
             check_number_format(self.number_format(bits, -1))
