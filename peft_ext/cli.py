@@ -19,6 +19,7 @@ COMMANDS: Commands = {
     "chat": "talk with a model in the terminal",
     "export": "write a model for other engines: compressed-tensors, GGUF, bcq or plain floats",
     "inspect": "show what is in a checkpoint, an adapter or a run, without loading it",
+    "push": "upload a run, an adapter, a packed model, a critic or a classifier to the hub",
     "run": "another program (lm_eval, trl, transformers, ...) with our methods and formats known to it",
     "plan": "memory that tuning and serving a model take, from its config alone",
     "critic": Command("steer a frozen model: train | generate | evaluate", "generation_ext.critic.commands"),

@@ -21,6 +21,7 @@ import peft
 import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import nn
 from transformers.utils import cached_file
 
@@ -202,7 +203,38 @@ def write_card(card: Card, folder: Path, source: str = THIS_FOLDER) -> None:
             text = existing.text.lstrip("\n")
     data = _merged(data, card.metadata())
     with written_whole(path) as partial:
-        ModelCard(f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{text}").save(partial)
+        partial.write_text(_content(data, text), encoding="utf-8", newline="\n")
+
+
+def _content(data: Mapping[str, Any], text: str) -> str:
+    return f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n" + text.lstrip("\n")
+
+
+def pushed_card(
+    path: Path, repo_id: str, base: Optional[str] = None, was: Optional[str] = None, token: Any = None
+) -> str:
+    """The card of a folder for the repository that it goes to, where a card that somebody edited stays.
+
+    Args:
+        path: The folder's README.md.
+        repo_id: What the snippet is to load.
+        base: The id of the base; None: as the card says.
+        was: What the base was called before.
+        token: Of the hub.
+    """
+    card = ModelCard.load(path)
+    mark, text = _MARKED.search(card.text), card.text
+    if mark is not None and _is_ours(text):
+        body = text[: mark.start()].strip().replace(f'"{THIS_FOLDER}"', f'"{repo_id}"')
+        if base is not None and was is not None:
+            body = body.replace(f"`{Path(was).name}`", str(BaseModel(base)))
+        text = f"{body}\n\n{_MARK.format(_digest(body))}\n"
+    own = {**card.data.to_dict(), **({} if base is None else {"base_model": base})}
+    try:
+        existing = ModelCard.load(repo_id, token=token)
+    except (EntryNotFoundError, LocalEntryNotFoundError):  # the first push
+        return _content(own, text)
+    return _content(_merged(existing.data.to_dict(), own), text if _is_ours(existing.text) else existing.text)
 
 
 def base_model(model: nn.Module, name: Optional[str] = None, token: Any = None, online: bool = False) -> BaseModel:

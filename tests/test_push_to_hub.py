@@ -22,6 +22,7 @@ import peft_ext
 from generation_ext import CDNPGConfig, CDNPGForConditionalGeneration, Critic, PALPClassifier
 from peft_ext import AlphaTuningConfig, BottleneckConfig, PeqaConfig
 from peft_ext.checkpoint.saving import make_saveable
+from peft_ext.cli import main
 from peft_ext.hub import fetched
 from peft_ext.language_model import base_fingerprint
 from peft_ext.ood import OODPipeline
@@ -272,3 +273,57 @@ def test_a_process_of_its_own(hub, base, tmp_path):
     environment = {**hub.environment(tmp_path / "other"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "PeftModelForCausalLM", done.stderr[-3000:]
+
+
+def test_push_a_run(hub, base, monkeypatch, tmp_path, capsys):
+    flags = ["--max_steps", "2", "--block_size", "32", "--held_out_blocks", "2", "--calibration_blocks", "4"]
+    assert main(["tune", "--model", base, "--output_dir", str(tmp_path / "run"), *flags, "--use_cpu", "True"]) == 0
+    assert main(["push", str(tmp_path / "run" / "adapter"), "--repo_id", "me/alone"]) == 2
+    assert "peft-ext push" in capsys.readouterr().err and "me/alone" not in hub.repositories
+    assert main(["push", str(tmp_path / "run"), "--repo_id", "me/run", "--private", "True"]) == 0
+    assert capsys.readouterr().out.split() == [f"{hub.url}/me/run-base", f"{hub.url}/me/run"]
+    assert hub.repositories["me/run"].private and hub.repositories["me/run-base"].private
+    assert json.loads(hub.read("me/run", "adapter_config.json"))["base_model_name_or_path"] == "me/run-base"
+    adapter, packed = _card(hub, "me/run"), _card(hub, "me/run-base")
+    assert (adapter.data.base_model, packed.data.base_model) == ("me/run-base", base)
+    assert str(tmp_path) not in "".join(hub.read("me/run", path) for path in ("README.md", "adapter_config.json"))
+    assert "An adapter for [me/run-base](" in adapter.text and "`base`" not in adapter.text
+    assert "perplexity on 2 held-out rows" in adapter.text and "perplexity on 2 held-out rows" in packed.text
+    assert torch.equal(_logits(peft_ext.load("me/run")), _logits(peft_ext.load(str(tmp_path / "run"))))
+    assert _run(hub, "me/run", tmp_path) and _run(hub, "me/run-base", tmp_path)
+    # again: what somebody wrote there stays, what nobody touched is renewed
+    edited = hub.read("me/run", "README.md").replace("# PEQA", "# Mine")
+    HfApi().upload_file(path_or_fileobj=edited.encode(), path_in_repo="README.md", repo_id="me/run")
+    assert main(["push", str(tmp_path / "run"), "--repo_id", "me/run"]) == 0
+    assert "# Mine" in hub.read("me/run", "README.md") and hub.read("me/run-base", "README.md") == packed.content
+
+
+def test_push_what_is_no_run(hub, base, tmp_path, capsys):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), _config("peqa"))
+    model.save_pretrained(tmp_path / "adapter")
+    critic = Critic.for_model(AutoModelForCausalLM.from_pretrained(base))
+    critic.save_pretrained(tmp_path / "critic")
+    assert main(["push", str(tmp_path / "adapter"), "--repo_id", "me/adapter", "--create_pr", "True"]) == 0
+    assert capsys.readouterr().out.strip().endswith("me/adapter/discussions/1")
+    assert 'peft_ext.load("me/adapter")' in hub.read("me/adapter", "README.md", revision="refs/pr/1")
+    assert main(["push", str(tmp_path / "critic"), "--repo_id", "me/critic"]) == 0
+    assert _run(hub, "me/critic", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "--repo_id", "me/x"], "there is no such folder"),
+        (["empty", "--repo_id", "me/x"], "holds nothing to push"),
+        (["empty", "--repo_id", "x"], "repo_id='x' is no id of the hub"),
+        (["empty"], "repo_id is missing"),
+        (["unfinished", "--repo_id", "me/x"], "is no finished run"),
+    ],
+)
+def test_what_cannot_be_pushed(arguments, message, hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "config.yaml").write_text("")
+    assert main(["push", *arguments]) == 2
+    assert message in capsys.readouterr().err and not hub.repositories
