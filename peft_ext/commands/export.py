@@ -11,6 +11,7 @@ from typing import Optional
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from peft_ext.checkpoint.fused_layers import fused_notice, pack_the_rest
 from peft_ext.checkpoint.pack_quantized import vllm_notice
 from peft_ext.checkpoint.saving import make_saveable, take_over
 from peft_ext.command_line import note, parse, show
@@ -57,6 +58,13 @@ class ExportArguments:
             "help": "Of compressed-tensors: store narrower codes in fields of this width; 4 for 2 and 3 bits in vLLM."
         },
     )
+    pack_rest: bool = field(
+        default=False,
+        metadata={
+            "help": "Of compressed-tensors: also pack float layers that vLLM runs as one with packed ones (of q, k, v; of "
+            "gate, up), each weight to the nearest level."
+        },
+    )
     other_tensors: str = field(
         default="f16", metadata={"help": "Of gguf: what isn't packed, such as embeddings, as f16 or q8_0."}
     )
@@ -69,6 +77,10 @@ def main(argv: Sequence[str]) -> None:
     folder = new_folder(args.output_dir)
     tokenizer = load_tokenizer(args.model)
     model = merged(_load(args), str(args.model), floats=args.to in FLOAT_TARGETS)
+    if args.pack_rest:
+        rest = pack_the_rest(model)
+        names = f" ({', '.join(rest[:3])}{', ...' if len(rest) > 3 else ''})" if rest else ""
+        note(f"packed like the layers that vLLM runs them with: {len(rest)}{names}")
     if args.to in ("compressed-tensors", "bcq"):
         make_saveable(model, TARGETS[args.to], args.container_bits)
     elif args.to == "dequantized":
@@ -78,9 +90,11 @@ def main(argv: Sequence[str]) -> None:
         _write(model, tokenizer, partial, args)
     size = sum(path.stat().st_size for path in folder.iterdir())
     show({"to": args.to, "bytes": size, "output_dir": str(folder)}, f"{args.to}: {mebibytes(size)} in {folder}")
-    notice = vllm_notice(model.config.quantization_config) if args.to == "compressed-tensors" else None
-    if notice is not None:
-        note(f"Note: stock transformers loads it; {notice}")
+    if args.to == "compressed-tensors":
+        stored = model.config.quantization_config
+        one_scheme = len(stored.quantization_config.config_groups) == 1
+        for notice in filter(None, (vllm_notice(stored), fused_notice(model, one_scheme))):
+            note(f"Note: stock transformers loads it; {notice}")
 
 
 def merged(model: PreTrainedModel, name: str, floats: bool = False) -> PreTrainedModel:
@@ -147,5 +161,7 @@ def _check(args: ExportArguments) -> None:
         raise ValueError(f"to={args.to!r} is unknown; choose one of {tuple(TARGETS)}.")
     if args.container_bits is not None and args.to != "compressed-tensors":
         raise ValueError(f"container_bits={args.container_bits} is for --to compressed-tensors; leave it out.")
+    if args.pack_rest and args.to != "compressed-tensors":
+        raise ValueError("pack_rest=True is for --to compressed-tensors; leave it out.")
     if args.other_tensors != "f16" and args.to != "gguf":
         raise ValueError(f"other_tensors={args.other_tensors!r} is for --to gguf; leave it out.")

@@ -94,6 +94,49 @@ def test_containers_for_vllm(run, tmp_path, capsys, fresh_process):
     assert not (tmp_path / "narrow").exists()
 
 
+def save_partly_packed(float_folder, folder, **kwargs):
+    """q and v packed, k not; gate packed, up not."""
+    model = AutoModelForCausalLM.from_pretrained(float_folder)
+    config = PeqaConfig(bits=4, group_size=32, target_modules=["q_proj", "v_proj", "gate_proj", "down_proj"], **kwargs)
+    base = get_peft_model(model, config).unload()
+    base.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(float_folder).save_pretrained(folder)
+    return base
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_partly_packed_layers_that_vllm_runs_as_one(sym, float_folder, tmp_path, capsys, fresh_process):
+    base = save_partly_packed(float_folder, tmp_path / "base", sym=sym)
+    arguments = [tmp_path / "base", "--to", "compressed-tensors", "--output_dir"]
+    assert export(*arguments, tmp_path / "as-it-is") == 0
+    out = capsys.readouterr().err
+    assert "different quantization schemes in 4 of them, such as 'model.layers.0.self_attn'" in out
+    assert "k_proj float" in out and "--pack_rest packs the rest" in out
+    assert_same(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "as-it-is")), logits(base), tolerance=1e-6)
+    assert export(*arguments, tmp_path / "whole", "--pack_rest") == 0
+    out = capsys.readouterr().err
+    assert "packed like the layers that vLLM runs them with: 4 (model.layers.0.self_attn.k_proj" in out
+    assert "vLLM won't" not in out
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    layers, before = packed_layers(whole), packed_layers(base)
+    assert {name.rsplit(".", 1)[1] for name in layers.keys() - before.keys()} == {"k_proj", "up_proj"}
+    assert len({layer.number_format for layer in layers.values()}) == 1
+    for name, layer in before.items():
+        assert torch.equal(layers[name].planes, layer.planes) and torch.equal(layers[name].scale, layer.scale)
+    assert_same(
+        torch.tensor(json.loads(fresh_process(STOCK, tmp_path / "whole"))), logits(whole).flatten(), tolerance=1e-4
+    )
+    # what vLLM looks its shards up in
+    ignored = json.loads((tmp_path / "whole" / "config.json").read_text())["quantization_config"]["ignore"]
+    assert not [name for name in ignored if name.endswith(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"))]
+    assert (
+        export(tmp_path / "whole", "--to", "compressed-tensors", "--output_dir", tmp_path / "no", "--pack_rest") == 0
+    )
+    assert "runs them with: 0\n" in capsys.readouterr().err
+    assert export(tmp_path / "base", "--to", "bcq", "--output_dir", tmp_path / "bcq", "--pack_rest") == 2
+    assert "pack_rest=True is for --to compressed-tensors" in capsys.readouterr().err
+
+
 def test_a_gptq_checkpoint(float_folder, tmp_path, fresh_process):
     model, tensors = AutoModelForCausalLM.from_pretrained(float_folder), {}
     for name, module in model.named_modules():
