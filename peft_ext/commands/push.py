@@ -126,4 +126,4 @@ def _push(folder: Path, repo_id: str, args: PushArguments) -> str:
         commit_message=args.commit_message or "Upload with peft-ext",
         create_pr=args.create_pr,
     )
-    return done.pr_url if args.create_pr else f"{api.endpoint}/{repo_id}"
+    return str(done.pr_url) if args.create_pr else f"{api.endpoint}/{repo_id}"
