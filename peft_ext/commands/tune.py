@@ -29,7 +29,7 @@ from peft_ext.commands.packed_base import (
     perplexity_of,
     write_base,
 )
-from peft_ext.commands.sft import TuneTrainingArguments, sft_trainer
+from peft_ext.commands.sft import TuneTrainingArguments, check_packing, sft_trainer
 from peft_ext.commands.training_data import TrainingData, training_data
 from peft_ext.data import PYTHON_DOCS
 from peft_ext.examples import TEXTS
@@ -98,7 +98,7 @@ def main(argv: Sequence[str]) -> None:
         if training.process_index == 0:
             for line in data.lines():
                 note(line)
-        before = _quantize(args, run_folder, settings, data, tokenizer)
+        before = _quantize(args, training, run_folder, settings, data, tokenizer)
     trainer = _train(args, training, run, data, tokenizer)
     if trainer.is_world_process_zero():
         metrics = _finish(trainer, args, run_folder, data, before)
@@ -212,6 +212,7 @@ def _packed_label(bits: Union[int, str]) -> str:
 
 def _quantize(
     args: TuneArguments,
+    training: TuneTrainingArguments,
     run_folder: RunFolder,
     settings: dict[str, Any],
     data: TrainingData,
@@ -224,6 +225,7 @@ def _quantize(
         model = load_checked(args, config)
         _adapter(args, model)  # a base that it doesn't suit is refused before it is written
         _check_lora(args, model)
+        check_packing(model, training, data.train)
         run_folder.start(settings)
         measured = write_base(model, args, config, run_folder.path("base"), data, tokenizer)
         write_json(run_folder.path("before.json"), measured)
@@ -320,6 +322,7 @@ _LATER_TRAINING_SETTINGS = (
     "dataset_text_field",
     "eos_token",
     "loss_type",
+    "router_aux_loss_coef",
 )
 
 

@@ -4,26 +4,28 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 
 import pytest
 import torch
 import yaml
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from peft_ext.cli import main
-from peft_ext.commands.sft import TuneTrainingArguments, sft_trainer
-from peft_ext.examples import Columns, Encoder, Examples
+from peft_ext.commands.sft import TuneTrainingArguments, check_packing, sft_trainer
+from peft_ext.examples import IGNORED, Encoder, Example, Examples
 from peft_ext.models import load, load_tokenizer
 from peft_ext.perplexity import example_perplexity
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.rows import write_rows
 from tests.conftest import ROOT
 from tests.test_examples import records
-from tests.tiny.byte_models import CONFIGS
+from tests.tiny import families
 from tests.tiny.folders import save_chat_model
+from tests.tiny.tokenizers import chat_tokenizer
 
 
 WORDS = ["red", "green", "blue", "black", "white"]
@@ -112,32 +114,42 @@ def test_packing(strategy, flags, tmp_path):
     assert main(["tune", *flags, "--data", str(tmp_path / "chat.jsonl"), *packing]) == 0
 
 
-def _trainer(name: str, folder, packing: bool):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(CONFIGS[name]())
-    from peft import get_peft_model
-
-    from peft_ext import PeqaConfig
-
-    model = get_peft_model(model, PeqaConfig(bits=8, task_type="CAUSAL_LM"))
-    args = TuneTrainingArguments(output_dir=str(folder), use_cpu=True, packing=packing, max_length=128)
-    tokenizer = load_tokenizer(str(save_chat_model(folder / "tokenizer")))
-    rows = [{"prompt": "a" * 8, "completion": "b" * 8}, {"prompt": "cd" * 8, "completion": "ef" * 8}]
-    examples = Encoder(tokenizer, Columns())(records(rows * 4), "prompt/completion").examples
-    return sft_trainer(model, args, Examples(examples, "prompt/completion"), tokenizer)
+def _examples() -> Examples:
+    """Eight of twelve tokens; the first four aren't trained."""
+    tokens = torch.randint(3, 40, (8, 12)).tolist()
+    return Examples([Example(row, [IGNORED] * 4 + row[4:]) for row in tokens], "prompt/completion")
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_neo"])
+def _arguments(folder, packing: bool) -> TuneTrainingArguments:
+    """One step on all eight."""
+    steps = {"max_steps": 1, "per_device_train_batch_size": 8, "learning_rate": 1e-3}
+    return TuneTrainingArguments(output_dir=str(folder), use_cpu=True, packing=packing, max_length=128, **steps)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_neo", "falcon"])
 def test_packed_examples_do_not_see_each_other(name, tmp_path):
-    assert _trainer(name, tmp_path, packing=True).train_dataset["seq_lengths"][0]
+    check_packing(families.build(name), _arguments(tmp_path, packing=True), _examples())
 
 
-@pytest.mark.parametrize("name", ["bloom", "opt"])
+@pytest.mark.parametrize("name", ["bloom", "opt", "xglm", "mamba", "rwkv", "gpt_oss"])
 def test_packing_is_refused_where_they_would(name, tmp_path):
-    assert _trainer(name, tmp_path / "alone", packing=False)
-    with pytest.raises(ValueError, match="packing=True: in a .*ForCausalLM, examples of one row see each other"):
-        _trainer(name, tmp_path, packing=True)
+    model, examples = families.build(name), _examples()
+    check_packing(model, _arguments(tmp_path, packing=False), examples)
+    with pytest.raises(ValueError, match="packing=True: in a .*, examples of one row see each other"):
+        check_packing(model, _arguments(tmp_path, packing=True), examples)
+
+
+@pytest.mark.parametrize("name", ["llama", "granite", "cohere", "mixtral", "granitemoe", "llama4", "jamba"])
+def test_the_loss_is_the_models_own(name, tmp_path, caplog):
+    """TRL makes the logits of known families itself, and fails on others; a step of the trainer gives the model's own loss."""
+    model, examples = families.build(name), _examples()
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]))
+    trainer = sft_trainer(model, _arguments(tmp_path, packing=False), examples, chat_tokenizer())
+    assert ("so it is trained on its own" in caplog.text) == (name == "llama4")
+    trainer.train()
+    # before its first step, LoRA changes nothing
+    expected = math.log(example_perplexity(families.build(name), examples.examples))
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, abs=0.01)
 
 
 def test_texts_as_examples(flags, tmp_path, capsys):
