@@ -2,13 +2,17 @@
 """lm-evaluation-harness's own command line behind `peft-ext run`, on a packed base, with an adapter, and merged: are its
 figures those of `LabelScorer`?
 
-    python -m benchmarks.ecosystem.harness
+    PEFT_EXT_KERNEL=exact python -m benchmarks.ecosystem.harness
+
+The CPU kernel rounds activations to 8 bits where few rows are multiplied, and how many are is another matter in each of
+the two; `exact` shows that nothing else differs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,7 +63,8 @@ def _contenders(made: Folders) -> dict[str, tuple[str, str]]:
 
 
 def _settings(args: argparse.Namespace, name: str) -> dict[str, Any]:
-    return {"contender": name, "model": args.model, "inputs": args.inputs, "shots": args.shots}
+    kernel = os.environ.get("PEFT_EXT_KERNEL", "auto")
+    return {"contender": name, "model": args.model, "inputs": args.inputs, "shots": args.shots, "kernel": kernel}
 
 
 def _measure(
