@@ -44,7 +44,7 @@ class Study:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.results = Results(args.output, args.seed)
-        self.names = ["choice", "rolling"] if args.smoke else list(TASKS)
+        self.names = ["choice", "rolling"] if args.smoke else args.tasks
         self.made: dict[str, Any] = {}
 
     def settings(self, task: str) -> dict[str, Any]:
@@ -155,6 +155,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = argument_parser(__doc__, "ecosystem_harness_speed.json", budget=budget)
     parser.add_argument("--model", default=DEFAULT_MODEL, help="default, hub id, folder or .gguf file")
     parser.add_argument("--data-dir", type=Path, default=data_folder(), help="holds sst2, sst5 and wikitext2")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8], help="of --model hf")
     args = parser.parse_args(argv)
     if args.smoke:
