@@ -24,7 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from peft_ext.checkpoint import pack_quantized
 from peft_ext.checkpoint.pack_quantized import OWN_BITS, StoredConfig, compress, is_compressed
-from peft_ext.quant.conversion import packed_layers
+from peft_ext.quant.conversion import packed_layers, replace_layer
 from peft_ext.quant.formats import Uniform
 from peft_ext.quant.linear import PackedLinear
 
@@ -100,6 +100,26 @@ def let_gradients_through(model: nn.Module) -> None:
         if rounds and "rounded_forward" not in vars(module):
             module.rounded_forward = module.forward
             module.forward = MethodType(_forward, module)
+
+
+def kept_as_floats(model: PreTrainedModel) -> None:
+    """Replace the kept layers by plain ones with the weights that they stand for; inputs are rounded no longer."""
+    dtype = model.get_input_embeddings().weight.dtype
+    for name, module in kept_layers(model).items():
+        tensors = dict(module.state_dict())
+        if module.quantization_status == QuantizationStatus.COMPRESSED:
+            compressor = BaseCompressor.get_value_from_registry(_format(module))
+            tensors = compressor.decompress(tensors, module.quantization_scheme)
+        plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+        plain.weight = nn.Parameter(tensors["weight"].detach().to(dtype), requires_grad=False)
+        plain.bias = module.bias
+        replace_layer(model, name, plain)
+    pack_quantized.release_hook(model)
+
+
+def stock_loads(model: nn.Module) -> bool:
+    """Whether stock transformers loads what is saved of a model: beside kept layers it makes no room for zero points."""
+    return not kept_layers(model) or all(getattr(layer, "sym", False) for layer in packed_layers(model).values())
 
 
 def _forward(self: Any, input: torch.Tensor) -> torch.Tensor:

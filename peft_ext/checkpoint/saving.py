@@ -63,7 +63,7 @@ def _writer(model: PreTrainedModel, checkpoint_format: Optional[str], container_
         if checkpoint_format == "bcq":
             raise ValueError(
                 f"format='bcq' holds packed and float layers, and layer {kept!r} is stored by compressed-tensors in another "
-                "way; pass format='pack-quantized'."
+                "way; pass format='pack-quantized' (peft-ext export --to compressed-tensors)."
             )
         return mixed_precision.MixedPrecisionWriter(model, container_bits)
     room = pack_quantized.can_store(model)

@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_ext.checkpoint.fused_layers import fused_notice, pack_the_rest
+from peft_ext.checkpoint.mixed_precision import kept_as_floats, stock_loads
 from peft_ext.checkpoint.pack_quantized import vllm_notice
 from peft_ext.checkpoint.saving import make_saveable, take_over
 from peft_ext.command_line import note, parse, show
@@ -81,6 +82,8 @@ def main(argv: Sequence[str]) -> None:
         rest = pack_the_rest(model)
         names = f" ({', '.join(rest[:3])}{', ...' if len(rest) > 3 else ''})" if rest else ""
         note(f"packed like the layers that vLLM runs them with: {len(rest)}{names}")
+    if args.to in FLOAT_TARGETS:
+        kept_as_floats(model)
     if args.to in ("compressed-tensors", "bcq"):
         make_saveable(model, TARGETS[args.to], args.container_bits)
     elif args.to == "dequantized":
@@ -94,7 +97,7 @@ def main(argv: Sequence[str]) -> None:
         stored = model.config.quantization_config
         one_scheme = len(stored.quantization_config.config_groups) == 1
         for notice in filter(None, (vllm_notice(stored), fused_notice(model, one_scheme))):
-            note(f"Note: stock transformers loads it; {notice}")
+            note(f"Note: {'stock transformers loads it; ' if stock_loads(model) else ''}{notice}")
 
 
 def merged(model: PreTrainedModel, name: str, floats: bool = False) -> PreTrainedModel:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import (
     AutoPeftModelForCausalLM,
+    AutoPeftModelForSeq2SeqLM,
     AutoPeftModelForSequenceClassification,
     LoraConfig,
     PeftModel,
@@ -546,6 +547,22 @@ def test_auto_classes_of_other_kinds(make, tmp_path):
     assert_same(logits(found), expected)
     with pytest.raises(ValueError, match="Expected target PEFT class"):  # PEFT's own check
         AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+
+
+def test_an_encoder_decoder(tmp_path):
+    model = tiny("t5")
+    names = [name for name, module in model.named_modules() if type(module) is nn.Linear and name != "lm_head"]
+    made = tensors(tmp_path / "base", formats=dict.fromkeys(names, (4, 16, False)), model=model)
+    config = PeqaConfig(bits=4, group_size=16, task_type="SEQ_2_SEQ_LM")
+    tuned = get_peft_model(load(str(tmp_path / "base"), kind="seq2seq"), config)
+    move_adapter(tuned)
+    tuned.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        expected = logits_of(tuned.eval(), inputs("t5"))
+        loaded = AutoPeftModelForSeq2SeqLM.from_pretrained(tmp_path / "adapter")
+        assert_same(logits_of(loaded, inputs("t5")), expected)
+    made.check(loaded.unload())
+    assert len(packed_layers(load(str(tmp_path / "base"), kind="auto"))) == len(names)
 
 
 @pytest.mark.parametrize("sym", [False, True], ids=["asym", "sym"])

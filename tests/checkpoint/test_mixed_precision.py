@@ -17,10 +17,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from peft_ext import AlphaTuningConfig, PeqaConfig, load_packed
-from peft_ext.checkpoint.mixed_precision import kept_layers
+from peft_ext.checkpoint.mixed_precision import kept_as_floats, kept_layers
 from peft_ext.checkpoint.saving import make_saveable
 from peft_ext.models import load
-from peft_ext.quant.conversion import packed_layers
+from peft_ext.quant.conversion import dequantize_layers, packed_layers
 from tests.cases import adapter_parameters, assert_differs, assert_same, move_adapter, train
 from tests.checkpoint.test_loading import logits, weights
 from tests.tiny.models import inputs, tiny
@@ -208,6 +208,22 @@ def test_a_dequantized_merge_keeps_the_others(tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert not packed_layers(again) and len(kept_layers(again)) == MLP
     assert type(again.model.layers[0].self_attn.q_proj) is nn.Linear
+    assert_same(logits(again), expected)
+
+
+@pytest.mark.parametrize("run_before", [False, True])
+def test_export_to_floats_leaves_nothing_compressed(run_before, tmp_path):
+    save_mixed(tmp_path / "base", "fp8-weights")
+    model = load_packed(tmp_path / "base")
+    expected = logits(load_packed(tmp_path / "base"))
+    if run_before:
+        logits(model)
+    kept_as_floats(model)
+    make_saveable(dequantize_layers(model))
+    assert_same(logits(model), expected)
+    model.save_pretrained(tmp_path / "floats")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "floats")
+    assert not kept_layers(again) and not hasattr(again.config, "quantization_config")
     assert_same(logits(again), expected)
 
 
