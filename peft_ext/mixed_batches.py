@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+
+from peft_ext.quant.experts import Place, places
 
 
 class MixedBatches:
@@ -19,6 +22,11 @@ class MixedBatches:
     def _layer_arguments(self, adapter_names: list[str]) -> dict[str, Any]:
         """What a tuner layer's forward takes, from the names of the samples that it will see."""
         return {"adapter_names": adapter_names}
+
+    def _row_arguments(self, arguments: dict[str, Any], samples: torch.Tensor) -> dict[str, Any]:
+        """The same where a layer doesn't see samples but rows of them, `samples` says of which: in a block with experts."""
+        names = arguments["adapter_names"]
+        return {"adapter_names": [names[sample] for sample in samples.tolist()]}
 
     @contextmanager
     def _enable_peft_forward_hooks(self: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -43,7 +51,15 @@ class MixedBatches:
         in_encoder = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
         arguments = {False: self._layer_arguments(expanded), True: self._layer_arguments(adapter_names)}
         handles = []
+        in_blocks = places(self.model)
         for module in self.modules():
+            if isinstance(module, self.tuner_layer_cls) and module in in_blocks:
+                rows = partial(self._row_arguments, arguments[False])
+                more_of = partial(_more_of_rows, in_blocks[module], len(expanded), rows, arguments[False])
+                handles.append(
+                    module.register_forward_pre_hook(partial(_pass_rows, more_of=more_of), with_kwargs=True)
+                )
+                continue
             if isinstance(module, self.tuner_layer_cls):
                 more = arguments[module in in_encoder]
             elif isinstance(module, AuxiliaryTrainingWrapper):
@@ -79,3 +95,20 @@ def _check_adapter_names(tuner: BaseTuner, adapter_names: list[str]) -> None:
 
 def _pass(module: nn.Module, args: tuple, kwargs: dict, more: dict[str, Any]) -> tuple[tuple, dict]:
     return args, {**kwargs, **more}
+
+
+def _more_of_rows(
+    place: Place,
+    count: int,
+    rows: Callable[[torch.Tensor], dict[str, Any]],
+    arguments: dict[str, Any],
+    x: torch.Tensor,
+) -> dict[str, Any]:
+    samples = place.samples(x, count)
+    return arguments if samples is None else rows(samples)
+
+
+def _pass_rows(
+    module: nn.Module, args: tuple, kwargs: dict, more_of: Callable[[torch.Tensor], dict[str, Any]]
+) -> tuple[tuple, dict]:
+    return args, {**kwargs, **more_of(args[0])}

@@ -2,20 +2,22 @@
 """The one place where peft-ext enters PEFT and transformers, through their own registries.
 
 `PeftType` is a closed `str` enum and PEFT's `register_peft_method` asks for a member, so the member is added first.
-Else of PEFT, `AutoPeftModel*.from_pretrained` asks us for an adapter's base, and of transformers we touch its quantizer
-registry, `load_adapter` and, for model cards, what saves and uploads a model.
+Else of PEFT, `AutoPeftModel*.from_pretrained` asks us for an adapter's base, and LoRA's names for fused experts aren't put
+in the place of those of experts that are unfused; of transformers we touch its quantizer registry, `load_adapter` and, for
+model cards, what saves and uploads a model.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import peft
 import transformers
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils import PeftType, register_peft_method
+from peft.utils import PeftType, register_peft_method, transformers_weight_conversion
 from transformers.integrations.peft import PeftAdapterMixin
 from transformers.quantizers import auto
 
@@ -109,6 +111,32 @@ def extend_method(owner: type, name: str, extended: Callable[[Callable], Callabl
     wrapper = extended(current)
     setattr(wrapper, _OWNER_ATTRIBUTE, _OWNER)
     setattr(owner, name, wrapper)
+
+
+def keep_names_of_layers(has_layers: Callable[[Any], bool]) -> None:
+    """Let PEFT take LoRA's targets and adapters as they are on models whose experts are layers; again is harmless.
+
+    PEFT rewrites the names of single experts, which transformers 5 has fused, to those of the fused parameters.
+
+    Args:
+        has_layers: Says of a model whether its experts are layers.
+    """
+
+    def kept(function: Callable[..., Any], unchanged: Callable[..., Any]) -> None:
+        own = getattr(function, "__wrapped__", function)
+
+        @functools.wraps(own)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            given = inspect.signature(own).bind(*args, **kwargs).arguments
+            return unchanged(given) if has_layers(given["model"]) else own(*args, **kwargs)
+
+        setattr(transformers_weight_conversion, own.__name__, wrapper)
+
+    kept(transformers_weight_conversion.convert_peft_config_for_transformers, lambda given: None)
+    kept(
+        transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers,
+        lambda given: given["adapter_state_dict"],
+    )
 
 
 def extend_auto_classes(base: Any, packed_base: Callable[..., Any]) -> None:

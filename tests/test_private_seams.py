@@ -65,6 +65,21 @@ SEAMS = {
         "_supports_flash_attn": "generation_ext.granularity: C-DNPG says that it has none",
         "_supports_flex_attn": "generation_ext.granularity: C-DNPG says that it has none",
     },
+    "transformers.integrations.moe": {
+        "_default_apply_gate(gate_up_out)": "peft_ext.quant.experts: the gate that most families have",
+        "_is_expert_parallel": "peft_ext.quant.experts: experts that other processes have are left alone",
+    },
+    "transformers.models.gpt_oss.modeling_gpt_oss.GptOssExperts": {
+        "_apply_gate(gate_up)": "peft_ext.quant.experts: a family's own gate",
+    },
+    "transformers.core_model_loading.WeightConverter": {
+        "_original_source_patterns": "peft_ext.quant.experts: what a family's checkpoints call an expert's layers",
+        "_original_target_patterns": "peft_ext.quant.experts: the fused parameters",
+    },
+    "peft.utils.transformers_weight_conversion": {
+        "convert_peft_config_for_transformers(peft_config, model)": "peft_ext.registration: wrapped",
+        "convert_peft_adapter_state_dict_for_transformers(model, adapter_state_dict)": "peft_ext.registration: wrapped",
+    },
     "transformers.integrations.peft.PeftAdapterMixin": {
         "load_adapter(peft_model_id, adapter_name, peft_config, adapter_state_dict)": "peft_ext.scale_tuning: wrapped",
         "_hf_peft_config_loaded": "peft_ext.scale_tuning: whether the model has adapters once one failed to load",
@@ -91,6 +106,8 @@ SEAMS = {
         "_is_quantized": "peft_ext.checkpoint: a dequantised model is an ordinary one again",
     },
     "transformers.quantizers.base.HfQuantizer": {
+        "update_weight_conversions(weight_conversions, model)": "peft_ext.checkpoint: experts that stay layers",
+        "_convert_model_for_quantization(model)": "peft_ext.checkpoint: experts that we unfuse ourselves",
         "_process_model_before_weight_loading(model)": "peft_ext.checkpoint: bcq and GPTQ make room for packed layers",
         "_process_model_after_weight_loading(model)": "peft_ext.checkpoint: bcq and GPTQ finish packed layers",
         "_dequantize": "peft_ext.checkpoint: model.dequantize()",
@@ -207,6 +224,7 @@ SEAMS = {
     "torch.nn.Module": {
         "forward": "critic (of a backbone that has run), scale_tuning's pools, ALMoST (accelerate's): swapped on instances",
         "_parameters": "peft_ext.quant: a packed layer's tensors without a module's slow look-up",
+        "_modules": "peft_ext.quant: an expert's layers without it",
         "_apply(fn)": "peft_ext.quant: codes keep their type when a model is cast",
         "_load_from_state_dict(state_dict, prefix)": "peft_ext.quant: a packed layer's buffers",
     },

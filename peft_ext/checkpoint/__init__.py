@@ -13,7 +13,8 @@ from peft_ext.checkpoint.pack_quantized_loading import (
     PackedTensorsConfig,
     PackedTensorsHfQuantizer,
 )
-from peft_ext.registration import extend_quantizer, register_quantizer
+from peft_ext.quant.experts import unfused_experts
+from peft_ext.registration import extend_quantizer, keep_names_of_layers, register_quantizer
 
 
 register_quantizer(QUANT_METHOD, BcqConfig, BcqHfQuantizer)
@@ -21,5 +22,6 @@ register_quantizer(GPTQ_QUANT_METHOD, PackedGptqConfig, PackedGptqHfQuantizer)
 register_quantizer(AWQ_QUANT_METHOD, PackedAwqConfig, PackedAwqHfQuantizer)
 register_quantizer(TENSORS_QUANT_METHOD, PackedTensorsConfig, AnyTensorsHfQuantizer)
 extend_quantizer("compressed-tensors", PackedTensorsHfQuantizer)
+keep_names_of_layers(lambda model: bool(unfused_experts(model)))
 
 __all__ = ["BcqConfig", "BcqHfQuantizer", "load_gptq", "load_packed"]

@@ -16,19 +16,28 @@ is quantised weight by weight as it is read.
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, Optional
 
 import torch
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from peft_ext.checkpoint.files import TensorHeader, names_in_model, read_headers, stored_layers
+from peft_ext.checkpoint.files import (
+    TensorHeader,
+    names_in_model,
+    read_headers,
+    stored_layers,
+    unfuse_stored,
+    without_merging,
+)
 from peft_ext.quant.conversion import (
     LINEAR_LAYERS,
     check_layer,
@@ -39,10 +48,12 @@ from peft_ext.quant.conversion import (
     replace_layer,
     weight_of,
 )
+from peft_ext.quant.experts import fused_experts, merges_experts, unfuse_experts
 from peft_ext.quant.formats import BinaryCoding, NumberFormat, Uniform, check_number_format, group_size_of, groups_of
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.packing import TILE_ROWS
 from peft_ext.quant.replaceable import acts_linearly
+from peft_ext.routers import routers
 
 
 QUANT_METHOD = "bcq"
@@ -160,8 +171,11 @@ class BcqHfQuantizer(HfQuantizer):
         skipped = self.get_modules_to_not_convert(
             model, config.modules_to_not_convert, model._keep_in_fp32_modules, add_default_skips=True
         )
+        self._unfuse_experts(model, skipped)
+        left = routers(model)
         for name, module in model.named_modules():
-            if isinstance(module, LINEAR_LAYERS) and acts_linearly(module) and should_convert_module(name, skipped):
+            fits = isinstance(module, LINEAR_LAYERS) and name not in left and acts_linearly(module)
+            if fits and should_convert_module(name, skipped):
                 check_layer(name, module, config.format_of(name))
                 self.targets[name] = config.format_of(name)
         if not self.targets:
@@ -175,6 +189,21 @@ class BcqHfQuantizer(HfQuantizer):
             if missed:
                 raise ValueError(f"{pattern} has {missed[0]!r}, which matches no layer that is quantised.")
 
+    def _unfuse_experts(self, model: PreTrainedModel, skipped: list[str]) -> None:
+        """Let a float checkpoint's experts arrive one by one, where it keeps them apart."""
+        fused = fused_experts(model)
+        if not fused:
+            return
+        if any(merges_experts(entry) for entry in get_model_conversion_mapping(model)):
+            if any(should_convert_module(name, skipped) for name in fused):
+                unfuse_experts(model, lambda name: True)
+        else:
+            warnings.warn(
+                f"{type(model).__name__}'s checkpoints keep the experts of a block in one tensor, which BcqConfig leaves float; "
+                "to pack them, load the float model and call peft_ext.calibrate or get_peft_model.",
+                stacklevel=2,
+            )
+
     def _make_room(self, model: PreTrainedModel, headers: Optional[dict[str, TensorHeader]]) -> None:
         """Replace the layers that a checkpoint has packed by empty packed ones.
 
@@ -186,6 +215,7 @@ class BcqHfQuantizer(HfQuantizer):
         """
         config = self.quantization_config
         stored = [] if headers is None else stored_layers(headers, "planes")
+        unfuse_stored(model, stored)
         in_file = names_in_model(model, stored)
         for name, module in list(model.named_modules()):
             if not isinstance(module, LINEAR_LAYERS):
@@ -211,6 +241,9 @@ class BcqHfQuantizer(HfQuantizer):
                 f"the checkpoint's packed layers ({stored[0]!r} and others) are not in {type(model).__name__}; "
                 "load it with the class that it was saved from."
             )
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        return without_merging(super().update_weight_conversions(weight_conversions, model), model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for layer in packed_layers(model).values():

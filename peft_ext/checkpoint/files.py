@@ -15,8 +15,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    dot_natural_key,
+    rename_source_key,
+)
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from peft_ext.quant.experts import future_layers, merges_experts, unfuse_experts, unfused_experts
 
 
 class TensorHeader(NamedTuple):
@@ -99,12 +107,39 @@ def stored_layers(headers: Iterable[str], tensor: str) -> list[str]:
 
 def names_in_model(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
     """The model's layers that a checkpoint has packed, mapped to their names in its files; as the loader renames keys."""
+    return _renamed(model, stored, dict.fromkeys(name for name, _ in model.named_modules()))
+
+
+def unfuse_stored(model: PreTrainedModel, stored: Iterable[str]) -> None:
+    """Unfuse, in place, the experts of which a checkpoint has packed layers; `stored`: the layers that it has packed.
+
+    Where a family's checkpoints keep every expert apart, those of the other blocks are unfused as well: transformers would
+    look for all of them or none.
+    """
+    future = future_layers(model)
+    if not future or not (found := _renamed(model, stored, dict.fromkeys(future))):
+        return
+    apart = any(merges_experts(entry) for entry in get_model_conversion_mapping(model))
+    prefixes = set(future.values()) if apart else {future[name] for name in found}
+    unfuse_experts(model, lambda name: future[name] in prefixes)
+
+
+def without_merging(conversions: list[WeightTransform], model: PreTrainedModel) -> list[WeightTransform]:
+    """transformers' conversions for a model, less those that would fuse experts that are unfused there."""
+    if not unfused_experts(model):
+        return conversions
+    return [entry for entry in conversions if not merges_experts(entry)]
+
+
+def _renamed(model: PreTrainedModel, stored: Iterable[str], layers: dict[str, Any]) -> dict[str, str]:
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    keys, found = {f"{name}.weight": module for name, module in model.named_modules()}, {}
+    keys, found = {f"{name}.weight": name for name in layers}, {}
     for name in stored:
-        key, _ = rename_source_key(f"{name}.weight", renamings, converters, model.base_model_prefix, keys)
-        if key in keys:
-            found[key.removesuffix(".weight")] = name
+        for some in ([], converters):  # experts that are unfused keep their names
+            key, _ = rename_source_key(f"{name}.weight", renamings, some, model.base_model_prefix, keys)
+            if key in keys:
+                found[keys[key]] = name
+                break
     return found

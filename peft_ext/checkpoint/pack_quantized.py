@@ -18,6 +18,7 @@ points at 4 bits only; it rounds the scales to the model's float16 or bfloat16. 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -38,10 +39,12 @@ from peft_ext.checkpoint.files import (
     read_tensor,
     stored_layers,
     tensors_of,
+    unfuse_stored,
     weight_files,
 )
-from peft_ext.checkpoint.stock_loading import is_rebuilt, loads_without_weights
+from peft_ext.checkpoint.stock_loading import is_rebuilt, is_unfused_by_stock, loads_without_weights
 from peft_ext.quant.conversion import dequantize_layers, float_layers, packed_layers, replace_layer
+from peft_ext.quant.experts import fused_experts, merges_experts, unfused_experts
 from peft_ext.quant.formats import Uniform
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.replaceable import acts_linearly
@@ -199,13 +202,17 @@ def restore(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if is_compressed(module):
             module.own_bits = own_bits.get(in_config.get(name), module.quantization_scheme.weights.num_bits)
-    source = None if any(map(is_packed, model.modules())) else _checkpoint(model)
+    # where stock transformers leaves layers compressed, it still makes floats of fused experts
+    complete = any(map(is_packed, model.modules())) and not fused_experts(model)
+    source = None if complete else _checkpoint(model)
     if source is None:
         return
     config, headers = source
     scheme = next(iter(config["quantization_config"]["config_groups"].values()))["weights"]
     own_bits, changed = config.get(OWN_BITS) or {}, []
-    for name, key in names_in_model(model, stored_layers(headers, "weight_packed")).items():
+    stored = stored_layers(headers, "weight_packed")
+    unfuse_stored(model, stored)
+    for name, key in names_in_model(model, stored).items():
         module = model.get_submodule(name)
         # a subclass, such as Falcon's, was packed where it computes the same
         plain = isinstance(module, nn.Linear) and not is_packed(module) and acts_linearly(module)
@@ -353,7 +360,7 @@ def _describe(
         format="pack-quantized",
         quantization_status="compressed",
         ignore=list(float_layers(model)),
-        dequantize=not sym or not loads_without_weights(model, layers),
+        dequantize=not sym or not loads_without_weights(model, _outside_of_experts(model, layers)),
     )
     model.config.quantization_config = config
     # stock transformers drops quantization_config from a model that it dequantises, and keeps this
@@ -364,12 +371,33 @@ def _describe(
 def can_store(model: PreTrainedModel) -> bool:
     """Whether pack-quantized has room for a model's layers: uniform integers of one group size, no `Conv1D`.
 
-    Nor models whose experts transformers merges at load: with compressed-tensors it looks for packed ones only.
+    Experts have room where stock transformers finds each of them in the file, and reads it without zero points: all packed,
+    symmetric, of a family whose checkpoints keep them apart.
     """
     layers = packed_layers(model)
     uniform = all(isinstance(layer.number_format, Uniform) and not layer.conv1d for layer in layers.values())
-    merged = any(isinstance(entry, WeightConverter) for entry in get_model_conversion_mapping(model))
-    return uniform and not merged and len(group_sizes(layers)) == 1 and not is_rebuilt(model)
+    return uniform and len(group_sizes(layers)) == 1 and not is_rebuilt(model) and _experts_fit(model, layers)
+
+
+def _outside_of_experts(model: PreTrainedModel, layers: Iterable[str]) -> list[str]:
+    """Stock transformers makes one float tensor of a block's experts in any case."""
+    inside = tuple(f"{name}." for name in unfused_experts(model))
+    return [name for name in layers if not name.startswith(inside)]
+
+
+def _experts_fit(model: PreTrainedModel, layers: dict[str, PackedLinear]) -> bool:
+    converters = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightConverter)]
+    unfused = unfused_experts(model)
+    if not converters and not unfused:
+        return True
+    inside = [layer for experts in unfused.values() for _, layer in experts.layers()]
+    apart = all(merges_experts(entry) for entry in converters) if converters else is_unfused_by_stock(unfused.values())
+    return (
+        apart
+        and not fused_experts(model)
+        and all(isinstance(layer, PackedLinear) for layer in inside)
+        and all(layer.sym for layer in layers.values())
+    )
 
 
 def group_sizes(layers: dict[str, PackedLinear]) -> set[int]:

@@ -32,6 +32,8 @@ from peft_ext.checkpoint.files import (
     read_tensor,
     stored_layers,
     tensors_of,
+    unfuse_stored,
+    without_merging,
 )
 from peft_ext.checkpoint.mixed_precision import let_gradients_through
 from peft_ext.checkpoint.pack_quantized import OWN_BITS, TENSORS, expand
@@ -96,6 +98,7 @@ class PackedTensorsHfQuantizer(CompressedTensorsHfQuantizer):
             for name in stored_layers(headers, "weight_packed")
             if not is_kept(scheme_of(schemes, (name,), _ANY_LINEAR), schemes.format)
         ]
+        unfuse_stored(model, stored)
         if not self.takes_all:
             in_file, modules = names_in_model(model, stored), dict(model.named_modules())
             if not in_file or not all(isinstance(modules[name], nn.Linear) for name in in_file):
@@ -114,6 +117,15 @@ class PackedTensorsHfQuantizer(CompressedTensorsHfQuantizer):
             bits = own_bits.get(key, own_bits.get(name, weights.num_bits))
             model.set_submodule(name, _StoredIntegers(tensors, modules[name], weights, bits, key))
         return True
+
+    def _convert_model_for_quantization(self, model: PreTrainedModel) -> None:
+        if not hasattr(model.config, OWN_BITS):  # we unfuse experts ourselves
+            super()._convert_model_for_quantization(model)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        if not self.packs:
+            return super().update_weight_conversions(weight_conversions, model)
+        return without_merging(weight_conversions, model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.packs:

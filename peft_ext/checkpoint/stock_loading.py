@@ -17,6 +17,8 @@ from transformers.initialization import no_init_weights
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 from transformers.utils.quantization_config import QuantizationMethod
 
+from peft_ext.quant.experts import UnfusedExperts
+
 
 def loads_without_weights(model: PreTrainedModel, layers: Iterable[str]) -> bool:
     """Whether a model of this class can be initialised while some of its layers have no `weight`.
@@ -44,8 +46,17 @@ def is_rebuilt(model: PreTrainedModel) -> bool:
 
     Llama 4's experts become one module each, and the fused tensors that we save would be found by none of them.
     """
-    patches = [MODULES_TO_PATCH_FOR_QUANTIZATION.get(type(module).__name__) for module in model.modules()]
-    return any(QuantizationMethod.COMPRESSED_TENSORS in patch["quantization_methods"] for patch in patches if patch)
+    return any(map(_is_patched, model.modules()))
+
+
+def is_unfused_by_stock(blocks: Iterable[UnfusedExperts]) -> bool:
+    """Whether these are experts that transformers makes one module each of, for a compressed-tensors checkpoint."""
+    return all(_is_patched(block.fused) for block in blocks)
+
+
+def _is_patched(module: nn.Module) -> bool:
+    patch = MODULES_TO_PATCH_FOR_QUANTIZATION.get(type(module).__name__)
+    return patch is not None and QuantizationMethod.COMPRESSED_TENSORS in patch["quantization_methods"]
 
 
 def _skeleton(model: PreTrainedModel) -> PreTrainedModel:

@@ -16,7 +16,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 
-from peft_ext.checkpoint.files import TensorHeader, names_in_model, read_headers, stored_layers
+from peft_ext.checkpoint.files import (
+    TensorHeader,
+    names_in_model,
+    read_headers,
+    stored_layers,
+    unfuse_stored,
+    without_merging,
+)
 from peft_ext.checkpoint.saving import make_saveable, untie
 from peft_ext.quant.conversion import LINEAR_LAYERS, replace_layer, weight_of
 from peft_ext.quant.linear import PackedLinear
@@ -104,10 +111,14 @@ class StoredLayersHfQuantizer(HfQuantizer, ABC):
             raise ValueError(
                 f"the checkpoint has no {self.tensor}, as {self.format_name}'s layers do; it is damaged or of another format."
             )
+        unfuse_stored(model, stored)
         in_file, modules = linear_layers_of(model, stored), dict(model.named_modules())
         untie(model, in_file)
         for name, key in in_file.items():
             model.set_submodule(name, self.stored_layer(key, headers, modules[name]))
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        return without_merging(super().update_weight_conversions(weight_conversions, model), model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         pack_stored_layers(model)
@@ -158,7 +169,7 @@ def linear_layers_of(model: PreTrainedModel, stored: list[str]) -> dict[str, str
     if lost:
         raise ValueError(
             f"the checkpoint's layer {min(lost)!r} ({len(lost)} such) is no linear layer of {type(model).__name__}. Load it "
-            "with the class that it was made from (auto_class=); experts that transformers merges can't be taken over."
+            "with the class that it was made from (auto_class=)."
         )
     return linear
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Optional
+from unittest.mock import patch
 
 import torch
 from accelerate import init_empty_weights
@@ -19,6 +20,7 @@ from peft_ext.language_model import unwrapped
 from peft_ext.memory.tracker import ACTIVATIONS, GRADIENTS, STATES, WEIGHTS, AllocationTracker, FusedAttention
 from peft_ext.quant.conversion import packed_layers
 from peft_ext.quant.functional import code_blocks
+from peft_ext.targets import left_out
 
 
 # By transformers' names; sgd is without momentum, as there.
@@ -117,7 +119,15 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype, peft_config: Optio
         vars(config).pop(name, None)
     with init_empty_weights(include_buffers=True):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model if peft_config is None else get_peft_model(model, peft_config)
+    if peft_config is None:
+        return model
+    if getattr(peft_config, "target_modules", None) == "all-linear" and not getattr(
+        peft_config, "exclude_modules", None
+    ):
+        # PEFT's own tuners take routers for linear layers, and die of what they return
+        peft_config = copy.copy(peft_config)
+        peft_config.exclude_modules = set(left_out(model))
+    return get_peft_model(model, peft_config)
 
 
 def trace_training(model: Any, step: TrainingStep) -> TrainingTrace:
@@ -191,7 +201,7 @@ def _tracked(model: nn.Module) -> Iterator[AllocationTracker]:
         # makes the tables of unpacking (1 MiB), which the process keeps: only the first plan would count them
         next(code_blocks(layer.packed, 1, layer.compute_dtype))
     try:
-        with AllocationTracker() as tracker, FusedAttention():
+        with AllocationTracker() as tracker, FusedAttention(), patch("torch.autocast", _autocast):
             tracker.assign([*model.parameters(), *model.buffers()], WEIGHTS)
             yield tracker
     except (RuntimeError, NotImplementedError) as error:  # PyTorch's, of meta tensors
@@ -199,3 +209,14 @@ def _tracked(model: nn.Module) -> Iterator[AllocationTracker]:
             f"{type(unwrapped(model)).__name__} can't be planned: it doesn't run on PyTorch's meta device, where there are "
             f"neither weights nor data ({error})."
         ) from error
+
+
+class _autocast(torch.autocast):
+    """The meta device, which PyTorch knows no autocast of, computes in the dtypes that it is given (PEFT's LoRA on experts
+    turns autocast off around its product)."""
+
+    def __new__(cls, device_type: str, *args: Any, **kwargs: Any) -> Any:
+        return nullcontext() if device_type == "meta" else _AUTOCAST(device_type, *args, **kwargs)
+
+
+_AUTOCAST = torch.autocast

@@ -3,8 +3,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import nn
+
 from peft_ext.peqa.layer import PeqaLinear
 from peft_ext.scale_tuning.model import ScaleTuningModel
+
+
+# Layers to whose output a model adds in place, by the class of the block that does: they keep their product.
+_CHANGED_IN_PLACE = {"Llama4TextMoe": "shared_expert.down_proj"}
 
 
 class PeqaModel(ScaleTuningModel):
@@ -40,3 +48,16 @@ class PeqaModel(ScaleTuningModel):
 
     prefix: str = "peqa_"
     tuner_layer_cls = PeqaLinear
+
+    def _layer_around(self, target: nn.Module, adapter_name: str, peft_config: Any, name: str) -> nn.Module:
+        layer: Any = super()._layer_around(target, adapter_name, peft_config, name)
+        layer.keep_product = layer.keep_product or _is_changed_in_place(self.model, name)
+        return layer
+
+
+def _is_changed_in_place(model: nn.Module, name: str) -> bool:
+    for block, ending in _CHANGED_IN_PLACE.items():
+        prefix = name.removesuffix(f".{ending}")
+        if prefix != name and type(model.get_submodule(prefix)).__name__ == block:
+            return True
+    return False

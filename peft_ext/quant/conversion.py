@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_ext.quant.experts import fuse_experts
 from peft_ext.quant.formats import NumberFormat, check_number_format
 from peft_ext.quant.linear import PackedLinear
 
@@ -88,9 +89,14 @@ def to_float(layer: PackedLinear) -> nn.Module:
 
 
 def dequantize_layers(model: nn.Module, dtype: Optional[torch.dtype] = None) -> nn.Module:
-    """Replace a model's packed layers by float ones; `dtype`: the weights' own by default."""
+    """Replace a model's packed layers by float ones, and experts that are all float then by fused ones, as they were.
+
+    Args:
+        dtype: Of the float weights; their own by default.
+    """
     for name, layer in packed_layers(model).items():
         model.set_submodule(name, to_float(layer).to(dtype))
+    fuse_experts(model)
     return model
 
 

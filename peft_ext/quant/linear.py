@@ -136,10 +136,15 @@ class PackedLinear(nn.Linear):
         conv1d: bool = False,
     ) -> PackedLinear:
         """A layer on the meta device for a weight of `shape` `[out, in]` and `dtype`; `bias` is kept as it is."""
-        return cls.from_quantized(
-            empty_quantized(number_format, shape, dtype),
-            number_format.bits,
+        (_, scale, *zero_point), (out_features, in_features) = empty_quantized(number_format, shape, dtype), shape
+        planes = planes_shape(out_features, in_features, number_format.bits)
+        return cls(
+            torch.empty(planes, dtype=torch.uint8, device="meta"),
+            scale,
+            zero_point[0] if zero_point else None,
             bias,
+            in_features=in_features,
+            out_features=out_features,
             sym=getattr(number_format, "sym", False),
             conv1d=conv1d,
             compute_dtype=dtype,

@@ -6,7 +6,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple, Optional, Union
 
 import torch
@@ -16,6 +18,7 @@ from tqdm.auto import tqdm
 from peft_ext.checkpoint.pack_quantized import is_packed
 from peft_ext.language_model import inference
 from peft_ext.modalities import other_parts, part_of
+from peft_ext.quant.experts import Pairing, unfused_experts
 from peft_ext.quant.formats import CALIBRATED
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.matmul import linear
@@ -35,6 +38,9 @@ _MASKS = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention
 _ITEMS = ("pixel", "image", "video", "audio", "feature", "grid")
 # Which tokens stand for something else than text: nothing does where a batch doesn't say.
 _KINDS = ("token_type_ids", "mm_token_type_ids")
+# An expert whose router sends it fewer tokens than this is quantised without data. Calibration is damped enough to gain from
+# few tokens, but with 8 of them clips what they don't show (docs/moe.md has the figures).
+_LEAST_TOKENS = 32
 _NO_LABEL = -100  # transformers' padding of labels
 _NO_TOKENS = "the batches hold no tokens (all padding, or of length 0); pass some training data."
 
@@ -50,6 +56,9 @@ def calibrate(
     inputs, and towards what it gives on the first copy's; then the copies go on through the float and the packed
     layer. So the peak of extra memory is one layer, its moments and the activations of the batches; about 8,000 tokens
     do. After the last target layer the pass stops.
+
+    An expert is calibrated on the tokens that its router sends it. Where these are too few, its layers are quantised without
+    data, which a warning says; pass more batches then.
 
     Args:
         model (`nn.Module`):
@@ -146,18 +155,30 @@ class _Pass:
         masks = inputs if isinstance(inputs, Mapping) else {}
         self.masks = [mask for mask in map(masks.get, _MASKS.values()) if mask is not None]
         self.inputs, sizes = _twice(inputs)
-        # a layer sees samples, or flattened tokens; rows that a model has picked (experts) can't be told apart
+        # a layer sees samples, or flattened tokens; experts see tokens that a router has picked, in pairs
         self.halves = {2 * size for size in sizes}
         # towers and projectors keep their rows in order: patches, merged patches, tiles
         parts = other_parts(model)
         self.in_order = {name for name in targets if part_of(name, parts) is not None}
         self.unreached: list[str] = []
+        self.blocks = {
+            prefix: module
+            for prefix, module in unfused_experts(model).items()
+            if any(f"{prefix}.{name}" in targets for name, _ in module.layers())
+        }
+        self.experts = {
+            f"{prefix}.{name}": module for prefix, module in self.blocks.items() for name, _ in module.layers()
+        }
+        self.starved: list[str] = []  # experts' layers that too few tokens reached
         self.progress = tqdm(total=len(targets), desc="Calibrating", unit="layer", disable=not progressbar)
         self.both = torch.empty(0)  # the input of the layer that runs at the moment
         self.last: tuple[torch.Tensor, _Moments] | None = None
 
     def run(self) -> None:
         handles = [handle for name, module in self.targets.items() for handle in self._hook(name, module)]
+        for prefix, block in self.blocks.items():
+            block.pairing = Pairing(tuple(self.masks))
+            handles.append(block.register_forward_hook(partial(self._pack_unreached, prefix)))
         try:
             self.model(self.inputs) if isinstance(self.inputs, torch.Tensor) else self.model(**self.inputs)
         except _Finished:
@@ -165,11 +186,13 @@ class _Pass:
         finally:
             for handle in handles:
                 handle.remove()
-        self.unreached = list(self.targets)
-        for name, module in list(self.targets.items()):
-            self._replace(name, pack_layer(module, self.config, name))
-            free_weight(module, self.model)
+            for block in self.blocks.values():
+                block.pairing = None
+        self.unreached = [name for name in self.targets if name not in self.experts]
+        for name in list(self.targets):
+            self._pack(name)
         self.progress.close()
+        self._warn_of_starved()
 
     def _hook(self, name: str, module: nn.Module):
         def before(_, args):
@@ -178,16 +201,17 @@ class _Pass:
             self.both = args[0]
             if self.last is None and not self._halves_match(name, args[0]):
                 self.halves, self.in_order = set(), set()
+                for block in self.blocks.values():
+                    block.pairing = None
             dim = self._dim_of_halves(name, args[0])
             return None if dim is None else (args[0].chunk(2, dim)[0], *args[1:])
 
         def after(_, args, float_output):
             if name not in self.targets or not args[0].numel():
                 return None
-            moments, x = self._moments_of(name, self.both), self.both
-            packed = pack_layer(module, self.config, name, *moments)
-            self._replace(name, packed)
-            free_weight(module, self.model)
+            x = self.both
+            moments = self._moments_of(name, x)
+            packed = self._pack(name, *(moments or ()))
             if not self.targets:
                 raise _Finished
             dim = self._dim_of_halves(name, x)
@@ -197,22 +221,54 @@ class _Pass:
 
         return module.register_forward_pre_hook(before), module.register_forward_hook(after)
 
-    def _replace(self, name: str, packed: PackedLinear) -> None:
+    def _pack(self, name: str, *moments: torch.Tensor | None) -> PackedLinear:
+        """Put the packed layer in a target's place; without moments it is quantised without data."""
+        module = self.targets.pop(name)
+        packed = pack_layer(module, self.config, name, *moments)
         packed.train(self.training[name])
         self.model.set_submodule(name, packed)
-        del self.targets[name]
+        free_weight(module, self.model)
+        if name in self.experts and not moments:
+            self.starved.append(name)
         self.progress.update()
+        return packed
 
-    def _moments_of(self, name: str, both: torch.Tensor) -> _Moments:
-        """Moments over the tokens that count; layers that share their input (q, k, v) share them."""
+    def _pack_unreached(self, prefix: str, *_: Any) -> None:
+        """Behind a block: what none of its tokens went to, so that the pass can end after the last layer."""
+        unreached = [name for name in self.targets if name.startswith(f"{prefix}.")]
+        for name in unreached:
+            self._pack(name)
+        if unreached and not self.targets:
+            raise _Finished
+
+    def _warn_of_starved(self) -> None:
+        if self.starved:
+            starved = list(dict.fromkeys(name.rpartition(".")[0] for name in self.starved))
+            count = sum(block.num_experts for block in self.blocks.values())
+            method = self.config.number_format(self.config.bits).default_method
+            warnings.warn(
+                f"calibrate: {len(starved)} of {count} experts, such as {starved[0]!r}, were sent fewer than {_LEAST_TOKENS} of "
+                f"the batches' tokens and are quantised without data ({method!r}), {len(self.starved)} layers in all; pass more "
+                "batches to reach more.",
+                stacklevel=4,
+            )
+
+    def _moments_of(self, name: str, both: torch.Tensor) -> _Moments | None:
+        """Moments over the tokens that count; layers that share their input (q, k, v) share them. None if they are too few."""
         if self.last is None or self.last[0] is not both:
             dim = self._dim_of_halves(name, both)
-            x_float, x = (None, both) if dim is None else both.chunk(2, dim)
-            self.last = both, _moments(self._rows(x), None if x_float is None else self._rows(x_float))
+            halves = (both,) if dim is None else both.chunk(2, dim)
+            # what experts are sent counts
+            halves = halves if name in self.experts else tuple(map(self._rows, halves))
+            if name in self.experts and len(halves[-1]) < _LEAST_TOKENS:
+                return None
+            self.last = both, _moments(halves[-1], None if dim is None else halves[0])
         return self.last[1]
 
     def _dim_of_halves(self, name: str, both: torch.Tensor) -> Optional[int]:
         """The dimension of a layer's input along which the two copies lie one after the other; None if they don't."""
+        if name in self.experts:
+            return None if self.experts[name].pairing is None else 0
         if both.shape[0] in self.halves:
             return 0
         if name not in self.in_order:

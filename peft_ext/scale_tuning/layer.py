@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from typing import Any, Optional
@@ -28,6 +29,12 @@ class Mixture:
         index = {name: position for position, name in enumerate(self.names)}
         self.choice = torch.tensor([index[name] for name in adapter_names], dtype=torch.int64)
         self._scales: dict[ScaleTuningLinear, torch.Tensor] = {}
+
+    def of_rows(self, samples: torch.Tensor) -> Mixture:
+        """The same for rows that are parts of samples, `samples` says of which; stacked scales are shared."""
+        rows = copy.copy(self)
+        rows.choice = self.choice[samples.to(self.choice.device)]
+        return rows
 
     def scales_of(self, layer: ScaleTuningLinear) -> torch.Tensor:
         """The scales of the adapters in one layer `[n, out, groups(, bits)]`."""

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any, Optional
 
+import torch
 from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from tqdm.auto import tqdm
@@ -16,9 +19,11 @@ from peft_ext.checkpoint import mixed_precision, pack_quantized
 from peft_ext.checkpoint.saving import make_saveable
 from peft_ext.modalities import other_parts, part_of
 from peft_ext.quant.conversion import dequantize_layers
+from peft_ext.quant.experts import fused_experts, future_layers, unfuse_experts
 from peft_ext.quant.formats import CALIBRATED, Uniform
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.replaceable import bypassed_layers
+from peft_ext.routers import routers
 from peft_ext.scale_tuning import adapter_file
 from peft_ext.scale_tuning.config import ScaleTuningConfig
 from peft_ext.scale_tuning.layer import Mixture, ScaleTuningLinear
@@ -142,6 +147,9 @@ class ScaleTuningModel(TunerModel):
     def _layer_arguments(self, adapter_names: list[str]) -> dict[str, Any]:
         return {"mixture": Mixture(adapter_names)}
 
+    def _row_arguments(self, arguments: dict[str, Any], samples: torch.Tensor) -> dict[str, Any]:
+        return {"mixture": arguments["mixture"].of_rows(samples)}
+
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
@@ -164,6 +172,7 @@ def check_targets(config: ScaleTuningConfig, model: nn.Module) -> dict[str, nn.M
     """
     check_weights_stay(model)
     pack_quantized.restore(model)
+    unfuse_targets(config, model)
     resolve_all_linear(config, model)
     targets = target_layers(config, model)
     if not config.inference_mode:  # an earlier release's adapter holds such layers too, as they were
@@ -187,7 +196,8 @@ def unmatched_targets(config: ScaleTuningConfig, model: nn.Module) -> list[str]:
     """The names in `target_modules` that no module of the model has, which PEFT passes over as long as another one fits."""
     if not isinstance(config.target_modules, (list, set)):
         return []
-    endings = {name[start:] for name, _ in model.named_modules() for start in _starts(name)}
+    names = [*future_layers(model), *(name for name, _ in model.named_modules())]
+    endings = {name[start:] for name in names for start in _starts(name)}
     return sorted(set(config.target_modules) - endings)
 
 
@@ -195,26 +205,46 @@ def _starts(name: str) -> list[int]:
     return [0, *(index + 1 for index, letter in enumerate(name) if letter == ".")]
 
 
+def unfuse_targets(config: ScaleTuningConfig, model: nn.Module) -> None:
+    """Give experts that are fused in 3-D parameters a layer each where the config targets one of them.
+
+    "all-linear" means them, too, unless the base has packed layers already.
+    """
+    if not fused_experts(model):
+        return
+    parts: dict[str, str] = {}
+    if asks_for_everything(config):
+        if any(map(_has_codes, model.modules())):
+            return
+        config, parts = copy.copy(config), other_parts(model)
+        config.target_modules = ".*"
+    unfuse_experts(
+        model, lambda name: part_of(name, parts) is None and BaseTuner._check_target_module_exists(config, name)
+    )
+
+
 def resolve_all_linear(config: ScaleTuningConfig, model: nn.Module) -> None:
-    """Spell "all-linear" out. On a base with packed layers it means these; on a float one, what PEFT means by it, of a
-    multimodal model in its language model only: what isn't trained on or calibrated with images should see them unrounded."""
+    """Spell "all-linear" out. On a base with packed layers it means these; on a float one, what PEFT means by it but for the
+    routers, which stay float, and of a multimodal model in its language model only: what isn't trained on or calibrated with
+    images should see them unrounded."""
     if not asks_for_everything(config) or config.target_modules is None:
         return
-    packed = {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, (ScaleTuningLinear, PackedLinear))
-        or (pack_quantized.is_compressed(module) and pack_quantized.can_take_over(module))
-    }
+    packed = {name for name, module in model.named_modules() if _has_codes(module)}
     if packed:
         inner = {f"{name}.base_layer" for name in packed}
         tunable = packed - inner - set(bypassed_layers(model))
         config.target_modules = tunable  # type: ignore[assignment]  # PEFT, too, keeps a set here
     else:
         expand_all_linear(config, model)
-        parts = other_parts(model)
-        if parts:
-            config.target_modules = {name for name in config.target_modules or () if part_of(name, parts) is None}  # type: ignore[assignment]
+        parts, left = other_parts(model), routers(model)
+        found = config.target_modules or ()
+        config.target_modules = {name for name in found if name not in left and part_of(name, parts) is None}  # type: ignore[assignment]
+
+
+def _has_codes(module: nn.Module) -> bool:
+    if isinstance(module, (ScaleTuningLinear, PackedLinear)):
+        return True
+    return pack_quantized.is_compressed(module) and pack_quantized.can_take_over(module)
 
 
 def _calibration_missing(config: ScaleTuningConfig, names: list[str]) -> str:

@@ -16,6 +16,7 @@ from torch import nn
 
 from peft_ext.checkpoint.saving import make_saveable, take_over
 from peft_ext.quant.conversion import packed_layers
+from peft_ext.quant.experts import Place, places
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.scale_tuning.adapter_file import plain_scales
 from peft_ext.scale_tuning.config import ScaleTuningConfig
@@ -167,10 +168,12 @@ class AdapterPool:
         # one large copy here is cheaper than one in each layer, unless groups make scales as many as weights
         stacked = torch.stack(wholes) if len(wholes) * self._base.nbytes <= _STACKED_BYTES else None
         choice = torch.tensor([distinct.index(name) for name in names], device=self._base.device)
+        in_blocks = places(self.model)
         for name, layer in self._layers.items():
             span = self._spans[name]
             parts = [whole[span] for whole in wholes] if stacked is None else stacked[:, span].contiguous()
-            layer.forward = partial(_forward_mixed, layer, parts, choice)  # type: ignore[method-assign]
+            mixed = partial(_forward_mixed, layer, parts, choice, in_blocks.get(layer))
+            layer.forward = mixed  # type: ignore[method-assign]
         try:
             yield
         finally:
@@ -230,9 +233,15 @@ class _Adapter(NamedTuple):
 
 
 def _forward_mixed(
-    layer: PackedLinear, parts: Union[torch.Tensor, list[torch.Tensor]], choice: torch.Tensor, x: torch.Tensor
+    layer: PackedLinear,
+    parts: Union[torch.Tensor, list[torch.Tensor]],
+    choice: torch.Tensor,
+    place: Optional[Place],
+    x: torch.Tensor,
 ) -> torch.Tensor:
-    """`parts`: the layer's scales under each adapter, flat; together or one by one."""
+    """`parts`: the layer's scales under each adapter, flat; together or one by one. `place`: in a block with experts."""
+    samples = None if place is None else place.samples(x, len(choice))
+    choice = choice if samples is None else choice[samples]
     repeats, rest = divmod(len(x), len(choice))
     if rest or (repeats != 1 and x.dim() < 3):  # rows of two dimensions may be tokens of anything
         raise ValueError(

@@ -22,6 +22,7 @@ from peft_ext.quant.conversion import LINEAR_LAYERS
 from peft_ext.quant.formats import CALIBRATED, NumberFormat
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.replaceable import foreign_weight
+from peft_ext.routers import routers
 from peft_ext.tables import mebibytes
 from peft_ext.targets import left_out
 
@@ -38,7 +39,7 @@ OUTPUT, HEAD, TRAINED, ROUTER, EXPERTS, OTHER = (
 )
 KEPT, FOREIGN = "stored in another format, which is kept", "quantised by others"
 # What everybody expects to stay float.
-_EXPECTED = (OUTPUT, HEAD, TRAINED, OTHER)
+_EXPECTED = (OUTPUT, HEAD, TRAINED, ROUTER, OTHER)
 _SHOWN = 3
 _WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
@@ -209,7 +210,7 @@ class _Reasons:
     """Why a layer of a model is float."""
 
     def __init__(self, base: nn.Module) -> None:
-        self.parts = other_parts(base)
+        self.parts, self.routers = other_parts(base), routers(base)
         self.output = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
         self.unfit = left_out(base)
         modules = base.named_modules()
@@ -226,7 +227,7 @@ class _Reasons:
         part = part_of(name, self.parts)
         if part is not None:
             return self.parts[part]
-        if "router" in type(module).__name__.lower() or name.rpartition(".")[2] in ("router", "gate"):
+        if name in self.routers or name.rpartition(".")[2] in ("router", "gate"):
             return ROUTER
         if name.rpartition(".")[2] in SEQ_CLS_HEAD_NAMES:
             return HEAD
