@@ -86,8 +86,20 @@ def target_layers(config: PeftConfig, model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if name
         and not (tuner_layers and name.startswith(tuner_layers))
+        and _may_be_named(config, name)
         and BaseTuner._check_target_module_exists(config, name)
     }
+
+
+def _may_be_named(config: PeftConfig, name: str) -> bool:
+    """Whether a list of targets has an ending of a name; PEFT compares every name with every target, which takes minutes with
+    the ten thousands of layers that experts are."""
+    targets = config.target_modules
+    if not isinstance(targets, (set, list)):
+        return True
+    while name and name not in targets:
+        name = name.partition(".")[2]
+    return bool(name)
 
 
 def expand_all_linear(config: PeftConfig, model: nn.Module) -> dict[str, str]:

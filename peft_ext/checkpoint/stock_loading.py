@@ -12,6 +12,7 @@ import copy
 from collections.abc import Iterable
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION

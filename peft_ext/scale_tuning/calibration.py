@@ -24,7 +24,7 @@ from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.matmul import linear
 from peft_ext.scale_tuning.config import ScaleTuningConfig
 from peft_ext.scale_tuning.model import asks_for_everything, check_targets, unmatched_targets
-from peft_ext.scale_tuning.quantization import free_weight, pack_layer
+from peft_ext.scale_tuning.quantization import free_weight, modules_with_several_names, pack_layer
 from peft_ext.scale_tuning.report import announce
 
 
@@ -151,6 +151,7 @@ class _Pass:
         progressbar: bool,
     ) -> None:
         self.model, self.config, self.targets = model, config, dict(targets)
+        self.several = modules_with_several_names(model)
         self.training = {name: module.training for name, module in targets.items()}
         masks = inputs if isinstance(inputs, Mapping) else {}
         self.masks = [mask for mask in map(masks.get, _MASKS.values()) if mask is not None]
@@ -227,7 +228,7 @@ class _Pass:
         packed = pack_layer(module, self.config, name, *moments)
         packed.train(self.training[name])
         self.model.set_submodule(name, packed)
-        free_weight(module, self.model)
+        free_weight(module, self.several)
         if name in self.experts and not moments:
             self.starved.append(name)
         self.progress.update()
@@ -245,7 +246,7 @@ class _Pass:
         if self.starved:
             starved = list(dict.fromkeys(name.rpartition(".")[0] for name in self.starved))
             count = sum(block.num_experts for block in self.blocks.values())
-            method = self.config.number_format(self.config.bits).default_method
+            method = self.config.format_of(self.starved[0]).default_method
             warnings.warn(
                 f"calibrate: {len(starved)} of {count} experts, such as {starved[0]!r}, were sent fewer than {_LEAST_TOKENS} of "
                 f"the batches' tokens and are quantised without data ({method!r}), {len(self.starved)} layers in all; pass more "

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Container
 from typing import Any, Optional
 
 import torch
@@ -27,7 +28,13 @@ from peft_ext.routers import routers
 from peft_ext.scale_tuning import adapter_file
 from peft_ext.scale_tuning.config import ScaleTuningConfig
 from peft_ext.scale_tuning.layer import Mixture, ScaleTuningLinear
-from peft_ext.scale_tuning.quantization import check_target, free_weight, pack_layer, take_format_of_base
+from peft_ext.scale_tuning.quantization import (
+    check_target,
+    free_weight,
+    modules_with_several_names,
+    pack_layer,
+    take_format_of_base,
+)
 from peft_ext.scale_tuning.report import announce
 from peft_ext.targets import check_called, check_weights_stay, expand_all_linear, target_layers
 from peft_ext.tuner import TunerModel
@@ -39,6 +46,7 @@ class ScaleTuningModel(TunerModel):
     tuner_layer_cls: type[ScaleTuningLinear]
     # of the injection under way
     _progress: Optional[tqdm] = None
+    _several: Container[nn.Module] = ()  # of the model's modules those with more than one name
     _news: Optional[dict[str, Any]] = None
 
     def _prepare_adapter_config(self, peft_config: ScaleTuningConfig, model_config: dict) -> ScaleTuningConfig:
@@ -60,6 +68,7 @@ class ScaleTuningModel(TunerModel):
         everything = everything and bool(fresh or mixed_precision.kept_layers(model))
         if fresh or unmatched or everything:
             self._news = {"everything": everything, "unmatched": unmatched}
+        self._several = modules_with_several_names(model)
         # shown on a terminal, and only if it takes a while
         self._progress = tqdm(total=len(fresh), desc="Quantising", unit="layer", delay=1.0, disable=None, leave=False)
         if fresh and any(isinstance(module, ScaleTuningLinear) for module in model.modules()):
@@ -78,7 +87,7 @@ class ScaleTuningModel(TunerModel):
         elif isinstance(new_module, (ScaleTuningLinear, PackedLinear)):
             # made on the right device, with a weight of its own; PEFT's version would copy the float weight over
             setattr(parent, child_name, new_module)
-            free_weight(child, self.model)
+            free_weight(child, self._several)
             if self._progress is not None:
                 self._progress.update()
         else:
@@ -86,6 +95,7 @@ class ScaleTuningModel(TunerModel):
 
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         pack_quantized.release_hook(model)
+        self._several = ()
         if self._progress is not None:
             self._progress.close()
             self._progress = None  # it can't be copied

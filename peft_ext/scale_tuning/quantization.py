@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict
 from typing import Any, Optional
 
@@ -54,13 +54,25 @@ def pack_layer(
     return packed
 
 
-def free_weight(module: nn.Module, model: nn.Module) -> None:
+def modules_with_several_names(model: nn.Module) -> set[nn.Module]:
+    """What a model has in more than one place."""
+    seen: set[nn.Module] = set()
+    several: set[nn.Module] = set()
+    for _, module in model.named_modules(remove_duplicate=False):
+        (several if module in seen else seen).add(module)
+    return several
+
+
+def free_weight(module: nn.Module, several: Container[nn.Module]) -> None:
     """Let go of the float weight of a layer that a packed one has replaced.
 
     PEFT, or a hook, holds the layer until the last one is packed. A layer that the model has under another name too
     keeps its weight, and so does a module that a weight is tied to.
+
+    Args:
+        several: Of the model's modules those with more than one name; found once, since a model may have very many layers.
     """
-    if isinstance(module, LINEAR_LAYERS) and not any(other is module for other in model.modules()):
+    if isinstance(module, LINEAR_LAYERS) and module not in several:
         module.weight = None
 
 

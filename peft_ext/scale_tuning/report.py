@@ -236,6 +236,9 @@ class _Reasons:
 
 def _part(module: nn.Module, name: str, reasons: _Reasons) -> PackedPart | LeftPart | None:
     """What a module is, if it is a linear layer, a router or fused experts."""
+    own = dict(module.named_parameters(recurse=False))
+    if not own:
+        return None
     nbytes = sum(parameter.nbytes for parameter in module.parameters())
     if isinstance(module, PackedLinear):
         return PackedPart(module.number_format, module.in_features * module.out_features, nbytes, module.origin)
@@ -244,7 +247,6 @@ def _part(module: nn.Module, name: str, reasons: _Reasons) -> PackedPart | LeftP
         if not can_take_over(module):
             return LeftPart(KEPT, compressed.in_features * compressed.out_features, nbytes)
         return PackedPart(format_of(module, name), compressed.in_features * compressed.out_features, nbytes, None)
-    own = dict(module.named_parameters(recurse=False))
     numbers = sum(parameter.numel() for parameter in own.values())
     if isinstance(module, LINEAR_LAYERS):
         return LeftPart(reasons.of(module, name), numbers, nbytes)
