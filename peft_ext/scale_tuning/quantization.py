@@ -72,7 +72,7 @@ def free_weight(module: nn.Module, several: Container[nn.Module]) -> None:
     Args:
         several: Of the model's modules those with more than one name; found once, since a model may have very many layers.
     """
-    if isinstance(module, LINEAR_LAYERS) and module not in several:
+    if isinstance(module, LINEAR_LAYERS) and not isinstance(module, PackedLinear) and module not in several:
         module.weight = None
 
 

@@ -17,6 +17,7 @@ from benchmarks import (  # noqa: E402
     alphatuning_sizes,
     common,
     decode,
+    experts,
     kernels,
     loading,
     loading_others,
@@ -239,6 +240,15 @@ def test_plan_memory(tmp_path, capsys):
     before = output.read_text()
     plan_memory.main(["--smoke", "--output", str(output)])
     assert output.read_text() == before and capsys.readouterr().out == shown
+
+
+def test_experts(tmp_path, capsys):
+    output = tmp_path / "experts.json"
+    experts.main(["--smoke", "--output", str(output), "--rounds", "1"])
+    shown = capsys.readouterr().out
+    assert len(_rows(output)) == 3 and "packed over eager" in shown
+    experts.main(["--smoke", "--table", "--output", str(output), "--rounds", "1"])
+    assert capsys.readouterr().out == shown
 
 
 def test_kernels(tmp_path, capsys):
