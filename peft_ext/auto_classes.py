@@ -65,9 +65,14 @@ def _target_class(cls: Any, config: Any, import_allowlist: Optional[list[str]]) 
 
 
 def _goes_packed(config: Any, kwargs: dict[str, Any]) -> bool:
+    if not config.base_model_name_or_path:
+        return False
     try:
         stored = stored_quantization(config.base_model_name_or_path, **{**kwargs, "revision": config.revision})
-    except OSError:  # PEFT's own way says what is missing
+    except (
+        OSError,
+        ValueError,
+    ):  # no model of transformers', or nothing: PEFT's own way loads it or says what is missing
         return False
     if stored is None or kwargs.get("quantization_config") is not None:
         return False

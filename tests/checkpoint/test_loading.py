@@ -581,6 +581,20 @@ def test_another_method_s_adapter_goes_packed_where_stock_transformers_can_not_l
     assert not packed_layers(stock)
 
 
+def test_bases_that_only_their_own_class_knows_go_peft_s_own_way(tmp_path):
+    """No config that AutoConfig reads: as models of other libraries, or of one's own."""
+    save_tiny("llama", tmp_path / "base")
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), LoraConfig(target_modules=["q_proj"])
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "base" / "config.json"
+    config = json.loads(path.read_text())
+    del config["model_type"]
+    path.write_text(json.dumps(config))
+    assert_same(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")), logits(model))
+
+
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_contents(make, tmp_path):
     made = make(tmp_path)
