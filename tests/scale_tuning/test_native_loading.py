@@ -32,6 +32,7 @@ from tests.cases import (
 )
 from tests.tiny.folders import save_tiny, save_word_model
 from tests.tiny.models import inputs, logits_of, tiny
+from tests.tiny.multimodal import batch, multimodal
 
 
 EARLIER = Path(__file__).parents[1] / "earlier" / "files"
@@ -144,6 +145,22 @@ def test_on_a_packed_base(config, dtype, tmp_path):
         scale = own[f"base_model.model.{name}"].scale_of("default")
         assert_same(layer.scale_of("default"), scale, tolerance=1e-6)
     assert_same(logits(restored), logits(model), tolerance=1e-6 if dtype is torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("name", ["gemma3", "qwen2_vl", "llava", "whisper"])
+def test_models_whose_files_have_other_names(name, packed, tmp_path):
+    """transformers renames what it reads for them; an adapter's names are the model's own already."""
+    model, kind = multimodal(name), type(multimodal(name))
+    if packed:
+        model = get_peft_model(model, PeqaConfig(bits=4)).unload()
+    model.save_pretrained(tmp_path / "base")
+    model = get_peft_model(kind.from_pretrained(tmp_path / "base"), PeqaConfig()).eval()
+    move_adapter(model)
+    model.save_pretrained(tmp_path / "adapter")
+    restored = kind.from_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        assert_same(restored(**batch(name)).logits, model(**batch(name)).logits, tolerance=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["peqa", "peqa_on_floats", "alphatuning", "bottleneck"])
