@@ -18,6 +18,9 @@ PACKAGES = ("peft_ext", "generation_ext", "trl_ext")
 # Owner -> name, with the parameters that we pass or override -> who leans on it, and why. An instance's attribute stands
 # under its class.
 SEAMS = {
+    "argparse.ArgumentParser": {
+        "_actions": "peft_ext.command_line: which flags `--help` leaves out",
+    },
     "transformers.GenerationMixin": {
         "_prefill(input_ids, generation_config, model_kwargs)": "generation_ext.critic: as generate runs the prompt",
         "_update_model_kwargs_for_generation(outputs, model_kwargs)": "generation_ext.critic: masks and positions, as generate's",

@@ -9,6 +9,7 @@ from typing import Any, Optional
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer
 from trl import SFTConfig, SFTTrainer
@@ -16,6 +17,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from peft_ext.examples import IGNORED, Example, Examples
 from peft_ext.language_model import device_of, inference
+from peft_ext.peqa import PeqaConfig
+from peft_ext.peqa.layer import PeqaLinear
 from peft_ext.perplexity import padded
 from peft_ext.quant.kernel import KERNEL_VARIABLE, using
 
@@ -164,6 +167,31 @@ def check_packing(model: nn.Module, args: TuneTrainingArguments, data: Examples)
             f"packing=True: in a {type(model).__name__}, examples of one row see each other (a token's log-probability is "
             f"off by {difference:.3f}); leave --packing out, or pass --packing_strategy wrapped, where they are meant to."
         )
+
+
+def keep_product_where_needed(model: PeftModel, data: Examples) -> None:
+    """Let PEQA keep its product where the model changes a layer's output in place, as Falcon's does: found by a backward.
+
+    Args:
+        model: With its adapter, before training.
+        data: The training examples.
+    """
+    config = model.active_peft_config
+    if not isinstance(config, PeqaConfig) or config.keep_product:
+        return
+    tokens = torch.tensor([_short(data.examples[0]).input_ids], device=device_of(model))
+    try:
+        with torch.enable_grad():
+            model(input_ids=tokens, use_cache=False).logits.float().mean().backward()
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        config.keep_product = True
+        for module in model.modules():
+            if isinstance(module, PeqaLinear):
+                module.keep_product = True
+        logger.warning("The model changes outputs of layers in place, so PEQA keeps its product (keep_product=True).")
+    model.zero_grad()
 
 
 # The kernel's rounding depends on how many rows it is given.

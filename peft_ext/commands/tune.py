@@ -29,7 +29,7 @@ from peft_ext.commands.packed_base import (
     perplexity_of,
     write_base,
 )
-from peft_ext.commands.sft import TuneTrainingArguments, check_packing, sft_trainer
+from peft_ext.commands.sft import TuneTrainingArguments, check_packing, keep_product_where_needed, sft_trainer
 from peft_ext.commands.training_data import TrainingData, training_data
 from peft_ext.data import PYTHON_DOCS
 from peft_ext.examples import TEXTS
@@ -243,6 +243,7 @@ def _train(
     base = load(str(run / "base"))
     set_seed(training.seed)  # LoRA starts from random numbers
     model = get_peft_model(base, _adapter(args, base))
+    keep_product_where_needed(model, data.train)
     checkpoints = run / "checkpoints"
     training.output_dir = str(checkpoints)
     trainer = sft_trainer(model, training, data.train, tokenizer)

@@ -14,8 +14,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from peft_ext import PeqaConfig
 from peft_ext.cli import main
-from peft_ext.commands.sft import TuneTrainingArguments, check_packing, sft_trainer
+from peft_ext.commands.sft import TuneTrainingArguments, check_packing, keep_product_where_needed, sft_trainer
 from peft_ext.examples import IGNORED, Encoder, Example, Examples
 from peft_ext.models import load, load_tokenizer
 from peft_ext.perplexity import example_perplexity
@@ -150,6 +151,16 @@ def test_the_loss_is_the_models_own(name, tmp_path, caplog):
     # before its first step, LoRA changes nothing
     expected = math.log(example_perplexity(families.build(name), examples.examples))
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize(("name", "needed"), [("falcon", True), ("llama", False)])
+def test_a_model_that_changes_outputs_in_place(name, needed, tmp_path):
+    model = get_peft_model(families.build(name), PeqaConfig(bits=4, task_type="CAUSAL_LM"))
+    keep_product_where_needed(model, _examples())
+    assert model.active_peft_config.keep_product is needed
+    trainer = sft_trainer(model, _arguments(tmp_path, packing=False), _examples(), chat_tokenizer())
+    trainer.train()
+    assert trainer.state.global_step == 1
 
 
 def test_texts_as_examples(flags, tmp_path, capsys):
