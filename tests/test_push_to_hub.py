@@ -266,6 +266,7 @@ def test_what_is_fetched(hub, base, tmp_path):
         fetched("nobody/nothing")
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own(hub, base, tmp_path):
     """The stand-in as other tests and other languages take it: by the environment."""
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), _config("peqa")).push_to_hub("me/adapter")
