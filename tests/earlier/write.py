@@ -448,9 +448,11 @@ def _flags(values: dict[str, Any]) -> list[str]:
 
 def _said(command: Callable[[], Any], words: str) -> str:
     """What a command prints, once it has ended well and said something."""
-    with contextlib.redirect_stdout(io.StringIO()) as out:
+    out, notes = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(notes):
         code = command()
-    assert not code and words in out.getvalue(), out.getvalue()
+    said = out.getvalue() + notes.getvalue()
+    assert not code and words in said, said
     return out.getvalue()
 
 
