@@ -38,6 +38,7 @@ from peft_ext.checkpoint.files import (
     unfuse_stored,
     without_merging,
 )
+from peft_ext.checkpoint.tied_weights import untie
 from peft_ext.quant.conversion import (
     LINEAR_LAYERS,
     check_layer,
@@ -236,6 +237,7 @@ class BcqHfQuantizer(HfQuantizer):
                     f"{list(shape)}, which the model has there; one of config.json and the weights isn't this checkpoint's."
                 )
             replace_layer(model, name, empty)
+        untie(model, packed_layers(model))
         if stored and not in_file:
             raise ValueError(
                 f"the checkpoint's packed layers ({stored[0]!r} and others) are not in {type(model).__name__}; "

@@ -37,13 +37,14 @@ from peft_ext.checkpoint.files import (
 )
 from peft_ext.checkpoint.mixed_precision import let_gradients_through
 from peft_ext.checkpoint.pack_quantized import OWN_BITS, TENSORS, expand
-from peft_ext.checkpoint.saving import make_saveable, untie
+from peft_ext.checkpoint.saving import make_saveable
 from peft_ext.checkpoint.stored_layer import (
     StoredLayer,
     linear_layers_of,
     pack_stored_layers,
     release_pages,
 )
+from peft_ext.checkpoint.tied_weights import untie
 from peft_ext.quant.conversion import weight_of
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.uniform import UNIFORM_BITS

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Optional
 
 from torch import nn
@@ -11,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
 from peft_ext.checkpoint import bcq, mixed_precision, pack_quantized
+from peft_ext.checkpoint.tied_weights import untie
 from peft_ext.quant.conversion import packed_layers, replace_layer
 
 
@@ -85,24 +85,6 @@ def _take_over_the_rest(model: nn.Module) -> None:
         if pack_quantized.is_compressed(module) and pack_quantized.can_take_over(module):
             replace_layer(model, name, pack_quantized.take_over(module, name))
     pack_quantized.release_hook(model)
-
-
-def untie(model: PreTrainedModel, layers: Iterable[str]) -> None:
-    """Give these layers weights of their own, whatever the model's config says of tied embeddings.
-
-    Where the output layer isn't among them, the embeddings stay tied (Zamba ties whole blocks).
-    """
-    names = set(layers)
-    inside = tuple(f"{name}." for name in names)
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    model.all_tied_weights_keys = {
-        key: value for key, value in tied.items() if not key.startswith(inside) and not value.startswith(inside)
-    }
-    output = model.get_output_embeddings()
-    if any(module is output for name, module in model.named_modules() if name in names):
-        for config in (model.config, model.config.get_text_config()):
-            if getattr(config, "tie_word_embeddings", False):
-                config.tie_word_embeddings = False
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:

@@ -24,7 +24,8 @@ from peft_ext.checkpoint.files import (
     unfuse_stored,
     without_merging,
 )
-from peft_ext.checkpoint.saving import make_saveable, untie
+from peft_ext.checkpoint.saving import make_saveable
+from peft_ext.checkpoint.tied_weights import untie
 from peft_ext.quant.conversion import LINEAR_LAYERS, replace_layer, weight_of
 from peft_ext.quant.linear import PackedLinear
 

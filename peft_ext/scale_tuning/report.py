@@ -229,8 +229,8 @@ class _Reasons:
             return self.parts[part]
         if name in self.routers or name.rpartition(".")[2] in ("router", "gate"):
             return ROUTER
-        if name.rpartition(".")[2] in SEQ_CLS_HEAD_NAMES:
-            return HEAD
+        if any(part.endswith(tuple(SEQ_CLS_HEAD_NAMES)) for part in name.split(".")):
+            return HEAD  # or a layer of one: RoBERTa's classifier.dense, DistilBERT's pre_classifier
         return self.unfit.get(name, OTHER)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -11,7 +12,7 @@ import transformers
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
-from peft_ext import PeqaConfig
+from peft_ext import AlphaTuningConfig, PeqaConfig
 from peft_ext.checkpoint.pack_quantized import OWN_BITS
 from peft_ext.checkpoint.stock_loading import loads_without_weights
 from peft_ext.quant.conversion import packed_layers
@@ -115,3 +116,22 @@ def test_somebody_elses_checkpoint_is_loaded_as_stock_loads_it(sym, fresh_proces
     stock, ours = (json.loads(fresh_process(AS_STOCK, tmp_path, who)) for who in ("stock", "ours"))
     assert ours == stock
     assert not any("PackedLinear" in kind for kind in ours[0].values())
+
+
+@pytest.mark.parametrize(
+    "config", [PeqaConfig(bits=4, init_method="minmax"), AlphaTuningConfig(bits=2, init_method="greedy")]
+)
+@pytest.mark.parametrize("name", ["zamba", "zamba2"])
+def test_blocks_that_a_model_ties_are_packed_one_by_one(name, config, tmp_path):
+    """And its embeddings stay tied, also in what is saved from what was loaded."""
+    model, batch = get_peft_model(families.build(name), copy.deepcopy(config)).unload().eval(), families.batch(name)
+    shared = [layer for key, layer in packed_layers(model).items() if key.endswith("o_proj")]
+    assert len(shared) == 2
+    shared[1].scale.data *= 1.1  # as if an adapter had been merged
+    for generation in ("first", "second"):
+        model.save_pretrained(tmp_path / generation)
+        loaded = type(model).from_pretrained(tmp_path / generation)
+        assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+        with torch.no_grad():
+            torch.testing.assert_close(logits_of(loaded, batch), logits_of(model, batch))
+        model = loaded
