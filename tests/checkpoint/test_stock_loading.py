@@ -77,7 +77,9 @@ def test_every_kind_of_model_is_read(fresh_process, tmp_path, sym):
     saved = {}
     for name in (*READ_WEIGHTS, *OTHERS):
         folder, auto_class = tmp_path / name, families.FAMILIES[name].auto_class
-        config = PeqaConfig(bits=4, group_size=16, sym=sym, init_method="minmax")
+        # vision towers stay float unless they are named
+        targets = r".*\.(q_proj|k_proj|v_proj|out_proj|o_proj|fc1|fc2)" if "Image" in auto_class else None
+        config = PeqaConfig(bits=4, group_size=16, sym=sym, init_method="minmax", target_modules=targets)
         saved[folder] = (auto_class, *save_base(families.build(name), families.batch(name), folder, config))
         flag = json.loads((folder / "config.json").read_text())["quantization_config"].get("dequantize", False)
         assert flag is (not sym or name in READ_WEIGHTS)
