@@ -17,7 +17,8 @@ _BEGIN, _END = "<!-- table -->\n", "<!-- end of the table -->\n"
 def row(name: str, life: Life) -> str:
     """A family's row; stock transformers has read its bases where they are in a format of its own."""
     stored = sorted({base.stored for base in life.bases})
-    stock = "✓" if stored == ["compressed-tensors"] else "–"
+    theirs = [base.folder.name for base in life.bases if base.stored == "compressed-tensors"]
+    stock = "✓" if len(theirs) == len(life.bases) else f"✓ ({', '.join(theirs)})" if theirs else "–"
     outcomes = [life.steps[step].replace(YES, _MARKS[YES]).replace(NOT_HERE, _MARKS[NOT_HERE]) for step in STEPS]
     return _line([name, f"{life.share:.0%}", life.left or "–", *outcomes, ", ".join(stored) or "–", stock])
 
