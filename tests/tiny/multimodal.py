@@ -94,6 +94,21 @@ def _qwen3_vl() -> nn.Module:
     return transformers.Qwen3VLForConditionalGeneration(config)
 
 
+def _qwen3_vl_moe() -> nn.Module:
+    """Two blocks of two experts in the language model."""
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
+    vision = {
+        **_QWEN_VISION,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0],
+    }
+    config = transformers.Qwen3VLMoeConfig(
+        text_config={**_TEXT, **_MROPE, **experts}, vision_config=vision, **_QWEN_TOKENS
+    )
+    return transformers.Qwen3VLMoeForConditionalGeneration(config)
+
+
 def _llava() -> nn.Module:
     config = transformers.LlavaConfig(
         text_config={"model_type": "llama", **_TEXT},
@@ -284,6 +299,7 @@ MULTIMODAL = {
     "qwen2_vl": Multimodal(_qwen2_vl, _patches, {"vision tower": 10}),
     "qwen2_5_vl": Multimodal(_qwen2_5_vl, _patches, {"vision tower": 12}),
     "qwen3_vl": Multimodal(_qwen3_vl, _patches, {"vision tower": 12}),
+    "qwen3_vl_moe": Multimodal(_qwen3_vl_moe, _patches, {"vision tower": 12, "router": 2}, packed=4 * 2 + 3 * 2 * 2),
     "llava": Multimodal(_llava, _with_images(4, (3, 28, 28)), {"vision tower": 12, "projector": 2}),
     "llava_next": Multimodal(
         _llava_next, _with_images(10, (2, 3, 28, 28), image_sizes=[28, 28]), {"vision tower": 12, "projector": 2}
