@@ -43,6 +43,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         args.inputs, args.shots = 2, 1
     results = Results(args.output, args.seed)
     if not args.table:
+        if args.data_dir is None:
+            parser.error("--data-dir: name the folder that holds sst2, sst5 and wikitext2")
         with tempfile.TemporaryDirectory() as folder:
             made = prepare(Path(folder) / "models", args.model)
             write_harness_tasks(Path(folder) / "tasks", args.data_dir, args.inputs, args.shots)

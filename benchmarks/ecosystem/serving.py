@@ -3,8 +3,8 @@
 generation?
 
 `transformers serve` behind `peft-ext run` on a packed base, on a base with an adapter in its folder, and merged; the
-text-generation pipeline on an adapter's folder; llama.cpp's server on our GGUF. Servers listen on 127.0.0.1 alone, and are
-ended afterwards.
+text-generation pipeline on an adapter's folder; llama.cpp's server (`pip install xllamacpp`) on our GGUF. Servers listen
+on 127.0.0.1 alone, and are ended afterwards.
 
     python -m benchmarks.ecosystem.serving
 """
@@ -29,9 +29,18 @@ from peft_ext.models import DEFAULT_MODEL, load_tokenizer
 
 
 MESSAGES = [{"role": "user", "content": "Name three colours."}]
+LLAMA_CPP = """
+import sys, time, xllamacpp
+parameters = xllamacpp.CommonParams()
+parameters.model.path, parameters.port = sys.argv[1], int(sys.argv[2])
+parameters.hostnames, parameters.n_ctx = ["127.0.0.1"], 512
+server = xllamacpp.Server(parameters)
+while True:
+    time.sleep(1)
+"""
 NEEDED = {
     "transformers serve": ("fastapi", "uvicorn", "openai"),
-    "llama.cpp": ("llama_cpp", "openai", "sse_starlette"),
+    "llama.cpp": ("xllamacpp", "openai"),
 }
 
 
@@ -97,10 +106,9 @@ def run_pipeline(made: Folders, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def serve_llama_cpp(made: Folders, args: argparse.Namespace) -> dict[str, Any]:
-    """llama.cpp's server (of llama-cpp-python) on the exported GGUF, which knows nothing of us."""
-    flags = ["--model", gguf(made), "--host", "127.0.0.1", "--port", "{port}", "--n_ctx", "512"]
+    """llama.cpp's server (in xllamacpp's wheel) on the exported GGUF, which knows nothing of us."""
     start = time.perf_counter()
-    with server(flags, "/v1/models", ("-m", "llama_cpp.server")) as address:
+    with server([str(gguf(made)), "{port}"], "/v1/models", ("-c", LLAMA_CPP)) as address:
         ready = time.perf_counter() - start
         answers = ask(address, "model", args.new_tokens)
     model = AutoModelForCausalLM.from_pretrained(made.merged)
