@@ -74,9 +74,11 @@ class UnfusedExperts(nn.Module):
             for name, (weight, bias) in layout.layers(experts, index, names).items():
                 expert.add_module(name, _linear(weight, bias))
             self.add_module(str(index), expert)
-        for name, parameter in list(experts.named_parameters(recurse=False)):
-            empty = torch.empty_like(parameter, device="meta")
-            setattr(experts, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+        # a new dict: after a forward pass of compressed-tensors' the old one copies what is put into it
+        experts.__dict__["_parameters"] = {
+            name: nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
+            for name, parameter in experts.named_parameters(recurse=False)
+        }
         self.train(experts.training)
 
     @property

@@ -3,10 +3,13 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from peft_ext.quant.conversion import dequantize_layers, packed_layers, quantize_layer, replace_layer
 from peft_ext.quant.experts import (
@@ -162,3 +165,29 @@ def test_pairs_take_the_same_tokens_of_both_copies(family):
     assert seen and all(torch.equal(*rows.chunk(2)) for rows in seen)
     counted = int(batch["attention_mask"].sum())
     assert max(len(rows) for rows in seen) <= 2 * counted
+
+
+def test_experts_without_a_gate_and_with_a_norm_behind_them():
+    config = SimpleNamespace(
+        n_routed_experts=3,
+        num_local_experts=3,
+        hidden_size=16,
+        moe_hidden_size=16,
+        moe_intermediate_size=8,
+        moe_latent_size=None,
+        mlp_hidden_act="relu2",
+        hidden_act="silu",
+        post_norm_eps=1e-5,
+        _experts_implementation="eager",
+    )
+    index, weights = torch.tensor([[0, 2], [2, 1], [0, 1], [0, 2]]), torch.rand(4, 2)
+    for kind in (NemotronHExperts, MuseSparkExperts):
+        block = nn.ModuleDict({"experts": kind(config)})
+        for parameter in block.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        x = torch.randn(4, 16)
+        expected = block["experts"](x, index, weights)
+        assert unfuse_experts(block, lambda name: True) == ["experts"]
+        torch.testing.assert_close(block["experts"](x, index, weights), expected)
+        fuse_experts(block)
+        torch.testing.assert_close(block["experts"](x, index, weights), expected)

@@ -2,9 +2,11 @@
 """The life of a mixture of experts: packed, calibrated, tuned, saved, loaded packed, merged, served from a pool."""
 
 import copy
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from peft_ext import AdapterPool, AlphaTuningConfig, BcqConfig, PeqaConfig, calibrate
+from peft_ext import AdapterPool, AlphaTuningConfig, BcqConfig, PeqaConfig, calibrate, load_packed
+from peft_ext.checkpoint.pack_quantized import PackQuantizedWriter
+from peft_ext.memory.estimate import tuning_memory
+from peft_ext.memory.trace import TrainingStep
 from peft_ext.quant.conversion import dequantize_layers, float_layers, packed_layers
 from peft_ext.quant.experts import fused_experts, unfused_experts
 from peft_ext.quant.replaceable import acts_linearly
@@ -302,3 +307,48 @@ def test_lora_on_a_packed_base(family, by_name, tmp_path):
 def test_lora_on_a_float_model_is_peft_s_own():
     model = get_peft_model(tiny_moe("mixtral"), LoraConfig(r=2, target_modules=["q_proj", "w1", "w2", "w3"]))
     assert any("ParamWrapper" in type(module).__name__ for module in model.modules())
+
+
+def _in_others_manner(model: nn.Module, folder: Path) -> Path:
+    """As llm-compressor writes packed experts, one by one; without our mark."""
+    model.hf_quantizer = PackQuantizedWriter(model)
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("packed_bits", None)
+    config["quantization_config"].pop("dequantize", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "llama4"])
+@pytest.mark.parametrize("sym", [True, False], ids=["symmetric", "asymmetric"])
+def test_what_others_packed_is_loaded_packed(family, sym, tmp_path):
+    """Asymmetric experts, which stock transformers can't read, among them."""
+    model = get_peft_model(tiny_moe(family), PeqaConfig(bits=4, sym=sym, group_size=32)).unload()
+    expected, names = _logits(model), packed_layers(model).keys()
+    loaded = load_packed(_in_others_manner(model, tmp_path))
+    assert packed_layers(loaded).keys() == names and torch.equal(_logits(loaded), expected)
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["fresh", "after-a-forward"])
+def test_experts_that_stock_transformers_made_floats_of_are_taken_back(used, tmp_path):
+    model = get_peft_model(tiny_moe("mixtral"), PeqaConfig(bits=4, sym=True, group_size=32)).unload()
+    expected = _logits(model)
+    stock = AutoModelForCausalLM.from_pretrained(_in_others_manner(model, tmp_path))
+    assert fused_experts(stock)
+    if used:
+        torch.testing.assert_close(_logits(stock), expected, rtol=1e-4, atol=1e-4)
+    tuned = get_peft_model(stock, PeqaConfig(bits=4, sym=True, group_size=32)).eval()
+    assert torch.equal(_logits(tuned), expected)
+
+
+@families
+def test_a_plan(family):
+    """Runs the experts on the meta device, evenly loaded, for all methods that `peft-ext plan` compares."""
+    config, step = tiny_moe(family).config, TrainingStep(2, 24)
+    plans = [
+        tuning_memory(config, method, torch.bfloat16, step)
+        for method in (None, LoraConfig(target_modules="all-linear"), PeqaConfig(bits=4), AlphaTuningConfig(bits=2))
+    ]
+    full, _, peqa, alphatuning = (plan.weights for plan in plans)
+    assert alphatuning < peqa < full / 2
