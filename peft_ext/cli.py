@@ -30,6 +30,7 @@ COMMANDS: Commands = {
     "paraphrase": Command("C-DNPG: train | paraphrase | evaluate | show", "generation_ext.granularity.commands"),
     "ood": Command("the out-of-distribution study: run | report", "peft_ext.ood.study.commands"),
     "almost": Command("align a model by its own feedback: all stages, or one of them", "trl_ext.scripts"),
+    "playground": Command("a page to try the methods on, on this machine", "generation_ext.playground.command"),
     "completion": "a script that completes commands and flags in bash or zsh",
 }
 
