@@ -29,7 +29,7 @@ def make_page(answers: Answers) -> Any:
             try:
                 return function(*values)
             except ValueError as error:
-                raise gradio.Error(str(error)) from error
+                raise gradio.Error(str(error), print_exception=False) from error
 
         return call
 
