@@ -258,7 +258,11 @@ def parse(
         argv = ["--help"]
     elif {"-h", "--help"} & set(argv):
         _hide_inherited(parser, kinds)
-    return parser.parse_args_and_config(argv)
+    try:
+        return parser.parse_args_and_config(argv)
+    except ValueError as error:
+        unknown = _unknown_flags(argv, parser) if "are not used by the HfArgumentParser" in str(error) else ""
+        raise (ValueError(unknown) if unknown else error) from error
 
 
 class _Typed(NamedTuple):
@@ -276,6 +280,19 @@ def _spelled(argument: str, aliases: Mapping[str, str]) -> str:
     name, equals, value = argument.partition("=")
     known = aliases.get(name.removeprefix("--").replace("-", "_")) if name.startswith("--") else None
     return argument if known is None else f"--{known}{equals}{value}"
+
+
+def _unknown_flags(argv: Sequence[str], parser: argparse.ArgumentParser) -> str:
+    """Says which flags there are not, and which are near them; empty if every flag is known."""
+    known = [option for action in parser._actions for option in action.option_strings]
+    said = []
+    for flag in (argument.partition("=")[0] for argument in argv if argument.startswith("--")):
+        if flag not in known and flag != "--config":
+            near = difflib.get_close_matches(flag, known, 1)
+            said.append(
+                f"there is no flag {flag}" + (f"; did you mean {near[0]}?" if near else "; --help_all lists them.")
+            )
+    return " ".join(said)
 
 
 def _hide_inherited(parser: argparse.ArgumentParser, kinds: Sequence[type]) -> None:

@@ -8,6 +8,8 @@ import importlib.metadata
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
@@ -156,7 +158,9 @@ def load(
         return (_named(model.merge_and_unload(), adapter) if merge else model).eval()
     if kind == "auto":
         kind = _kind_of(load_config(base))
-    return _named(_load_base(resolve_model(base), kind, dtype, kwargs), base).eval()
+    source = resolve_model(base)
+    with _named_if_missing(base, source):
+        return _named(_load_base(source, kind, dtype, kwargs), base).eval()
 
 
 def locate(name: str, adapter: Optional[str] = None) -> tuple[str, Optional[str]]:
@@ -194,6 +198,20 @@ def locate(name: str, adapter: Optional[str] = None) -> tuple[str, Optional[str]
     ):
         base = beside  # of a run that was moved, or is named from another folder
     return str(base), str(folder) if is_adapter else name
+
+
+@contextmanager
+def _named_if_missing(name: str, source: ModelSource) -> Iterator[None]:
+    """What transformers says of a model that is neither here nor on the hub, in one line that names it."""
+    try:
+        yield
+    except OSError as error:
+        if Path(source.name_or_path).exists():
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise OSError(
+            f"model={name!r} is no folder or file here, and the hub gave nothing for it either: {reason}"
+        ) from error
 
 
 def _adapter_config_on_hub(name: str) -> Optional[Path]:
@@ -251,7 +269,8 @@ def load_tokenizer(model: Optional[str] = None) -> PreTrainedTokenizerBase:
         return load_tokenizer(base)
     source = resolve_model(base) if adapter is None else ModelSource(adapter)
     kwargs = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
-    tokenizer = AutoTokenizer.from_pretrained(source.name_or_path, **kwargs)
+    with _named_if_missing(base, source):
+        tokenizer = AutoTokenizer.from_pretrained(source.name_or_path, **kwargs)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

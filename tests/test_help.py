@@ -82,3 +82,9 @@ def test_completion_knows_commands_verbs_and_flags(tmp_path, capsys):
     assert "--bits" in completed("tune", "--model", "x", "--b")
     assert "--strength" in completed("critic", "generate", "--st")
     assert "sft" in completed("almost", "s")
+
+
+def test_a_flag_that_isnt_there_is_told_its_neighbour(capsys):
+    assert main(["tune", "--output_dir", "x", "--bit", "4", "--qqq", "1"]) == 2
+    shown = capsys.readouterr().err
+    assert "there is no flag --bit; did you mean --bits?" in shown and "there is no flag --qqq" in shown

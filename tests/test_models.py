@@ -132,3 +132,11 @@ def test_an_adapter_on_an_adapter_on_a_model(tmp_path):
     )
     assert load_config(str(tmp_path / "second")).hidden_size == loaded.config.hidden_size
     assert load_tokenizer(str(tmp_path / "second")).vocab_size == load_tokenizer(str(tmp_path / "base")).vocab_size
+
+
+@pytest.mark.parametrize("name", ["nowhere", "nobody/nothing"])
+def test_what_is_neither_here_nor_on_the_hub_is_named_in_one_line(name):
+    for find in (load, load_tokenizer):
+        with pytest.raises(OSError, match=f"model='{name}' is no folder or file here") as raised:
+            find(name)
+        assert "\n" not in str(raised.value)
