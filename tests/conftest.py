@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import shutil
 import socket
@@ -45,6 +46,16 @@ def pytest_collection_modifyitems(items):
 def _seed():
     """Every test starts from the same random state."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _log_levels():
+    """A command that makes other libraries quiet, as `ood run` does, doesn't for the tests after it."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "peft", "datasets", "peft_ext")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels):
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="module", autouse=True)
