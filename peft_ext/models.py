@@ -35,7 +35,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 from transformers.utils import cached_file
 
-from peft_ext.checkpoint.loading import load_packed, stored_quantization
+from peft_ext.checkpoint.loading import HUB_ARGUMENTS, load_packed, stored_quantization
 from peft_ext.hub import is_hub_id
 from peft_ext.language_model import is_causal_config
 
@@ -64,16 +64,6 @@ _BESIDE = {
         (MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForMultimodalLM),
     ),
 }
-# Of `from_pretrained`, what finds the files.
-_HUB_ARGUMENTS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "revision",
-    "subfolder",
-    "token",
-    "trust_remote_code",
-)
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 _RUN_CONFIG, _ADAPTER_CONFIG = "config.yaml", "adapter_config.json"
 
@@ -323,7 +313,7 @@ def _auto_class(kind: str, name_or_path: str, kwargs: dict[str, Any]) -> Any:
     """
     if kind not in _BESIDE:
         return KINDS[kind]
-    hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+    hub = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "trust_remote_code") if name in kwargs}
     config = type(AutoConfig.from_pretrained(name_or_path, **hub))
     known = (auto_class for mapping, auto_class in _BESIDE[kind] if config in mapping)
     return next(known, KINDS[kind])

@@ -20,7 +20,7 @@ from peft_ext.checkpoint.pack_quantized import OWN_BITS
 
 
 # Of `from_pretrained`, what finds the files.
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _READABLE = "compressed-tensors (pack-quantized integers), GPTQ, AWQ (gemm), AutoRound or bcq"
 
 
@@ -91,7 +91,7 @@ def _config(name: Any, kwargs: dict[str, Any]) -> tuple[PretrainedConfig, dict[s
         return copy.deepcopy(given), kwargs
     # for the model alone, as in AutoModel.from_pretrained; a config would keep "auto" as if it were a type
     held_back = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype", "quantization_config") if key in kwargs}
-    finding = {key: kwargs[key] for key in (*_HUB_ARGUMENTS, "trust_remote_code") if key in kwargs}
+    finding = {key: kwargs[key] for key in (*HUB_ARGUMENTS, "trust_remote_code") if key in kwargs}
     config, rest = AutoConfig.from_pretrained(name if given is None else given, return_unused_kwargs=True, **kwargs)
     return config, {**finding, **rest, **held_back}
 
@@ -102,7 +102,7 @@ def _stored(config: PretrainedConfig, name: Any, kwargs: dict[str, Any]) -> dict
         found = getattr(holder, "quantization_config", None)
         if found is not None:
             return dict(found) if isinstance(found, dict) else found.to_dict()
-    hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+    hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
     path = cached_file(name, gptq.QUANTIZE_CONFIG, _raise_exceptions_for_missing_entries=False, **hub)
     return gptq.read_quantize_config(path)
 

@@ -34,6 +34,7 @@ DTYPES = {
     **{"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"I8": torch.int8, "I32": torch.int32, "I64": torch.int64},
 }
+_RELEASED_AT_ONCE = 1 << 24  # codes, a byte each while a layer is packed
 
 
 class StoredLayer(nn.Module, ABC):
@@ -186,6 +187,7 @@ def pack_stored_layers(model: nn.Module) -> None:
     Raises:
         ValueError: If a layer's tensors aren't in memory; names it and the way out.
     """
+    unpacked = 0
     # one after the other: what is packed goes before the next one is unpacked
     for name in [name for name, module in model.named_modules() if isinstance(module, StoredLayer)]:
         layer: Any = model.get_submodule(name)
@@ -195,8 +197,13 @@ def pack_stored_layers(model: nn.Module) -> None:
                 "(device_map=None or a device that holds it)."
             )
         replace_layer(model, name, layer.packed(name))
+        unpacked += layer.out_features * layer.in_features
         del layer
-        release_heap()
+        # walking the heap takes milliseconds, which ten thousand small layers (experts) would pay one by one
+        if unpacked >= _RELEASED_AT_ONCE:
+            release_heap()
+            unpacked = 0
+    release_heap()
 
 
 def release_heap() -> None:
