@@ -242,7 +242,7 @@ def load_config(model: Optional[str] = None) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(source.name_or_path, **kwargs)
     except OSError as error:  # without a network, it doesn't say what it was looking for
-        raise OSError(f"model={model!r} has no config that can be loaded: {error}") from error
+        raise OSError(f"model={model!r} has no config that can be loaded: {str(error).splitlines()[0]}") from error
 
 
 def load_tokenizer(model: Optional[str] = None) -> PreTrainedTokenizerBase:
