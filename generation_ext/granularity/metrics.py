@@ -19,7 +19,7 @@ def paraphrase_metrics(
     """All measures, 0 to 100.
 
     BLEU-2, BLEU-4, ROUGE-L and METEOR are means over sentences, words being lower-cased and split at white space, as in
-    the paper's code (BLEU smoothed by nltk's method 7); iBLEU is `0.8 BLEU-4(prediction, reference) - 0.2
+    the paper's code (BLEU smoothed by nltk's method 7, and at most 100, which that goes above on short texts); iBLEU is `0.8 BLEU-4(prediction, reference) - 0.2
     BLEU-4(prediction, source)`. A prediction or reference without words counts as 0. `corpus BLEU` is sacrebleu's, which
     does not smooth single sentences and is far lower.
 
@@ -43,7 +43,7 @@ def paraphrase_metrics(
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise ImportError("these metrics need: pip install 'peft-ext[metrics]'") from error
-    rouge, synonyms = RougeScorer(["rougeL"]), wordnet()
+    rouge, synonyms = RougeScorer(["rougeL"], tokenizer=_AtWhiteSpace()), wordnet()
     rows = []
     for prediction, reference, source in zip(predictions, references, sources):
         said, wanted, given = (text.lower().split() for text in (prediction, reference, source))
@@ -67,7 +67,7 @@ def paraphrase_metrics(
 
 
 def sentence_bleu(said: list[str], wanted: list[str], order: int) -> float:
-    """BLEU of one sentence with n-grams up to `order`, smoothed by nltk's method 7; 0 without words."""
+    """BLEU of one sentence, 0 to 1, with n-grams up to `order`, smoothed by nltk's method 7; 0 without words."""
     from nltk.translate.bleu_score import SmoothingFunction
     from nltk.translate.bleu_score import sentence_bleu as bleu
 
@@ -75,20 +75,30 @@ def sentence_bleu(said: list[str], wanted: list[str], order: int) -> float:
         return 0.0
     if len(said) == 1:  # method 7 divides by the logarithm of the length
         return float(said == wanted)
-    return float(bleu([wanted], said, (1 / order,) * order, smoothing_function=SmoothingFunction().method7))
+    score = bleu([wanted], said, (1 / order,) * order, smoothing_function=SmoothingFunction().method7)
+    return min(float(score), 1.0)  # of short texts, method 7 makes more of the long n-grams than there can be
 
 
 def wordnet() -> Any:
     """nltk's WordNet, or one without synonyms where it isn't installed."""
     import nltk
 
-    try:
-        nltk.data.find("corpora/wordnet.zip")
-    except LookupError:
-        return _NoSynonyms()
-    from nltk.corpus import wordnet as installed
+    for name in ("corpora/wordnet", "corpora/wordnet.zip"):  # either is what nltk itself reads
+        try:
+            nltk.data.find(name)
+        except LookupError:
+            continue
+        from nltk.corpus import wordnet as installed
 
-    return installed
+        return installed
+    return _NoSynonyms()
+
+
+class _AtWhiteSpace:
+    """Splits texts for rouge_score, whose own tokenizer drops whatever isn't a to z or a digit."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return text.split()
 
 
 class _NoSynonyms:

@@ -36,6 +36,22 @@ def test_the_index_is_all_pairs(texts, query, threshold):
     assert RougeIndex(threshold, texts).has_similar(query) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Don't stop_now: C3-PO!", ["don", "t", "stop", "now", "c3", "po"]),
+        ("Как мне научиться?", ["как", "мне", "научиться"]),
+        ("où est l'E\u0301te\u0301", ["où", "est", "l", "été"]),
+        ("मैं कैसे सीखूँ", ["मैं", "कैसे", "सीखूँ"]),
+        ("我怎么游泳 in 3", ["我", "怎", "么", "游", "泳", "in", "3"]),
+    ],
+)
+def test_words_of_any_script(text, words):
+    """(rouge_score's tokenizer, and ours before, had no word for a Russian query: none was ever similar to another.)"""
+    assert words_of(text) == words
+    assert RougeIndex(0.7, [text]).has_similar(text)
+
+
 def test_it_grows_while_it_is_asked():
     index = RougeIndex(0.5)
     assert not index.has_similar("how do bees make honey")

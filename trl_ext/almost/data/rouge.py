@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,14 +13,17 @@ from math import ceil
 import numpy as np
 
 
-_WORD = re.compile(r"[a-z0-9]+")
+# Letters with the marks that combine with them, and digits. Scripts without spaces have a word for each character.
+_MARKS = "".join(map(chr, (code for code in range(0x300, 0x1F000) if unicodedata.category(chr(code)).startswith("M"))))
+_NO_SPACES = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_WORD = re.compile(f"[{_NO_SPACES}][{_MARKS}]*|(?:(?![{_NO_SPACES}])[^\\W_][{_MARKS}]*)+")
 # Of sums and products of small integers in floating point.
 _SLACK = 1e-9
 
 
 def words_of(text: str) -> list[str]:
-    """Lower-case words and numbers, as `rouge_score` has them."""
-    return _WORD.findall(text.lower())
+    """Lower-case words and numbers: of ASCII texts as `rouge_score` has them, which drops all other letters."""
+    return _WORD.findall(unicodedata.normalize("NFC", text).lower())
 
 
 def rouge_l(words: Sequence[str], others: Sequence[str]) -> float:
