@@ -18,9 +18,13 @@ from transformers import PreTrainedTokenizerBase
 
 from generation_ext.critic.rewards import RewardFunc, score
 from generation_ext.critic.value import Critic
-from generation_ext.shared_prefix.sampling import Sampling
+from generation_ext.shared_prefix.encoding import TextEncoder
+from generation_ext.shared_prefix.sampling import OwnGenerationConfig, Sampling
 from generation_ext.shared_prefix.token_tree import padded
+from peft_ext.chat_format import chat_prompt
 from peft_ext.language_model import (
+    CAUSAL,
+    ENCODER_DECODER,
     backbone,
     device_of,
     end_tokens,
@@ -66,11 +70,12 @@ def prompt_rows(prompts: Iterable[Any]) -> list[dict[str, Any]]:
     """Prompts of any kind as rows with a `prompt`, and perhaps a `control_code` and columns for the reward function.
 
     Args:
-        prompts: Texts, or mappings with a text `prompt`, as in a data set for TRL.
+        prompts: Texts, or mappings with a `prompt`, as in a data set for TRL: a text, or messages, of which the
+            tokenizer's chat template makes the text that the language model and the reward function read.
 
     Raises:
-        ValueError: If there are none, or one has no text.
-        TypeError: If they are something else, such as conversations.
+        ValueError: If there are none, or one has no `prompt`.
+        TypeError: If they are something else.
     """
     rows = [{"prompt": entry} if isinstance(entry, str) else entry for entry in prompts]
     if not rows:
@@ -80,12 +85,19 @@ def prompt_rows(prompts: Iterable[Any]) -> list[dict[str, Any]]:
             raise TypeError(f"prompt {number} is {row!r}; pass texts, or mappings with a text 'prompt'.")
         if "prompt" not in row:
             raise ValueError(f"prompt {number} has the columns {sorted(row)}, but no 'prompt'; rename the column.")
-        if not isinstance(row["prompt"], str):
+        if not isinstance(row["prompt"], str) and not _are_messages(row["prompt"]):
             raise TypeError(
-                f"prompt {number} is {row['prompt']!r}, not a text; apply the tokenizer's chat template to "
-                "conversations first."
+                f"prompt {number} is {row['prompt']!r}; it must be a text, or messages with a 'role' and a 'content' each."
             )
     return [dict(row) for row in rows]
+
+
+def _are_messages(prompt: Any) -> bool:
+    return (
+        isinstance(prompt, list)
+        and bool(prompt)
+        and all(isinstance(message, Mapping) and {"role", "content"} <= set(message) for message in prompt)
+    )
 
 
 def schedule(rows: Sequence[dict[str, Any]], codes: Sequence[str], count: int, seed: int) -> list[dict[str, Any]]:
@@ -108,7 +120,8 @@ class RolloutSampler:
         reward: In TRL's shape, see `generation_ext.critic.rewards`; None: the texts get no reward.
         critic: Puts control codes before prompts, if it has any.
         max_new_tokens: Tokens to sample at most.
-        temperature: Divides the logits; 1 samples from the language model itself. The paper explores with 2, which
+        temperature: Divides the logits; 1 samples from the language model itself, whatever its `generation_config.json`
+            says. The paper explores with 2, which
             collects more kinds of text, but fewer like those that the critic will steer.
         top_k: Sample from so many most likely tokens; 0: from all.
         top_p: Sample from the most likely tokens that have this share of the probability.
@@ -136,6 +149,8 @@ class RolloutSampler:
         Sampling(temperature, top_p, top_k, max_new_tokens)  # refuses numbers out of their range
         self.model: Any = model
         self.tokenizer = tokenizer
+        config: Any = model.config
+        self.encoder = TextEncoder(tokenizer, ENCODER_DECODER if config.is_encoder_decoder else CAUSAL)
         self.reward = reward
         self.critic = critic
         self.max_new_tokens = max_new_tokens
@@ -157,19 +172,21 @@ class RolloutSampler:
             ValueError: If a prompt has no tokens or a control code is missing, or for the reward function's mistakes.
         """
         prompts = [self._prompt(row) for row in rows]
-        inputs, prompt_ids = self._tokenize(prompts)
+        inputs, prompt_ids = self.tokenize(prompts)
         # one token more than is kept, so that there is a hidden state after the last one
         extra = 1 if with_hidden else 0
         with _sampling_from(seed, self.model), inference(self.model), _recording(self.model, with_hidden) as steps:
             sequences = self.model.generate(
                 **inputs,
-                max_new_tokens=self.max_new_tokens + extra,
-                do_sample=True,
-                num_beams=1,
-                num_return_sequences=1,
-                return_dict_in_generate=False,
-                pad_token_id=padding_token(self.tokenizer),
-                **self.sampling,
+                generation_config=OwnGenerationConfig(
+                    max_new_tokens=self.max_new_tokens + extra,
+                    do_sample=True,
+                    num_beams=1,
+                    num_return_sequences=1,
+                    return_dict_in_generate=False,
+                    pad_token_id=padding_token(self.tokenizer),
+                    **self.sampling,
+                ),
                 **generate_kwargs,
             )
         start = 1 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
@@ -185,15 +202,21 @@ class RolloutSampler:
 
     def _prompt(self, row: dict[str, Any]) -> str:
         codes = self.critic.config.control_codes if self.critic is not None else []
-        code = row.get("control_code")
+        code, prompt = row.get("control_code"), row["prompt"]
         if not codes:
-            return row["prompt"]
+            return self._as_text(prompt)
         if code is None:
-            raise ValueError(f"the prompt {row['prompt']!r} has no control_code; the critic knows {codes}.")
+            raise ValueError(f"the prompt {prompt!r} has no control_code; the critic knows {codes}.")
         assert self.critic is not None
-        return self.critic.control_prompt(row["prompt"], code)
+        if isinstance(prompt, str):
+            return self.critic.control_prompt(prompt, code)
+        coded = self.critic.control_prompt(prompt[-1]["content"], code)  # the code is part of what is asked
+        return self._as_text([*prompt[:-1], {**prompt[-1], "content": coded}])
 
-    def _tokenize(self, prompts: list[str]) -> tuple[dict[str, torch.Tensor], list[list[int]]]:
+    def _as_text(self, prompt: Any) -> str:
+        return prompt if isinstance(prompt, str) else chat_prompt(self.tokenizer, prompt)
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[dict[str, torch.Tensor], list[list[int]]]:
         """A padded batch on the model's device, and each prompt's tokens. Decoders pad to the left, encoders to the
         right."""
         side = "right" if self.model.config.is_encoder_decoder else "left"
@@ -203,7 +226,8 @@ class RolloutSampler:
         return {"input_ids": batch.to(device), "attention_mask": mask.to(device)}, ids
 
     def _prompt_ids(self, prompt: str) -> list[int]:
-        tokens = self.tokenizer(prompt)["input_ids"]
+        pieces = self.encoder.pieces([prompt])[0]
+        tokens = self.encoder([prompt])[0] if pieces or self.encoder.lead else []
         if not tokens:
             raise ValueError(
                 f"the prompt {prompt!r} has no tokens; start it with a word, or with the tokenizer's bos_token."
@@ -218,7 +242,15 @@ class RolloutSampler:
     def _rollout(self, row: dict[str, Any], prompt_ids: list[int], completion_ids: list[int]) -> Rollout:
         columns = {name: value for name, value in row.items() if name not in ("prompt", "control_code")}
         completion = self._decode(prompt_ids, completion_ids)
-        return Rollout(row["prompt"], completion, prompt_ids, completion_ids, None, row.get("control_code"), columns)
+        return Rollout(
+            self._as_text(row["prompt"]),
+            completion,
+            prompt_ids,
+            completion_ids,
+            None,
+            row.get("control_code"),
+            columns,
+        )
 
     def _decode(self, prompt_ids: list[int], completion_ids: list[int]) -> str:
         """A continuation's text; some tokenizers drop the space before the first word of a text."""

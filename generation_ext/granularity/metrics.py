@@ -19,9 +19,9 @@ def paraphrase_metrics(
     """All measures, 0 to 100.
 
     BLEU-2, BLEU-4, ROUGE-L and METEOR are means over sentences, words being lower-cased and split at white space, as in
-    the paper's code (BLEU smoothed by nltk's method 7, and at most 100, which that goes above on short texts); iBLEU is `0.8 BLEU-4(prediction, reference) - 0.2
-    BLEU-4(prediction, source)`. A prediction or reference without words counts as 0. `corpus BLEU` is sacrebleu's, which
-    does not smooth single sentences and is far lower.
+    the paper's code. BLEU is smoothed by nltk's method 7, and at most 100, which that goes above on short texts. iBLEU is
+    `0.8 BLEU-4(prediction, reference) - 0.2 BLEU-4(prediction, source)`. A prediction or reference without words counts
+    as 0. `corpus BLEU` is sacrebleu's, which does not smooth single sentences and is far lower.
 
     Args:
         predictions, references, sources: Texts, one of each for every pair.

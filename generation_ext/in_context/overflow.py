@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Optional, TypeVar
 
-from generation_ext.prompts import Example, Task
-from generation_ext.shared_prefix.encoding import TextEncoder
+from generation_ext.prompts import Example
+from generation_ext.shared_prefix.encoding import LabelEncoder, LabelTokens
 
 
 ERROR, DROP, TRUNCATE, BOTH = OVERFLOW = ("error", "drop_demonstrations", "truncate_input", "drop_then_truncate")
@@ -16,79 +16,84 @@ _Fitting = TypeVar("_Fitting")
 
 
 class FittedText(NamedTuple):
-    """A text that fits: its token ids, the demonstrations in it, how many were dropped, characters that were cut."""
+    """A text that fits: its token ids, the labels that follow, the demonstrations in it, how many were dropped, characters
+    that were cut."""
 
     tokens: list[int]
+    labels: LabelTokens
     demonstrations: Sequence[Demonstration]
     dropped: int = 0
     truncated: int = 0
 
 
 def fit(
-    task: Task,
-    encoder: TextEncoder,
+    encoder: LabelEncoder,
     examples: Sequence[Example],
     demonstrations: Sequence[Sequence[Demonstration]],
-    max_tokens: Optional[int],
+    max_length: Optional[int],
     overflow: str,
-    moved: int = 0,
 ) -> list[FittedText]:
     """Token ids of every example behind its demonstrations.
 
     Args:
-        task, encoder: How examples are written.
+        encoder: How examples are written, and what follows them.
         examples: The inputs.
         demonstrations: For each input.
-        max_tokens: Most tokens of a text; None: any number.
+        max_length: Most tokens of a text with its longest label; None: any number.
         overflow: What to do about a longer one.
-        moved: Characters at the end of a text that are left to the label, see `LabelTokens`.
 
     Raises:
         ValueError: If a text is too long and `overflow` is `"error"`, or that remedy isn't enough.
     """
 
-    def encode(*texts: tuple[Example, Sequence[Demonstration]]) -> list[list[int]]:
-        written = [task.context(*text) for text in texts]
-        return encoder([text[:-moved] if moved else text for text in written])
+    task = encoder.task
 
-    def dropped(example: Example, shown: Sequence[Demonstration], limit: int) -> Optional[FittedText]:
+    def encode(*texts: tuple[Example, Sequence[Demonstration]]) -> list[tuple[list[int], LabelTokens]]:
+        return encoder([task.context(*text) for text in texts])
+
+    def fits(tokens: list[int], labels: LabelTokens) -> bool:
+        return max_length is None or len(tokens) <= max_length - encoder.behind(labels)
+
+    def dropped(example: Example, shown: Sequence[Demonstration]) -> Optional[FittedText]:
         """The most demonstrations, counted from the last, that fit; None if not even the input does."""
 
         def attempt(kept: int) -> Optional[FittedText]:
             rest = shown[len(shown) - kept :]
-            (tokens,) = encode((example, rest))
-            return FittedText(tokens, rest, dropped=len(shown) - kept) if len(tokens) <= limit else None
+            (encoded,) = encode((example, rest))
+            return FittedText(*encoded, rest, dropped=len(shown) - kept) if fits(*encoded) else None
 
         return largest_that_fits(attempt, max(len(shown) - 1, 0))
 
-    def truncated(example: Example, shown: Sequence[Demonstration], limit: int) -> Optional[FittedText]:
+    def truncated(example: Example, shown: Sequence[Demonstration]) -> Optional[FittedText]:
         """The input with its fields cut to the most characters that fit, the longest field first; None if none do."""
         values = task.values(example)
 
         def attempt(characters: int) -> Optional[FittedText]:
             shorter = {name: value[:characters] for name, value in values.items()}
-            (tokens,) = encode((shorter, shown))
+            (encoded,) = encode((shorter, shown))
             cut = sum(map(len, values.values())) - sum(map(len, shorter.values()))
-            return FittedText(tokens, shown, truncated=cut) if len(tokens) <= limit else None
+            return FittedText(*encoded, shown, truncated=cut) if fits(*encoded) else None
 
         return largest_that_fits(attempt, max(map(len, values.values())))
 
-    def shortened(example: Example, shown: Sequence[Demonstration], limit: int) -> Optional[FittedText]:
+    def shortened(example: Example, shown: Sequence[Demonstration]) -> Optional[FittedText]:
         if overflow == TRUNCATE:
-            return truncated(example, shown, limit)
-        fitted = dropped(example, shown, limit) if overflow in (DROP, BOTH) else None
+            return truncated(example, shown)
+        fitted = dropped(example, shown) if overflow in (DROP, BOTH) else None
         if fitted is None and overflow == BOTH:
-            fitted = truncated(example, [], limit)
+            fitted = truncated(example, [])
             return fitted and fitted._replace(dropped=len(shown))
         return fitted
 
     texts = []
-    for index, tokens in enumerate(encode(*zip(examples, demonstrations))):
-        text: Optional[FittedText] = FittedText(tokens, demonstrations[index])
-        if max_tokens is not None and len(tokens) > max_tokens:
-            text = shortened(examples[index], demonstrations[index], max_tokens)
+    for index, (tokens, labels) in enumerate(encode(*zip(examples, demonstrations))):
+        if fits(tokens, labels):
+            texts.append(FittedText(tokens, labels, demonstrations[index]))
+            continue
+        text = shortened(examples[index], demonstrations[index])
         if text is None:
-            raise ValueError(_refusal(index, demonstrations[index], len(tokens), max_tokens, overflow))
+            room = (max_length or 0) - encoder.behind(labels)
+            raise ValueError(_refusal(index, demonstrations[index], len(tokens), room, overflow))
         texts.append(text)
     return texts
 
@@ -106,7 +111,7 @@ def largest_that_fits(attempt: Callable[[int], Optional[_Fitting]], most: int) -
     return best
 
 
-def _refusal(index: int, shown: Sequence[Demonstration], tokens: int, max_tokens: Optional[int], overflow: str) -> str:
+def _refusal(index: int, shown: Sequence[Demonstration], tokens: int, max_tokens: int, overflow: str) -> str:
     what = f"input {index} with its {len(shown)} demonstrations" if shown else f"input {index}"
     ways = {
         ERROR: f"use fewer demonstrations, a model with a longer context, or overflow={DROP!r}, {TRUNCATE!r} or {BOTH!r}",

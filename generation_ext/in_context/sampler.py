@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import DynamicCache, LogitsProcessorList, PreTrainedTokenizerBase
 
 from generation_ext.shared_prefix.batching import BatchPlanner, check_memory_limit, free_bytes
 from generation_ext.shared_prefix.encoding import TextEncoder
-from generation_ext.shared_prefix.sampling import Sampling, SeededSampling
+from generation_ext.shared_prefix.sampling import OwnGenerationConfig, Sampling, SeededSampling
 from generation_ext.shared_prefix.token_tree import padded
 from peft_ext.language_model import ENCODER_DECODER, LanguageModel, inference, padding_token, start_token
 
@@ -77,7 +77,7 @@ class Sampler:
         ends = getattr(model.base.generation_config, "eos_token_id", None)
         end = tokenizer.eos_token_id if ends is None else ends
         self.pad = padding_token(tokenizer)
-        self.config = GenerationConfig(
+        self.config = OwnGenerationConfig(
             do_sample=False,  # the processor draws
             num_beams=1,
             min_new_tokens=min_new_tokens,

@@ -17,7 +17,7 @@ from generation_ext.in_context.seq2seq import read_label_logits
 from generation_ext.prompts import Example, Task
 from generation_ext.shared_prefix.batching import BatchPlanner, check_memory_limit, run_in_batches
 from generation_ext.shared_prefix.cache import common_prefix, encode_prefix, layout, read_logits
-from generation_ext.shared_prefix.encoding import TextEncoder, label_tokens
+from generation_ext.shared_prefix.encoding import LabelEncoder, LabelTokens, TextEncoder
 from generation_ext.shared_prefix.token_tree import TokenTree
 from peft_ext.language_model import ENCODER, ENCODER_DECODER, inference, language_model
 
@@ -123,10 +123,9 @@ class LabelScorer:
         self.normalization, self.overflow, self.memory_limit = normalization, overflow, memory_limit
         self.progressbar = progressbar
         self.encoder = TextEncoder(tokenizer, self.language_model.kind)
-        self.labels = label_tokens(task, self.encoder, self.language_model)
+        self.labels = LabelEncoder(task, self.encoder, self.language_model.kind)
         self.max_length = self.language_model.length_limit(max_length)
-        # of an encoder-decoder model, the labels don't lie behind the text
-        behind = 0 if self.language_model.kind == ENCODER_DECODER else self.labels.longest
+        behind = self.labels.behind(self.labels.usual)
         self.max_tokens = None if self.max_length is None else self.max_length - behind
 
     def score(
@@ -179,9 +178,7 @@ class LabelScorer:
         return self._result(texts, log_probs[: len(texts)], prior)
 
     def _fit(self, examples: Sequence[Example], demonstrations: Sequence[Sequence[Demonstration]]) -> list[FittedText]:
-        texts = fit(
-            self.task, self.encoder, examples, demonstrations, self.max_tokens, self.overflow, self.labels.moved
-        )
+        texts = fit(self.labels, examples, demonstrations, self.max_length, self.overflow)
         dropped, truncated = sum(text.dropped for text in texts), sum(text.truncated > 0 for text in texts)
         if dropped or truncated:
             done = [f"{dropped} demonstrations were dropped"] * (dropped > 0)
@@ -197,14 +194,13 @@ class LabelScorer:
     def _content_free(self, demonstrations: Sequence[Demonstration]) -> list[FittedText]:
         examples = [dict.fromkeys(self.task.fields, content) for content in CONTENT_FREE]
         shown = [demonstrations] * len(examples)
-        return fit(self.task, self.encoder, examples, shown, self.max_tokens, "error", self.labels.moved)
+        return fit(self.labels, examples, shown, self.max_length, "error")
 
     def _run(self, texts: list[FittedText], groups: list[list[int]]) -> np.ndarray:
         """Scores `[texts, labels]` of texts, of which those of a group share their demonstrations."""
-        tokens = [text.tokens for text in texts]
         result = np.zeros((len(texts), len(self.task.labels)), np.float32)
         with inference(self.model), tqdm(total=len(texts), desc="Scoring", disable=not self.progressbar) as bar:
-            for indices, scores in self._passes(tokens, groups):
+            for indices, scores in self._passes(texts, groups):
                 result[indices] = scores
                 bar.update(len(indices))
         if not np.isfinite(result).all():
@@ -214,69 +210,84 @@ class LabelScorer:
             )
         return result
 
-    def _passes(self, texts: list[list[int]], groups: list[list[int]]) -> Iterator[tuple[list[int], np.ndarray]]:
+    def _passes(self, texts: list[FittedText], groups: list[list[int]]) -> Iterator[tuple[list[int], np.ndarray]]:
         """Indices of some texts and their scores, forward pass by forward pass."""
         if self.language_model.kind == ENCODER_DECODER:
-            yield from self._seq2seq_passes(texts)
+            yield from self._seq2seq_passes([text.tokens for text in texts])
             return
         small = [group for group in groups if len(group) < _OWN_PREFIX]
         for group in groups:
             if len(group) >= _OWN_PREFIX:
-                prefix = common_prefix([texts[index] for index in group])
+                prefix = common_prefix([texts[index].tokens for index in group])
                 yield from self._tree_passes(texts, [[index] for index in group], prefix)
         if small:
             yield from self._tree_passes(texts, small, [])
 
     def _tree_passes(
-        self, texts: list[list[int]], groups: list[list[int]], prefix: list[int]
+        self, texts: list[FittedText], groups: list[list[int]], prefix: list[int]
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         """Each group of texts as a tree, on a shared prefix."""
         model = self.language_model
         encoded = encode_prefix(model, prefix)
-        trees = [self._tree([texts[index][len(prefix) :] for index in group]) for group in groups]
-        planner = BatchPlanner(model, self.memory_limit, len(prefix), 1 if model.trees else len(trees[0].paths()))
+        trees = [_tree([texts[index] for index in group], len(prefix)) for group in groups]
+        branches = 1 if model.trees else max(len(tree.paths()) for tree in trees)
+        planner = BatchPlanner(model, self.memory_limit, len(prefix), branches)
 
         def run(indices: list[int], rows: list[list[int]]) -> np.ndarray:
             packed = layout(model, [trees[index] for index in indices], rows)
-            return self._label_scores(read_logits(model, packed, encoded))
+            labels = [texts[text].labels for index in indices for text in groups[index]]
+            return self._label_scores(read_logits(model, packed, encoded), labels)
 
         lengths, reads = [len(tree) for tree in trees], [len(tree.reads) for tree in trees]
         for indices, scores in run_in_batches(planner, lengths, reads, run):
             yield [text for index in indices for text in groups[index]], scores
 
     def _seq2seq_passes(self, texts: list[list[int]]) -> Iterator[tuple[list[int], np.ndarray]]:
-        branches = max(1, len(self.labels.nodes.paths()))
+        labels = self.labels.usual
+        branches = max(1, len(labels.nodes.paths()))
         planner = BatchPlanner(self.language_model, self.memory_limit, branches=branches)
 
         def run(indices: list[int], rows: list[list[int]]) -> np.ndarray:
-            logits = read_label_logits(self.language_model, [texts[index] for index in indices], self.labels)
-            return self._label_scores(logits)
+            logits = read_label_logits(self.language_model, [texts[index] for index in indices], labels)
+            return self._label_scores(logits, [labels] * len(indices))
 
-        return run_in_batches(planner, [len(text) for text in texts], [self.labels.states] * len(texts), run)
+        return run_in_batches(planner, [len(text) for text in texts], [labels.states] * len(texts), run)
 
-    def _tree(self, texts: Sequence[Sequence[int]]) -> TokenTree:
-        tree = TokenTree()
-        root = common_prefix(texts) if len(texts) > 1 else []
-        trunk = tree.append(root)
-        for text in texts:
-            self.labels.grow(tree, tree.append(text[len(root) :], trunk))
-        return tree
-
-    def _label_scores(self, logits: torch.Tensor) -> np.ndarray:
-        """`[texts, labels]` out of the logits of all states of all texts."""
-        by_text = logits.view(-1, self.labels.states, logits.shape[-1]).float()
-        normalizer = by_text.logsumexp(dim=-1)
-        columns = []
-        for steps in self.labels.steps:
-            states, tokens = zip(*steps)
-            parts = by_text[:, list(states), list(tokens)] - normalizer[:, list(states)]
-            columns.append(parts.sum(dim=1) if self.normalization == "sum" else parts.mean(dim=1))
-        return torch.stack(columns, dim=1).cpu().numpy()
+    def _label_scores(self, logits: torch.Tensor, labels: Sequence[LabelTokens]) -> np.ndarray:
+        """`[texts, labels]` out of the logits of all states of all texts, and the labels of each text."""
+        starts = np.cumsum([0, *(each.states for each in labels)])
+        alike: dict[int, list[int]] = {}
+        for text, each in enumerate(labels):
+            alike.setdefault(id(each), []).append(text)
+        result = np.zeros((len(labels), len(self.task.labels)), np.float32)
+        for texts in alike.values():
+            tokens = labels[texts[0]]
+            places = torch.from_numpy(starts[texts][:, None] + np.arange(tokens.states)).to(logits.device)
+            by_text = logits[places].float()
+            normalizer = by_text.logsumexp(dim=-1)
+            columns = []
+            for steps in tokens.steps:
+                states, ids = zip(*steps)
+                parts = by_text[:, list(states), list(ids)] - normalizer[:, list(states)]
+                columns.append(parts.sum(dim=1) if self.normalization == "sum" else parts.mean(dim=1))
+            result[texts] = torch.stack(columns, dim=1).cpu().numpy()
+        return result
 
     def _result(self, texts: Sequence[FittedText], log_probs: np.ndarray, prior: Optional[np.ndarray]) -> LabelScores:
         dropped = np.array([text.dropped for text in texts], dtype=np.int64)
         truncated = np.array([text.truncated for text in texts], dtype=np.int64)
         return LabelScores(tuple(self.task.labels), log_probs, prior, dropped, truncated)
+
+
+def _tree(texts: Sequence[FittedText], skipped: int) -> TokenTree:
+    """Texts without their first tokens, which are the shared prefix's, each with its labels."""
+    tree = TokenTree()
+    tokens = [text.tokens[skipped:] for text in texts]
+    root = common_prefix(tokens) if len(texts) > 1 else []
+    trunk = tree.append(root)
+    for own, text in zip(tokens, texts):
+        text.labels.grow(tree, tree.append(own[len(root) :], trunk))
+    return tree
 
 
 def _normalized(scores: np.ndarray) -> np.ndarray:

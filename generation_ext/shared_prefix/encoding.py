@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from generation_ext.prompts import Task
 from generation_ext.shared_prefix.token_tree import ROOT, TokenTree
-from peft_ext.language_model import CAUSAL, ENCODER_DECODER, LanguageModel
+from peft_ext.language_model import CAUSAL, ENCODER_DECODER
 
 
 _PROBE = "x"
@@ -19,8 +19,9 @@ _PROBE = "x"
 class TextEncoder:
     """Whole strings to token ids, with the special tokens that the model wants.
 
-    A causal model gets those that come first (a start token) and not those that come last: a text goes on. A text
-    without any token becomes the start token (or the end token, where there is no start token).
+    A causal model gets those that come first (a start token) and not those that come last: a text goes on. A text that
+    has its start token written out, as a chat template's has, gets no second one. A text without any token becomes the
+    start token (or the end token, where there is no start token).
 
     Args:
         tokenizer: The model's tokenizer; needs no padding token.
@@ -48,16 +49,24 @@ class TextEncoder:
         Raises:
             ValueError: If a text gives no token and there is no start or end token to stand for it.
         """
-        encoded = [[*self.lead, *piece, *self.tail] for piece in self.pieces(texts)]
-        for index, tokens in enumerate(encoded):
-            if not tokens:
-                if self._start is None:
-                    raise ValueError(
-                        f"text {index} ({texts[index][:80]!r}) has no tokens, and the tokenizer no start token to stand "
-                        "for it; set tokenizer.bos_token, or leave the text out."
-                    )
-                tokens.append(self._start)
-        return encoded
+        return [[*self.begun(piece, text), *self.tail] for piece, text in zip(self.pieces(texts), texts)]
+
+    def begun(self, piece: Sequence[int], text: str) -> list[int]:
+        """The tokens of a text, or of its beginning, behind those that come first.
+
+        Raises:
+            ValueError: If there are none, and there is no start or end token to stand for them.
+        """
+        lead = [] if list(piece[: len(self.lead)]) == self.lead else self.lead
+        tokens = [*lead, *piece]
+        if not tokens and not self.tail:
+            if self._start is None:
+                raise ValueError(
+                    f"the text {text[:80]!r} has no tokens, and the tokenizer no start token to stand for it; set "
+                    "tokenizer.bos_token, or leave the text out."
+                )
+            tokens.append(self._start)
+        return tokens
 
     def pieces(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids without special tokens."""
@@ -76,13 +85,11 @@ class LabelTokens(NamedTuple):
         ids: Tokens of each label.
         nodes: Tree of all tokens that are run after an input, parents before children.
         steps: For each label the pairs (state, token): 0 is the end of the input, n + 1 is node n.
-        moved: Characters of white space at the template's end that belong to the labels' first token instead.
     """
 
     ids: list[list[int]]
     nodes: TokenTree
     steps: list[list[tuple[int, int]]]
-    moved: int = 0
 
     @property
     def states(self) -> int:
@@ -102,38 +109,58 @@ class LabelTokens(NamedTuple):
         tree.reads += [after, *range(start, len(tree))]
 
 
-def label_tokens(task: Task, encoder: TextEncoder, model: LanguageModel) -> LabelTokens:
-    """A task's label words as tokens that go on after its template.
+class LabelEncoder:
+    """Inputs with a task's labels, as the tokens of the whole strings.
+
+    A tokenizer may make one token of an input's last characters and a label's first ones (`"?\\n"`), and it depends on
+    the input whether it does. The labels of an input therefore begin where the tokens of all its whole strings part:
+    what they have in common is the input's.
+
+    Args:
+        task: Its labels.
+        encoder: How texts become tokens.
+        kind: The kind of model, see `LanguageModel.kind`; of an encoder-decoder model, labels don't follow the input.
 
     Raises:
-        ValueError: If a label has no tokens, the same ones as another, or is tokenised together with the template's end.
+        ValueError: If a label has no tokens, or the same ones as another.
     """
-    moved = 0
-    if model.kind == ENCODER_DECODER:
-        ids: Optional[list[list[int]]] = encoder.pieces([word.strip() for word in task.words])
-    else:
-        stem = task.text(dict.fromkeys(task.fields, _PROBE))
-        ids = _continuations(encoder, stem, task.words)
-        kept = stem.rstrip()
-        if ids is None and len(kept) < len(stem):
-            moved = len(stem) - len(kept)
-            ids = _continuations(encoder, kept, [stem[len(kept) :] + word for word in task.words])
-    if ids is None:
-        raise ValueError(
-            f"labels={task.words}: the tokenizer makes one token of the end of the template {task.template[-20:]!r} and "
-            "the beginning of a label; begin the labels with a space."
-        )
-    _check_distinct(task, ids)
-    nodes, steps = _tree_of(ids)
-    return LabelTokens(ids, nodes, steps, moved)
 
+    def __init__(self, task: Task, encoder: TextEncoder, kind: str) -> None:
+        self.task, self.encoder, self.kind = task, encoder, kind
+        self._known: dict[tuple[tuple[int, ...], ...], LabelTokens] = {}
+        if kind == ENCODER_DECODER:
+            self.usual = self._labels(encoder.pieces([word.strip() for word in task.words]))
+        else:
+            _, self.usual = self._split(task.text(dict.fromkeys(task.fields, _PROBE)))
 
-def _continuations(encoder: TextEncoder, stem: str, words: Sequence[str]) -> Optional[list[list[int]]]:
-    """Tokens of each word after the stem; None if a word changes the stem's own tokens."""
-    start, *wholes = encoder.pieces([stem, *(stem + word for word in words)])
-    if any(whole[: len(start)] != start for whole in wholes):
-        return None
-    return [whole[len(start) :] for whole in wholes]
+    def __call__(self, contexts: Sequence[str]) -> list[tuple[list[int], LabelTokens]]:
+        """Each input's own tokens, special ones included, and what follows them.
+
+        Args:
+            contexts: Inputs with what stands before them, up to where the label goes.
+        """
+        if self.kind == ENCODER_DECODER:
+            return [(tokens, self.usual) for tokens in self.encoder(contexts)]
+        return [self._split(context) for context in contexts]
+
+    def behind(self, labels: LabelTokens) -> int:
+        """Most tokens of these labels that lie behind an input."""
+        return 0 if self.kind == ENCODER_DECODER else labels.longest
+
+    def _split(self, context: str) -> tuple[list[int], LabelTokens]:
+        own, *wholes = self.encoder.pieces([context, *(context + word for word in self.task.words)])
+        shared = len(own)
+        for whole in wholes:
+            same = next((i for i, (a, b) in enumerate(zip(own, whole)) if a != b), min(len(own), len(whole)))
+            shared = min(shared, same)
+        return self.encoder.begun(own[:shared], context), self._labels([whole[shared:] for whole in wholes])
+
+    def _labels(self, ids: list[list[int]]) -> LabelTokens:
+        key = tuple(map(tuple, ids))
+        if key not in self._known:
+            _check_distinct(self.task, ids)
+            self._known[key] = LabelTokens(ids, *_tree_of(ids))
+        return self._known[key]
 
 
 def _check_distinct(task: Task, ids: Sequence[Sequence[int]]) -> None:

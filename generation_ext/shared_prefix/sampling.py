@@ -6,14 +6,29 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor
 
 
 # So many of the most probable tokens are sorted before the whole vocabulary is.
 _FIRST_SORTED = 512
+# What a checkpoint's generation config can say about the choice of tokens and the end of a text.
+_CHOOSES_TOKENS = frozenset(
+    "assistant_confidence_threshold bad_words_ids begin_suppress_tokens diversity_penalty dola_layers early_stopping "
+    "encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff eta_cutoff exponential_decay_length_penalty "
+    "forced_eos_token_id guidance_scale length_penalty max_time min_length min_new_tokens min_p no_repeat_ngram_size "
+    "num_beam_groups num_beams num_return_sequences penalty_alpha prompt_lookup_num_tokens remove_invalid_values "
+    "renormalize_logits repetition_penalty sequence_bias stop_strings suppress_tokens temperature top_h top_k top_p "
+    "typical_p watermarking_config".split()
+)
+# Of these, `generate` wants a value.
+_OFF = MappingProxyType(
+    {"num_beams": 1, "num_return_sequences": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_length": 0}
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +70,23 @@ class Sampling:
         """Draw every row's token, int64 `[rows]`, from its logits `[rows, vocabulary]` with its own random numbers."""
         uniforms = [generator.random() for generator in generators]
         return draw_tokens(scores, uniforms, self.temperature, self.top_k, self.top_p)
+
+
+class OwnGenerationConfig(GenerationConfig):
+    """A generation config that a model's `generation_config.json` tells its special tokens and its cache, but not how to
+    choose tokens: what isn't set here is off, so that texts are the model's own.
+
+    (`generate` fills in whatever is None, so that a checkpoint's `repetition_penalty` or `min_p` would take part.)
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{**_OFF, **kwargs})
+
+    def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **kwargs: Any) -> dict[str, Any]:
+        """As the parent's; of a model's defaults, those that choose tokens are left out."""
+        if defaults_only:
+            kwargs = {name: value for name, value in kwargs.items() if name not in _CHOOSES_TOKENS}
+        return super().update(defaults_only=defaults_only, allow_custom_entries=allow_custom_entries, **kwargs)
 
 
 class SeededSampling(LogitsProcessor):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from peft_ext.chat_format import chat_prompt
 from peft_ext.command_line import TextArguments, parse, show
 from peft_ext.commands.run_folder import AnyModelArguments
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
     tokenizer.padding_side = "left"
     if args.seed is not None:
         torch.manual_seed(args.seed)
-    texts = [_as_chat(tokenizer, prompt) for prompt in prompts] if args.chat else prompts
+    texts = [chat_prompt(tokenizer, prompt) for prompt in prompts] if args.chat else prompts
     inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not args.chat)
     tokens = model.generate(**inputs.to(model.device), pad_token_id=tokenizer.pad_token_id, **args.options())
     new_tokens = tokens[:, inputs["input_ids"].shape[1] :]
@@ -38,10 +39,3 @@ def main(argv: Sequence[str]) -> None:
         [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, whole)],
         "\n".join(f"--- {prompt}\n{text}\n" for prompt, text in zip(prompts, whole)),
     )
-
-
-def _as_chat(tokenizer, prompt: str) -> str:
-    if tokenizer.chat_template is None:
-        raise ValueError("chat=True, but this model's tokenizer has no chat template; leave --chat out.")
-    messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -11,6 +11,7 @@ import torch
 
 from generation_ext.critic.commands.arguments import CriticArguments, critic_folders, load_critics
 from generation_ext.critic.generate import critic_generate
+from generation_ext.critic.rollouts import RolloutSampler
 from generation_ext.critic.value import Critic
 from peft_ext.command_line import TextArguments, parse, show
 
@@ -38,8 +39,7 @@ def main(argv: Sequence[str]) -> None:
     model, tokenizer = args.load()
     critics = load_critics(folders, model)
     texts = [_with_code(critics, prompt, args.control_code) for prompt in prompts]
-    side = "right" if model.config.is_encoder_decoder else "left"
-    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side=side).to(model.device)
+    inputs, _ = RolloutSampler(model, tokenizer).tokenize(texts)
     if args.seed is not None:
         torch.manual_seed(args.seed)
     tokens = _generate(args, model, tokenizer, critics, inputs)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers import AddedToken
 
 from tests.tiny.tokenizers import byte_tokenizer
 from trl_ext.almost.prompts.chat import as_messages, chat_text, dialogue, encode_chat, request_text, with_chat_template
@@ -74,11 +75,26 @@ def test_a_request_and_a_conversation_begin_with_the_same_tokens(chatml):
     assert set(encoded.labels[: len(asked)]) == {-100} and -100 not in encoded.labels[len(asked) : -1]
 
 
-def test_a_template_that_changes_answers_is_refused(chatml):
-    chatml = with_chat_template(chatml)
+def test_an_end_of_turn_that_is_no_named_special_token_is_learned():
+    """As Gemma's <end_of_turn> and Phi's <|end|>, which the tokenizer knows as an added token alone."""
+    words = byte_tokenizer()
+    words.backend_tokenizer.add_special_tokens([AddedToken("<end_of_turn>", special=True)])
+    words.chat_template = (
+        "{% for m in messages %}<start>{{ m['role'] }}\n{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<start>assistant\n{% endif %}"
+    )
+    assert "<end_of_turn>" not in words.all_special_tokens
+    encoded = encode_chat(words, TALK)
+    trained = words.decode([token for token in encoded.labels if token != -100])
+    assert trained == "Hello you<end_of_turn>Hi<end_of_turn>"
+
+
+def test_a_template_that_shows_earlier_turns_otherwise_is_refused(chatml):
     changed = byte_tokenizer()
-    changed.chat_template = chatml.chat_template.replace("m['content']", "m['content'] | upper")
-    with pytest.raises(ValueError, match="turn 1 .*chat_template"):
+    changed.chat_template = with_chat_template(chatml).chat_template.replace(
+        "m['content']", "(m['content'] if loop.last else m['content'] | upper)"
+    )
+    with pytest.raises(ValueError, match="differently when others follow"):
         encode_chat(changed, TALK)
 
 

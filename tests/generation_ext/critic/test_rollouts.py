@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -234,12 +235,40 @@ def test_bfloat16():
         ([], ValueError, "no prompts"),
         ([{"text": "w5"}], ValueError, r"\['text'\], but no 'prompt'"),
         ([[{"role": "user", "content": "w5"}]], TypeError, "pass texts"),
-        ([{"prompt": [{"role": "user", "content": "w5"}]}], TypeError, "chat template"),
+        ([{"prompt": [{"role": "user"}]}], TypeError, "messages with a 'role' and a 'content'"),
+        ([{"prompt": []}], TypeError, "must be a text, or messages"),
     ],
 )
 def test_bad_prompts(prompts, error, message):
     with pytest.raises(error, match=message):
         prompt_rows(prompts)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_the_checkpoint_has_no_say_in_what_is_sampled(name):
+    """`generation_config.json` of many checkpoints has a penalty or a nucleus, which `generate` takes from there."""
+    opinionated = tiny(name)
+    expected = [rollout.completion_ids for rollout in sampler(opinionated).sample(ROWS, seed=3)]
+    choices = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 1, "min_p": 0.2, "suppress_tokens": list(range(40))}
+    for key, value in {**choices, "top_k": 3, "temperature": 0.2, "min_length": 60}.items():
+        setattr(opinionated.generation_config, key, value)
+    assert [rollout.completion_ids for rollout in sampler(opinionated).sample(ROWS, seed=3)] == expected
+
+
+def test_conversations_are_read_as_the_chat_template_has_them():
+    """Its start token is there once, whether the template or the tokenizer writes it; a code stands in what is asked."""
+    subject = sampler(tiny("llama"))
+    subject.tokenizer = copy.deepcopy(subject.tokenizer)
+    subject.tokenizer.chat_template = (
+        "<s> {% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w9{% endif %}"
+    )
+    messages = [{"role": "user", "content": "w5"}]
+    (rollout,) = subject.sample(prompt_rows([{"prompt": messages}]), seed=1)
+    assert rollout.prompt == "<s> w5 w9" and rollout.prompt_ids == [1, 5, 9]
+    subject.critic = SimpleNamespace(
+        config=SimpleNamespace(control_codes=["w3"]), control_prompt=lambda prompt, code: f"{code} {prompt}"
+    )
+    assert subject._prompt({"prompt": messages, "control_code": "w3"}) == "<s> w3 w5 w9"
 
 
 def test_a_prompt_without_tokens():

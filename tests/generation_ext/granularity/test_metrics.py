@@ -31,7 +31,15 @@ def test_perfect_and_copied():
 
 
 @pytest.mark.parametrize(
-    "text", ["как мне быстро научиться плавать", "我怎么能快一点学会游泳", "मैं कैसे सीखूँ", "πώς μπορώ", "l'élève est blessé", "c++"]
+    "text",
+    [
+        "как мне быстро научиться плавать",
+        "我怎么能快一点学会游泳",
+        "मैं कैसे सीखूँ",
+        "πώς μπορώ",
+        "l'élève est blessé",
+        "c++",
+    ],
 )
 def test_a_text_of_any_script_is_like_itself(text):
     """(rouge_score's own tokenizer has no word in most of them.)"""

@@ -326,7 +326,6 @@ class Nothing:
     [
         (lambda text: text.replace(" bad", ""), "no token of ' bad', the word of 'neg'"),
         (lambda text: text.replace(" bad", " good"), "'neg' and 'pos' are the same tokens"),
-        (lambda text: text.replace(": ", "_"), "one token of the end of the template 'In: {text}\\nOut:'"),
     ],
 )
 def test_labels_of_the_tokenizer(ids, message):
@@ -334,12 +333,47 @@ def test_labels_of_the_tokenizer(ids, message):
         LabelScorer(model("gpt2"), Nothing(ids), TASK)
 
 
+@pytest.mark.parametrize("shown", [[], SHOWN], ids=["zero-shot", "demonstrations"])
+@pytest.mark.parametrize("template", ["{text}", "In: {text}", "Q {text} A"])
+def test_labels_begin_where_the_tokens_of_the_whole_strings_part(template, shown):
+    """Some inputs end in a character that the tokenizer joins with the labels' first ones, to one or to two tokens."""
+    words = Nothing(lambda text: text.replace("!\n", "J").replace("?\nN", "K"))
+    task = Task(template, {"neg": "\nNo", "pos": "\nYes", "other": "\nx"}, separator=" ; ")
+    texts = ["so so", "a fine film!", "is it good?", "dull", "on!", "", "a joy", "it", "what?", "hm"]
+    if template == "{text}":
+        texts.remove("")
+    scores = LabelScorer(model("gpt2"), words, task).score(texts, shown)
+    rows = []
+    for text in texts:
+        context = task.context(text, shown)
+        wholes = [words(context + word)["input_ids"] for word in task.words]
+        own = words(context)["input_ids"]
+        common = min(
+            next((i for i in range(len(own)) if whole[i : i + 1] != own[i : i + 1]), len(own)) for whole in wholes
+        )
+        with torch.no_grad():
+            found = [model("gpt2")(torch.tensor([whole])).logits[0].log_softmax(-1) for whole in wholes]
+        rows.append([
+            sum(logits[at - 1, whole[at]].item() for at in range(common, len(whole)))
+            for logits, whole in zip(found, wholes)
+        ])  # fmt: skip
+    close(scores.log_probs, np.array(rows))
+
+
+def test_a_start_token_that_is_written_out_is_not_put_there_again():
+    """(A chat template's string has one; two were read before.)"""
+    words = tokenizer_for("llama")
+    start = words.convert_ids_to_tokens(words("x")["input_ids"][:1])[0]
+    written = LabelScorer(model("llama"), words, Task(start + TASK.template, TASK.labels)).score(TEXTS)
+    np.testing.assert_array_equal(written.log_probs, LabelScorer(model("llama"), words, TASK).score(TEXTS).log_probs)
+
+
 def test_white_space_that_is_joined_with_the_label():
     """As byte-pair tokenizers do with 'Out: ' and 'bad': the space belongs to the label's token."""
     joined = Nothing(lambda text: text.replace(": bad", ":B").replace(": good", ":G"))
     task = Task("In: {text}\nOut: ", {"neg": "bad", "pos": "good"})
     scorer = LabelScorer(model("gpt2"), joined, task)
-    assert [len(ids) for ids in scorer.labels.ids] == [1, 1]
+    assert [len(ids) for ids in scorer.labels.usual.ids] == [1, 1]
     plain = Nothing(lambda text: text)
     apart = LabelScorer(model("gpt2"), plain, Task("In: {text}\nOut:", {"neg": "B", "pos": "G"}))
     close(scorer.score(TEXTS).log_probs, apart.score(TEXTS).log_probs)

@@ -50,6 +50,12 @@ def test_pools(name):
     assert len(set(texts)) > len(texts) / 2, "all samples are the same"
 
 
+def test_the_checkpoint_has_no_say_in_what_is_sampled(pools):
+    opinionated = copy.deepcopy(model("llama"))
+    opinionated.generation_config.update(repetition_penalty=1.5, min_p=0.3, suppress_tokens=list(range(90)))
+    assert SelfGeneratedICL(opinionated, tokenizer_for("llama"), TASK, **FAST).generate(TEXTS) == pools
+
+
 def test_pairs_keep_the_premise():
     task = replace(CB, max_new_tokens=6, min_new_tokens=3)
     (pool,) = sg_icl(task=task).generate([{"premise": "It rains.", "hypothesis": "It is wet."}])

@@ -110,14 +110,10 @@ def word_probabilities(
     """
     if not texts:
         raise ValueError("rows is empty; there is nothing to evaluate.")
-    start = tokenizer.bos_token
-    # the scorer puts the start token there itself where the tokenizer does
-    twice = start is not None and tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
-    plain = [text.removeprefix(str(start)) if twice else text for text in texts]
     # a task strips its fields, so the white space that a chat format begins with goes into the template
-    space = plain[0][: len(plain[0]) - len(plain[0].lstrip())]
+    space = texts[0][: len(texts[0]) - len(texts[0].lstrip())]
     scorer = LabelScorer(model, tokenizer, Task(space + "{text}", words))
-    return np.array([[math.exp(value) for value in row] for row in scorer.score(plain).log_probs])
+    return np.array([[math.exp(value) for value in row] for row in scorer.score(texts).log_probs])
 
 
 def _best_of_choices(rows: Sequence[Row], scores: np.ndarray) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing import NamedTuple, Union
 from transformers import PreTrainedTokenizerBase
 
 from generation_ext.shared_prefix.encoding import TextEncoder
+from peft_ext.chat_format import chat_prompt
+from peft_ext.examples import assistant_mask
 from peft_ext.language_model import ENCODER
 
 
@@ -97,8 +99,7 @@ def request_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, start: str 
         prompt: A query, or messages.
         start: How the answer begins.
     """
-    tokenizer = with_chat_template(tokenizer)
-    text = str(tokenizer.apply_chat_template(as_messages(prompt), tokenize=False, add_generation_prompt=True))
+    text = chat_prompt(with_chat_template(tokenizer), as_messages(prompt))
     # the paper's format has a space there, which a tokenizer without a template has as part of the next word
     return text + (f" {start}" if start and text.endswith(ASSISTANT) else start)
 
@@ -109,50 +110,11 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> EncodedChat:
-    """Tokens of a conversation, and which of them the assistant wrote: its answers and the special tokens that end them.
-
-    Works with any template that shows a message's content unchanged; the template needs no `{% generation %}` marks.
+    """Tokens of a conversation, and which of them the assistant wrote: its answers and the special tokens that end them,
+    see [`peft_ext.examples.assistant_mask`].
 
     Raises:
-        TypeError: If the tokenizer can't say where in the text a token lies.
-        ValueError: If the template leaves out or changes what the assistant says.
+        ValueError: If the template renders a turn differently once others follow.
     """
-    if not tokenizer.is_fast:
-        raise TypeError(
-            f"tokenizer ({type(tokenizer).__name__}) is not a fast one, so it can't say which tokens the assistant "
-            "wrote; load it with use_fast=True."
-        )
-    tokenizer = with_chat_template(tokenizer)
-    messages = as_messages(messages)
-    text = chat_text(tokenizer, messages)
-    spans = _assistant_spans(tokenizer, messages, text)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids = list(encoded["input_ids"])
-    labels = [
-        token if any(first < end and last > start for start, end in spans) else -100
-        for token, (first, last) in zip(ids, encoded["offset_mapping"])
-    ]
-    return EncodedChat(ids, labels)
-
-
-def _assistant_spans(tokenizer: PreTrainedTokenizerBase, messages: Messages, text: str) -> list[tuple[int, int]]:
-    """From where the assistant is asked to speak to the special token that ends its turn, as places in the text."""
-    special = sorted(map(re.escape, tokenizer.all_special_tokens), key=len, reverse=True)
-    ending = re.compile(rf"\s*(?:{'|'.join(special)})") if special else re.compile("")
-    spans = []
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = str(
-            tokenizer.apply_chat_template(list(messages[:number]), tokenize=False, add_generation_prompt=True)
-        )
-        start = text.find(message["content"].strip(), len(before)) if text.startswith(before) else -1
-        if start < 0:
-            raise ValueError(
-                f"the chat template changes or leaves out turn {number} ({message['content'][:60]!r}), so that the "
-                "assistant's tokens can't be told; set another tokenizer.chat_template."
-            )
-        end = start + len(message["content"].strip())
-        match = ending.match(text, end)
-        spans.append((len(before), match.end() if match else end))
-    return spans
+    ids, written = assistant_mask(with_chat_template(tokenizer), as_messages(messages))
+    return EncodedChat(ids, [token if own else -100 for token, own in zip(ids, written)])
