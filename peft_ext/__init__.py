@@ -2,6 +2,7 @@
 """peft-ext: published methods to adapt and shrink language models, as parts of PEFT. Importing it registers them."""
 
 import peft_ext.auto_classes  # noqa: F401 (AutoPeftModel* on packed bases)
+from peft_ext.adapter_files import install as _check_adapter_files
 from peft_ext.alphatuning import AlphaTuningConfig, AlphaTuningModel
 from peft_ext.bottleneck import BottleneckConfig, BottleneckModel
 from peft_ext.checkpoint import BcqConfig, load_gptq, load_packed
@@ -46,3 +47,4 @@ __all__ = [
 ]
 
 _install_cards()
+_check_adapter_files()

@@ -67,3 +67,21 @@ def write_json(target: Path, value: Any) -> None:
     """Write JSON, whole or not at all."""
     with written_whole(target) as path:
         path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, way_out: str = "download or save it again") -> dict[str, Any]:
+    """An object out of a JSON file.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it isn't UTF-8, no JSON, nested too deeply or no object; names it.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{str(path)!r} is nested too deeply to be a file of ours; {way_out}.") from None
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is no JSON ({error}); {way_out}.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{str(path)!r} holds a {type(value).__name__} where an object is expected; {way_out}.")
+    return value

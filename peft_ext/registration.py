@@ -3,7 +3,8 @@
 
 `PeftType` is a closed `str` enum and PEFT's `register_peft_method` asks for a member, so the member is added first.
 Else of PEFT, `AutoPeftModel*.from_pretrained` asks us for an adapter's base, and LoRA's names for fused experts aren't put
-in the place of those of experts that are unfused; of transformers we touch its quantizer registry, `load_adapter` and, for
+in the place of those of experts that are unfused, and what it reads of an adapter of ours is checked (`adapter_files.py`);
+of transformers we touch its quantizer registry, `load_adapter` and, for
 model cards, what saves and uploads a model.
 """
 
@@ -97,12 +98,12 @@ def extend_load_adapter(extended: Callable[[Callable], Callable]) -> None:
     extend_method(PeftAdapterMixin, "load_adapter", extended)
 
 
-def extend_method(owner: type, name: str, extended: Callable[[Callable], Callable]) -> None:
-    """Wrap a method of theirs; again, or with a reloaded wrapper, is harmless.
+def extend_method(owner: Any, name: str, extended: Callable[[Callable], Callable]) -> None:
+    """Wrap a method or function of theirs; again, or with a reloaded wrapper, is harmless.
 
     Args:
-        owner: The class.
-        name: The method.
+        owner: The class or module.
+        name: The method, or the function under the name by which the module calls it.
         extended: Makes the wrapper, by `functools.wraps`. It must treat everything but ours as what it wraps does.
     """
     current = getattr(owner, name)
@@ -111,6 +112,16 @@ def extend_method(owner: type, name: str, extended: Callable[[Callable], Callabl
     wrapper = extended(current)
     setattr(wrapper, _OWNER_ATTRIBUTE, _OWNER)
     setattr(owner, name, wrapper)
+
+
+def extend_class_method(owner: type, name: str, extended: Callable[[Callable], Callable]) -> None:
+    """Wrap a class method of theirs, as [`extend_method`]; the wrapper takes the class first."""
+    current = getattr(owner, name).__func__
+    if getattr(current, _OWNER_ATTRIBUTE, None) == _OWNER:
+        current = current.__wrapped__
+    wrapper = extended(current)
+    setattr(wrapper, _OWNER_ATTRIBUTE, _OWNER)
+    setattr(owner, name, classmethod(wrapper))
 
 
 def keep_names_of_layers(has_layers: Callable[[Any], bool]) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Optional
 
@@ -24,6 +25,12 @@ class TunerModel(MixedBatches, BaseTuner):
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         saved_adapters.taken_from(model, config)
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        refuse_unused(model, config, adapter_name, remapped)
+        return remapped
 
     def _layer_around(self, target: nn.Module, adapter_name: str, peft_config: Any, name: str) -> nn.Module:
         """The tuner layer that takes a target's place; `name`: the target's."""
@@ -109,3 +116,28 @@ class TunerModel(MixedBatches, BaseTuner):
         wrappers = [module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
         if any(sum(name in wrapper._adapters for name in adapters) > 1 for wrapper in wrappers):
             raise ValueError("Cannot add weighted adapters targeting the same module with modules_to_save.")
+
+
+def refuse_unused(model: nn.Module, config: PeftConfig, adapter_name: str, tensors: Iterable[str]) -> None:
+    """Refuse an adapter's tensors that nothing in the model takes, which PEFT would pass over.
+
+    Args:
+        model: Has the adapter's layers.
+        config, adapter_name: Of the adapter.
+        tensors: Their names, as they are in the model.
+
+    Raises:
+        ValueError: Names the first of them and the way out.
+    """
+    taken = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    taken.update(name for name, _ in model.named_buffers(remove_duplicate=False))
+    if any("_fsdp_wrapped_module" in name for name in taken):  # other names; what was loaded before was checked
+        return
+    prefix = "base_model.model."
+    left = sorted(name for name in tensors if not {name, name.removeprefix(prefix), prefix + name} & taken)
+    if left:
+        raise ValueError(
+            f"adapter {adapter_name!r}: nothing in the model takes {left[0]!r} of its file ({len(left)} such tensors). It "
+            f"belongs to {config.base_model_name_or_path or 'another base'!r}, or its adapter_config.json is another's; load "
+            "it onto its own base, with its own config."
+        )

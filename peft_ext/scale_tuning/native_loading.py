@@ -9,9 +9,9 @@ once transformers reads it, when the layers are there that know codes and scales
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Callable, ItemsView
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
@@ -19,11 +19,11 @@ from peft import PeftConfig
 from peft.functional import delete_adapter
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file, find_adapter_config_file
 
+from peft_ext.adapter_files import read_adapter, type_of
 from peft_ext.scale_tuning import adapter_file
 from peft_ext.scale_tuning.config import ScaleTuningConfig
 
@@ -68,6 +68,8 @@ def extended(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
         download = _download_arguments(kwargs)
         config = _config(peft_model_id, peft_config, download)
         if config is None:
+            if adapter_state_dict is None:
+                _check_file(peft_model_id, download)
             return load_adapter(self, peft_model_id, adapter_name, peft_config, adapter_state_dict, *args, **kwargs)
         if kwargs.get("hotswap") is True:
             raise ValueError("Hotswapping is currently only supported for LoRA, please set `hotswap=False`.")
@@ -75,7 +77,7 @@ def extended(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
         if name in getattr(self, "peft_config", {}):
             raise ValueError(f"Adapter with name {name} already exists. Please use a different name.")
         if adapter_state_dict is None:
-            adapter_state_dict = load_file(cached_file(peft_model_id, _WEIGHTS, **download))
+            adapter_state_dict = read_adapter(_weights(peft_model_id, download))
         active = _active(self)
         deltas = _Deltas(adapter_state_dict, self, config, name)
         try:
@@ -116,6 +118,27 @@ def _download_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     return download
 
 
+def _check_file(peft_model_id: Optional[str | os.PathLike], download: dict[str, Any]) -> None:
+    """Check the file of an adapter of ours that transformers itself loads."""
+    config = find_adapter_config_file(peft_model_id, **download) if peft_model_id is not None else None
+    if config is not None and type_of(Path(config).parent) is not None:
+        read_adapter(_weights(peft_model_id, download))
+
+
+def _weights(peft_model_id: Optional[str | os.PathLike], download: dict[str, Any]) -> Path:
+    """The adapter's safetensors file.
+
+    Raises:
+        ValueError: If there is none; names what is taken.
+    """
+    found = cached_file(peft_model_id, _WEIGHTS, _raise_exceptions_for_missing_entries=False, **download)
+    if found is None:
+        raise ValueError(
+            f"{str(peft_model_id)!r} has no {_WEIGHTS}; adapters of ours are taken from safetensors alone, so save it again."
+        )
+    return Path(found)
+
+
 def _config(
     peft_model_id: Optional[str | os.PathLike], peft_config: Optional[PeftConfig], download: dict[str, Any]
 ) -> Optional[ScaleTuningConfig]:
@@ -124,9 +147,8 @@ def _config(
         file = find_adapter_config_file(peft_model_id, **download)
         if file is None:
             return None
-        with open(file, encoding="utf-8") as stream:
-            peft_type = json.load(stream).get("peft_type")
-        if not issubclass(PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type, PeftConfig), ScaleTuningConfig):
+        kind = type_of(Path(file).parent)
+        if kind is None or not issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[kind], ScaleTuningConfig):
             return None
         peft_config = PeftConfig.from_pretrained(peft_model_id, **download)
     return peft_config if isinstance(peft_config, ScaleTuningConfig) else None

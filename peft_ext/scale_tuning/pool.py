@@ -21,6 +21,7 @@ from peft_ext.quant.linear import PackedLinear
 from peft_ext.scale_tuning.adapter_file import plain_scales
 from peft_ext.scale_tuning.config import ScaleTuningConfig
 from peft_ext.scale_tuning.layer import ScaleTuningLinear
+from peft_ext.targets import target_layers
 
 
 # Scales of a mixed batch that are copied together.
@@ -105,7 +106,8 @@ class AdapterPool:
             The name.
 
         Raises:
-            ValueError: If it isn't an adapter of scales, belongs to other codes, or has trained modules beside them.
+            ValueError: If it isn't an adapter of scales, belongs to other codes, has trained modules beside them, or lacks
+                a layer that its config names.
         """
         path = os.fspath(path)
         name = os.path.basename(os.path.normpath(path)) if name is None else name
@@ -121,6 +123,7 @@ class AdapterPool:
             )
         tensors = load_peft_weights(path, device="cpu")
         scales = plain_scales(tensors, self._base_scales, self._fingerprint, config, name)
+        self._refuse_missing(set(scales), config, name)
         values = torch.cat([scale.flatten() for scale in scales.values()]).to(self._base)
         shapes = tuple((layer, tuple(scale.shape)) for layer, scale in scales.items())
         if shapes not in self._positions_by_shapes:
@@ -196,6 +199,15 @@ class AdapterPool:
             some = ", ".join(map(repr, self.names[:5])) or "none"
             raise ValueError(f"there is no adapter {name!r} in the pool; it has {len(self.names)} ({some}...).")
         return self._adapters[name]
+
+    def _refuse_missing(self, found: set[str], config: ScaleTuningConfig, name: str) -> None:
+        missing = [layer for layer in target_layers(config, self.model) if layer in self._layers and layer not in found]
+        if missing:
+            shown = ", ".join(map(repr, missing[:3])) + (", ..." if len(missing) > 3 else "")
+            raise ValueError(
+                f"adapter {name!r}: its file has no scales of {len(missing)} layers that its adapter_config.json names ({shown}); "
+                "the file is damaged, or the config is another's. Save it again."
+            )
 
     def _fingerprint(self, layer: str) -> int:
         if layer not in self._fingerprints:  # a digest of all codes, the slowest part of the first load
