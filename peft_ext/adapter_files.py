@@ -39,8 +39,8 @@ from peft_ext.registration import TUNERS, extend_class_method, extend_method
 from peft_ext.tensor_files import check_digest, read_tensors, seal
 
 
-# No scale of a model comes near it, and a product with larger ones overflows.
-LARGEST_SCALE = 1e30
+# No weight or scale of a model comes near it, and a product with larger ones overflows.
+LARGEST = 1e30
 _NAMES = one_of(text(), list_of(text())).or_null()
 _COMMON: dict[str, Field] = {
     "peft_type": text(*TUNERS),
@@ -83,27 +83,27 @@ CONFIGS: dict[str, JsonFormat] = {
     ),
 }
 _CODES = Tensor(("I64",), (1,), note="the fingerprint of the codes that the scales belong to")
-_SCALE_RANGE = {"least": -LARGEST_SCALE, "most": LARGEST_SCALE}
+_RANGE: dict[str, Any] = {"least": -LARGEST, "most": LARGEST}
 # By `peft_type` the tensors of a layer, by what comes after the layer's name.
 LAYERS: dict[str, dict[str, Tensor]] = {
     "PEQA": {
         "peqa_scale": Tensor(
-            FLOATS, ("out", "groups"), **_SCALE_RANGE, note="plain scales, whatever the parametrisation in training was"
+            FLOATS, ("out", "groups"), **_RANGE, note="plain scales, whatever the parametrisation in training was"
         ),
         "peqa_codes": _CODES,
     },
     "ALPHATUNING": {
-        "alphatuning_scale": Tensor(FLOATS, ("out", "groups", "trained alphas"), **_SCALE_RANGE, note="plain alphas"),
+        "alphatuning_scale": Tensor(FLOATS, ("out", "groups", "trained alphas"), **_RANGE, note="plain alphas"),
         "alphatuning_codes": _CODES,
         "alphatuning_frozen": Tensor(
             FLOATS, (4,), optional=True, note="projections that identify the frozen alphas, where not all are trained"
         ),
     },
     "BOTTLENECK": {
-        "bottleneck_down.weight": Tensor(FLOATS, ("width", "out")),
-        "bottleneck_down.bias": Tensor(FLOATS, ("width",)),
-        "bottleneck_up.weight": Tensor(FLOATS, ("out", "width")),
-        "bottleneck_up.bias": Tensor(FLOATS, ("out",)),
+        "bottleneck_down.weight": Tensor(FLOATS, ("width", "out"), **_RANGE),
+        "bottleneck_down.bias": Tensor(FLOATS, ("width",), **_RANGE),
+        "bottleneck_up.weight": Tensor(FLOATS, ("out", "width"), **_RANGE),
+        "bottleneck_up.bias": Tensor(FLOATS, ("out",), **_RANGE),
     },
 }
 
@@ -175,13 +175,13 @@ def _json_checked(original: Callable[..., Any]) -> Callable[..., Any]:
     def from_json_file(cls: Any, path_json_file: Any, **kwargs: Any) -> Any:
         found = read_json(Path(path_json_file))
         kind = found.get("peft_type")
+        if "peft_type" in found and (not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING):
+            raise ValueError(
+                f"{str(path_json_file)!r}: peft_type is {kind!r}, which this PEFT doesn't know; update peft, or save the "
+                "adapter again."
+            )
         if kind in CONFIGS:
             CONFIGS[kind].check(found, path_json_file)
-        elif "peft_type" in found and (not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING):
-            raise ValueError(
-                f"{str(path_json_file)!r}: peft_type is {kind!r}, which this PEFT doesn't know (it knows "
-                f"{', '.join(sorted(PEFT_TYPE_TO_CONFIG_MAPPING))}); update peft, or save the adapter again."
-            )
         return original(cls, path_json_file, **kwargs)
 
     return from_json_file

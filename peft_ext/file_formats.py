@@ -97,10 +97,7 @@ def number(least: Optional[float] = None, most: Optional[float] = None, above: O
     return _of(
         words,
         lambda v: (
-            type(v) in (int, float)
-            and _is_finite(v)
-            and _within(v, least, most)
-            and (above is None or v > above)
+            type(v) in (int, float) and _is_finite(v) and _within(v, least, most) and (above is None or v > above)
         ),
     )
 
@@ -108,7 +105,8 @@ def number(least: Optional[float] = None, most: Optional[float] = None, above: O
 def text(*choices: str, empty: bool = True) -> Field:
     """A text, one of those given if any are."""
     if choices:
-        return _of(f"one of {', '.join(map(repr, choices))}", lambda v: isinstance(v, str) and v in choices)
+        shown = ", ".join(map(repr, choices))
+        return _of(f"one of {shown}" if len(choices) > 1 else shown, lambda v: isinstance(v, str) and v in choices)
     return _of("a text" if empty else "a text that isn't empty", lambda v: isinstance(v, str) and (empty or bool(v)))
 
 
@@ -268,6 +266,11 @@ class Tensor:
     most: Optional[float] = None
     note: str = field(default="", compare=False)
 
+    @property
+    def kind(self) -> str:
+        """Its types in words."""
+        return "a float (F16, BF16, F32 or F64)" if tuple(self.dtypes) == FLOATS else " or ".join(self.dtypes)
+
     def problem(self, value: Any, sizes: dict[str, int], header_only: bool = False) -> Optional[str]:
         """What is wrong with a tensor, or None; adds the sizes that it settles to `sizes`.
 
@@ -278,7 +281,7 @@ class Tensor:
         """
         found = dtype_name(value)
         if found not in self.dtypes:
-            return f"is {found}; it must be {' or '.join(self.dtypes)}"
+            return f"is {found}; it must be {self.kind}"
         shape, known = tuple(value.shape), dict(sizes)
         fits = len(shape) == len(self.shape)
         for size, expected in zip(shape, self.shape):
@@ -318,14 +321,16 @@ def check_tensors(
     known = dict(sizes or {})
     missing = [name for name, each in described.items() if name not in found and not each.optional]
     if missing:
-        raise ValueError(f"{where}: {missing[0]} is missing{_so_many(missing)}. {way_out}")
+        raise ValueError(
+            f"{where}: {missing[0]}{_said(described[missing[0]])} is missing{_so_many(missing)}. {way_out}"
+        )
     strange = sorted(set(found) - set(described))
     if strange and not others:
         raise ValueError(f"{where}: {strange[0]} belongs to nothing there{_so_many(strange)}. {way_out}")
     for name, each in described.items():
         problem = each.problem(found[name], known) if name in found else None
         if problem:
-            raise ValueError(f"{where}: {name} {problem}. {way_out}")
+            raise ValueError(f"{where}: {name}{_said(each)} {problem}. {way_out}")
     return known
 
 
@@ -336,7 +341,9 @@ def values_problem(value: Any, least: Optional[float] = None, most: Optional[flo
     tensor = value.detach() if isinstance(value, torch.Tensor) else torch.from_numpy(np.asarray(value))
     if tensor.is_floating_point() or tensor.is_complex():
         # one number tells, without a tensor of the same size
-        if not math.isfinite(float(tensor.double().sum() if tensor.dtype == torch.float64 else tensor.float().abs().amax())):
+        if not math.isfinite(
+            float(tensor.double().sum() if tensor.dtype == torch.float64 else tensor.float().abs().amax())
+        ):
             if not bool(torch.isfinite(tensor).all()):
                 return "has NaN or infinity"
     if least is None and most is None:
@@ -364,7 +371,7 @@ def tensor_table(described: Mapping[str, Tensor]) -> str:
     """Described tensors as a table in Markdown."""
     rows = []
     for name, each in described.items():
-        kind = f"{' or '.join(each.dtypes)} `[{', '.join(map(str, each.shape))}]`{_range(each.least, each.most)}"
+        kind = f"{each.kind} `[{', '.join(map(str, each.shape))}]`{_range(each.least, each.most)}"
         rows.append((f"`{name}`", kind + (" (may be missing)" if each.optional else ""), each.note))
     return _table(("Tensor", "Type and shape", ""), rows)
 
@@ -412,6 +419,10 @@ def _short(value: Any) -> str:
     except ValueError:  # an integer of more than 4,300 digits
         return "an enormous number"
     return shown if len(shown) <= 80 else f"{shown[:60]}... ({len(shown)} characters)"
+
+
+def _said(described: Tensor) -> str:
+    return f" ({described.note})" if described.note else ""
 
 
 def _so_many(names: list[str]) -> str:

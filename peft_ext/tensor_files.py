@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Union
 
 import numpy as np
 import safetensors.numpy
@@ -97,14 +97,14 @@ def read_arrays(path: PathLike) -> dict[str, np.ndarray]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Union[torch.Tensor, np.ndarray]]) -> None:
-    """Write tensors, or arrays, with their digest, whole or not at all."""
+    """Write tensors, or numpy's arrays (all of one kind), with their digest, whole or not at all."""
     with written_whole(path) as partial:
-        arrays = {name: np.ascontiguousarray(each) for name, each in tensors.items() if isinstance(each, np.ndarray)}
         metadata = {"format": "pt", **PLACEHOLDER}
-        if arrays:
-            safetensors.numpy.save_file(arrays, partial, metadata=metadata)
+        plain = {name: _contiguous(each) for name, each in tensors.items()}
+        if any(isinstance(each, np.ndarray) for each in plain.values()):
+            safetensors.numpy.save_file(plain, partial, metadata)
         else:
-            safetensors.torch.save_file({name: each.contiguous() for name, each in tensors.items()}, partial, metadata)
+            safetensors.torch.save_file(plain, partial, metadata)
         seal(partial)
 
 
@@ -247,6 +247,10 @@ def _hashes_of_part(path: PathLike, pieces: list[tuple[int, int]]) -> list[str]:
     return found
 
 
+def _contiguous(tensor: Any) -> Any:
+    return np.ascontiguousarray(tensor) if isinstance(tensor, np.ndarray) else tensor.contiguous()
+
+
 def _verifies() -> bool:
     value = os.environ.get(VERIFY_VARIABLE, "1")
     if value not in ("0", "1"):
@@ -255,6 +259,4 @@ def _verifies() -> bool:
 
 
 def _damaged(path: PathLike, error: Union[str, Exception]) -> str:
-    return (
-        f"{os.fspath(path)!r} is truncated, damaged or no safetensors file ({error}); download or save it again."
-    )
+    return f"{os.fspath(path)!r} is truncated, damaged or no safetensors file ({error}); download or save it again."

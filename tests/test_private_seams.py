@@ -143,6 +143,17 @@ SEAMS = {
         "_generate_single_turn(prompt_ids, images, multimodal_fields)": "trl_ext.almost: a merged copy writes",
         "_tokenizer": "trl_ext.almost: the tokenizer under a processor",
     },
+    "peft.config.PeftConfigMixin": {
+        "from_json_file(path_json_file)": "peft_ext.adapter_files: checks adapter_config.json where PEFT reads it",
+        "_get_peft_type(model_id)": "peft_ext.adapter_files: a missing type is told with the file",
+    },
+    "peft.utils.save_and_load": {
+        "safe_load_file(filename, device)": "peft_ext.adapter_files: checks an adapter's tensors where PEFT reads them",
+        "torch_load": "peft_ext.adapter_files: refuses an adapter that is a pickle",
+    },
+    "peft.peft_model": {
+        "set_peft_model_state_dict(model, peft_model_state_dict, adapter_name)": "peft_ext.adapter_files: names what a file lacks",
+    },
     "peft.utils.PeftType": {
         "_member_map_": "peft_ext.registration: members of our own",
         "_member_names_": "peft_ext.registration: members of our own",

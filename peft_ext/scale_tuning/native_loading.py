@@ -129,11 +129,11 @@ def _weights(peft_model_id: Optional[str | os.PathLike], download: dict[str, Any
     """The adapter's safetensors file.
 
     Raises:
-        ValueError: If there is none; names what is taken.
+        FileNotFoundError: If there is none; names what is taken.
     """
     found = cached_file(peft_model_id, _WEIGHTS, _raise_exceptions_for_missing_entries=False, **download)
     if found is None:
-        raise ValueError(
+        raise FileNotFoundError(
             f"{str(peft_model_id)!r} has no {_WEIGHTS}; adapters of ours are taken from safetensors alone, so save it again."
         )
     return Path(found)

@@ -201,12 +201,14 @@ class AdapterPool:
         return self._adapters[name]
 
     def _refuse_missing(self, found: set[str], config: ScaleTuningConfig, name: str) -> None:
-        missing = [layer for layer in target_layers(config, self.model) if layer in self._layers and layer not in found]
+        missing = [
+            layer for layer in target_layers(config, self.model) if layer in self._layers and layer not in found
+        ]
         if missing:
             shown = ", ".join(map(repr, missing[:3])) + (", ..." if len(missing) > 3 else "")
             raise ValueError(
-                f"adapter {name!r}: its file has no scales of {len(missing)} layers that its adapter_config.json names ({shown}); "
-                "the file is damaged, or the config is another's. Save it again."
+                f"adapter {name!r}: its file has no scales of {len(missing)} layers that its adapter_config.json names "
+                f"({shown}); the file is damaged, or the config is another's. Save it again."
             )
 
     def _fingerprint(self, layer: str) -> int:

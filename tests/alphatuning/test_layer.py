@@ -306,7 +306,7 @@ KEY = "base_model.model.model.layers.1.self_attn.v_proj.alphatuning_"
     "change, match",
     [
         (lambda tensors: tensors[f"{KEY}codes"].add_(1), "layers.1.self_attn.v_proj.*other integer codes"),
-        (lambda tensors: tensors.pop(f"{KEY}codes"), "no fingerprint"),
+        (lambda tensors: tensors.pop(f"{KEY}codes"), "fingerprint"),
         (lambda tensors: tensors.pop(f"{KEY}frozen"), "nothing that identifies the frozen"),
         (lambda tensors: tensors[f"{KEY}frozen"].add_(0.1), "other alphas beside the first"),
         (lambda tensors: tensors[f"{KEY}scale"].fill_(float("nan")), "NaN or infinity"),

@@ -206,7 +206,12 @@ def _key(kind: str) -> str:
         (lambda t: t[_key("scale")].fill_(float("nan")), r"v_proj.*NaN"),
         (lambda t: t[_key("codes")].add_(1), r"v_proj.*other integer codes"),
         (lambda t: t.pop(_key("codes")), r"v_proj.*fingerprint"),
-        (lambda t: t.update({_key("scale").replace("v_proj", "norm"): t[_key("scale")].clone()}), r"does not tune"),
+        (
+            lambda t: t.update(
+                {_key(part).replace("v_proj", "norm"): t[_key(part)].clone() for part in ("scale", "codes")}
+            ),
+            r"does not tune",
+        ),
     ],
     ids=["nan", "fingerprint", "no-fingerprint", "other-layer"],
 )

@@ -245,14 +245,15 @@ def test_damaged_files(damage, tmp_path):
         case "codes":
             del tensors[key.replace("scale", "codes")]
         case "layer":
-            tensors[key.replace("layers.0", "layers.7")] = tensors.pop(key)
+            for part in (key, key.replace("scale", "codes")):
+                tensors[part.replace("layers.0", "layers.7")] = tensors.pop(part)
         case "empty":
             tensors = {"x": torch.zeros(1)}
     save_file(tensors, tmp_path / FILE, metadata={"format": "pt"})
     expected = {
         "nan": "NaN",
         "shape": "expected",
-        "codes": "no fingerprint",
+        "codes": "fingerprint",
         "layer": "does not tune",
         "empty": "no sca",
     }
