@@ -248,7 +248,9 @@ def _hashes_of_part(path: PathLike, pieces: list[tuple[int, int]]) -> list[str]:
 
 
 def _contiguous(tensor: Any) -> Any:
-    return np.ascontiguousarray(tensor) if isinstance(tensor, np.ndarray) else tensor.contiguous()
+    if isinstance(tensor, np.ndarray):  # numpy would give a single number a dimension
+        return tensor if tensor.flags.c_contiguous else np.ascontiguousarray(tensor)
+    return tensor.contiguous()
 
 
 def _verifies() -> bool:

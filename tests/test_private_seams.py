@@ -152,7 +152,7 @@ SEAMS = {
         "torch_load": "peft_ext.adapter_files: refuses an adapter that is a pickle",
     },
     "peft.peft_model": {
-        "set_peft_model_state_dict(model, peft_model_state_dict, adapter_name)": "peft_ext.adapter_files: names what a file lacks",
+        "set_peft_model_state_dict(model, adapter_name)": "peft_ext.adapter_files: names what a file lacks",
     },
     "peft.utils.PeftType": {
         "_member_map_": "peft_ext.registration: members of our own",
