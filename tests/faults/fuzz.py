@@ -31,6 +31,8 @@ from typing import Any, NamedTuple, Optional
 
 import numpy as np
 
+from tests.faults.mutations import Damage, damage
+
 
 ROOT = Path(__file__).resolve().parents[2]
 SAME, NAMED, NAMELESS, SILENT = "same answer", "refused by name", "refused, nameless", "silent difference"
@@ -87,7 +89,6 @@ class Fuzzer:
         from tests.faults import saved
 
         self.room = room
-        os.environ["FUZZ_OUTSIDE"] = str(room / "outside")
         saved.set_room(room / "models")
         (room / "models").mkdir()
         self.kinds = {kind: saved.KINDS[kind] for kind in kinds or saved.KINDS}
@@ -115,40 +116,26 @@ class Fuzzer:
         random = Random(f"{kind}/{seed}")
         number = random.randrange(len(self.kinds[kind]))
         variant = self.kinds[kind][number]
-        from tests.faults.mutations import damage
-
         outside = self.room / "outside"
         shutil.rmtree(outside, ignore_errors=True)
         folder, marker = self._copy(self._whole(kind, number)), self.room / "ran"
-        done = damage(folder, random, variant.skip, str(marker))
+        done = damage(folder, random, variant.skip, outside, str(marker))
         if done.outside:
             shutil.copytree(self._whole(kind, number), outside, dirs_exist_ok=True)
         before = _listing(self.room)
         expected = self._answers[kind, number]
         found = _in_fork(lambda: _judged(variant.use, folder, expected, done), self.room / "log", loud)
-        report = dict(found.report)
-        value = report.pop("outcome", None)
-        if found.ended:
-            value = found.ended
-        elif value == SILENT and done.payload and done.file.endswith(".json"):
-            value = EDITED
-        elif value == SILENT and _others_setting(done):
-            value = EDITED
-        elif value == SILENT and variant.foreign and done.file.endswith(".safetensors") and done.payload:
-            value = FOREIGN
-        elif value == SAME and done.outside:
-            value = OUTSIDE
+        outcome = found.ended or _weighed(found.report["outcome"], done, variant.foreign)
         growth = found.megabytes - self._peaks[kind, number]
         if growth > _MEGABYTES:
-            value = GROWTH
+            outcome = GROWTH
         if marker.exists():
             marker.unlink()
-            value = RAN
+            outcome = RAN
         elif _listing(self.room) != before:
-            value = WROTE
-        return Case(
-            kind, seed, number, done.file, done.what, value, report.get("error", ""), report.get("where", ""), found.seconds, growth
-        )  # fmt: skip
+            outcome = WROTE
+        error, where = found.report.get("error", ""), found.report.get("where", "")
+        return Case(kind, seed, number, done.file, done.what, outcome, error, where, found.seconds, growth)
 
     def _whole(self, kind: str, number: int) -> Path:
         return self.room / "whole" / f"{kind.replace(' ', '_')}-{number}"
@@ -233,7 +220,7 @@ def _plain(answer: np.ndarray) -> dict[str, Any]:
     return {"value": np.asarray(answer, dtype=float).tolist()}
 
 
-def _judged(use: Callable[[Path], np.ndarray], folder: Path, expected: np.ndarray, done: Any) -> dict[str, Any]:
+def _judged(use: Callable[[Path], np.ndarray], folder: Path, expected: np.ndarray, done: Damage) -> dict[str, Any]:
     try:
         answer = np.asarray(use(folder), dtype=float)
     except (KeyboardInterrupt, SystemExit) as error:
@@ -241,7 +228,11 @@ def _judged(use: Callable[[Path], np.ndarray], folder: Path, expected: np.ndarra
     except BaseException as error:
         text = str(error)
         named = type(error).__name__ not in _RAW and _names(text, done)
-        report = {"outcome": NAMED if named else NAMELESS, "error": f"{type(error).__name__}: {text}", "where": _where(error)}
+        report = {
+            "outcome": NAMED if named else NAMELESS,
+            "error": f"{type(error).__name__}: {text}",
+            "where": _where(error),
+        }
         traceback.print_exc()
         return report
     if answer.shape == expected.shape and np.allclose(answer, expected, rtol=1e-4, atol=1e-5):
@@ -251,7 +242,7 @@ def _judged(use: Callable[[Path], np.ndarray], folder: Path, expected: np.ndarra
     return {"outcome": SILENT, "error": f"the answer is off by {np.abs(answer - expected).max():.3g}"}
 
 
-def _names(text: str, done: Any) -> bool:
+def _names(text: str, done: Damage) -> bool:
     """Whether a message names the file, a field or a tensor, or the layer that the tensor is of."""
     if Path(done.file).name in text:
         return True
@@ -268,7 +259,11 @@ def _names(text: str, done: Any) -> bool:
 def _where(error: BaseException) -> str:
     """The innermost line of ours."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if any(f"/{name}/" in frame.filename for name in ("peft_ext", "generation_ext", "trl_ext"))]
+    own = [
+        frame
+        for frame in frames
+        if any(f"/{name}/" in frame.filename for name in ("peft_ext", "generation_ext", "trl_ext"))
+    ]
     last = (own or frames)[-1]
     inner = frames[-1]
     place = f"{Path(last.filename).as_posix().split(f'{ROOT}/')[-1]}:{last.lineno}"
@@ -279,10 +274,17 @@ def _where(error: BaseException) -> str:
 _OWN_SETTINGS = ("quantization_config", "packed_bits", "granularity")
 
 
-def _others_setting(done: Any) -> bool:
-    if Path(done.file).name != "config.json" or not done.path:
-        return False
-    return not any(str(done.path[0]).startswith(name) for name in _OWN_SETTINGS)
+def _weighed(outcome: str, done: Damage, foreign: bool) -> str:
+    """What a use saw, in view of what no reader can know."""
+    path = Path(done.file)
+    if outcome == SAME and done.outside:
+        return OUTSIDE
+    if outcome != SILENT:
+        return outcome
+    others_setting = path.name == "config.json" and done.path and not str(done.path[0]).startswith(_OWN_SETTINGS)
+    if others_setting or (done.payload and path.suffix == ".json"):
+        return EDITED
+    return FOREIGN if foreign and done.payload and path.suffix == ".safetensors" else SILENT
 
 
 def _listing(room: Path) -> list[tuple[str, int, int]]:
@@ -309,7 +311,11 @@ def fuzz(room: Path, count: int, first_seed: int = 0, kinds: Optional[Iterable[s
 def table(cases: Iterable[Case]) -> str:
     """Counts of outcomes by kind, as Markdown."""
     cases = list(cases)
-    shown = [outcome for outcome in OUTCOMES if outcome in (*NEVER[:4], SAME, NAMED, NAMELESS) or any(case.outcome == outcome for case in cases)]
+    shown = [
+        outcome
+        for outcome in OUTCOMES
+        if outcome in (*NEVER[:4], SAME, NAMED, NAMELESS) or any(case.outcome == outcome for case in cases)
+    ]
     rows = [["folder", *shown, "all"], ["---", *["---:"] * (len(shown) + 1)]]
     kinds = list(dict.fromkeys(case.kind for case in cases))
     for kind in [*kinds, None]:
@@ -324,20 +330,26 @@ def failures(cases: Iterable[Case]) -> list[Case]:
 
 
 def _in_workers(options: argparse.Namespace, room: Path) -> Iterable[Case]:
-    from tests.faults.saved import KINDS
-
-    each = -(-options.count // len(options.kinds or KINDS))
+    each = -(-options.count // len(options.kinds or kinds()))
     shares = [(each * n // options.workers, each * (n + 1) // options.workers) for n in range(options.workers)]
     running = []
     for number, (first, last) in enumerate(shares):
         output = room / f"worker-{number}.jsonl"
-        command = [sys.executable, "-m", "tests.faults.fuzz", "--per_kind", str(last - first), "--first_seed", str(first + options.first_seed)]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.faults.fuzz",
+            "--per_kind",
+            str(last - first),
+            "--first_seed",
+            str(first + options.first_seed),
+        ]
         command += ["--cases", str(output), *(["--kinds", *options.kinds] if options.kinds else [])]
         running.append((subprocess.Popen(command, cwd=ROOT), output))
     for process, _ in running:
         if process.wait():
             raise SystemExit(f"a worker ended with {process.returncode}")
-    return [case for _, output in running for case in _read(output)]
+    return [case for _, output in running for case in read_cases(output)]
 
 
 def _written(cases: Iterable[Case], path: Optional[Path]) -> Iterator[Case]:
@@ -349,7 +361,15 @@ def _written(cases: Iterable[Case], path: Optional[Path]) -> Iterator[Case]:
             yield case
 
 
-def _read(path: Path) -> list[Case]:
+def kinds() -> list[str]:
+    """All kinds of folder."""
+    from tests.faults.saved import KINDS
+
+    return list(KINDS)
+
+
+def read_cases(path: Path) -> list[Case]:
+    """Cases that `--cases` has written."""
     return [Case(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
@@ -364,7 +384,9 @@ def _into_page(page: Path, text: str) -> None:
 
 
 def _summary(cases: list[Case], seconds: float) -> str:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     nameless = sum(case.outcome == NAMELESS for case in cases)
     refused = nameless + sum(case.outcome == NAMED for case in cases)
     line = (

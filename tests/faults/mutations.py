@@ -44,13 +44,23 @@ class Unfit(Exception):
     """The kind of damage doesn't fit the file; another is chosen."""
 
 
-def damage(folder: Path, random: Random, skip: tuple[str, ...] = (), marker: str = "") -> Damage:
+class Room(NamedTuple):
+    """Where files outside the folder go, and a file that a pickle makes if somebody loads it."""
+
+    outside: Path
+    marker: str
+
+
+def damage(
+    folder: Path, random: Random, skip: tuple[str, ...] = (), outside: Path = Path("/tmp"), marker: str = "ran"
+) -> Damage:
     """Damage a folder in one place.
 
     Args:
-        folder: Changed in place. Beside it lies room for files outside.
+        folder: Changed in place.
         random: Chooses file and damage.
         skip: Parts of names of files that stay as they are.
+        outside: A folder, made if need be, that links and indices point to.
         marker: A path that a pickle makes if somebody loads it.
     """
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -62,7 +72,7 @@ def damage(folder: Path, random: Random, skip: tuple[str, ...] = (), marker: str
         kind = random.choice(own if random.random() < 0.75 else _BYTES)
         before = path.read_bytes()
         try:
-            what, fields, more = _result(kind(path, random, marker))
+            what, fields, more = _result(kind(path, random, Room(outside, marker)))
         except Unfit:
             continue
         if path.is_file() and not path.is_symlink() and path.read_bytes() == before:
@@ -80,14 +90,14 @@ def _result(given: Any) -> tuple[str, tuple[str, ...], dict[str, Any]]:
 # ---- any file
 
 
-def _truncated(path: Path, random: Random, marker: str) -> str:
+def _truncated(path: Path, random: Random, room: Room) -> str:
     content = path.read_bytes()
     size = random.randrange(len(content)) if content else 0
     path.write_bytes(content[:size])
     return f"cut off after {size} of {len(content)} bytes"
 
 
-def _flipped(path: Path, random: Random, marker: str) -> Any:
+def _flipped(path: Path, random: Random, room: Room) -> Any:
     content = bytearray(path.read_bytes())
     if not content:
         raise Unfit
@@ -99,7 +109,7 @@ def _flipped(path: Path, random: Random, marker: str) -> Any:
     return f"bits flipped in bytes {places}", (), {"payload": True}
 
 
-def _not_utf8(path: Path, random: Random, marker: str) -> str:
+def _not_utf8(path: Path, random: Random, room: Room) -> str:
     content = bytearray(path.read_bytes())
     place = random.randrange(len(content) + 1)
     content[place:place] = random.choice((b"\xff\xfe", b"\xc3\x28", b"\xed\xa0\x80", b"\x00"))
@@ -107,56 +117,50 @@ def _not_utf8(path: Path, random: Random, marker: str) -> str:
     return f"bytes that are no UTF-8 at {place}"
 
 
-def _emptied(path: Path, random: Random, marker: str) -> str:
+def _emptied(path: Path, random: Random, room: Room) -> str:
     path.write_bytes(b"")
     return "an empty file"
 
 
-def _removed(path: Path, random: Random, marker: str) -> str:
+def _removed(path: Path, random: Random, room: Room) -> str:
     path.unlink()
     return "the file removed"
 
 
-def _a_folder(path: Path, random: Random, marker: str) -> str:
+def _a_folder(path: Path, random: Random, room: Room) -> str:
     path.unlink()
     path.mkdir()
     return "a folder in its place"
 
 
-def _link_outside(path: Path, random: Random, marker: str) -> Any:
-    outside = _outside(path, random)
-    shutil.move(path, outside)
-    path.symlink_to(outside)
+def _link_outside(path: Path, random: Random, room: Room) -> Any:
+    room.outside.mkdir(exist_ok=True)
+    shutil.move(path, room.outside / path.name)
+    path.symlink_to(room.outside / path.name)
     return "a link to the same file outside"
 
 
-def _link_to_nowhere(path: Path, random: Random, marker: str) -> str:
+def _link_to_nowhere(path: Path, random: Random, room: Room) -> str:
     path.unlink()
     path.symlink_to(random.choice(("/nowhere/at/all", path.name)))
     return f"a link to {os.readlink(path)}"
 
 
-def _appended(path: Path, random: Random, marker: str) -> str:
+def _appended(path: Path, random: Random, room: Room) -> str:
     with open(path, "ab") as file:
         file.write(bytes(random.randrange(256) for _ in range(random.choice((1, 8, 100)))))
     return "bytes appended"
 
 
-def _pickle(path: Path, random: Random, marker: str) -> str:
-    path.write_bytes(f"cos\nsystem\n(S'touch {marker}'\ntR.".encode())
+def _pickle(path: Path, random: Random, room: Room) -> str:
+    path.write_bytes(f"cos\nsystem\n(S'touch {room.marker}'\ntR.".encode())
     if path.name == "adapter_model.safetensors" and random.random() < 0.7:
         path.rename(path.with_suffix(".bin"))
         return "a pickle that runs a command, as .bin"
     return "a pickle that runs a command"
 
 
-def _outside(path: Path, random: Random) -> Path:
-    room = Path(os.environ["FUZZ_OUTSIDE"])
-    room.mkdir(exist_ok=True)
-    return room / path.name
-
-
-_BYTES: list[Callable[[Path, Random, str], Any]] = [
+_BYTES: list[Callable[[Path, Random, Room], Any]] = [
     _truncated,
     _truncated,
     _flipped,
@@ -176,24 +180,24 @@ _BYTES: list[Callable[[Path, Random, str], Any]] = [
 _DEEP = "@@deep@@"
 
 
-def _json_field(path: Path, random: Random, marker: str) -> Any:
+def _json_field(path: Path, random: Random, room: Room) -> Any:
     try:
         value = json.loads(path.read_bytes())
     except ValueError:
         raise Unfit from None
-    value, what, where, payload = _changed(value, random)
+    value, what, where, payload = _changed(value, random, room)
     path.write_text(_dumped(value, indent=2) + "\n", encoding="utf-8")
     more = {"payload": payload, "path": where, "outside": "outside the folder" in what}
     return f"{'.'.join(map(str, where)) or 'everything'}: {what}", _names(where), more
 
 
-def _json_top(path: Path, random: Random, marker: str) -> str:
+def _json_top(path: Path, random: Random, room: Room) -> str:
     text = random.choice(("[]", "{}", "null", "3", '"x"', "NaN", "[" * 10_000 + "]" * 10_000, '{"a":' * 10_000))
     path.write_text(text, encoding="utf-8")
     return f"{text[:12]} in place of everything"
 
 
-def _json_encoding(path: Path, random: Random, marker: str) -> str:
+def _json_encoding(path: Path, random: Random, room: Room) -> str:
     text = path.read_text(encoding="utf-8")
     how = random.choice(("utf-16", "utf-8-sig", "utf-32"))
     path.write_bytes(text.encode(how))
@@ -207,21 +211,21 @@ def _lines(path: Path) -> list[bytes]:
     return lines[:-1]
 
 
-def _row_field(path: Path, random: Random, marker: str) -> Any:
+def _row_field(path: Path, random: Random, room: Room) -> Any:
     lines = _lines(path)
     place = random.randrange(len(lines))
     try:
         row = json.loads(lines[place])
     except ValueError:
         raise Unfit from None
-    row, what, where, payload = _changed(row, random)
+    row, what, where, payload = _changed(row, random, room)
     lines[place] = _dumped(row, ensure_ascii=False).encode()
     path.write_bytes(b"\n".join(lines) + b"\n")
     more = {"payload": payload, "path": where}
     return f"line {place + 1}, {'.'.join(map(str, where)) or 'everything'}: {what}", _names(where), more
 
 
-def _row_order(path: Path, random: Random, marker: str) -> Any:
+def _row_order(path: Path, random: Random, room: Room) -> Any:
     lines = _lines(path)
     place, other = random.randrange(len(lines)), random.randrange(len(lines))
     how = random.choice(("removed", "twice", "swapped", "blank", "cut", "no object"))
@@ -241,7 +245,7 @@ def _row_order(path: Path, random: Random, marker: str) -> Any:
     return f"line {place + 1}: {how}"
 
 
-def _changed(value: Any, random: Random) -> tuple[Any, str, tuple, bool]:
+def _changed(value: Any, random: Random, room: Room) -> tuple[Any, str, tuple, bool]:
     """One field of a JSON value changed; what was done, where, and whether the result is what a person could have written
     in the same place."""
     places = list(_places(value))
@@ -250,8 +254,9 @@ def _changed(value: Any, random: Random) -> tuple[Any, str, tuple, bool]:
     if not where:
         if not isinstance(value, dict):
             raise Unfit
-        value[random.choice(("unknown_field", "", "__class__", "weights"))] = random.choice((1, None, [1], {"a": 1}))
-        return value, "a field added", where, False
+        name = random.choice(("unknown_field", "__class__", "weights"))
+        value[name] = random.choice((1, None, [1], {"a": 1}))
+        return value, "a field added", (name,), False
     parent = value
     for key in where[:-1]:
         parent = parent[key]
@@ -268,7 +273,7 @@ def _changed(value: Any, random: Random) -> tuple[Any, str, tuple, bool]:
     if kind == "outside":
         if not (isinstance(old, str) and old.endswith((".safetensors", ".json", ".jsonl", ".npy"))):
             raise Unfit
-        parent[key] = random.choice(("../outside/", os.environ["FUZZ_OUTSIDE"] + "/", "/nowhere/")) + old
+        parent[key] = random.choice(("../outside/", f"{room.outside}/", "/nowhere/")) + old
         return value, f"{parent[key]!r}, outside the folder", where, False
     new, payload = _other(old, kind, random)
     if isinstance(new, type(old)) and new == old:
@@ -278,7 +283,20 @@ def _changed(value: Any, random: Random) -> tuple[Any, str, tuple, bool]:
 
 
 _FIELD_KINDS = ("removed",) * 3 + ("type",) * 4
-_FIELD_KINDS += ("renamed", "NaN", "infinite", "negative", "huge", "fraction", "zero", "deep", "empty", "longer", "swap", "outside")
+_FIELD_KINDS += (
+    "renamed",
+    "NaN",
+    "infinite",
+    "negative",
+    "huge",
+    "fraction",
+    "zero",
+    "deep",
+    "empty",
+    "longer",
+    "swap",
+    "outside",
+)
 
 
 def _other(old: Any, kind: str, random: Random) -> tuple[Any, bool]:
@@ -341,7 +359,7 @@ _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2,
 _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
 
 
-class _Tensor(NamedTuple):
+class Tensor(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     data: bytes
@@ -352,13 +370,13 @@ class _Tensor(NamedTuple):
             raise Unfit
         return np.frombuffer(self.data, _NUMPY[self.dtype]).reshape(self.shape).copy()
 
-    def holding(self, array: np.ndarray, dtype: Optional[str] = None) -> _Tensor:
+    def holding(self, array: np.ndarray, dtype: Optional[str] = None) -> Tensor:
         dtype = dtype or self.dtype
         with np.errstate(all="ignore"):
-            return _Tensor(dtype, array.shape, np.ascontiguousarray(array).astype(_NUMPY[dtype]).tobytes())
+            return Tensor(dtype, array.shape, np.ascontiguousarray(array).astype(_NUMPY[dtype]).tobytes())
 
 
-Tensors = dict[str, _Tensor]
+Tensors = dict[str, Tensor]
 
 
 def read_safetensors(path: Path) -> tuple[Tensors, Optional[dict[str, str]]]:
@@ -369,7 +387,7 @@ def read_safetensors(path: Path) -> tuple[Tensors, Optional[dict[str, str]]]:
     tensors = {}
     for name, entry in header.items():
         start, end = entry["data_offsets"]
-        tensors[name] = _Tensor(entry["dtype"], tuple(entry["shape"]), payload[start:end])
+        tensors[name] = Tensor(entry["dtype"], tuple(entry["shape"]), payload[start:end])
     return tensors, metadata
 
 
@@ -403,7 +421,7 @@ def _any(names: Iterable[str], random: Random) -> str:
     return random.choice(names)
 
 
-def _tensor_list(path: Path, random: Random, marker: str) -> Any:
+def _tensor_list(path: Path, random: Random, room: Room) -> Any:
     """Tensors removed, added, renamed, swapped."""
     tensors, metadata = read_safetensors(path)
     name = _any(tensors, random)
@@ -440,7 +458,7 @@ def _tensor_list(path: Path, random: Random, marker: str) -> Any:
     return f"{name}: {how} {fields[-1] if fields[-1] != name else ''}".strip(), fields, {"payload": payload}
 
 
-def _tensor_values(path: Path, random: Random, marker: str) -> Any:
+def _tensor_values(path: Path, random: Random, room: Room) -> Any:
     """Other numbers of the same shape and type."""
     tensors, metadata = read_safetensors(path)
     name = _any(tensors, random)
@@ -451,7 +469,9 @@ def _tensor_values(path: Path, random: Random, marker: str) -> Any:
     flat = array.reshape(-1)
     place = random.randrange(flat.size)
     floats = array.dtype.kind == "f"
-    how = random.choice(("negated", "zeroed", "NaN", "one NaN", "infinite", "huge", "one changed", "rolled", "row twice"))
+    how = random.choice(
+        ("negated", "zeroed", "NaN", "one NaN", "infinite", "huge", "one changed", "rolled", "row twice")
+    )
     with np.errstate(all="ignore"):
         if how == "negated":
             array = -array
@@ -466,7 +486,9 @@ def _tensor_values(path: Path, random: Random, marker: str) -> Any:
                 raise Unfit
             array[0] = array[-1]
         elif how == "huge":
-            array = np.full_like(array, 3e38 if array.dtype.itemsize >= 4 else 6e4) if floats else ~np.zeros_like(array)
+            array = (
+                np.full_like(array, 3e38 if array.dtype.itemsize >= 4 else 6e4) if floats else ~np.zeros_like(array)
+            )
         elif floats:
             value = np.inf if how == "infinite" else np.nan
             if how == "one NaN":
@@ -480,7 +502,7 @@ def _tensor_values(path: Path, random: Random, marker: str) -> Any:
     return f"{name}: {how}", [name], {"payload": True}
 
 
-def _tensor_bits(path: Path, random: Random, marker: str) -> Any:
+def _tensor_bits(path: Path, random: Random, room: Room) -> Any:
     """Bits of the numbers flipped."""
     content = bytearray(path.read_bytes())
     header, payload = _header(bytes(content))
@@ -495,12 +517,14 @@ def _tensor_bits(path: Path, random: Random, marker: str) -> Any:
     return f"{name}: a bit flipped", [name], {"payload": True}
 
 
-def _tensor_form(path: Path, random: Random, marker: str) -> Any:
+def _tensor_form(path: Path, random: Random, room: Room) -> Any:
     """Another dtype, or another shape."""
     tensors, metadata = read_safetensors(path)
     name = _any(tensors, random)
     old = tensors[name]
-    how = random.choice(("cast", "cast", "relabelled", "broadcasts", "broadcasts", "transposed", "flat", "longer", "leading", "scalar"))
+    how = random.choice(
+        ("cast", "cast", "relabelled", "broadcasts", "broadcasts", "transposed", "flat", "longer", "leading", "scalar")
+    )
     if how == "cast":
         dtype = random.choice([each for each in _NUMPY if each != old.dtype])
         with np.errstate(all="ignore"):
@@ -541,13 +565,27 @@ def _tensor_form(path: Path, random: Random, marker: str) -> Any:
     return f"{name}: {how}", [name]
 
 
-def _header_lies(path: Path, random: Random, marker: str) -> Any:
+def _header_lies(path: Path, random: Random, room: Room) -> Any:
     """A header that doesn't fit what follows."""
     content = path.read_bytes()
     header, payload = _header(content)
     names = sorted(name for name in header if name != "__metadata__")
     name, other = _any(names, random), _any(names, random)
-    how = random.choice(("length", "length", "overlap", "beyond", "backwards", "negative", "huge shape", "dtype", "field", "json", "deep"))
+    how = random.choice(
+        (
+            "length",
+            "length",
+            "overlap",
+            "beyond",
+            "backwards",
+            "negative",
+            "huge shape",
+            "dtype",
+            "field",
+            "json",
+            "deep",
+        )
+    )
     if how == "length":
         size = random.choice((0, 1, len(content), 2**31, 2**40, 2**63, 2**64 - 1, len(content) - len(payload) - 9))
         path.write_bytes(struct.pack("<Q", size) + content[8:])
@@ -582,7 +620,7 @@ def _header_lies(path: Path, random: Random, marker: str) -> Any:
     return f"{name}: {how} in the header", [name]
 
 
-def _metadata(path: Path, random: Random, marker: str) -> Any:
+def _metadata(path: Path, random: Random, room: Room) -> Any:
     """The header's free texts."""
     header, payload = _header(path.read_bytes())
     metadata = header.get("__metadata__")
@@ -605,7 +643,7 @@ def _metadata(path: Path, random: Random, marker: str) -> Any:
 # ---- npy
 
 
-def _npy(path: Path, random: Random, marker: str) -> Any:
+def _npy(path: Path, random: Random, room: Room) -> Any:
     content = path.read_bytes()
     if content[:6] != b"\x93NUMPY":
         raise Unfit
@@ -619,7 +657,9 @@ def _npy(path: Path, random: Random, marker: str) -> Any:
         return "a bit of the numbers flipped", (), {"payload": True}
     if how == "NaN":
         place = random.randrange(len(payload) // 4) * 4
-        path.write_bytes(content[: 10 + size] + payload[:place] + struct.pack("<f", float("nan")) + payload[place + 4 :])
+        path.write_bytes(
+            content[: 10 + size] + payload[:place] + struct.pack("<f", float("nan")) + payload[place + 4 :]
+        )
         return "a NaN among the numbers", (), {"payload": True}
     if how == "length":
         path.write_bytes(content[:8] + struct.pack("<H", random.choice((0, 1, 65535))) + content[10:])
@@ -629,11 +669,13 @@ def _npy(path: Path, random: Random, marker: str) -> Any:
         return "another version"
     if how == "shape":
         rows, width = header["shape"]
-        header["shape"] = random.choice(((rows * width,), (width, rows), (rows - 1, width), (2**40, width), (1, width), (-1, width), ()))
+        header["shape"] = random.choice(
+            ((rows * width,), (width, rows), (rows - 1, width), (2**40, width), (1, width), (-1, width), ())
+        )
     elif how == "dtype":
         header["descr"] = random.choice(("<i4", ">f4", "<f8", "<f2", "|b1", "<U1", "V4", "nonsense"))
     elif how == "pickle":
-        header["descr"], payload = "|O", f"cos\nsystem\n(S'touch {marker}'\ntR.".encode()
+        header["descr"], payload = "|O", f"cos\nsystem\n(S'touch {room.marker}'\ntR.".encode()
     elif how == "order":
         header["fortran_order"] = True
     else:
@@ -644,8 +686,8 @@ def _npy(path: Path, random: Random, marker: str) -> Any:
     return f"{how}: {header}", ["shape", "descr"]
 
 
-_JSON: list[Callable[[Path, Random, str], Any]] = [_json_field] * 10 + [_json_top, _json_encoding]
-_ROWS: list[Callable[[Path, Random, str], Any]] = [_row_field] * 6 + [_row_order] * 3
-_TENSORS: list[Callable[[Path, Random, str], Any]] = [_tensor_list] * 3 + [_tensor_values] * 3 + [_tensor_form] * 3
+_JSON: list[Callable[[Path, Random, Room], Any]] = [_json_field] * 10 + [_json_top, _json_encoding]
+_ROWS: list[Callable[[Path, Random, Room], Any]] = [_row_field] * 6 + [_row_order] * 3
+_TENSORS: list[Callable[[Path, Random, Room], Any]] = [_tensor_list] * 3 + [_tensor_values] * 3 + [_tensor_form] * 3
 _TENSORS += [_tensor_bits, _header_lies, _header_lies, _metadata]
 _OF_ENDING = {".json": _JSON, ".jsonl": _ROWS, ".safetensors": _TENSORS, ".npy": [_npy], ".partial": [_npy]}

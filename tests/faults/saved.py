@@ -194,10 +194,7 @@ _TENSORS = {
 
 
 def _foreign(layer: Callable[..., dict], quantization: dict[str, Any]) -> list[Saved]:
-    return [
-        Saved(_write_foreign(layer, quantization, shards), _use_packed, foreign=True)
-        for shards in (1, 2)
-    ]
+    return [Saved(_write_foreign(layer, quantization, shards), _use_packed, foreign=True) for shards in (1, 2)]
 
 
 # ---- detectors
@@ -241,7 +238,9 @@ def _write_ood(detector: str, adapter: bool) -> Callable[[Path], None]:
                 model = get_peft_model(model, BottleneckConfig(bottleneck_dim=4, task_type="SEQ_CLS"))
                 move_adapter(model, strength=0.3)
         texts, labels = _words()
-        pipeline = OODPipeline.fit(model, tiny_tokenizer(), texts, labels, texts, detector, label_names=["a", "b", "c"])
+        pipeline = OODPipeline.fit(
+            model, tiny_tokenizer(), texts, labels, texts, detector, label_names=["a", "b", "c"]
+        )
         pipeline.save_pretrained(folder)
 
     return build
@@ -262,7 +261,9 @@ def _write_palp(head: str) -> Callable[[Path], None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             options: dict[str, Any] = {"template": "Review: {text}\nSentiment:", "random_state": 0}
-            palp = PALPClassifier(byte_model("llama"), tokenizer_for("llama"), head=head, demonstrations="per-class", **options)
+            palp = PALPClassifier(
+                byte_model("llama"), tokenizer_for("llama"), head=head, demonstrations="per-class", **options
+            )
             palp.fit(_TEXTS, ["good"] * 4 + ["bad"] * 4).save_pretrained(folder)
 
     return build
