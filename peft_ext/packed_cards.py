@@ -44,6 +44,7 @@ from peft_ext.models import DEFAULT_MODEL
 from peft_ext.quant.conversion import packed_layers
 from peft_ext.quant.formats import CALIBRATED, NumberFormat, Uniform
 from peft_ext.registration import TUNERS, extend_method
+from peft_ext.whole_saves import model_saved_whole, on_adapter_saving
 
 
 PAPERS = {
@@ -203,6 +204,7 @@ def install() -> None:
     """
     saved_adapters.listen("model cards", _on_adapter_saved)
     extend_method(PreTrainedModel, "save_pretrained", _on_model_saved)
+    extend_method(PeftModel, "save_pretrained", on_adapter_saving(_is_adapter_of_ours))
     extend_method(PushToHubMixin, "_upload_modified_files", _on_upload)
 
 
@@ -245,14 +247,15 @@ def _on_adapter_saved(model: Any, adapter_name: str, folder: Path) -> None:
 def _on_model_saved(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def save_pretrained(self: PreTrainedModel, save_directory: Any, is_main_process: bool = True, *args, **kwargs):
-        original(self, save_directory, is_main_process, *args, **kwargs)
-        folder = Path(save_directory)
-        # an upload has written it already, with the repository's name
-        if is_main_process and not kwargs.get("push_to_hub") and folder.is_dir():
-            with _said():
-                card = card_of(self, folder)
-                if card is not None:
-                    write_card(card, folder)
+        with model_saved_whole(self, save_directory, is_main_process, kwargs) as path:
+            original(self, path, is_main_process, *args, **kwargs)
+            folder = Path(path)
+            # an upload has written it already, with the repository's name
+            if is_main_process and not kwargs.get("push_to_hub") and folder.is_dir():
+                with _said():
+                    card = card_of(self, folder)
+                    if card is not None:
+                        write_card(card, folder)
 
     return save_pretrained
 

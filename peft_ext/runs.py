@@ -3,23 +3,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-import logging
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
-from peft_ext.files import check_folder_writable, sweep, write_json, written_whole
+from peft_ext.files import check_folder_writable, held, sweep, write_json, written_whole
+from peft_ext.trainer_checkpoints import drop_checkpoints, last_checkpoint
 
 
-logger = logging.getLogger(__name__)
+__all__ = [
+    "Difference",
+    "RunFolder",
+    "StagedRun",
+    "differences",
+    "digest",
+    "drop_checkpoints",
+    "last_checkpoint",
+    "lock",
+    "open_file",
+    "other_folder",
+    "plain",
+    "read_settings",
+    "write_settings",
+]
 PathLike = Union[str, os.PathLike]
 _FORMAT = 1
-_CHECKPOINTS = "checkpoint-*"  # as transformers' Trainer names them
 
 
 class Difference(NamedTuple):
@@ -100,26 +113,6 @@ def write_settings(path: Path, settings: Mapping[str, Any]) -> None:
         partial.write_text(_yaml().safe_dump(dict(settings)), encoding="utf-8")
 
 
-def last_checkpoint(folder: PathLike) -> Optional[str]:
-    """The newest of Trainer's checkpoints that is complete; those that a kill left incomplete are removed."""
-    checkpoints = sorted(Path(folder).glob(_CHECKPOINTS), key=lambda path: int(path.name.rpartition("-")[2]))
-    while checkpoints:
-        try:
-            # the Trainer writes it last
-            json.loads((checkpoints[-1] / "trainer_state.json").read_text(encoding="utf-8"))
-            return str(checkpoints[-1])
-        except (OSError, ValueError):
-            logger.warning("%s is incomplete (a kill while it was written) and is removed.", checkpoints[-1])
-            shutil.rmtree(checkpoints.pop(), ignore_errors=True)
-    return None
-
-
-def drop_checkpoints(folder: PathLike) -> None:
-    """Remove Trainer's checkpoints, once what they led to is written."""
-    for checkpoint in Path(folder).glob(_CHECKPOINTS):
-        shutil.rmtree(checkpoint, ignore_errors=True)
-
-
 def lock(path: PathLike) -> Any:
     """A lock that the system opens when its process ends, however it ends: a `filelock.FileLock`.
 
@@ -154,6 +147,7 @@ class RunFolder:
             raise ValueError(f"{argument} is missing: pass --{argument}, the folder to write the run to.")
         self.folder, self.argument = Path(folder).expanduser().resolve(), argument
         self._settings, self._result = self.folder / settings_file, self.folder / result_file
+        self._held = contextlib.ExitStack()
 
     def path(self, name: str) -> Path:
         """Where a file or folder of the run lies."""
@@ -181,7 +175,7 @@ class RunFolder:
 
         Raises:
             FileExistsError: If the folder holds something else, or a run with other settings; names what differs.
-            OSError: If it can't be written.
+            OSError: If it can't be written, or another process works on it.
         """
         here = f"{self.argument}={str(self.folder)!r}"
         if self.folder.exists() and not self.folder.is_dir():
@@ -197,11 +191,21 @@ class RunFolder:
             )
         check_folder_writable(self.folder, self.argument)
         sweep(self.folder)
-        return self.result
+        result = self.result
+        if result is None and self.folder.is_dir():
+            with self._alone():
+                pass
+        return result
 
     def start(self, settings: Mapping[str, Any], begun: bool = True) -> None:
-        """Make the folder and write the settings, unless they are there and the run has begun."""
+        """Make the folder and write the settings, unless they are there and the run has begun; from here to [`finish`], other
+        processes are kept out (those of one launcher excepted).
+
+        Raises:
+            BlockingIOError: If another process works on the run.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._held.enter_context(self._alone())
         if not (begun and self._settings.is_file()):
             write_settings(self._settings, plain(settings))
 
@@ -211,9 +215,15 @@ class RunFolder:
         self.start(settings, begun)
         return result
 
+    def _alone(self) -> contextlib.AbstractContextManager[Any]:
+        """Keeps other processes out; of a launcher's, the first does."""
+        first = os.environ.get("RANK", "0") == "0"
+        return held(self.folder, self.argument) if first else contextlib.nullcontext()
+
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write the result, which makes the run complete."""
         write_json(self._result, result)
+        self._held.close()
 
 
 class StagedRun:
@@ -228,6 +238,7 @@ class StagedRun:
 
     def __init__(self, folder: PathLike, renamed: Optional[Mapping[str, str]] = None) -> None:
         self.folder, self.renamed = Path(folder), renamed or {}
+        self._digests: dict[str, tuple[Any, str]] = {}
 
     def path(self, name: str) -> Path:
         """Where a file or folder of the run lies."""
@@ -270,10 +281,10 @@ class StagedRun:
             False if it has finished from the same inputs.
 
         Raises:
-            ValueError: If it began with another config, or from inputs that have changed since.
+            ValueError: If it began with another config, or from inputs that have changed since, or what it wrote has.
         """
         self.check(stage, config)
-        stored, hashes = self.manifest(stage), {name: digest(self.path(name)) for name in inputs}
+        stored, hashes = self.manifest(stage), {name: self._digest(name) for name in inputs}
         if stored is not None:
             changed = [name for name, value in hashes.items() if stored["inputs"].get(name) != value]
             if changed:
@@ -282,6 +293,7 @@ class StagedRun:
                     f"Put them back, or start a new run: run_dir={str(other_folder(self.folder))!r}"
                 )
             if stored["done"] and all(self.path(name).exists() for name in stored["outputs"]):
+                self._check_outputs(stage, stored["outputs"])
                 return False
         begun = {"config": plain(config), "inputs": hashes, "outputs": {}, "counts": {}, "done": False}
         self._write(stage, {**begun, "seconds": self._spent(stage, stored)})
@@ -301,11 +313,30 @@ class StagedRun:
         begun = self.manifest(stage)
         if begun is None:
             raise ValueError(f"stage={stage!r} has not begun.")
-        hashes = {name: digest(self.path(name)) for name in outputs}
+        hashes = {name: self._digest(name) for name in outputs}
         seconds += begun.get("seconds", 0.0)
         self._write(
             stage, {**begun, "outputs": hashes, "counts": plain(counts or {}), "seconds": seconds, "done": True}
         )
+
+    def _check_outputs(self, stage: str, outputs: Mapping[str, str]) -> None:
+        changed = [name for name, value in outputs.items() if self._digest(name) != value]
+        if changed:
+            raise ValueError(
+                f"stage {stage!r} in {str(self.folder)!r} is done, but what it wrote has changed since: {', '.join(changed)}. "
+                f"Put it back; or delete it, and the stage makes it again; or start a new run: "
+                f"run_dir={str(other_folder(self.folder))!r}"
+            )
+
+    def _digest(self, name: str) -> str:
+        """[`digest`] of what lies in the run; read again only if sizes or times of its files have changed."""
+        path = self.path(name)
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        state = [(str(file), stat.st_size, stat.st_mtime_ns, stat.st_ino) for file in files if (stat := _stat(file))]
+        known = self._digests.get(name)
+        if known is None or known[0] != state:
+            known = self._digests[name] = state, digest(path)
+        return known[1]
 
     def _spent(self, stage: str, stored: Optional[dict[str, Any]]) -> float:
         """How long a stage ran before it was interrupted: until the newest file of the run, as stages run one by one."""
@@ -346,6 +377,10 @@ def open_file(path: Optional[PathLike], settings: Any, renamed: Optional[Mapping
     if stored is None:
         write_settings(beside, plain(settings))
     return target
+
+
+def _stat(path: Path) -> Optional[os.stat_result]:
+    return path.stat() if path.exists() else None
 
 
 def _renamed(settings: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

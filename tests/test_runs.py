@@ -8,8 +8,9 @@ import os
 
 import pytest
 
+from peft_ext import files
 from peft_ext.rows import write_rows
-from peft_ext.runs import RunFolder, StagedRun, differences, digest, drop_checkpoints, last_checkpoint, open_file
+from peft_ext.runs import RunFolder, StagedRun, differences, digest, open_file
 
 
 def test_a_finished_stage_is_skipped_and_an_unfinished_one_goes_on(tmp_path):
@@ -141,13 +142,43 @@ def test_a_folder_that_is_no_run(tmp_path):
         RunFolder(tmp_path).check({})
 
 
-def test_the_newest_complete_checkpoint(tmp_path, caplog):
-    assert last_checkpoint(tmp_path) is None
-    for step, state in ((9, "{}"), (10, "{}"), (100, '{"global_st'), (101, None)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if state is not None:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
-    assert "checkpoint-100 is incomplete" in caplog.text and not (tmp_path / "checkpoint-101").exists()
-    drop_checkpoints(tmp_path)
-    assert not os.listdir(tmp_path)
+def test_what_a_finished_stage_wrote_has_changed(tmp_path):
+    run = StagedRun(tmp_path / "run")
+    assert run.begin("first", {"a": 1})
+    write_rows(run.path("out.jsonl"), [{"id": number} for number in range(100)])
+    run.path("model").mkdir()
+    (run.path("model") / "weights").write_text("x")
+    run.finish("first", ["out.jsonl", "model"])
+    assert not run.begin("first", {"a": 1})
+    lines = run.path("out.jsonl").read_text().splitlines(True)
+    run.path("out.jsonl").write_text("".join(lines[:10]))
+    for again in (run, StagedRun(tmp_path / "run")):
+        with pytest.raises(
+            ValueError, match="stage 'first' .* is done, but what it wrote has changed since: out.jsonl. "
+        ):
+            again.begin("first", {"a": 1})
+    run.path("out.jsonl").write_text("".join(lines))
+    (run.path("model") / "weights").write_text("y")
+    with pytest.raises(ValueError, match="has changed since: model. .*or delete it, and the stage makes it again"):
+        run.begin("first", {"a": 1})
+    (run.path("model") / "weights").unlink()
+    run.path("model").rmdir()
+    assert run.begin("first", {"a": 1}), "it is gone, so it is made again"
+
+
+def test_two_processes_on_one_run(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.open({"a": 1})
+    reader, writer = os.pipe()
+    process = os.fork()
+    if process == 0:
+        files._HOLDS.clear()  # as in a process that wasn't forked off
+        try:
+            RunFolder(tmp_path / "run").check({"a": 1})
+        except BlockingIOError as error:
+            os.write(writer, str(error).encode())
+        os._exit(0)
+    os.waitpid(process, 0)
+    assert "another process works in it" in os.read(reader, 1000).decode()
+    run.finish({"figure": 1})
+    assert RunFolder(tmp_path / "run").check({"a": 1}) == {"figure": 1}

@@ -38,8 +38,8 @@ from generation_ext.critic.rollouts import Rollout, RolloutSampler, encode, fill
 from generation_ext.critic.run_files import RunFiles
 from generation_ext.critic.training_config import CriticConfig
 from generation_ext.critic.value import Critic
+from peft_ext import trainer_checkpoints
 from peft_ext.language_model import adapters_fingerprint
-from peft_ext.runs import last_checkpoint
 
 
 __all__ = ["CriticConfig", "CriticTrainer"]
@@ -145,20 +145,23 @@ class CriticTrainer(Trainer):
         """
         self._resuming = resume_from_checkpoint not in (None, False)
         self._iteration = None
-        if self._resuming:
-            self._files.check(self._settings())
-            if resume_from_checkpoint is True:
-                # Trainer refuses True where there is none, which is right unless roll-outs were collected
-                resume_from_checkpoint = last_checkpoint(str(self.args.output_dir)) or not self._files.started
-        else:
-            with self.args.main_process_first(desc="clearing old roll-outs"):
-                if self.is_world_process_zero():
-                    self._files.start(self._settings())
-        try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        finally:
-            self._data.items = []
-            self._resuming = False
+        with trainer_checkpoints.going_on(self, resume_from_checkpoint) as checkpoint:
+            if self._resuming:
+                self._files.check(self._settings())
+                if checkpoint is None and not self._files.started:
+                    raise ValueError(
+                        f"resume_from_checkpoint={resume_from_checkpoint!r}: {str(self.args.output_dir)!r} has neither a "
+                        "complete checkpoint nor roll-outs; leave it out to start a run."
+                    )
+            else:
+                with self.args.main_process_first(desc="clearing old roll-outs"):
+                    if self.is_world_process_zero():
+                        self._files.start(self._settings())
+            try:
+                return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            finally:
+                self._data.items = []
+                self._resuming = False
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of this process's own roll-outs; accelerate has nothing to distribute."""

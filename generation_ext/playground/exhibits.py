@@ -5,7 +5,6 @@ well under a minute on two cores, and kept in a folder for the next time."""
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +21,7 @@ from generation_ext.granularity.modeling import CDNPGConfig, CDNPGForConditional
 from generation_ext.granularity.tokenizer import train_tokenizer
 from generation_ext.granularity.training import paraphrase_trainer
 from peft_ext import AdapterPool, PeqaConfig, load, load_text, load_tokenizer, token_blocks
-from peft_ext.files import written_whole
+from peft_ext.files import scratch, written_whole
 from peft_ext.ood import OODPipeline
 from peft_ext.text import PYTHON_DOCS
 
@@ -94,9 +93,9 @@ class Exhibits:
         if not folder.is_dir():
             folder.parent.mkdir(parents=True, exist_ok=True)
             # the caller may be in no_grad: what it asked for is trained all the same
-            with written_whole(folder) as partial, tempfile.TemporaryDirectory() as scratch, torch.enable_grad():
+            with written_whole(folder) as partial, scratch("playground") as work, torch.enable_grad():
                 partial.mkdir(parents=True, exist_ok=True)
-                write(partial, scratch)
+                write(partial, str(work))
         return folder
 
     def _write_base(self, folder: Path, scratch: str) -> None:

@@ -9,7 +9,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from peft_ext.files import allocate, held, written_whole
 from peft_ext.runs import differences, plain, read_settings, write_settings
 
 
@@ -31,6 +34,8 @@ class FeatureFile:
     Raises:
         ValueError: If the path doesn't end in .npy, or what lies there was made with other settings.
         FileNotFoundError: If its folder doesn't exist.
+        BlockingIOError: If another process fills the file.
+        OSError: If the disk has no room for it; names the file and the bytes.
     """
 
     def __init__(self, path: Path, shape: tuple[int, int], settings: Mapping[str, Any]) -> None:
@@ -44,7 +49,9 @@ class FeatureFile:
         )
         self._check(plain(settings))
         self.finished = path.is_file()
-        if not self.finished:
+        if self.finished:
+            self._done_file.unlink(missing_ok=True)  # of a kill within `finish`
+        else:
             self._open()
 
     def mark(self, rows: Sequence[int]) -> None:
@@ -59,6 +66,7 @@ class FeatureFile:
         del self.features, self.done, self._done
         os.replace(self._partial, self.path)
         self._done_file.unlink()
+        self._held.close()
         self.finished = True
 
     def read(self) -> np.ndarray:
@@ -81,18 +89,36 @@ class FeatureFile:
             )
 
     def _open(self) -> None:
-        whole = self._partial.is_file() and self._done_file.is_file()
-        whole = whole and self._done_file.stat().st_size == self.shape[0]
+        """Hold the partial file against other processes, and map it and what is known of its rows."""
+        self._held = contextlib.ExitStack()
         if not self.shape[0]:  # nothing can be mapped
-            np.save(self.path, np.zeros(self.shape, np.float32))
+            with written_whole(self.path) as path, open(path, "wb") as file:  # np.save adds an ending
+                np.save(file, np.zeros(self.shape, np.float32))
             self.finished = True
             return
-        if not whole:
-            np.lib.format.open_memmap(self._partial, mode="w+", dtype=np.float32, shape=self.shape).flush()
-            self._done_file.write_bytes(bytes(self.shape[0]))
+        if self._partial.is_file():
+            self._held.enter_context(held(self._partial, "output"))
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(
+            header,
+            {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": self.shape},
+        )
+        size = len(header.getvalue()) + 4 * self.shape[0] * self.shape[1]
+        if not (_has_size(self._partial, size) and _has_size(self._done_file, self.shape[0])):
+            # the record first: it must not tell of rows of an older file
+            self._done_file.unlink(missing_ok=True)
+            allocate(self._partial, size)
+            with open(self._partial, "r+b") as file:
+                file.write(header.getvalue())
+            allocate(self._done_file, self.shape[0])
+            self._held.enter_context(held(self._partial, "output"))
         self.features = np.lib.format.open_memmap(self._partial, mode="r+")
         self._done = np.memmap(self._done_file, dtype=np.uint8, mode="r+")
         self.done = self._done.view(bool)
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def digest_of_texts(texts: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from torch import nn
 
 from generation_ext.prompts import Task
 from peft_ext import models
-from peft_ext.files import written_whole
+from peft_ext.files import check_digests, digests, written_whole
 from peft_ext.language_model import adapters_fingerprint, base_fingerprint, other_adapters
 from peft_ext.language_model import base_name as name_of
 from peft_ext.model_card import README, Card, write_card
@@ -43,15 +43,15 @@ def write(folder: Path, model: Any, content: Mapping[str, Any], arrays: Mapping[
     others = [path for path in folder.iterdir() if path.name != README] if folder.is_dir() else []
     if folder.exists() and not (folder / JSON).is_file() and (others or not folder.is_dir()):
         raise FileExistsError(f"folder={str(folder)!r} holds something else; choose another one.")
-    with written_whole(folder) as partial:
+    with written_whole(folder, keep=True) as partial:
         partial.mkdir()
-        whole = {"format": FORMAT, "base_model": base, **content}
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial / ARRAYS)
+        whole = {"format": FORMAT, "base_model": base, **content, "files": digests(partial)}
         text = json.dumps(whole, indent=1, ensure_ascii=False, default=_plain)
         (partial / JSON).write_text(text + "\n", encoding="utf-8")
         if (folder / README).is_file():
             shutil.copy(folder / README, partial)
         write_card(card, partial)
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial / ARRAYS)
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -66,6 +66,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     try:
         content = json.loads((folder / JSON).read_text(encoding="utf-8"))
         version = content["format"]
+        check_digests(folder, content.get("files"), JSON)
         arrays = load_file(folder / ARRAYS)
     except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
         raise ValueError(f"{str(folder)!r} is damaged ({error}); fit and save the classifier again.") from error

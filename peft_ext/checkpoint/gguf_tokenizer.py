@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any, Optional
 
 from tokenizers import Regex, pre_tokenizers
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from peft_ext.files import scratch
 
 
 # llama.cpp tells pre-tokenizers apart by what becomes of this text.
@@ -79,7 +80,7 @@ def add_tokenizer(
     if sentencepiece:
         writer.add_token_scores(_scores(tokens, model["merges"]))
         writer.add_add_space_prefix(tokenizer.tokenize("a")[0].startswith(_SPACE))
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch("gguf-tokenizer") as folder:
         tokenizer.save_pretrained(folder)
         config.to_json_file(str(Path(folder, "config.json")))
         special = gguf.SpecialVocab(folder, load_merges=not sentencepiece, n_vocab=vocab_size)

@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import SFTTrainer
 
-from peft_ext import AlphaTuningConfig, PeqaConfig
+from peft_ext import AlphaTuningConfig, PeqaConfig, trainer_checkpoints
 from peft_ext.command_line import note, parse, show
 from peft_ext.commands.packed_base import (
     BASE,
@@ -39,7 +39,7 @@ from peft_ext.models import load, load_tokenizer
 from peft_ext.packed_cards import adapter_card
 from peft_ext.perplexity import example_perplexity
 from peft_ext.quant.conversion import packed_layers
-from peft_ext.runs import RunFolder, last_checkpoint, read_settings
+from peft_ext.runs import RunFolder, read_settings
 from peft_ext.scale_tuning.config import ScaleTuningConfig
 from peft_ext.scale_tuning.model import check_targets
 from peft_ext.tables import mebibytes, pairs
@@ -229,6 +229,8 @@ def _quantize(
         run_folder.start(settings)
         measured = write_base(model, args, config, run_folder.path("base"), data, tokenizer)
         write_json(run_folder.path("before.json"), measured)
+    else:
+        run_folder.start(settings)
     return measured
 
 
@@ -247,7 +249,7 @@ def _train(
     checkpoints = run / "checkpoints"
     training.output_dir = str(checkpoints)
     trainer = sft_trainer(model, training, data.train, tokenizer)
-    trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+    trainer_checkpoints.train(trainer)
     return trainer
 
 

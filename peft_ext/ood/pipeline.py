@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
@@ -15,7 +16,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import PushToHubMixin
 
-from peft_ext.files import write_json
+from peft_ext.files import check_digests, digests, write_json, written_whole
 from peft_ext.hub import fetched
 from peft_ext.language_model import unwrapped
 from peft_ext.model_card import README, Card, note_measured, write_card
@@ -29,6 +30,7 @@ from peft_ext.ood.metrics import threshold_for_recall
 
 _CONFIG = "ood_pipeline.json"
 _FORMAT = 1
+_PARTS = ("model", "tokenizer", "detector")  # a folder for each
 
 
 class Prediction(NamedTuple):
@@ -142,10 +144,17 @@ class OODPipeline(PushToHubMixin):
             **kwargs: Of `push_to_hub`, such as `repo_id`, `private` and `token`.
         """
         folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(folder / "model")
-        self.tokenizer.save_pretrained(folder / "tokenizer")
-        self.detector.save_pretrained(folder / "detector")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(folder, keep=True, stale=lambda name: name.partition("/")[0] in _PARTS) as partial:
+            self._write(partial, folder)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+
+    def _write(self, folder: Path, before: Path) -> None:
+        """Write everything into a new folder; `before` may hold a card that a user has edited."""
+        folder.mkdir()
+        for part, saved in zip(_PARTS, (self.model, self.tokenizer, self.detector)):
+            saved.save_pretrained(folder / part)
         base = unwrapped(self.model)
         pooled = isinstance(base, PooledClassifier)
         config = {
@@ -161,10 +170,11 @@ class OODPipeline(PushToHubMixin):
         }
         # of the adapter alone, which nobody loads by itself
         (folder / "model" / README).unlink(missing_ok=True)
+        files = digests(folder)
+        if (before / README).is_file():
+            shutil.copy(before / README, folder)
         write_card(self.model_card(), folder)
-        write_json(folder / _CONFIG, config)  # last: a folder with it is whole
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+        write_json(folder / _CONFIG, {**config, "files": files})
 
     def model_card(self, token: Any = None, online: bool = False) -> Card:
         """What `save_pretrained` and `push_to_hub` write into README.md; see `peft_ext.model_card`."""
@@ -183,7 +193,7 @@ class OODPipeline(PushToHubMixin):
 
         Raises:
             FileNotFoundError: If a folder has no such file.
-            ValueError: If it was written by a later version.
+            ValueError: If it was written by a later version, or a file isn't the one that was saved with the others.
         """
         folder = fetched(name_or_path, **kwargs)
         if not (folder / _CONFIG).is_file():
@@ -193,6 +203,7 @@ class OODPipeline(PushToHubMixin):
             raise ValueError(
                 f"{str(folder / _CONFIG)!r} has format {config.get('format')!r}; install a newer peft-ext."
             )
+        check_digests(folder, config.get("files"), _CONFIG)
         model, tokenizer = _load(folder / "model", config, model), AutoTokenizer.from_pretrained(folder / "tokenizer")
         padding = unwrapped(model).config
         if padding.pad_token_id is None:  # an adapter's files don't say what was set on its base

@@ -92,9 +92,15 @@ class Pipeline:
     def settings(self, stage: str) -> dict[str, Any]:
         """What a stage's output depends on, besides its inputs."""
         values = {name: value for name, value in self.config.block(stage).items() if name not in _WHERE}
-        if str(values.get("model_name_or_path", "")).startswith(str(Path(self.config.run_dir))):
+        if self._is_output(values.get("model_name_or_path")):
             del values["model_name_or_path"]  # an input
         return values
+
+    def _is_output(self, model: Any) -> bool:
+        """Whether a model is what a stage of this run writes."""
+        path, run = Path(str(model)).expanduser().resolve(), self.run_files.folder.resolve()
+        outputs = [run / name for files in FILES.values() for name in files.outputs]
+        return model is not None and any(path == output or output in path.parents for output in outputs)
 
     def is_done(self, stage: str) -> bool:
         """Whether a stage has finished, as far as its manifest says."""

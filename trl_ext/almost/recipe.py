@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Optional, get_type_hints
 
 import yaml
 
+from peft_ext.files import scratch
 from peft_ext.models import DEFAULT_MODEL
 from trl_ext.almost.config import RENAMED, ComparisonsConfig, QueriesConfig, ResponsesConfig, SelfPlayConfig
 from trl_ext.almost.evaluation import run as evaluation
@@ -195,8 +195,8 @@ def check_recipe(config: AlmostConfig) -> None:
         elif stage == EVALUATION:
             _evaluation_arguments(config)
         else:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / f"{stage}.yaml"
+            with scratch("almost-recipe") as folder:
+                path = folder / f"{stage}.yaml"
                 path.write_text(yaml.safe_dump(config.block(stage)), encoding="utf-8")
                 _check_script(stage, path)
 

@@ -25,10 +25,11 @@ from generation_ext.granularity.commands.arguments import read_texts
 from generation_ext.granularity.modeling import CDNPGConfig, CDNPGForConditionalGeneration
 from generation_ext.granularity.tokenizer import train_tokenizer
 from generation_ext.granularity.training import paraphrase_trainer
+from peft_ext import trainer_checkpoints
 from peft_ext.command_line import note, parse, show
 from peft_ext.files import written_whole
 from peft_ext.model_card import note_measured
-from peft_ext.runs import RunFolder, drop_checkpoints, last_checkpoint
+from peft_ext.runs import RunFolder, drop_checkpoints
 
 
 PLAIN = "none"
@@ -87,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
     set_seed(args.seed)
     model = CDNPGForConditionalGeneration(_config(args, len(tokenizer)))
     trainer = paraphrase_trainer(model, tokenizer, _training(args, run), pairs, held_out)
-    trainer.train(resume_from_checkpoint=last_checkpoint(run))
+    trainer_checkpoints.train(trainer)
     metrics = {**trainer.evaluate(), "steps": trainer.state.global_step, "parameters": model.num_parameters()}
     note_measured(model, f"loss on {len(held_out)} held-out pairs", trained=metrics["eval_loss"])
     with written_whole(run / "model") as partial:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
-from peft_ext.files import written_whole
+from peft_ext.files import check_digests, digests, written_whole
 
 
 Array = Union[np.ndarray, torch.Tensor]
@@ -116,7 +116,7 @@ class Detector:
         if not hasattr(self, "state_"):
             raise ValueError(f"this {type(self).__name__} isn't fitted yet, so there is nothing to save.")
         folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         config = {
             "format": _FORMAT,
             "detector": self.name,
@@ -124,10 +124,11 @@ class Detector:
             "n_features": self.n_features_,
             "n_logits": self.n_logits_,
         }
-        with written_whole(folder / _WEIGHTS) as path:
-            save_file({name: np.ascontiguousarray(value) for name, value in self.state_.items()}, path)
-        with written_whole(folder / _CONFIG) as path:
-            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        with written_whole(folder, keep=True) as partial:
+            partial.mkdir()
+            save_file({name: np.ascontiguousarray(value) for name, value in self.state_.items()}, partial / _WEIGHTS)
+            config["files"] = digests(partial)
+            (partial / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, folder: Union[str, os.PathLike]) -> Detector:
@@ -204,6 +205,7 @@ def load_detector(folder: Union[str, os.PathLike]) -> Detector:
         detector.n_features_, detector.n_logits_ = config["n_features"], config["n_logits"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{str(path / _CONFIG)!r} can't be read as a detector: {error}.") from error
+    check_digests(path, config.get("files"), _CONFIG)
     detector.state_ = load_file(path / _WEIGHTS)
     return detector
 

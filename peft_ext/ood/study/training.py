@@ -4,7 +4,6 @@ texts."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from peft_ext.files import scratch
 from peft_ext.ood.features import Features
 from peft_ext.ood.metrics import id_accuracy
 from peft_ext.ood.study.data import Data
@@ -91,10 +91,10 @@ def train(
         seed: Of the batches' order.
     """
     best = _KeepBest(options.patience)
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch("ood-study") as folder:
         trainer = _Trainer(
             model=model,
-            args=_arguments(folder, options, learning_rate, seed),
+            args=_arguments(str(folder), options, learning_rate, seed),
             train_dataset=_encoded(tokenizer, data.train, options.max_length),
             eval_dataset=_encoded(tokenizer, data.validation, options.max_length),
             data_collator=DataCollatorWithPadding(tokenizer),

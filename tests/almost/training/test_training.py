@@ -145,7 +145,8 @@ def test_data_may_be_moved_but_not_changed(tmp_path):
     write_lines(tmp_path / "a.jsonl", [{"id": 0}])
     write_lines(tmp_path / "b.jsonl", [{"id": 0}])
     assert begin("mistyped.jsonl") is None and begin("a.jsonl") is None, "nothing has been trained on it"
-    write_lines(tmp_path / "out" / "checkpoint-1" / "trainer_state.json", [{}])
+    write_lines(tmp_path / "out" / "checkpoint-1" / "trainer_state.json", [{"global_step": 1}])
+    save_file({"w": torch.zeros(1)}, tmp_path / "out" / "checkpoint-1" / "model.safetensors")
     assert begin("b.jsonl") is None
     write_lines(tmp_path / "b.jsonl", [{"id": 1}])
     with pytest.raises(FileExistsError, match='dataset_name: was "sha256:.*, is "sha256:'):

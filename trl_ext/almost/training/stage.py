@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +14,8 @@ from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from trl import ModelConfig, ScriptArguments, get_peft_config
 
-from peft_ext import PeqaConfig
+from peft_ext import PeqaConfig, trainer_checkpoints
+from peft_ext.files import scratch
 from peft_ext.rows import read_rows
 from peft_ext.runs import RunFolder, digest, drop_checkpoints, last_checkpoint
 from trl_ext.almost.models import save_whole
@@ -182,7 +182,7 @@ def train(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, merge_adapter: b
     packed checkpoint. With `merge_adapter=False`, `output_dir` holds the adapter.
     """
     folder = Path(str(trainer.args.output_dir))
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint or last_checkpoint(str(folder)))
+    trainer_checkpoints.train(trainer)
     trainer.accelerator.wait_for_everyone()
     model = trainer.accelerator.unwrap_model(trainer.model)
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
@@ -214,12 +214,10 @@ def finish(trainer: Trainer, result: Mapping[str, Any], dataset_name: Optional[s
 
 def _move_into(folder: Path, save: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write a model beside the folder's checkpoints: each file is there whole or not at all."""
-    partial = folder / ".model-partial-"
-    shutil.rmtree(partial, ignore_errors=True)
-    save_whole(save, tokenizer, partial)
-    for path in partial.iterdir():
-        path.replace(folder / path.name)
-    partial.rmdir()
+    with scratch("model", folder) as partial:
+        save_whole(save, tokenizer, partial / "model")
+        for path in (partial / "model").iterdir():
+            path.replace(folder / path.name)
 
 
 def _run_folder(training_args: TrainingArguments) -> RunFolder:
