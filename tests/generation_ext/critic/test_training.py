@@ -504,7 +504,7 @@ def test_a_new_run_in_an_old_folder_samples_anew(tmp_path):
 
 def test_there_is_nothing_to_resume(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="No valid checkpoint"):
+    with pytest.raises(ValueError, match="neither a complete checkpoint nor roll-outs"):
         trainer(tmp_path / "empty").train(resume_from_checkpoint=True)
 
 
