@@ -119,6 +119,13 @@ def start_token(model: nn.Module) -> int:
     raise ValueError("the encoder-decoder model has no decoder_start_token_id; set it in its generation_config.")
 
 
+def start_tokens(model: nn.Module) -> list[int]:
+    """The tokens that a decoder has behind it before it writes a text of its own, as in `generate`: [`start_token`], and
+    the `forced_bos_token_id` of BART's and the translation models' families."""
+    forced = getattr(getattr(unwrapped(model), "generation_config", None), "forced_bos_token_id", None)
+    return [start_token(model), *([] if forced is None else [int(forced)])]
+
+
 def end_tokens(model: Any) -> set[int]:
     """The tokens that end a text, as `generate` has them."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)

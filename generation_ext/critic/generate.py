@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -11,7 +12,7 @@ from typing import Any, Optional, Union
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput, logits_process
 
 from generation_ext.critic.processor import CriticLogitsProcessor
@@ -62,13 +63,10 @@ def critic_generate(
     model.generate(**inputs, custom_generate=critic_generate, logits_processor=[processor])
     ```
 
-    `generate` (transformers 5.23) doesn't hand a streamer on: pass `functools.partial(critic_generate,
-    streamer=streamer)`, and nothing as `streamer`.
-
     Args:
         model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs: `generate` passes them.
             A `CriticLogitsProcessor` among the processors is taken as it is, at its place.
-        streamer: Gets the tokens of each step.
+        streamer: Gets the tokens of each step; None: `generate`'s own `streamer`.
         critic: The critic, or several; where no `CriticLogitsProcessor` is passed. It comes before temperature,
             `top_k` and the like, as a processor does.
         strength, mask_others: As in [`CriticLogitsProcessor`].
@@ -86,6 +84,8 @@ def critic_generate(
         )
     _check(generation_config)
     processors = list(logits_processor or [])
+    if streamer is None:
+        streamer = _streamer_of_generate()
     with contextlib.ExitStack() as stack:
         index = _index_of_processor(processors, critic)
         if critic is not None:
@@ -93,6 +93,17 @@ def critic_generate(
             processors.insert(index, stack.enter_context(own))
         steps = _Steps(model, processors, index, generation_config, model_kwargs)
         return _decode(steps, input_ids, stopping_criteria or StoppingCriteriaList(), streamer)
+
+
+def _streamer_of_generate() -> Any:
+    """The streamer that `generate` was given. It shows it the prompt and doesn't hand it on to a custom loop, so that its
+    reader would wait for ever."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is inspect.unwrap(GenerationMixin.generate).__code__:
+            return frame.f_locals.get("streamer")
+        frame = frame.f_back
+    return None
 
 
 def _decode(steps: _Steps, input_ids: torch.Tensor, stopping_criteria: StoppingCriteriaList, streamer: Any) -> Any:

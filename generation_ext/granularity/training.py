@@ -16,19 +16,26 @@ from transformers import (
     Seq2SeqTrainingArguments,
 )
 
+from peft_ext.language_model import start_token
+
 
 def encode_pairs(
-    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Mapping[str, str]], max_length: Optional[int] = None
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Mapping[str, str]],
+    max_length: Optional[int] = None,
+    start: Optional[int] = None,
 ) -> Dataset:
     """Token ids of sources and targets, cut to `max_length` (None: the tokenizer's).
 
-    A target's labels begin with its first word: the decoder reads [CLS] before it. (The paper's released code never learns
-    the first word, and generates from a [CLS] that it hasn't seen in training.)
+    A target's labels begin with what the decoder writes first: its first word, where it reads [CLS] before that. (The
+    paper's released code never learns the first word, and generates from a [CLS] that it hasn't seen in training.)
 
     Args:
-        tokenizer: Gives [CLS] text [SEP].
+        tokenizer: Gives [CLS] text [SEP], as C-DNPG's does, or what the model's family has.
         pairs: With `source` and `target`.
         max_length: Most tokens of each, the special ones included.
+        start: What the decoder begins with, see [`peft_ext.language_model.start_token`]; None: the tokenizer's [CLS]. A
+            target that the tokenizer begins with that very token loses it.
 
     Raises:
         ValueError: If there are none, or one lacks a text; names it.
@@ -43,7 +50,8 @@ def encode_pairs(
     sources, targets = (
         tokenizer([pair[name] for pair in pairs], **options)["input_ids"] for name in ("source", "target")
     )
-    return Dataset.from_dict({"input_ids": sources, "labels": [ids[1:] for ids in targets]})
+    start = tokenizer.cls_token_id if start is None else start
+    return Dataset.from_dict({"input_ids": sources, "labels": [ids[ids[:1] == [start] :] for ids in targets]})
 
 
 def paraphrase_trainer(
@@ -54,12 +62,13 @@ def paraphrase_trainer(
     eval_pairs: Optional[Sequence[Mapping[str, str]]] = None,
 ) -> Seq2SeqTrainer:
     """A trainer of an encoder-decoder model on pairs; its evaluation loss is that of `eval_pairs`."""
+    start = start_token(model)
     return Seq2SeqTrainer(
         model,
         args,
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
-        train_dataset=encode_pairs(tokenizer, train_pairs),
-        eval_dataset=encode_pairs(tokenizer, eval_pairs) if eval_pairs else None,
+        train_dataset=encode_pairs(tokenizer, train_pairs, start=start),
+        eval_dataset=encode_pairs(tokenizer, eval_pairs, start=start) if eval_pairs else None,
         processing_class=tokenizer,
     )
 

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from generation_ext.shared_prefix.cache import NarrowedHead, encode_whole
 from generation_ext.shared_prefix.encoding import LabelTokens
 from generation_ext.shared_prefix.token_tree import TokenTree, unfold
-from peft_ext.language_model import LanguageModel, start_token
+from peft_ext.language_model import LanguageModel, start_tokens
 
 
 def read_label_logits(model: LanguageModel, texts: Sequence[Sequence[int]], labels: LabelTokens) -> torch.Tensor:
@@ -30,7 +30,7 @@ def read_label_logits(model: LanguageModel, texts: Sequence[Sequence[int]], labe
     """
     output, mask = encode_whole(model, unfold([TokenTree.chain(text) for text in texts]))
     tree = TokenTree()
-    labels.grow(tree, tree.append([start_token(model.base)]))
+    labels.grow(tree, tree.append(start_tokens(model.base)))
     rows = unfold([tree])
     count, branches = len(texts), len(rows.tokens)
     places = rows.places.repeat(count, 1)

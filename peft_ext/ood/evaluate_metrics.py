@@ -70,7 +70,8 @@ class AuprOut(_DetectionMetric):
 
 
 class FprAtRecall(_DetectionMetric):
-    """False positive rate at an in-distribution recall of 95 %, or of `compute(..., recall=...)`."""
+    """False positive rate at an in-distribution recall of 95 %, or of `compute(..., recall=...)`; in-distribution examples
+    are the positives, or the others with `compute(..., positive="out")`, as pytorch-ood has it."""
 
     measure, result_name = staticmethod(metrics.fpr_at_recall), "fpr_at_recall"
 

@@ -36,7 +36,7 @@ def extract(
     Args:
         model: A model for sequence classification: its output has `logits`, made by a linear layer.
         tokenizer: Its tokenizer.
-        texts: The texts.
+        texts: The texts; one without tokens, such as an empty one, is read as the tokenizer's start token.
         max_length: Tokens of a text at most.
         batch_size: Texts at a time; those of similar length go together.
         progressbar: Show one.
@@ -47,6 +47,9 @@ def extract(
     if not texts:
         raise ValueError("texts is empty; there is nothing to extract features from.")
     encoded = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    for index, tokens in enumerate(encoded):
+        if not tokens:
+            tokens.append(_stand_in(tokenizer, texts[index]))
     order = sorted(range(len(texts)), key=lambda index: len(encoded[index]))
     parts: list[Features] = []
     with inference(model), _head_recorded(model) as recorded:
@@ -59,6 +62,14 @@ def extract(
     inverse[torch.tensor(order)] = torch.arange(len(order))
     features, logits = (torch.cat(tensors)[inverse] for tensors in zip(*parts))
     return Features(features, logits)
+
+
+def _stand_in(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    """What a text without tokens is read as: the start of a text."""
+    for name in ("bos_token_id", "cls_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(tokenizer, name, None) is not None:
+            return int(getattr(tokenizer, name))
+    raise ValueError(f"the text {text!r} has no tokens, and the tokenizer no special token to stand for it.")
 
 
 @contextmanager

@@ -50,13 +50,27 @@ def aupr_out(id_scores: Any, ood_scores: Any) -> float:
     return float(average_precision_score(truth, -np.concatenate([inside, outside])))
 
 
-def fpr_at_recall(id_scores: Any, ood_scores: Any, recall: float = 0.95) -> float:
+def fpr_at_recall(id_scores: Any, ood_scores: Any, recall: float = 0.95, positive: str = "in") -> float:
     """The share of out-of-distribution examples that pass the highest threshold that lets at least `recall` of the
     in-distribution examples pass.
 
     An example passes if its score is at least the threshold, so equal scores stand or fall together: exact on ties.
+
+    Args:
+        id_scores, ood_scores: Scores.
+        recall: Share of the positive examples that must be told.
+        positive: `"in"`: in-distribution examples are the positives, as in Hendrycks and Gimpel (2017) and the papers after
+            it. `"out"`: out-of-distribution ones are, as in pytorch-ood: the share of in-distribution examples that are
+            rejected where at least `recall` of the others are.
+
+    Raises:
+        ValueError: If `positive` is neither.
     """
     inside, outside = _checked(id_scores, ood_scores)
+    if positive not in ("in", "out"):
+        raise ValueError(f"positive={positive!r} must be 'in' or 'out'.")
+    if positive == "out":
+        inside, outside = -outside, -inside
     return float((outside >= threshold_for_recall(inside, recall)).mean())
 
 

@@ -73,6 +73,13 @@ def test_every_modules_own_mode_comes_back(bert_folder):
     assert model.training and model.score.training and not any(m.training for m in model.backbone.modules())
 
 
+def test_a_text_without_tokens_is_read_as_the_start_of_a_text():
+    """(A pipeline died of an empty text where the tokenizer puts nothing around texts.)"""
+    found = extract(_llama().eval(), tiny_tokenizer(), ["w5 w6", "", "w7"])
+    assert torch.isfinite(found.logits).all() and not torch.equal(found.features[1], found.features[0])
+    assert extract(_llama().eval(), tiny_tokenizer(), [""]).features.shape == (1, 32)
+
+
 def test_models_that_have_no_features():
     with pytest.raises(ValueError, match="no linear layer makes this model's logits|has no config"):
         extract(tiny("mlp"), tiny_tokenizer(), TEXTS)

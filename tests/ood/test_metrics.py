@@ -39,6 +39,11 @@ def test_fpr_at_recall(scores):
     for recall in (0.95, 0.5, 1.0):
         threshold = next(t for t in _thresholds(inside, outside) if np.mean(inside >= t) >= recall)
         assert metrics.fpr_at_recall(inside, outside, recall) == np.mean(outside >= threshold)
+        # as pytorch-ood counts: out-of-distribution examples are what is to be detected
+        least = next(t for t in _thresholds(-outside, -inside) if np.mean(-outside >= t) >= recall)
+        assert metrics.fpr_at_recall(inside, outside, recall, positive="out") == np.mean(-inside >= least)
+    with pytest.raises(ValueError, match="positive='both'"):
+        metrics.fpr_at_recall(inside, outside, positive="both")
 
 
 def test_fpr95_by_hand():

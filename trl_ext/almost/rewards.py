@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from generation_ext.shared_prefix.token_tree import padded
 from peft_ext.language_model import device_of, inference
+from trl_ext.almost.data.preferences import preference_pairs
 from trl_ext.almost.models import Dtype, default_device, load_chat_tokenizer, load_classifier, with_padding
 from trl_ext.almost.prompts.chat import Messages, Prompt, as_messages, chat_text, with_chat_template
 
@@ -162,12 +163,13 @@ class RewardModel:
         """Rewards of both answers of pairs in TRL's preference format.
 
         Args:
-            pairs: Rows with `prompt`, `chosen` and `rejected`, each a string or messages.
+            pairs: Rows with `chosen` and `rejected`, and perhaps `prompt`, each a string or messages; see
+                [`preference_pairs`].
 
         Raises:
             ValueError: If there are none, or as [`score`].
         """
-        pairs = list(pairs)
+        pairs = preference_pairs(pairs)
         if not pairs:
             raise ValueError("pairs has no rows.")
         prompts = [pair["prompt"] for pair in pairs]

@@ -59,7 +59,7 @@ def make_tables(config: StudyConfig, finished: Sequence[CellResult]) -> list[Tab
         parts.append(_accuracy_table(name, rows))
         for measure, title in (
             ("auroc", "AUROC"),
-            ("fpr95", "FPR at 95 % ID recall"),
+            ("fpr95", "FPR at 95 % ID recall (share of OOD texts that pass)"),
             ("aupr_out", "AUPR, OOD positive"),
         ):
             parts.append(_measure_table(f"{name}: {title}", rows, names, measure))

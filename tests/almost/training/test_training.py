@@ -17,7 +17,7 @@ from peft_ext.language_model import inference
 from peft_ext.rows import RowFile, write_rows
 from peft_ext.runs import last_checkpoint
 from tests.almost.training.trained import ANSWER, FLAGS, WORSE, write_lines, write_run
-from tests.tiny.tokenizers import byte_tokenizer
+from tests.tiny.tokenizers import byte_tokenizer, chat_tokenizer
 from trl_ext.almost.config import ComparisonsConfig
 from trl_ext.almost.data import comparisons
 from trl_ext.almost.data.queries import read_queries
@@ -32,6 +32,7 @@ from trl_ext.almost.training.rlsf_generation import (
     _MergedGeneration,
     merged_copy,
 )
+from trl_ext.almost.training.sft import encode_demonstrations
 from trl_ext.almost.training.stage import AlmostModelConfig, StageArguments, adapter_config, start
 from trl_ext.scripts import almost_reward, almost_rlsf, almost_sft
 
@@ -399,11 +400,25 @@ def test_rows_without_a_query_are_named(rows, match):
         prompts_of(rows)
 
 
+def test_demonstrations_in_trls_formats():
+    """Messages, conversations of prompt and completion, and both as ShareGPT names them are the same tokens."""
+    tokenizer = chat_tokenizer()
+    asked, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+    rows = [
+        {"messages": [asked, answer]},
+        {"prompt": [asked], "completion": [answer]},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+    ]
+    expected, *others = (encode_demonstrations(tokenizer, [row])[0]["input_ids"] for row in rows)
+    assert all(ids == expected for ids in others)
+    assert "Hello" in tokenizer.decode(encode_demonstrations(tokenizer, [{"text": "Hello"}])[0]["labels"])
+
+
 def test_bad_files_are_named_before_a_model_is_loaded(run, tmp_path):
-    write_lines(tmp_path / "demonstrations.jsonl", [{"id": 0, "text": "x"}])
+    write_lines(tmp_path / "demonstrations.jsonl", [{"id": 0, "words": "x"}])
     flags = sft_flags(run, tmp_path / "out")
     flags[flags.index(str(run / "demonstrations.jsonl"))] = str(tmp_path / "demonstrations.jsonl")
-    with pytest.raises(ValueError, match="demonstration 0 has no messages"):
+    with pytest.raises(ValueError, match="demonstration 0: no column 'messages'"):
         almost_sft.main(flags)
     with pytest.raises(ValueError, match="--dataset_name"):
         almost_sft.main(["--output_dir", str(tmp_path / "out2")])

@@ -1,8 +1,6 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 import transformers
@@ -201,13 +199,14 @@ def test_streamer_and_stopping_criteria():
     streamer = Streamer()
     output = model.generate(
         PADDED[1:2],
-        custom_generate=functools.partial(critic_generate, streamer=streamer),
+        custom_generate=critic_generate,
+        streamer=streamer,
         critic=critic,
         max_new_tokens=8,
         stopping_criteria=[Three()],
     )
-    assert streamer.tokens == output[0, PADDED.shape[1] :].tolist()
-    assert len(streamer.tokens) == 3 and streamer.ended
+    assert streamer.tokens == output[0].tolist() and streamer.ended
+    assert output.shape[1] == PADDED.shape[1] + 3
 
 
 def test_scaled_and_capped_logits():

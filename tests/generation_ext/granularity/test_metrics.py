@@ -121,12 +121,25 @@ def test_bad_tokenizers():
         train_tokenizer(["", " "], 50)
 
 
+class T5Tokenizer:
+    """Tokens and an end token, with nothing before them."""
+
+    cls_token_id, model_max_length, ids = None, 8, [5, 6, 7, 1]
+
+    def __call__(self, texts, **options):
+        return {"input_ids": [self.ids for _ in texts]}
+
+
 def test_the_first_word_is_a_label_and_long_texts_are_cut():
     tokenizer = train_tokenizer([SOURCE, REFERENCE], 120, max_length=8)
     data = encode_pairs(tokenizer, [{"source": SOURCE, "target": REFERENCE}])
     ids = tokenizer(REFERENCE, truncation=True)["input_ids"]
     assert data[0]["labels"] == ids[1:] and len(data[0]["input_ids"]) == 8
     assert data[0]["labels"][0] == tokenizer("what")["input_ids"][1]
+    # T5's tokenizer puts nothing before a text, BART's decoder reads another token than the one that its texts begin with
+    assert encode_pairs(tokenizer, [{"source": SOURCE, "target": REFERENCE}], start=0)[0]["labels"] == ids
+    words = T5Tokenizer()
+    assert encode_pairs(words, [{"source": SOURCE, "target": REFERENCE}], start=0)[0]["labels"] == words.ids
     with pytest.raises(ValueError, match="pair 1 has an empty target"):
         encode_pairs(tokenizer, [{"source": "a", "target": "b"}, {"source": "a", "target": " "}])
     with pytest.raises(ValueError, match="no pairs"):

@@ -59,9 +59,11 @@ def test_equals_the_naive_loop(name, shown):
     assert scores.labels == ("neg", "pos", "very", "other")
 
 
+@pytest.mark.parametrize("forced", [None, 7])
 @pytest.mark.parametrize("name", ["t5", "bart"])
-def test_a_decoder_begins_as_in_generate(name):
-    """The model's config, its generation config and their start tokens all disagree."""
+def test_a_decoder_begins_as_in_generate(name, forced):
+    """The model's config, its generation config and their start tokens all disagree; BART's decoders write a forced token
+    first."""
     if name == "t5":
         lm = copy.deepcopy(model("t5"))
     else:
@@ -73,14 +75,16 @@ def test_a_decoder_begins_as_in_generate(name):
     lm.config.decoder_start_token_id, lm.config.bos_token_id = 3, 4
     lm.generation_config.decoder_start_token_id, lm.generation_config.bos_token_id = 5, 6
     ids = torch.tensor([tokenizer_for("t5")("In: a joy\nOut:")["input_ids"]])
-    assert lm.generate(ids, max_new_tokens=1)[0, 0] == 5
+    lm.generation_config.forced_bos_token_id = forced
+    begun = [5] if forced is None else [5, forced]
+    assert lm.generate(ids, max_new_tokens=len(begun))[0, : len(begun)].tolist() == begun
     words = tokenizer_for("t5")
     expected = []
     for word in TASK.words:
         label = words(word.strip(), add_special_tokens=False)["input_ids"]
         with torch.no_grad():
-            logits = lm(input_ids=ids, decoder_input_ids=torch.tensor([[5, *label[:-1]]])).logits[0]
-        expected.append(logits.log_softmax(-1)[range(len(label)), label].sum().item())
+            logits = lm(input_ids=ids, decoder_input_ids=torch.tensor([[*begun, *label[:-1]]])).logits[0]
+        expected.append(logits.log_softmax(-1)[len(begun) - 1 :][range(len(label)), label].sum().item())
     close(LabelScorer(lm, words, TASK).score(["a joy"]).log_probs, np.array([expected]))
 
 

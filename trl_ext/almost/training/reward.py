@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig, RewardConfig, RewardTrainer
 
 from peft_ext import command_line
+from trl_ext.almost.data.preferences import preference_pairs
 from trl_ext.almost.models import load_chat_tokenizer, load_classifier
 from trl_ext.almost.prompts.chat import as_messages
 from trl_ext.almost.rewards import RewardModel, encode_answer
@@ -71,7 +72,7 @@ def run(script_args: RewardArguments, training_args: RewardConfig, model_args: M
     """Train a reward model in `training_args.output_dir`, going on from its last checkpoint.
 
     Args:
-        script_args: Where the comparisons are, in TRL's preference format (`prompt`, `chosen`, `rejected`).
+        script_args: Where the comparisons are, in any of TRL's preference formats, see [`preference_pairs`].
         training_args: TRL's arguments.
         model_args: The language model to start from, and the adapter if any.
 
@@ -84,10 +85,11 @@ def run(script_args: RewardArguments, training_args: RewardConfig, model_args: M
     done = start(training_args, script_args, model_args)
     if done is not None:
         return done
-    pairs = [pair for pair in script_args.rows() if script_args.half in (0, half_of(pair["prompt"]))]
+    rows = preference_pairs(script_args.rows())
+    pairs = [pair for pair in rows if script_args.half in (0, half_of(pair["prompt"]))]
     if not pairs:
         raise ValueError(f"dataset_name={script_args.dataset_name!r} has no comparisons in half {script_args.half}.")
-    held_out = script_args.held_out_rows()
+    held_out = preference_pairs(script_args.held_out_rows())
     tokenizer = load_chat_tokenizer(model_args.model_name_or_path)
     set_seed(training_args.seed)  # of the new head
     trainer = RewardTrainer(

@@ -12,8 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from peft_ext import command_line
+from peft_ext.data import Record
+from peft_ext.examples import Encoder, shape_of
 from trl_ext.almost.models import load_chat_tokenizer, load_policy
-from trl_ext.almost.prompts.chat import encode_chat
+from trl_ext.almost.prompts.chat import with_chat_template
 from trl_ext.almost.training.stage import (
     TRAINING_FLAGS,
     AlmostModelConfig,
@@ -51,10 +53,11 @@ def parse(argv: Sequence[str]) -> tuple[Any, ...]:
 def run(script_args: StageArguments, training_args: SFTConfig, model_args: ModelConfig) -> dict[str, Any]:
     """Fine-tune a language model in `training_args.output_dir`, going on from its last checkpoint.
 
-    The loss is on what the assistant says, at every turn, and on the tokens that end its turns.
+    The loss is on what the assistant says, at every turn, and on the tokens that end its turns (of a prompt and completion,
+    on the completion).
 
     Args:
-        script_args: Where the demonstrations are, in TRL's chat format (`messages`).
+        script_args: Where the demonstrations are, in TRL's formats: `messages`, `prompt` and `completion`, or `text`.
         training_args: TRL's arguments.
         model_args: The language model to start from, and the adapter if any.
 
@@ -82,12 +85,12 @@ def run(script_args: StageArguments, training_args: SFTConfig, model_args: Model
 
 
 def encode_demonstrations(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]]) -> Dataset:
-    """Token ids and labels as SFTTrainer takes them.
+    """Token ids and labels of rows in any of TRL's SFT formats, as SFTTrainer takes them.
 
     Raises:
-        ValueError: If a row has no messages; names it.
+        ValueError: If a row has none of their columns, or others than the first row; names it.
     """
-    for number, row in enumerate(rows):
-        if not row.get("messages"):
-            raise ValueError(f"demonstration {number} has no messages, only {list(row)}.")
-    return Dataset.from_list([encode_chat(tokenizer, row["messages"])._asdict() for row in rows])
+    records = [Record(row, f"demonstration {number}") for number, row in enumerate(rows)]
+    encode = Encoder(with_chat_template(tokenizer))
+    examples = encode(records, shape_of(records[0], encode.columns), "demonstrations").examples
+    return Dataset.from_list([example._asdict() for example in examples])

@@ -16,7 +16,7 @@ from trl import ModelConfig, ScriptArguments, get_peft_config
 
 from peft_ext import PeqaConfig, trainer_checkpoints
 from peft_ext.files import scratch
-from peft_ext.rows import read_rows
+from peft_ext.rows import ROW_SUFFIXES, read_rows
 from peft_ext.runs import RunFolder, digest, drop_checkpoints, last_checkpoint
 from trl_ext.almost.models import save_whole
 
@@ -136,7 +136,7 @@ def adapter_config(model_args: ModelConfig, task_type: str) -> Optional[PeftConf
 
 
 def load_data(name: Optional[str], argument: str, config: Optional[str] = None, split: str = "train") -> list[dict]:
-    """Rows of a .jsonl file or of a data set of the hub.
+    """Rows of a file (`.jsonl`, `.json`, `.csv`, `.parquet`) or of a data set of the hub.
 
     Raises:
         ValueError: If the argument is missing or there are no rows.
@@ -144,7 +144,7 @@ def load_data(name: Optional[str], argument: str, config: Optional[str] = None, 
     """
     if not name:
         raise ValueError(f"{argument} is missing: pass --{argument}, a .jsonl file or a data set of the hub.")
-    if name.endswith(".jsonl"):
+    if Path(name).suffix in ROW_SUFFIXES:
         return read_rows(Path(name).expanduser())
     from datasets import load_dataset
 
