@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, Optional
 
@@ -14,7 +14,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
@@ -130,6 +130,40 @@ def end_tokens(model: Any) -> set[int]:
     """The tokens that end a text, as `generate` has them."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return set(ends if isinstance(ends, (list, tuple)) else [ends]) - {None}
+
+
+def check_tokens(
+    model: nn.Module,
+    rows: Iterable[Sequence[int]],
+    tokenizer: Optional[PreTrainedTokenizerBase] = None,
+    what: str = "text",
+) -> None:
+    """Refuse tokens that a model has no embedding of, as a tokenizer has that belongs to another model or that was given
+    tokens without resizing the model.
+
+    Args:
+        model: The model.
+        rows: Token ids of several texts.
+        tokenizer: What made them, if it is at hand.
+        what: What a row is, for the message.
+
+    Raises:
+        ValueError: Names the row, the token and the ways out.
+    """
+    base = unwrapped(model)
+    embeddings = base.get_input_embeddings() if isinstance(base, PreTrainedModel) else None
+    size = getattr(embeddings, "num_embeddings", None)
+    if size is None:
+        return
+    for number, row in enumerate(rows):
+        largest = max(row, default=0)
+        if largest >= size:
+            name = f"{tokenizer.convert_ids_to_tokens(int(largest))!r} ({largest})" if tokenizer else str(largest)
+            raise ValueError(
+                f"{what} {number} has the token {name}, which the model lacks: it has embeddings of {size} tokens. Use the "
+                "tokenizer that belongs to the model, or call model.resize_token_embeddings(len(tokenizer)) and train the "
+                "new ones."
+            )
 
 
 def padding_token(tokenizer: Any) -> int:

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from peft_ext.examples import IGNORED, Example
-from peft_ext.language_model import device_of, inference
+from peft_ext.language_model import check_tokens, device_of, inference
 
 
 def perplexity(model: nn.Module, blocks: torch.Tensor, *, batch_size: int = 4, progressbar: bool = False) -> float:
@@ -37,6 +37,7 @@ def perplexity(model: nn.Module, blocks: torch.Tensor, *, batch_size: int = 4, p
         raise ValueError(f"blocks must be [blocks, block_size] with at least 1 x 2 tokens, got {list(blocks.shape)}.")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
+    check_tokens(model, blocks.tolist(), what="block")
     device = device_of(model)
     total = 0.0
     with inference(model):
@@ -72,6 +73,7 @@ def example_perplexity(
     count = sum(example.trained for example in examples)
     if count == 0:
         raise ValueError("the examples have no token that is trained, so there is nothing to measure.")
+    check_tokens(model, (example.input_ids for example in examples), what="example")
     device, total = device_of(model), 0.0
     ordered = sorted(examples, key=lambda example: len(example.input_ids))  # little padding
     batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]

@@ -150,7 +150,7 @@ class RolloutSampler:
         self.model: Any = model
         self.tokenizer = tokenizer
         config: Any = model.config
-        self.encoder = TextEncoder(tokenizer, ENCODER_DECODER if config.is_encoder_decoder else CAUSAL)
+        self.encoder = TextEncoder(tokenizer, ENCODER_DECODER if config.is_encoder_decoder else CAUSAL, model)
         self.reward = reward
         self.critic = critic
         self.max_new_tokens = max_new_tokens

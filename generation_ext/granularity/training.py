@@ -16,7 +16,7 @@ from transformers import (
     Seq2SeqTrainingArguments,
 )
 
-from peft_ext.language_model import start_token
+from peft_ext.language_model import check_tokens, start_token
 
 
 def encode_pairs(
@@ -63,11 +63,13 @@ def paraphrase_trainer(
 ) -> Seq2SeqTrainer:
     """A trainer of an encoder-decoder model on pairs; its evaluation loss is that of `eval_pairs`."""
     start = start_token(model)
+    train_dataset = encode_pairs(tokenizer, train_pairs, start=start)
+    check_tokens(model, (row["input_ids"] + row["labels"] for row in train_dataset), tokenizer, "pair")
     return Seq2SeqTrainer(
         model,
         args,
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
-        train_dataset=encode_pairs(tokenizer, train_pairs, start=start),
+        train_dataset=train_dataset,
         eval_dataset=encode_pairs(tokenizer, eval_pairs, start=start) if eval_pairs else None,
         processing_class=tokenizer,
     )

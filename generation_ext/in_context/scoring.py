@@ -122,7 +122,7 @@ class LabelScorer:
         self.model, self.task = model, task
         self.normalization, self.overflow, self.memory_limit = normalization, overflow, memory_limit
         self.progressbar = progressbar
-        self.encoder = TextEncoder(tokenizer, self.language_model.kind)
+        self.encoder = TextEncoder(tokenizer, self.language_model.kind, model)
         self.labels = LabelEncoder(task, self.encoder, self.language_model.kind)
         self.max_length = self.language_model.length_limit(max_length)
         behind = self.labels.behind(self.labels.usual)

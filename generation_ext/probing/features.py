@@ -93,7 +93,7 @@ class FeatureExtractor:
         self.layers = layers
         self.model, self.pooling, self.overflow = model, pooling, overflow
         self.memory_limit, self.progressbar = memory_limit, progressbar
-        self.encoder = TextEncoder(tokenizer, self.language_model.kind)
+        self.encoder = TextEncoder(tokenizer, self.language_model.kind, model)
         self.max_length = self.language_model.length_limit(max_length)
 
     def extract(

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from generation_ext.prompts import Task
 from generation_ext.shared_prefix.token_tree import ROOT, TokenTree
-from peft_ext.language_model import CAUSAL, ENCODER_DECODER
+from peft_ext.language_model import CAUSAL, ENCODER_DECODER, check_tokens
 
 
 _PROBE = "x"
@@ -26,13 +27,14 @@ class TextEncoder:
     Args:
         tokenizer: The model's tokenizer; needs no padding token.
         kind: The kind of model, see `LanguageModel.kind`.
+        model: The model, to refuse tokens that it lacks.
 
     Raises:
         ValueError: If the tokenizer makes nothing of a letter.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, kind: str) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, kind: str, model: Optional[nn.Module] = None) -> None:
+        self.tokenizer, self._model = tokenizer, model
         bare = self.pieces([_PROBE])[0]
         whole = tokenizer(_PROBE, verbose=False)["input_ids"]
         starts = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
@@ -69,10 +71,17 @@ class TextEncoder:
         return tokens
 
     def pieces(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids without special tokens."""
+        """Token ids without special tokens.
+
+        Raises:
+            ValueError: If the model lacks one; names text and token.
+        """
         if not texts:
             return []
-        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        rows = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        if self._model is not None:
+            check_tokens(self._model, rows, self.tokenizer)
+        return rows
 
 
 class LabelTokens(NamedTuple):

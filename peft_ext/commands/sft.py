@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from peft_ext.examples import IGNORED, Example, Examples
-from peft_ext.language_model import device_of, inference
+from peft_ext.language_model import check_tokens, device_of, inference
 from peft_ext.peqa import PeqaConfig
 from peft_ext.peqa.layer import PeqaLinear
 from peft_ext.perplexity import padded
@@ -93,6 +93,7 @@ def sft_trainer(
         The trainer; of a model whose loss TRL's fused output layer doesn't get right, one that takes the model's own, with a
         warning.
     """
+    check_tokens(model, (example.input_ids for example in data.examples), tokenizer, "example")
     # what was done to the examples already, and must not be asked of them again
     args.assistant_only_loss = args.completion_only_loss = False
     args.chat_template_path = None

@@ -12,7 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from peft_ext.language_model import device_of, inference, unwrapped
+from peft_ext.language_model import check_tokens, device_of, inference, unwrapped
 
 
 class Features(NamedTuple):
@@ -50,6 +50,7 @@ def extract(
     for index, tokens in enumerate(encoded):
         if not tokens:
             tokens.append(_stand_in(tokenizer, texts[index]))
+    check_tokens(model, encoded, tokenizer)
     order = sorted(range(len(texts)), key=lambda index: len(encoded[index]))
     parts: list[Features] = []
     with inference(model), _head_recorded(model) as recorded:

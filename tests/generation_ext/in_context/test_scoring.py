@@ -383,6 +383,13 @@ def test_white_space_that_is_joined_with_the_label():
     close(scorer.score(TEXTS).log_probs, apart.score(TEXTS).log_probs)
 
 
+def test_a_token_that_the_model_lacks():
+    words = copy.deepcopy(tokenizer())
+    words.add_tokens([f"<{number}>" for number in range(9)])
+    with pytest.raises(ValueError, match=r"text 0 has the token '<8>' \(266\), which the model lacks"):
+        LabelScorer(model("gpt2"), words, TASK).score(["a <8>"])
+
+
 def test_examples_that_are_none():
     scorer = LabelScorer(model("gpt2"), tokenizer(), TASK)
     with pytest.raises(TypeError, match="single string"):
