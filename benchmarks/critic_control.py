@@ -3,20 +3,13 @@
 diversity and repetition, beside the frozen model, prompts, best-of-N, weighted decoding and RLOO.
 
 Every method continues the same prompts, by the same sampling. Strengths are a curve, not tuned; the judges and the test
-prompts have no part in training.
-
-    python -m benchmarks.critic_control --data-dir shared/data
-
-Rows are stored as they finish and not measured again; critics are kept in `--work_dir`.
+prompts have no part in training. Classifiers, critics and the tuned model are kept in the run's work folder.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
@@ -24,12 +17,16 @@ import torch
 from torch import nn
 from transformers import LogitsProcessorList
 
-from benchmarks.common import ROOT, Results, argument_parser, describe, log, markdown_table, verdict
-from benchmarks.critic_tasks import TASKS, Task, TaskData
+from benchmarks.core.claims import Claim, markdown_table
+from benchmarks.core.run import Run, log
+from benchmarks.core.task import Task, claims_of_each, tables_of_each
+from benchmarks.critic_rloo import tuned_by_rloo
+from benchmarks.critic_tasks import TaskData
 from benchmarks.critic_training import SEPARATE, UNSEEN, WEIGHTED, Critics
+from benchmarks.in_context import smoke_model
 from benchmarks.text_quality import continuation_perplexity, distinct, repetition
 from generation_ext.critic import CriticLogitsProcessor
-from peft_ext.models import DEFAULT_MODEL, load, load_tokenizer
+from peft_ext.models import load, load_tokenizer
 
 
 FROZEN, PROMPT, BEST, ACTION, RLOO = (
@@ -40,27 +37,10 @@ FROZEN, PROMPT, BEST, ACTION, RLOO = (
     "RLOO, LoRA",
 )
 CRITIC = SEPARATE
-ON_ROLLOUTS = (CRITIC, ACTION, UNSEEN)
 TOP_K = 10
 
 
-class Budget(NamedTuple):
-    """How much is trained and tested."""
-
-    rollouts: int = 8192
-    epochs: int = 6
-    samples: Optional[int] = None  # a prompt's; the task's own number
-    test_prompts: Optional[int] = None
-    rloo_steps: int = 16
-    batch_size: int = 64
-
-
-FULL = Budget()
-SMOKE = Budget(16, 2, 1, 2, 1, 8)
-
-
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A method at one strength, or N."""
 
     method: str
@@ -74,17 +54,18 @@ class Row:
         return self.method + (f", strength {self.level:g}" if self.level else "")
 
 
-STRENGTHS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-ROWS = (
-    Row(FROZEN),
-    Row(PROMPT),
-    *(Row(BEST, count) for count in (2, 4, 10)),
-    *(Row(CRITIC, strength) for strength in STRENGTHS),
-    *(Row(ACTION, strength) for strength in (4.0, 16.0)),
-    *(Row(WEIGHTED, strength) for strength in STRENGTHS),
-    Row(RLOO),
-)
-UNSEEN_ROWS = tuple(Row(UNSEEN, strength) for strength in STRENGTHS)
+def rows_of(run: Run) -> list[Row]:
+    """What is measured, in this order."""
+    return [
+        Row(FROZEN),
+        Row(PROMPT),
+        *(Row(BEST, count) for count in run.counts),
+        *(Row(CRITIC, strength) for strength in run.strengths),
+        *(Row(ACTION, strength) for strength in run.action_strengths),
+        *(Row(WEIGHTED, strength) for strength in run.weighted_strengths),
+        *([Row(RLOO)] if run.rloo_steps else []),
+        *(Row(UNSEEN, strength) for strength in run.unseen_strengths),
+    ]
 
 
 class Texts(NamedTuple):
@@ -96,34 +77,43 @@ class Texts(NamedTuple):
     seconds: float
 
 
-class Study:
+class Steering:
     """One task's models, critics and texts."""
 
-    def __init__(self, args: argparse.Namespace, task: Task) -> None:
-        self.args, self.task, self.budget = (
-            args,
-            task,
-            (SMOKE if args.smoke else FULL)._replace(rollouts=args.rollouts),
-        )
-        self.tokenizer = load_tokenizer(args.model)
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        data = TaskData(run.work, run.seed, run.labelled, run.reward)
+        self.task = data.task(run.attribute)
+        self.accuracies = data.accuracies
+        log(f"{run.experiment}: accuracy of its classifiers on other texts: {self.accuracies}")
+        self.tokenizer = smoke_model()[1] if run.smoke else load_tokenizer(run.model)
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.model = load(args.model, dtype=torch.bfloat16)
-        self.judge_model = load(args.judge_model or args.model, dtype=torch.float32)
-        self.work = Path(args.work_dir) / task.name
-        self.critics = Critics(
-            task, self.model, self.tokenizer, self.budget, args.head, self.work, args.seed, args.smoke
-        )
+        self.model = self.fresh()
+        self.judge_model = self.model if run.smoke else load(run.judge_model or run.model, dtype=torch.float32)
+        self.critics = Critics(self.task, self.model, self.tokenizer, run)
+
+    def fresh(self) -> Any:
+        """The frozen model, loaded anew."""
+        return smoke_model()[0] if self.run.smoke else load(self.run.model, dtype=torch.bfloat16)
+
+    def row(self, row: Row) -> dict[str, Any]:
+        """All figures of a row."""
+        result = self.measure(self.write(row))
+        kind = CRITIC if row.method == ACTION else row.method
+        codes = self.task.codes if row.method in (CRITIC, ACTION) else (None,)
+        known = {str(code): self.critics.knowledge(kind, code) for code in codes}
+        return {**result, "classifiers": self.accuracies, "explained_variance": known}
 
     # ---- texts
 
     def write(self, row: Row) -> Texts:
         """What a method writes for all test prompts and codes."""
-        torch.manual_seed(self.args.seed)
+        torch.manual_seed(self.run.seed)
         codes: Sequence[Optional[str]] = self.task.unseen_codes if row.method == UNSEEN else self.task.codes
-        samples = self.budget.samples or self.task.samples
-        prompts = self.task.test_prompts[: self.budget.test_prompts]
+        samples = self.run.samples or self.task.samples
+        prompts = self.task.test_prompts[: self.run.test_prompts]
         pairs = [(prompt, code) for prompt in prompts for code in codes for _ in range(samples)]
         if row.method == BEST:
             return self._best_of(pairs, int(row.level))
@@ -184,8 +174,8 @@ class Study:
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         found: list[list[int]] = [[] for _ in texts]
         generate: Callable[..., torch.Tensor] = model.generate  # type: ignore[assignment]
-        for start in range(0, len(order), self.budget.batch_size):
-            rows = order[start : start + self.budget.batch_size]
+        for start in range(0, len(order), self.run.batch_size):
+            rows = order[start : start + self.run.batch_size]
             batch = self.tokenizer([texts[row] for row in rows], return_tensors="pt", padding=True)
             output = generate(
                 **batch,
@@ -207,9 +197,7 @@ class Study:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def _tuned(self) -> nn.Module:
-        from benchmarks.critic_rloo import tuned_by_rloo
-
-        return tuned_by_rloo(self.args, self.task, self.tokenizer, self.budget, self.work / "rloo")
+        return tuned_by_rloo(self.run, self.task, self.fresh, self.tokenizer)
 
     # ---- figures
 
@@ -238,96 +226,80 @@ class Study:
         return float(np.mean(self.task.reward(texts, codes)))
 
 
-def rows_of(task: str) -> tuple[Row, ...]:
-    """What is measured of a task."""
-    return (*ROWS, *(UNSEEN_ROWS if task == "topic" else ()))
+def measure(run: Run) -> None:
+    """Every row that isn't stored."""
+    missing = [row for row in rows_of(run) if run.find(row._asdict()) is None]
+    steering = Steering(run) if missing else None
+    for row in missing:
+        log(f"{run.experiment}: {row.title}")
+        run.add(row._asdict(), steering.row(row))
 
 
-def settings_of(args: argparse.Namespace, task: str, row: Row) -> dict[str, Any]:
-    """What identifies a row of the results."""
-    budget = dict(FULL._asdict() if not args.smoke else SMOKE._asdict(), rollouts=args.rollouts)
-    if row.method not in ON_ROLLOUTS:  # a critic's budget has no part in it
-        del budget["rollouts"], budget["epochs"]
-    if row.method != RLOO:
-        del budget["rloo_steps"]
-    return {
-        "task": task,
-        "model": args.model,
-        "judge_model": args.judge_model,
-        "head": args.head,
-        "method": row.method,
-        "level": row.level,
-        "top_k": TOP_K,
-        "budget": budget,
-        "seed": args.seed,
-    }
+def found(run: Run) -> dict[Row, dict[str, Any]]:
+    """Stored results."""
+    return {row: result for row in rows_of(run) if (result := run.find(row._asdict())) is not None}
 
 
-def print_tables(args: argparse.Namespace, results: Results) -> None:
-    """A table for each task, and what was to be reached."""
-    for task in args.tasks:
-        found = {row: results.find(settings_of(args, task, row)) for row in rows_of(task)}
-        rows = []
-        for row, result in found.items():
-            if result is None:
-                rows.append([row.title, "not measured"])
-                continue
-            judged = [f"{100 * value:.0f}" for value in result["success"].values()]
-            rows.append(
-                [
-                    row.title,
-                    *judged,
-                    f"{100 * result['reward']:.0f}",
-                    f"{result['perplexity']:.1f}",
-                    "/".join(f"{result[f'dist-{n}']:.2f}" for n in (1, 2, 3)),
-                    f"{100 * result['repetition']:.1f}",
-                    f"{1e3 * result['seconds_per_token']:.1f}",
-                ]
-            )
-        some = next((result for result in found.values() if result), None)
-        if some is None:
-            continue
-        header = [task, *some["success"], "reward", "perplexity", "Dist-1/2/3", "repeated 3-grams, %", "ms a token"]
-        print("\n" + markdown_table(header, rows) + "\n")
-        for line in verdicts(task, found):
-            print(line)
-    if results.rows:
-        print("\n" + describe(results.rows[-1]["environment"]))
+def tables(run: Run) -> dict[str, str]:
+    """Success, perplexity and diversity of every row."""
+    lines = []
+    results = found(run)
+    for row, result in results.items():
+        lines.append(
+            [
+                row.title,
+                *(f"{100 * value:.0f}" for value in result["success"].values()),
+                f"{100 * result['reward']:.0f}",
+                f"{result['perplexity']:.1f}",
+                "/".join(f"{result[f'dist-{n}']:.2f}" for n in (1, 2, 3)),
+                f"{100 * result['repetition']:.1f}",
+                f"{1e3 * result['seconds_per_token']:.1f}",
+            ]
+        )
+    judges = next(iter(results.values()))["success"] if results else ()
+    header = [
+        f"{run.attribute}: success, %",
+        *judges,
+        "reward",
+        "perplexity",
+        "Dist-1/2/3",
+        "repeated 3-grams, %",
+        "ms a token",
+    ]
+    return {"success": markdown_table(header, lines)}
 
 
-def verdicts(task: str, found: dict[Row, Optional[dict[str, Any]]]) -> list[str]:
-    """What the project wanted, against what came out: the strongest steering within 1.35 x the frozen perplexity."""
-    frozen = found[Row(FROZEN)]
-    if frozen is None:
-        return []
+def claims(run: Run) -> list[Claim]:
+    """The strongest steering within 1.35 x the frozen perplexity."""
+    results = found(run)
+    frozen = results.get(Row(FROZEN))
 
     def best(method: str) -> Optional[dict[str, Any]]:
         allowed = [
             result
-            for row, result in found.items()
-            if row.method == method and result and result["perplexity"] <= 1.35 * frozen["perplexity"]
+            for row, result in results.items()
+            if row.method == method and frozen and result["perplexity"] <= 1.35 * frozen["perplexity"]
         ]
-        return max(allowed, key=_first) if allowed else None
+        return max(allowed, key=_first, default=None)
 
-    steered, lines = best(CRITIC), []
-    if steered is None:
-        return ["- CriticControl: no strength within 1.35 x the frozen model's perplexity"]
-    gain = 100 * (_first(steered) - _first(frozen))
-    ratio = steered["perplexity"] / frozen["perplexity"]
-    if task in ("sentiment", "topic"):
+    steered = best(CRITIC)
+    gain = 100 * (_first(steered) - _first(frozen)) if steered else None
+    if run.attribute == "detoxification":
+        left = (1 - _first(steered)) / max(1 - _first(frozen), 1e-9) if steered else None
+        return [Claim("toxic texts over the frozen model's", left, 0.5)]
+    wanted = {"sentiment": 30, "topic": 40}[run.attribute]
+    lines = [
+        Claim("success at 1.35 times the frozen model's perplexity, above its", gain, wanted, " points", at_least=True)
+    ]
+    if run.unseen_strengths:
+        shares = [
+            (_first(result) - _first(frozen)) / (_first(seen) - _first(frozen))
+            for row, result in results.items()
+            if row.method == UNSEEN and frozen and (seen := results.get(Row(CRITIC, row.level))) is not None
+        ]
         lines.append(
-            verdict(
-                "success, points above the frozen model", gain, {"sentiment": 30, "topic": 40}[task], at_least=True
-            )
+            Claim("gain on unseen topics over that on seen ones", max(shares, default=None), 0.5, at_least=True)
         )
-        lines.append(verdict("perplexity over the frozen model's", ratio, 1.35))
-    else:
-        left = (1 - _first(steered)) / max(1 - _first(frozen), 1e-9)
-        lines.append(verdict("toxic texts over the frozen model's", left, 0.5))
-    unseen = best(UNSEEN)
-    if unseen is not None:
-        share = (_first(unseen) - _first(frozen)) / max(_first(steered) - _first(frozen), 1e-9)
-        lines.append(verdict("gain on unseen topics over that on seen ones", share, 0.5, at_least=True))
     return lines
 
 
@@ -335,41 +307,4 @@ def _first(result: dict[str, Any]) -> float:
     return next(iter(result["success"].values()))
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Measure what isn't stored yet, and print the tables."""
-    parser = argument_parser(__doc__, "critic_control.json")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="the frozen language model")
-    parser.add_argument("--judge_model", help="whose perplexity is measured; the frozen model's own by default")
-    parser.add_argument("--head", choices=("linear", "mlp"), default="linear", help="the critic's")
-    parser.add_argument("--rollouts", type=int, help=f"that a critic learns from; {FULL.rollouts} by default")
-    parser.add_argument("--data-dir", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
-    parser.add_argument("--methods", nargs="+", help="only these; all by default")
-    parser.add_argument("--levels", nargs="+", type=float, help="only these strengths and Ns; all by default")
-    parser.add_argument("--work_dir", type=Path, default=ROOT / "runs" / "critic_control")
-    args = parser.parse_args(argv)
-    args.rollouts = args.rollouts or (SMOKE if args.smoke else FULL).rollouts
-    results = Results(args.output, args.seed)
-    for name in () if args.table else args.tasks:
-        wanted = [row for row in rows_of(name) if not args.methods or row.method in args.methods]
-        wanted = [row for row in wanted if not args.levels or row.level in (0.0, *args.levels)]
-        wanted = [row for row in wanted if results.find(settings_of(args, name, row)) is None]
-        if not wanted:
-            continue
-        data = TaskData(args.data_dir, args.work_dir, args.seed)
-        study = Study(args, data.task(name))
-        log(f"{name}: accuracy of its classifiers on other texts: {data.accuracies}")
-        for row in wanted:
-            log(f"{name}: {row.title}")
-            result = study.measure(study.write(row))
-            kind = CRITIC if row.method == ACTION else row.method
-            codes = study.task.codes if row.method in (CRITIC, ACTION) else (None,)
-            known = {str(code): study.critics.knowledge(kind, code) for code in codes}
-            results.add(
-                settings_of(args, name, row), {**result, "classifiers": data.accuracies, "explained_variance": known}
-            )
-    print_tables(args, results)
-
-
-if __name__ == "__main__":
-    main()
+TASK = Task(measure, tables_of_each(tables), claims_of_each(claims))

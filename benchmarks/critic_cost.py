@@ -3,27 +3,26 @@
 candidate's text as the paper's released code does.
 
 Greedy, one process, contenders in turn, medians of rounds.
-
-    python -m benchmarks.critic_cost
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Optional
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from benchmarks.common import Results, argument_parser, describe, log, markdown_table, verdict
+from benchmarks.core.claims import Claim, markdown_table
+from benchmarks.core.run import Run, log
+from benchmarks.core.task import Task, claims_of_each, tables_of_each
 from benchmarks.tuning import tiny_llama
 from generation_ext.critic import Critic, CriticLogitsProcessor, critic_generate
 from generation_ext.critic.value import backbone
-from peft_ext.models import DEFAULT_MODEL, load
+from peft_ext.models import load
 
 
 PLAIN, EXACT, CUSTOM, ACTION, REENCODING = (
@@ -35,6 +34,7 @@ PLAIN, EXACT, CUSTOM, ACTION, REENCODING = (
 )
 # Time per token over plain generate, at most: by batch.
 LIMITS = {EXACT: {1: 2.2, 8: 3.0}, CUSTOM: {1: 1.35, 8: 2.0}, ACTION: {1: 1.1, 8: 1.1}}
+BATCHES = (1, 8)
 TOP_K = 10
 
 
@@ -59,28 +59,35 @@ class Reencoding(LogitsProcessor):
         return scores
 
 
-def measure(args: argparse.Namespace, batch: int) -> dict[str, list[float]]:
-    """Seconds per token of every round, by contender."""
-    model = tiny_llama() if args.smoke else load(args.model, dtype=torch.bfloat16)
+def measure(run: Run) -> None:
+    """A row for each size of batch."""
+    for batch in run.batches:
+        if run.find({"batch": batch}) is None:
+            log(f"batch of {batch}")
+            torch.manual_seed(run.seed)
+            run.add({"batch": batch}, seconds_per_token(run, batch))
+
+
+def seconds_per_token(run: Run, batch: int) -> dict[str, list[float]]:
+    """Of every round, by contender."""
+    model = tiny_llama() if run.smoke else load(run.model, dtype=torch.bfloat16)
     critic = _critic(model)
-    ids = torch.randint(3, model.config.vocab_size, (batch, args.prompt_tokens))
-    long = torch.randint(3, model.config.vocab_size, (batch, args.long_tokens - args.new_tokens // 8))
-    few = max(args.new_tokens // 8, 2)
+    ids = torch.randint(3, model.config.vocab_size, (batch, run.prompt_tokens))
+    long = torch.randint(3, model.config.vocab_size, (batch, run.long_tokens - run.new_tokens // 8))
+    few = max(run.new_tokens // 8, 2)
     exact = partial(CriticLogitsProcessor, model, critic, top_k=TOP_K)
     runs = {
-        PLAIN: _run(model, ids, args.new_tokens),
-        EXACT: _run(model, ids, args.new_tokens, exact),
-        ACTION: _run(model, ids, args.new_tokens, partial(exact, mode="action-value")),
+        PLAIN: _run(model, ids, run.new_tokens),
+        EXACT: _run(model, ids, run.new_tokens, exact),
+        ACTION: _run(model, ids, run.new_tokens, partial(exact, mode="action-value")),
     }
-    runs[CUSTOM] = _run(
-        model, ids, args.new_tokens, custom_generate=critic_generate, critic=critic, critic_top_k=TOP_K
-    )
-    runs[f"{EXACT}, {args.long_tokens} tokens"] = _run(model, long, few, exact)
-    runs[f"{REENCODING}, {args.long_tokens} tokens"] = _run(model, long, few, partial(Reencoding, model, critic))
+    runs[CUSTOM] = _run(model, ids, run.new_tokens, custom_generate=critic_generate, critic=critic, critic_top_k=TOP_K)
+    runs[f"{EXACT}, {run.long_tokens} tokens"] = _run(model, long, few, exact)
+    runs[f"{REENCODING}, {run.long_tokens} tokens"] = _run(model, long, few, partial(Reencoding, model, critic))
     found: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(args.rounds + 1):
-        for name, run in runs.items():
-            seconds = run()
+    for number in range(run.rounds + 1):
+        for name, contender in runs.items():
+            seconds = contender()
             if number:  # the first round warms up
                 found[name].append(seconds)
     return found
@@ -130,62 +137,37 @@ def over(found: dict[str, list[float]], one: str, other: str) -> float:
     return statistics.median(a / b for a, b in zip(found[one], found[other]))
 
 
-def print_tables(results: Results, args: argparse.Namespace) -> None:
-    """Milliseconds per token, and the ratios."""
+def tables(run: Run) -> dict[str, str]:
+    """Milliseconds per token and, in brackets, over plain `generate`, by batch."""
+    found = {batch: result for batch in run.batches if (result := run.find({"batch": batch})) is not None}
+    names = next(iter(found.values()), {})
+
+    def cell(result: dict[str, list[float]], name: str) -> str:
+        milliseconds = f"{1e3 * statistics.median(result[name]):,.1f}"
+        # texts of another length are compared with each other
+        return (
+            milliseconds if name == PLAIN or "tokens" in name else f"{milliseconds} ({over(result, name, PLAIN):.2f})"
+        )
+
+    rows = [[name, *(cell(result, name) for result in found.values())] for name in names]
+    return {"ms a token (over generate)": markdown_table(["", *(f"batch of {batch}" for batch in found)], rows)}
+
+
+def claims(run: Run) -> list[Claim]:
+    """What a token may cost."""
     lines = []
-    for batch in args.batches:
-        found = results.find(_settings(args, batch))
-        if found is None:
-            continue
-        rows = [
-            [name, f"{1e3 * statistics.median(seconds):.1f}", f"{over(found, name, PLAIN):.2f}"]
-            for name, seconds in found.items()
-        ]
-        print(f"\nBatch of {batch}\n\n" + markdown_table(["", "ms a token", "over generate"], rows))
+    exact, slow = (f"{name}, {run.long_tokens} tokens" for name in (EXACT, REENCODING))
+    for batch in BATCHES:
+        found = run.find({"batch": batch})
         for name, limits in LIMITS.items():
             if batch in limits:
-                ratio = over(found, name, PLAIN)
-                lines.append(verdict(f"batch of {batch}: {name} over generate", ratio, limits[batch]))
-        exact, slow = (f"{name}, {args.long_tokens} tokens" for name in (EXACT, REENCODING))
-        lines.append(verdict(f"batch of {batch}: re-encoding over exact", over(found, slow, exact), 10, at_least=True))
-    print("\n" + "\n".join(lines))
-    if results.rows:
-        print("\n" + describe(results.rows[-1]["environment"]))
+                lines.append(
+                    Claim(f"{name} over generate, batch of {batch}", found and over(found, name, PLAIN), limits[batch])
+                )
+        lines.append(
+            Claim(f"re-encoding over exact, batch of {batch}", found and over(found, slow, exact), 10, at_least=True)
+        )
+    return lines
 
 
-def _settings(args: argparse.Namespace, batch: int) -> dict[str, Any]:
-    names = ("prompt_tokens", "new_tokens", "long_tokens", "rounds")
-    return {
-        "model": "tiny random Llama" if args.smoke else args.model,
-        "batch": batch,
-        "top_k": TOP_K,
-        "threads": torch.get_num_threads(),
-        **{name: getattr(args, name) for name in names},
-    }
-
-
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Measure what isn't stored yet; print tables and verdicts."""
-    parser = argument_parser(__doc__, "critic_cost.json", table=False)
-    parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--prompt_tokens", type=int, default=32)
-    parser.add_argument("--new_tokens", type=int, default=64)
-    parser.add_argument(
-        "--long_tokens", type=int, default=128, help="length of the text when every candidate is encoded"
-    )
-    parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args(argv)
-    if args.smoke:
-        args.batches, args.new_tokens, args.long_tokens, args.rounds = [2], 8, 16, 2
-    torch.manual_seed(args.seed)
-    results = Results(args.output, args.seed)
-    for batch in args.batches:
-        if results.find(_settings(args, batch)) is None:
-            log(f"batch of {batch}")
-            results.add(_settings(args, batch), measure(args, batch))
-    print_tables(results, args)
-
-
-if __name__ == "__main__":
-    main()
+TASK = Task(measure, tables_of_each(tables), claims_of_each(claims))

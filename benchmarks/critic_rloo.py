@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-import argparse
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,39 +15,36 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from trl import RLOOConfig, RLOOTrainer
 
+from benchmarks.core.run import Run
 from benchmarks.critic_tasks import Task
-from peft_ext.models import load
 
 
 GENERATIONS = 4
 PROMPTS_PER_STEP = 16
 
 
-def tuned_by_rloo(
-    args: argparse.Namespace, task: Task, tokenizer: PreTrainedTokenizerBase, budget: Any, folder: Path
-) -> nn.Module:
-    """A model of its own with a LoRA, tuned once and kept in `folder`."""
-    model = load(args.model, dtype=torch.bfloat16)  # the LoRA itself is float32
+def tuned_by_rloo(run: Run, task: Task, fresh: Callable[[], Any], tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+    """A model of its own with a LoRA, tuned once and kept in the run's work folder.
+
+    Args:
+        run: The run.
+        task: The task.
+        fresh: Loads the model anew; the LoRA itself is float32.
+        tokenizer: The model's.
+    """
+    folder = run.work / "rloo"
     if not (folder / "adapter_config.json").is_file():
-        trainer = _trainer(args, task, model, tokenizer, budget, folder)
+        trainer = _trainer(run, task, fresh(), tokenizer, folder)
         trainer.train()
         trainer.save_model(str(folder))
-        model = load(args.model, dtype=torch.bfloat16)
-    return PeftModel.from_pretrained(model, folder).eval()
+    return PeftModel.from_pretrained(fresh(), folder).eval()
 
 
-def _trainer(
-    args: argparse.Namespace,
-    task: Task,
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    budget: Any,
-    folder: Path,
-) -> RLOOTrainer:
-    rng = random.Random(args.seed)
-    per_step = min(PROMPTS_PER_STEP, budget.batch_size // GENERATIONS)
+def _trainer(run: Run, task: Task, model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> RLOOTrainer:
+    rng = random.Random(run.seed)
+    per_step = min(PROMPTS_PER_STEP, run.batch_size // GENERATIONS)
     prompts, codes = [], []
-    for step in range(budget.rloo_steps * per_step):
+    for step in range(run.rloo_steps * per_step):
         code = task.codes[step % len(task.codes)]
         prompt = rng.choice(task.train_prompts)
         prompts.append(prompt if code is None else f"{code}: {prompt}")
@@ -59,15 +55,15 @@ def _trainer(
         found = task.reward([prompt + text for prompt, text in zip(plain, completions)], list(code))
         return [float(value) for value in found]
 
-    config = RLOOConfig(
+    arguments = RLOOConfig(
         output_dir=str(folder) + "-training",
         per_device_train_batch_size=per_step * GENERATIONS,
         num_generations=GENERATIONS,
-        max_steps=budget.rloo_steps,
+        max_steps=run.rloo_steps,
         max_completion_length=task.new_tokens,
         learning_rate=5e-4,
         beta=0.02,
-        seed=args.seed,
+        seed=run.seed,
         logging_steps=5,
         save_strategy="no",
         report_to="none",
@@ -79,7 +75,7 @@ def _trainer(
     return RLOOTrainer(
         model,
         reward,
-        args=config,
+        args=arguments,
         train_dataset=Dataset.from_dict({"prompt": prompts, "code": codes}),
         processing_class=tokenizer,
         peft_config=lora,

@@ -15,6 +15,7 @@ from typing import Any, Optional
 
 import numpy as np
 
+from benchmarks.core.run import data_folder
 from benchmarks.sentence_encoder import FineTunedEncoder, SentenceEncoder
 from peft_ext.rows import read_rows
 
@@ -213,16 +214,19 @@ def is_likely(score: Score) -> Score:
 
 
 class TaskData:
-    """Makes tasks out of a data folder; the encoder is loaded once.
+    """Makes tasks out of the data sets `sst2`, `ag_news` and `prompts`; the encoder is loaded once.
 
     Args:
-        folder: Holds `sst2`, `ag_news` and `prompts`, see `--data-dir`.
         work: Where classifiers that take long to train are kept.
         seed: Of the halves.
+        labelled: Texts of each half that rewards and judges are trained on; all by default.
+        reward: The kind of the sentiment's and the topic's reward, in place of their own.
     """
 
-    def __init__(self, folder: Path, work: Path, seed: int = 0) -> None:
-        self.folder, self.work, self.seed = folder, work, seed
+    def __init__(
+        self, work: Path, seed: int = 0, labelled: Optional[int] = None, reward: Optional[str] = None
+    ) -> None:
+        self.work, self.seed, self.labelled, self.reward = work, seed, labelled, reward
         self.accuracies: dict[str, float] = {}
 
     @cached_property
@@ -239,7 +243,9 @@ class TaskData:
         """Positive reviews: the paper continues reviews as well."""
         rows = self._read("sst2/train.jsonl")
         first, second = self._halves(rows)
-        reward = self._classifier("sentiment reward, MiniLM", first, "sst2/validation.jsonl", FINE_TUNED)
+        reward = self._classifier(
+            "sentiment reward, MiniLM", first, "sst2/validation.jsonl", self.reward or FINE_TUNED
+        )
         judge = self._classifier("sentiment judge, words", second, "sst2/validation.jsonl", WORDS)
         return Task(
             name="sentiment",
@@ -257,7 +263,7 @@ class TaskData:
         """Continuations about one of AG News's topics, named by a control code."""
         first, second = self._halves(self._read("ag_news/train.jsonl"))
         codes = sorted({label for _, label in first})
-        reward = self._classifier("topic reward, MiniLM", first, "ag_news/test.jsonl", EMBEDDINGS)
+        reward = self._classifier("topic reward, MiniLM", first, "ag_news/test.jsonl", self.reward or EMBEDDINGS)
         judge = self._classifier("topic judge, words", second, "ag_news/test.jsonl", WORDS)
         rng = random.Random(self.seed)
         whole = [
@@ -328,17 +334,15 @@ class TaskData:
         shuffled = [self._pair(row) if isinstance(row, dict) and "label" in row else row for row in rows]
         random.Random(self.seed).shuffle(shuffled)
         middle = len(shuffled) // 2
-        return shuffled[:middle], shuffled[middle:]
+        return shuffled[:middle][: self.labelled], shuffled[middle:][: self.labelled]
 
     @staticmethod
     def _pair(row: dict[str, Any]) -> tuple[str, str]:
         return row["text"], row["label"]
 
     def _read(self, name: str) -> list[dict[str, Any]]:
-        path = self.folder / name
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no {path}: pass --data-dir FOLDER, which holds {name}.")
-        return read_rows(path)
+        folder, file = name.split("/")
+        return read_rows(data_folder(folder) / file)
 
 
 TASKS = ("sentiment", "topic", "detoxification")

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.common import write_json
+from benchmarks.core.run import Run
 from benchmarks.critic_tasks import OTHER_TOPICS, Score, Task
 from generation_ext.critic import Critic, CriticConfig, CriticTrainer, backbone
 from generation_ext.critic.rollout_files import read_rollouts
+from peft_ext.files import write_json
 
 
 HELD_OUT = 256  # roll-outs that a critic is measured on
@@ -31,24 +32,17 @@ class Critics:
     Args:
         task: The task.
         model, tokenizer: The frozen language model's.
-        budget: Roll-outs, epochs, batch size.
-        head: The critics'.
-        folder: Where they are kept.
-        seed: Of prompts, sampling and training.
-        smoke: Whether to do next to nothing.
+        run: Says how much they learn from; they are kept in its work folder.
     """
 
-    def __init__(
-        self, task: Task, model: Any, tokenizer: Any, budget: Any, head: str, folder: Path, seed: int, smoke: bool
-    ) -> None:
-        self.task, self.model, self.tokenizer, self.budget = task, model, tokenizer, budget
-        self.head, self.work, self.seed, self.smoke = head, folder, seed, smoke
+    def __init__(self, task: Task, model: Any, tokenizer: Any, run: Run) -> None:
+        self.task, self.model, self.tokenizer, self.run = task, model, tokenizer, run
 
     def __call__(self, kind: str, code: Optional[str] = None) -> Critic:
         """SEPARATE (the one of a code; with an action-value head), UNSEEN or WEIGHTED."""
         folder = self._folder(kind, code)
         if not (folder / "config.json").is_file():
-            torch.manual_seed(self.seed)
+            torch.manual_seed(self.run.seed)
             critic = self._train_on_whole_texts() if kind == WEIGHTED else self._train(kind, code)
             critic.save_pretrained(folder)
         return Critic.from_pretrained(folder).attach(self.model)
@@ -62,9 +56,12 @@ class Critics:
     def _folder(self, kind: str, code: Optional[str]) -> Path:
         name = kind.lower().replace(" ", "-").replace(",", "")
         if kind == WEIGHTED:
-            return self.work / name
+            return self.run.work / name
         ending = "" if code is None else "-" + code.lower().replace("/", "-")
-        return self.work / f"{name}-{self.budget.rollouts}{ending}"
+        return self.run.work / f"{name}-{self._rollouts(kind)}{ending}"
+
+    def _rollouts(self, kind: str) -> int:
+        return self.run.unseen_rollouts if kind == UNSEEN else self.run.rollouts
 
     @staticmethod
     def _knowledge(folder: Path) -> Path:
@@ -77,9 +74,9 @@ class Critics:
         reward = self.task.universal_reward if kind == UNSEEN else self.task.reward
         if reward is None:
             raise ValueError(f"task {self.task.name!r} has no reward for {kind!r}.")
-        critic = Critic.for_model(self.model, head=self.head, action_values=True, control_codes=list(codes))
-        folder, count = self._folder(kind, code), self.budget.rollouts
-        rng = np.random.default_rng(self.seed)
+        critic = Critic.for_model(self.model, head=self.run.head, action_values=True, control_codes=list(codes))
+        folder, count = self._folder(kind, code), self._rollouts(kind)
+        rng = np.random.default_rng(self.run.seed)
         training: list[Any] = self._prompts(rng, codes, count)
         held_out = self._prompts(rng, codes, min(HELD_OUT, count))
         first = self._folder(kind, self.task.codes[0])
@@ -97,10 +94,10 @@ class Critics:
             num_iterations=1,
             rollouts_per_iteration=count,
             eval_rollouts=len(held_out),
-            epochs_per_iteration=self.budget.epochs,
-            rollout_batch_size=self.budget.batch_size,
+            epochs_per_iteration=self.run.epochs,
+            rollout_batch_size=self.run.batch_size,
             max_new_tokens=self.task.new_tokens,
-            seed=self.seed,
+            seed=self.run.seed,
             disable_tqdm=True,
         )
         trainer = CriticTrainer(critic, config, self.model, reward_func, training, held_out, self.tokenizer)
@@ -122,7 +119,7 @@ class Critics:
     @torch.no_grad()
     def _states_of_whole_texts(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Last hidden states of labelled texts, and whether each has its code's attribute."""
-        rows = self.task.whole_texts[: 64 if self.smoke else 4000]
+        rows = self.task.whole_texts[: self.run.whole_texts]
         states, labels = [], []
         template = "{code}: {prompt}"
         rows = sorted(rows, key=lambda row: len(row[0]))
@@ -139,12 +136,12 @@ class Critics:
         """The same head, fitted on finished, labelled texts instead of on roll-outs."""
         states, labels = self._states_of_whole_texts()
         critic = Critic.for_model(
-            self.model, head=self.head, control_codes=[code for code in self.task.codes if code is not None]
+            self.model, head=self.run.head, control_codes=[code for code in self.task.codes if code is not None]
         )
         critic.fit_standardisation(states)
         optimizer = torch.optim.AdamW(critic.parameters(), lr=1e-3, weight_decay=0.1)
         critic.train()
-        for _ in range(1 if self.smoke else 40):
+        for _ in range(self.run.whole_epochs):
             for rows in torch.randperm(len(states)).split(128):
                 loss = nn.functional.binary_cross_entropy_with_logits(critic(states[rows]), labels[rows])
                 optimizer.zero_grad()

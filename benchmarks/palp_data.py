@@ -9,11 +9,11 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol, Union
 
 import numpy as np
 
+from benchmarks.core.run import data_folder
 from generation_ext.in_context import Task
 from peft_ext.rows import read_rows
 
@@ -77,15 +77,14 @@ class Split:
 
     Args:
         source: The set.
-        folder: Holds its folder.
         pool: Most texts to learn from, as many of each class as there are.
         test: Most texts to measure on.
         seed: Of the choice.
     """
 
-    def __init__(self, source: Set, folder: Path, pool: int, test: int, seed: int = 0) -> None:
+    def __init__(self, source: Set, pool: int, test: int, seed: int = 0) -> None:
         self.source = source
-        training = self._read(folder, "train", seed)
+        training = self._read("train", seed)
         by_class: dict[str, list[Text]] = defaultdict(list)
         for text, label in training:
             by_class[label].append(text)
@@ -94,7 +93,7 @@ class Split:
         chosen = [(text, label) for label in self.labels for text in by_class[label][:share]]
         random.Random(seed).shuffle(chosen)
         self.pool: tuple[list[Text], np.ndarray] = _columns(chosen)
-        self.test: tuple[list[Text], np.ndarray] = _columns(self._read(folder, source.test, seed)[:test])
+        self.test: tuple[list[Text], np.ndarray] = _columns(self._read(source.test, seed)[:test])
 
     @property
     def task(self) -> Task:
@@ -112,14 +111,11 @@ class Split:
             found += rng.sample(own, min(shots, len(own)))
         return np.array(found)
 
-    def _read(self, folder: Path, split: str, seed: int) -> list[tuple[Text, str]]:
-        path = folder / self.source.name / f"{split}.jsonl"
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no {path}: pass --data-dir FOLDER, which holds {self.source.name}.")
+    def _read(self, split: str, seed: int) -> list[tuple[Text, str]]:
         pair = self.source.template == PAIR
         found: list[tuple[Text, str]] = [
             ({"premise": row["text_a"], "hypothesis": row["text_b"]} if pair else row["text"], row["label"])
-            for row in read_rows(path)
+            for row in read_rows(data_folder(self.source.name) / f"{split}.jsonl")
             if row["label"] != self.source.left_out
         ]
         random.Random(seed).shuffle(found)

@@ -5,18 +5,13 @@ GA-Attention: Quora and Twitter URL, the same pairs, steps and learning rate for
 The order is that of worth: all variants on the first set with two seeds; then the Transformer and the variant that is best
 on its *validation* pairs, on all sets with all seeds; then SmolLM2. Nothing is chosen on test pairs: the checkpoint is the
 last one, and the learning rate is one for all. The paper trains 100,000 steps of 32 pairs at hidden size 450; what is done
-here stands under the tables, and flags go up to the paper's. Predictions, references and sources are measured as the
-set's tokenizer decodes them (lower case, cut to 20 tokens), as in the paper's code. Seconds are of the CPU.
-
-    python -m benchmarks.paraphrase --data-dir shared/data
-
-Rows are stored as they finish and not measured again; trained models are kept in `--work_dir`.
+here stands on the page, and settings go up to the paper's. Predictions, references and sources are measured as the
+set's tokenizer decodes them (lower case, cut to 20 tokens), as in the paper's code. Seconds are of the CPU. Trained models
+are kept in the run's work folder.
 """
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import json
 import statistics
 import time
@@ -27,12 +22,13 @@ from typing import Any, NamedTuple, Optional
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, Seq2SeqTrainingArguments, set_seed
 
-from benchmarks.common import ROOT, Results, argument_parser, data_folder, describe, log, markdown_table, verdict
-from benchmarks.paraphrase_data import SETS, as_decoded, split_pairs
-from benchmarks.paraphrase_lora import LORAS, LoraBudget, lora_paraphrases
+from benchmarks.core.claims import Claim, markdown_table
+from benchmarks.core.run import Run, log
+from benchmarks.core.task import Runs, Task, run_named
+from benchmarks.paraphrase_data import as_decoded, split_pairs
+from benchmarks.paraphrase_lora import LORAS, lora_paraphrases
 from benchmarks.paraphrase_pictures import bars_and_granularities, sentence_picture
 from generation_ext.granularity import CDNPGConfig, CDNPGForConditionalGeneration
-from generation_ext.granularity.masks import MODES
 from generation_ext.granularity.metrics import METEOR_NOTE, paraphrase_metrics
 from generation_ext.granularity.pictures import sentence_granularities
 from generation_ext.granularity.tokenizer import train_tokenizer
@@ -42,29 +38,10 @@ from peft_ext.files import written_whole
 
 TRANSFORMER = "Transformer"
 GAIN, TIME = 2.0, 1.3
+SCRATCH, TUNED = "from_scratch", "smollm2_lora"  # experiments
 # Whose granularities are drawn.
 SENTENCE = "what is the best way to learn a language in a short time?"
 MEASURES = ("BLEU-2", "BLEU-4", "iBLEU", "ROUGE-L", "METEOR", "corpus BLEU")
-
-
-class Budget(NamedTuple):
-    """How much is trained and tested."""
-
-    hidden: int = 144
-    ffn: int = 384
-    vocab: int = 6000
-    steps: int = 2000
-    epochs: int = 8  # at most; Twitter is small
-    batch: int = 64
-    learning_rate: float = 1e-3
-    dropout: float = 0.1  # of hidden states; attention weights are not dropped
-    validation: int = 500
-    test: int = 1000
-    num_beams: int = 4
-    max_length: int = 20
-
-
-SMOKE = Budget(36, 40, 120, 3, 8, 4, 1e-3, 0.0, 4, 4, 2)
 
 
 class Row(NamedTuple):
@@ -75,58 +52,44 @@ class Row(NamedTuple):
     seed: int
 
 
-class Study:
-    """Data and stored results."""
+def plan(run: Run) -> Iterator[Row]:
+    """All rows, those of most worth first; some come twice, and the second time they are there."""
+    first = run.sets[0]
+    yield from (Row(first, mode, seed) for seed in run.seeds[:2] for mode in run.modes)
+    pair = [mode for mode in run.modes if mode in (TRANSFORMER, best(run))]
+    yield from (Row(data, mode, seed) for seed in run.seeds for data in run.sets for mode in pair)
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.budget = SMOKE if args.smoke else Budget(*(getattr(args, name) for name in Budget._fields))
-        names = (f"lora_{name}" for name in LoraBudget._fields)
-        self.lora = LoraBudget(*(getattr(args, name) for name in names))
-        if args.smoke:
-            self.lora = self.lora._replace(steps=1, batch=2, test=2)
-        self.results = Results(args.output, args.seed)
 
-    def plan(self) -> Iterator[Row]:
-        """All rows, those of most worth first; some come twice, and the second time they are there."""
-        args, first = self.args, self.args.sets[0]
-        yield from (Row(first, mode, seed) for seed in args.seeds[:2] for mode in args.modes)
-        best = self.best(first)
-        pair = [mode for mode in args.modes if mode in (TRANSFORMER, best)]
-        yield from (Row(data, mode, seed) for seed in args.seeds for data in args.sets for mode in pair)
-        if args.lora:
-            yield from (Row(first, mode, args.seeds[0]) for mode in LORAS)
+def best(run: Run) -> Optional[str]:
+    """The variant of most iBLEU on the first set's validation pairs, over the seeds that all variants have."""
+    found = {}
+    for mode in run.modes:
+        rows = [run.find(Row(run.sets[0], mode, seed)._asdict()) for seed in run.seeds[:2]]
+        values = [row["validation iBLEU"] for row in rows if row is not None and "validation iBLEU" in row]
+        if values and mode != TRANSFORMER:
+            found[mode] = statistics.mean(values)
+    return max(found, key=found.__getitem__) if found else None
 
-    def best(self, data: str) -> Optional[str]:
-        """The variant of most iBLEU on validation pairs, over the seeds that all variants have."""
-        found = {}
-        for mode in self.args.modes:
-            rows = [self.find(Row(data, mode, seed)) for seed in self.args.seeds[:2]]
-            values = [row["validation iBLEU"] for row in rows if row is not None]
-            if values and mode != TRANSFORMER:
-                found[mode] = statistics.mean(values)
-        return max(found, key=found.__getitem__) if found else None
 
-    def find(self, row: Row) -> Optional[dict[str, Any]]:
-        """A row's stored result."""
-        return self.results.find(self.settings(row))
+def measure(run: Run) -> None:
+    """Train and measure what isn't stored."""
+    paraphrasing = Paraphrasing(run)
+    for row in plan(run):
+        if run.find(row._asdict()) is None:
+            result = paraphrasing.measure_lora(row) if row.mode in LORAS else paraphrasing.measure(row)
+            run.add(row._asdict(), result)
+            log(f"{row}: iBLEU {result['metrics']['iBLEU']:.2f}, {result['seconds']:.0f} s")
 
-    def settings(self, row: Row) -> dict[str, Any]:
-        """What identifies a row."""
-        budget: Any = self.lora if row.mode in LORAS else self.budget
-        own = {"held out": [self.budget.validation, self.budget.test], "vocab": self.budget.vocab}
-        return {**row._asdict(), **own, **budget._asdict(), "split": self.args.seed}
+
+class Paraphrasing:
+    """Pairs, tokenizers and trained models."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
 
     def pairs(self, data: str) -> dict[str, list[dict[str, str]]]:
         """`train`, `validation` and `test`."""
-        return split_pairs(self.args.data_dir, data, self.budget.validation, self.budget.test, self.args.seed)
-
-    def fill(self, row: Row) -> None:
-        """Train and measure, if the row isn't stored."""
-        if self.find(row) is None:
-            result = self.measure_lora(row) if row.mode in LORAS else self.measure(row)
-            self.results.add(self.settings(row), result)
-            log(f"{row}: iBLEU {result['metrics']['iBLEU']:.2f}, {result['seconds']:.0f} s")
+        return split_pairs(data, self.run.validation, self.run.test, self.run.seed)
 
     def measure(self, row: Row) -> dict[str, Any]:
         """Metrics on test and validation pairs, loss, CPU seconds of training, z by layer."""
@@ -151,8 +114,8 @@ class Study:
         """The same for SmolLM2."""
         pairs = self.pairs(row.data)
         tokenizer = self.tokenizer(row.data, pairs["train"])
-        test = pairs["test"][: self.lora.test]
-        raw, training = lora_paraphrases(row.mode, pairs["train"], test, self.lora, row.seed)
+        test = pairs["test"][: self.run.tested]
+        raw, training = lora_paraphrases(row.mode, pairs["train"], test, self.run, row.seed)
         found = as_decoded(tokenizer, raw)
         sources, targets = _columns(tokenizer, test)
         self._keep_examples(row, sources, found, targets)
@@ -165,32 +128,30 @@ class Study:
 
     def tokenizer(self, data: str, pairs: list[dict[str, str]]) -> Any:
         """A set's tokenizer, trained on its training pairs."""
-        budget = self.budget
-        held = (data, budget.vocab, budget.max_length, budget.validation, budget.test, self.args.seed)
-        folder = self._place(f"{data}-tokenizer", held)
+        folder = self.run.work / f"{data}-tokenizer"
         if not folder.is_dir():
             texts = (pair[name] for pair in pairs for name in ("source", "target"))
             with written_whole(folder) as partial:
-                train_tokenizer(texts, budget.vocab, max_length=budget.max_length).save_pretrained(partial)
+                train_tokenizer(texts, self.run.vocab, max_length=self.run.max_length).save_pretrained(partial)
         return AutoTokenizer.from_pretrained(folder)
 
     def _metrics(self, model: Any, tokenizer: Any, pairs: list[dict[str, str]]) -> tuple[dict[str, float], list[str]]:
         sources, targets = _columns(tokenizer, pairs)
-        found = paraphrase(model, tokenizer, sources, batch_size=64, num_beams=self.budget.num_beams)
+        found = paraphrase(model, tokenizer, sources, batch_size=64, num_beams=self.run.num_beams)
         return paraphrase_metrics(found, targets, sources), found
 
     def _train(self, row: Row, folder: Path, tokenizer: Any, pairs: dict[str, list[dict[str, str]]]) -> None:
-        budget = self.budget
-        steps = max(1, min(budget.steps, budget.epochs * len(pairs["train"]) // budget.batch))
+        run = self.run
+        steps = max(1, min(run.steps, run.epochs * len(pairs["train"]) // run.batch))
         set_seed(row.seed)
         model = CDNPGForConditionalGeneration(
             CDNPGConfig(
                 vocab_size=len(tokenizer),
-                d_model=budget.hidden,
-                encoder_ffn_dim=budget.ffn,
-                decoder_ffn_dim=budget.ffn,
-                max_position_embeddings=budget.max_length,
-                dropout=budget.dropout,
+                d_model=run.hidden,
+                encoder_ffn_dim=run.ffn,
+                decoder_ffn_dim=run.ffn,
+                max_position_embeddings=run.max_length,
+                dropout=run.dropout,
                 attention_dropout=0.0,
                 granularity_mode=None if row.mode == TRANSFORMER else row.mode,
             )
@@ -198,10 +159,10 @@ class Study:
         args = Seq2SeqTrainingArguments(
             str(folder) + "-training",
             max_steps=steps,
-            per_device_train_batch_size=budget.batch,
+            per_device_train_batch_size=run.batch,
             per_device_eval_batch_size=128,
             train_sampling_strategy="group_by_length",
-            learning_rate=budget.learning_rate,
+            learning_rate=run.learning_rate,
             warmup_steps=steps // 10,
             weight_decay=0.01,
             save_strategy="no",
@@ -222,14 +183,7 @@ class Study:
             (partial / "training.json").write_text(json.dumps(training), encoding="utf-8")
 
     def _folder(self, row: Row) -> Path:
-        settings = {**self.settings(row), "num_beams": None}
-        return self._place(f"{row.data}-{row.mode.replace('*', 'x')}-{row.seed}", settings)
-
-    def _place(self, name: str, settings: Any) -> Path:
-        """A folder whose name tells all settings apart."""
-        self.args.work_dir.mkdir(parents=True, exist_ok=True)
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
-        return self.args.work_dir / f"{name}-{digest}"
+        return self.run.work / f"{row.data}-{row.mode.replace('*', 'x').replace(' ', '')}-{row.seed}"
 
 
 def _columns(tokenizer: Any, pairs: list[dict[str, str]]) -> list[list[str]]:
@@ -246,49 +200,71 @@ def _granularities(model: Any, tokenizer: Any, texts: list[str]) -> list[list[fl
     return [[round(value, 4) for value in sorted(z[real].tolist())] for z in output.encoder_granularities]
 
 
-def stored(study: Study, data: str) -> dict[str, list[dict[str, Any]]]:
+def stored(runs: Runs, data: str) -> dict[str, list[dict[str, Any]]]:
     """Results by variant, seed by seed; only variants that have any."""
     found = {}
-    for mode in (*study.args.modes, *LORAS):
-        rows = [study.find(Row(data, mode, seed)) for seed in study.args.seeds]
-        found[mode] = [row for row in rows if row is not None]
+    for run in runs:
+        for mode in run.modes if data in run.sets else ():
+            rows = [run.find(Row(data, mode, seed)._asdict()) for seed in run.seeds]
+            found[mode] = [row for row in rows if row is not None]
     return {mode: rows for mode, rows in found.items() if rows}
 
 
-def table(study: Study, data: str) -> str:
-    """Mean and deviation over seeds."""
-    lines = []
-    for mode, rows in stored(study, data).items():
-        cells = [_spread([row["metrics"][name] for row in rows]) for name in MEASURES]
-        seconds = statistics.mean(row["seconds"] for row in rows)
-        loss = _spread([row["loss"] for row in rows])
-        lines.append([title(mode), *cells, loss, f"{seconds / 60:.1f}", str(len(rows))])
-    return markdown_table([data, *MEASURES, "validation loss", "CPU minutes", "seeds"], lines)
+def sets_of(runs: Runs) -> list[str]:
+    """All sets."""
+    return list(dict.fromkeys(data for run in runs for data in run.sets))
 
 
-def verdicts(study: Study, data: str) -> list[str]:
-    """The variant that was best on the first set's validation pairs against the Transformer, and what GA adds to LoRA."""
-    found, best = stored(study, data), study.best(study.args.sets[0])
-    if best not in found or TRANSFORMER not in found:
-        return [f"- {data}: not measured"]
-    ours, plain = ([row["metrics"]["iBLEU"] for row in found[mode]] for mode in (best, TRANSFORMER))
-    seconds = {
-        mode: statistics.mean(row["seconds"] for row in found[mode]) for mode in study.args.modes if mode in found
-    }
-    slowest = max(seconds.values()) / seconds[TRANSFORMER]
-    gain = statistics.mean(ours) - statistics.mean(plain)
-    name = title(best)
-    lines = [
-        verdict(f"{data}: mean iBLEU of {name} above the Transformer's", gain, GAIN, " points", at_least=True),
-        verdict(
-            f"{data}: its worst seed above the Transformer's best", min(ours) - max(plain), 0, " points", at_least=True
-        ),
-        verdict(f"{data}: CPU time of training over the Transformer's, slowest variant", slowest, TIME, "x"),
-    ]
-    if all(mode in found for mode in LORAS):
-        plain_lora, ga_lora = (statistics.mean(row["metrics"]["iBLEU"] for row in found[mode]) for mode in LORAS)
-        lines.append(f"- {data}: GA-Attention changes SmolLM2 + LoRA's iBLEU by {ga_lora - plain_lora:+.2f} points")
+def tables(runs: Runs) -> dict[str, str]:
+    """Mean and deviation over seeds, a table for each set."""
+    shown = {}
+    for data in sets_of(runs):
+        lines = []
+        for mode, rows in stored(runs, data).items():
+            cells = [_spread([row["metrics"][name] for row in rows]) for name in MEASURES]
+            seconds = statistics.mean(row["seconds"] for row in rows)
+            loss = "" if mode in LORAS else f"{statistics.mean(row['loss'] for row in rows):.2f}"
+            lines.append([title(mode), *cells, loss, f"{seconds / 60:.1f}", len(rows)])
+        shown[data] = markdown_table([data, *MEASURES, "validation loss", "CPU minutes", "seeds"], lines)
+    return {**shown, "note": METEOR_NOTE}
+
+
+def claims(runs: Runs) -> list[Claim]:
+    """The variant that was best on the first set's validation pairs against the Transformer."""
+    run, lines = run_named(runs, SCRATCH), []
+    for data in ("quora", "twitter"):
+        found = {} if run is None else stored([run], data)
+        ours, plain = (
+            [row["metrics"]["iBLEU"] for row in found.get(mode, [])] for mode in (run and best(run), TRANSFORMER)
+        )
+        known = bool(ours and plain)
+        lines += [
+            Claim(
+                f"{data}: mean iBLEU of C-DNPG above the Transformer's",
+                statistics.mean(ours) - statistics.mean(plain) if known else None,
+                GAIN,
+                " points",
+                at_least=True,
+            ),
+            Claim(
+                f"{data}: its worst seed above the Transformer's best",
+                min(ours) - max(plain) if known else None,
+                0,
+                " points",
+                at_least=True,
+            ),
+            Claim(
+                f"{data}: CPU time of training over the Transformer's, slowest variant",
+                max(_seconds(rows) for rows in found.values()) / _seconds(found[TRANSFORMER]) if known else None,
+                TIME,
+                "x",
+            ),
+        ]
     return lines
+
+
+def _seconds(rows: Sequence[dict[str, Any]]) -> float:
+    return statistics.mean(row["seconds"] for row in rows)
 
 
 def title(mode: str) -> str:
@@ -296,15 +272,15 @@ def title(mode: str) -> str:
     return mode if mode == TRANSFORMER or mode in LORAS else f"C-DNPG ({mode})"
 
 
-def draw(study: Study) -> None:
-    """iBLEU and z by layer beside the JSON, and z of one sentence in a picture of its own."""
-    path = study.args.output
-    found = {data: {title(mode): rows for mode, rows in stored(study, data).items()} for data in study.args.sets}
-    bars_and_granularities(found, path.with_suffix(".png"))
-    best = study.best(study.args.sets[0])
-    row = study.find(Row(study.args.sets[0], best, study.args.seeds[0])) if best else None
+def draw(runs: Runs, folder: Path) -> None:
+    """iBLEU and z by layer, and z of one sentence in a picture of its own."""
+    found = {data: {title(mode): rows for mode, rows in stored(runs, data).items()} for data in sets_of(runs)}
+    bars_and_granularities(found, folder / "granularities.png")
+    run = run_named(runs, SCRATCH)
+    chosen = run and best(run)
+    row = run.find(Row(run.sets[0], chosen, run.seeds[0])._asdict()) if run and chosen else None
     if row is not None:
-        sentence_picture(row["sentence"], path.with_name(f"{path.stem}-sentence.png"))
+        sentence_picture(row["sentence"], folder / "sentence.png")
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -312,44 +288,4 @@ def _spread(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Measure what isn't stored yet, and print the tables."""
-    args = _arguments(argv)
-    study = Study(args)
-    if not args.table:
-        for row in study.plan():
-            study.fill(row)
-    if study.results.rows:
-        draw(study)
-    for data in args.sets:
-        print("\n" + table(study, data) + "\n")
-        print("\n".join(verdicts(study, data)))
-    seen = study.budget.steps * study.budget.batch
-    print(
-        f"\n{METEOR_NOTE}\n{study.budget}: at most {seen:,} pairs seen, {seen / 3.2e6:.1%} of the paper's 100,000 x 32"
-    )
-    print(f"{study.lora} for SmolLM2")
-    if study.results.rows:
-        print(describe(study.results.rows[-1]["environment"]))
-
-
-def _arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
-    parser = argument_parser(__doc__, "paraphrase.json")
-    parser.add_argument("--data-dir", type=Path, default=data_folder(), help="holds the sets' folders")
-    parser.add_argument("--sets", nargs="+", choices=tuple(SETS), default=list(SETS))
-    parser.add_argument("--modes", nargs="+", choices=(TRANSFORMER, *MODES), default=[TRANSFORMER, *MODES])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--no-lora", dest="lora", action="store_false", help="leave the language model out")
-    for name, value in Budget()._asdict().items():
-        parser.add_argument(f"--{name}", type=type(value), default=value)
-    for name, value in LoraBudget()._asdict().items():
-        parser.add_argument(f"--lora_{name}", type=type(value), default=value, help="of the language model")
-    parser.add_argument("--work_dir", type=Path, default=ROOT / "runs" / "paraphrase")
-    args = parser.parse_args(argv)
-    if args.data_dir is None:
-        parser.error("no data: pass --data-dir, a folder with quora_paraphrase and twitter_url")
-    return args
-
-
-if __name__ == "__main__":
-    main()
+TASK = Task(measure, tables, claims, draw=draw)

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from benchmarks.core.run import data_folder
 from peft_ext.rows import read_rows
 
 
@@ -17,7 +17,7 @@ SETS = {"quora": "quora_paraphrase/train.jsonl", "twitter": "twitter_url/train_p
 TEST = {"quora": "quora_paraphrase/test.jsonl"}
 
 
-def split_pairs(folder: Path, data: str, validation: int, test: int, seed: int) -> dict[str, list[Pair]]:
+def split_pairs(data: str, validation: int, test: int, seed: int) -> dict[str, list[Pair]]:
     """`train`, `validation` and `test` of a set; no text is in two of them.
 
     Both sets pair the same question or headline with many others (Twitter's 11,167 pairs are 2,482 clusters), so whole
@@ -25,14 +25,13 @@ def split_pairs(folder: Path, data: str, validation: int, test: int, seed: int) 
     one, its first pairs are the test, and pairs that share a text with them are left out elsewhere.
 
     Args:
-        folder: Holds the sets' folders.
         data: A key of `SETS`.
         validation, test: How many pairs.
         seed: Of the drawing.
     """
-    tested = _read(folder / TEST[data])[:test] if data in TEST else []
+    tested = _read(TEST[data])[:test] if data in TEST else []
     taken = {text for pair in tested for text in _texts(pair)}
-    pairs = [pair for pair in _read(folder / SETS[data]) if taken.isdisjoint(_texts(pair))]
+    pairs = [pair for pair in _read(SETS[data]) if taken.isdisjoint(_texts(pair))]
     groups = clusters(pairs)
     random.Random(seed).shuffle(groups)
     found = {"validation": _take(groups, validation)}
@@ -83,7 +82,6 @@ def _texts(pair: Pair) -> tuple[str, str]:
     return pair["source"].strip().lower(), pair["target"].strip().lower()
 
 
-def _read(path: Path) -> list[Pair]:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}: pass --data-dir FOLDER, which holds it.")
-    return read_rows(path)
+def _read(name: str) -> list[Pair]:
+    folder, file = name.split("/")
+    return read_rows(data_folder(folder) / file)

@@ -6,14 +6,16 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments, set_seed
 
+from benchmarks.core.run import Run
+from benchmarks.in_context import smoke_model
 from generation_ext.granularity import GranularityConfig, convert_to_granularity_attention
-from peft_ext.models import DEFAULT_MODEL, load, load_tokenizer
+from peft_ext.models import load, load_tokenizer
 
 
 LORA, GA_LORA = "SmolLM2 + LoRA", "SmolLM2 + GA + LoRA"
@@ -23,24 +25,11 @@ MOST_TOKENS = 80  # of a prompt and its paraphrase
 MOST_NEW_TOKENS = 28
 
 
-class LoraBudget(NamedTuple):
-    """How much of it."""
-
-    model: str = DEFAULT_MODEL
-    dtype: str = "bfloat16"  # of the frozen model; what is trained is float32
-    steps: int = 100
-    batch: int = 16
-    learning_rate: float = 3e-4
-    rank: int = 8
-    granularity: str = "R"  # at z = 0 resonance has a gradient, and it is the paper's best on Quora
-    test: int = 200
-
-
 def lora_paraphrases(
     mode: str,
     train: Sequence[dict[str, str]],
     test: Sequence[dict[str, str]],
-    budget: LoraBudget,
+    run: Run,
     seed: int,
 ) -> tuple[list[str], dict[str, Any]]:
     """Train, and paraphrase greedily.
@@ -48,7 +37,7 @@ def lora_paraphrases(
     Args:
         mode: One of `LORAS`.
         train, test: Pairs; only the first ones are seen that the steps have room for.
-        budget: See [`LoraBudget`].
+        run: Says how much.
         seed: Of adapters and order.
 
     Returns:
@@ -56,29 +45,30 @@ def lora_paraphrases(
         trained parameters.
     """
     set_seed(seed)
-    tokenizer = load_tokenizer(budget.model)
+    base: Any
+    if run.smoke:
+        base, tokenizer = smoke_model()
+    else:
+        base, tokenizer = load(run.model, dtype=getattr(torch, run.dtype)), load_tokenizer(run.model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    base: Any = load(budget.model, dtype=getattr(torch, budget.dtype))
     heads = []
     if mode == GA_LORA:
-        config = GranularityConfig(budget.granularity, max_length=2 * MOST_TOKENS, link="rectified", initial=0.0)
+        config = GranularityConfig(run.granularity, max_length=2 * MOST_TOKENS, link="rectified", initial=0.0)
         base, heads = convert_to_granularity_attention(base, config), ["granularity"]
     lora = LoraConfig(
-        r=budget.rank,
-        lora_alpha=2 * budget.rank,
+        r=run.rank,
+        lora_alpha=2 * run.rank,
         target_modules=r".*\.(q|k|v|o|gate|up|down)_proj",
         modules_to_save=heads,
         task_type="CAUSAL_LM",
     )
     model: Any = get_peft_model(base, lora)
-    training = _train(model, tokenizer, train, budget, seed)
+    training = _train(model, tokenizer, train, run, seed)
     return _generate(model.eval(), tokenizer, [pair["source"] for pair in test]), training
 
 
-def _train(
-    model: Any, tokenizer: Any, pairs: Sequence[dict[str, str]], budget: LoraBudget, seed: int
-) -> dict[str, Any]:
+def _train(model: Any, tokenizer: Any, pairs: Sequence[dict[str, str]], run: Run, seed: int) -> dict[str, Any]:
     def batch(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         length = max(len(row["input_ids"]) for row in rows)
 
@@ -89,16 +79,16 @@ def _train(
         mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"])) for row in rows])
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
-    rows = [_encoded(tokenizer, pair) for pair in pairs[: budget.steps * budget.batch]]
+    rows = [_encoded(tokenizer, pair) for pair in pairs[: run.steps * run.batch]]
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
-            max_steps=budget.steps,
-            per_device_train_batch_size=budget.batch,
-            learning_rate=budget.learning_rate,
-            warmup_steps=budget.steps // 10,
+            max_steps=run.steps,
+            per_device_train_batch_size=run.batch,
+            learning_rate=run.learning_rate,
+            warmup_steps=run.steps // 10,
             save_strategy="no",
-            logging_steps=max(1, budget.steps // 10),
+            logging_steps=max(1, run.steps // 10),
             report_to="none",
             disable_tqdm=True,
             remove_unused_columns=False,

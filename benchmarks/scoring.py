@@ -4,31 +4,27 @@ over whole strings, and of lm-evaluation-harness's `HFLM.loglikelihood`; and the
 
 All contenders score the same requests with the same model in the same process, in turn: a round is one measurement of
 each, and figures are medians of rounds. lm-evaluation-harness gets the best of several batch sizes.
-
-    python -m benchmarks.scoring --lm-eval path/to/site-packages-with-lm_eval
-
-Rows are stored as they finish and not measured again: after a kill, start it again with the same flags.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import torch
 
-from benchmarks.common import Results, argument_parser, data_folder, describe, log, markdown_table, verdict
+from benchmarks.core.claims import Claim, markdown_table
+from benchmarks.core.run import Run, log
+from benchmarks.core.task import Task as Benchmark
+from benchmarks.core.task import claims_of_each, tables_of_each
 from benchmarks.in_context import (
     Example,
     demonstrations,
-    missing_file,
     read_examples,
     smoke_examples,
     smoke_model,
@@ -37,7 +33,7 @@ from benchmarks.in_context import (
 )
 from benchmarks.resident import peak_resident_bytes, reset_peak, resident_bytes
 from generation_ext.in_context import LabelScorer, Task
-from peft_ext.models import DEFAULT_MODEL, load, load_tokenizer
+from peft_ext.models import load, load_tokenizer
 
 
 OURS, NAIVE = "shared prefix", "naive loop"
@@ -45,18 +41,6 @@ HARNESS = "lm-evaluation-harness, batches of"
 OVER_NAIVE, OVER_HARNESS = 6.0, 4.0
 TOLERANCE = 1e-4
 MB = 1e6
-
-
-class Budget(NamedTuple):
-    """How much is measured."""
-
-    inputs: int = 32
-    shots: int = 8
-    shot_tokens: int = 40
-    rounds: int = 3
-
-
-SMOKE = Budget(4, 2, 20, 1)
 
 
 class Requests(NamedTuple):
@@ -72,55 +56,61 @@ class Requests(NamedTuple):
         return [(context, word) for context in contexts for word in self.task.words]
 
 
-class Study:
-    """Model, data and stored results; measures rows."""
+def measure(run: Run) -> None:
+    """A row for each data set, and one for each memory limit on the first."""
+    scoring = None
+    for name in run.sets:
+        if run.find({"set": name}) is None:
+            scoring = scoring or Scoring(run)
+            run.add({"set": name}, scoring.speed(name))
+    for limit in run.memory_limits if sys.platform == "linux" else ():
+        key = {"set": run.sets[0], "memory_limit": limit}
+        if run.find(key) is None:
+            scoring = scoring or Scoring(run)
+            run.add(key, scoring.memory(run.sets[0], limit))
 
-    def __init__(self, args: argparse.Namespace, budget: Budget) -> None:
-        self.args, self.budget = args, budget
-        self.results = Results(args.output, args.seed)
-        if args.smoke:
+
+class Scoring:
+    """The model and its contenders."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        if run.smoke:
             self.model, self.tokenizer = smoke_model()
         else:
-            self.model, self.tokenizer = load(args.model, dtype=torch.float32), load_tokenizer(args.model)
-
-    def settings(self, **more: Any) -> dict[str, Any]:
-        """Everything that a row's result depends on."""
-        model = "tiny random Llama" if self.args.smoke else self.args.model
-        return {"model": model, "threads": torch.get_num_threads(), **self.budget._asdict(), **more}
+            self.model, self.tokenizer = load(run.model, dtype=torch.float32), load_tokenizer(run.model)
 
     def requests(self, name: str) -> Requests:
         """Inputs of the test split behind demonstrations of the wanted length."""
-        budget = self.budget
-        if self.args.smoke:
+        run = self.run
+        if run.smoke:
             task = smoke_task(name)
-            shown, examples = smoke_examples(task, budget.shots), smoke_examples(task, budget.inputs, seed=1)
+            shown, examples = smoke_examples(task, run.shots), smoke_examples(task, run.inputs, seed=1)
         else:
             task = task_named(name)
-            training = read_examples(self.args.data_dir, task, "train", self.args.seed)[:2000]
-            shown = sorted(training, key=lambda each: abs(self._tokens(task, each) - budget.shot_tokens))[
-                : budget.shots
-            ]
-            examples = read_examples(self.args.data_dir, task, "test", self.args.seed)[: budget.inputs]
+            training = read_examples(task, "train", run.seed)[:2000]
+            shown = sorted(training, key=lambda each: abs(self._tokens(task, each) - run.shot_tokens))[: run.shots]
+            examples = read_examples(task, "test", run.seed)[: run.inputs]
         return Requests(task, demonstrations(shown), [example.fields for example in examples])
 
     def _tokens(self, task: Task, example: Example) -> int:
         return len(self.tokenizer(task.demonstration(*example))["input_ids"])
 
-    def measure(self, name: str) -> dict[str, Any]:
+    def speed(self, name: str) -> dict[str, Any]:
         """Inputs per second of every contender, and how far their numbers are from the naive loop's."""
         requests = self.requests(name)
         contenders: dict[str, Callable[[], np.ndarray]] = {NAIVE: lambda: self.naive(requests)}
         harness, missing = self.harness()
-        for size in self.args.batch_sizes if harness is not None else ():
+        for size in self.run.batch_sizes if harness is not None else ():
             contenders[f"{HARNESS} {size}"] = lambda size=size: self.run_harness(harness, requests, size)
         scorer = LabelScorer(self.model, self.tokenizer, requests.task)
         contenders[OURS] = lambda: scorer.score(requests.examples, requests.shown).log_probs
         seconds: dict[str, list[float]] = {contender: [] for contender in contenders}
         values = {}
-        for number in range(self.budget.rounds):
-            for contender, run in contenders.items():
+        for number in range(self.run.rounds):
+            for contender, score in contenders.items():
                 start = time.perf_counter()
-                values[contender] = run()
+                values[contender] = score()
                 seconds[contender].append(time.perf_counter() - start)
                 log(f"{name}, round {number + 1}: {contender}: {seconds[contender][-1]:.2f} s")
         return {
@@ -148,12 +138,10 @@ class Study:
 
     def harness(self) -> tuple[Any, Optional[str]]:
         """lm-evaluation-harness's wrapper of the model; or None, and why."""
-        if self.args.lm_eval is not None and str(self.args.lm_eval) not in sys.path:
-            sys.path.append(str(self.args.lm_eval))
         try:
             from lm_eval.models.huggingface import HFLM
         except ImportError as error:
-            return None, f"not possible here: {error} (pip install lm-eval, or --lm-eval FOLDER)"
+            return None, f"not possible here: {error} (pip install lm-eval)"
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -171,7 +159,7 @@ class Study:
         found = harness.loglikelihood(instances, disable_tqdm=True)
         return np.array([total for total, _ in found]).reshape(len(requests.examples), -1)
 
-    def measure_memory(self, name: str, limit: int) -> dict[str, Any]:
+    def memory(self, name: str, limit: int) -> dict[str, Any]:
         """Peak of the scorer's memory above the process's before it, and its speed."""
         requests = self.requests(name)
         scorer = LabelScorer(self.model, self.tokenizer, requests.task, memory_limit=limit)
@@ -183,13 +171,12 @@ class Study:
         return {"peak": peak_resident_bytes() - before, "inputs_per_second": len(requests.examples) / seconds}
 
 
-def table(study: Study, names: Sequence[str]) -> str:
-    """The Markdown table of all tasks."""
-    lines = []
-    for name in names:
-        found = study.results.find(study.settings(task=name))
+def tables(run: Run) -> dict[str, str]:
+    """Inputs per second of all contenders, and the scorer's memory."""
+    lines, limits = [], []
+    for name in run.sets:
+        found = run.find({"set": name})
         if found is None:
-            lines.append([name, "not measured", None, None, None])
             continue
         if found["harness"]:
             lines.append([name, HARNESS.split(",")[0], found["harness"], None, None])
@@ -197,82 +184,45 @@ def table(study: Study, names: Sequence[str]) -> str:
         for contender, rate in rates.items():
             cells = [f"{rate:.3g}", f"{rate / rates[NAIVE]:.1f}x", f"{found['differences'][contender]:.1e}"]
             lines.append([name, contender, *cells])
+    for limit in run.memory_limits:
+        found = run.find({"set": run.sets[0], "memory_limit": limit})
+        if found is not None:
+            limits.append([f"{limit / MB:.0f} MB", f"{found['peak'] / MB:.0f}", f"{found['inputs_per_second']:.3g}"])
     headers = [
-        "Task",
+        "Set",
         "Contender",
-        "Inputs per second",
-        "Over the naive loop",
-        "Largest difference of a log-probability",
+        "inputs per second",
+        "over the naive loop",
+        "largest difference of a log-probability",
     ]
-    return markdown_table(headers, lines)
+    shown = {"speed": markdown_table(headers, lines)}
+    if limits:
+        shown["memory"] = markdown_table([f"Memory limit ({run.sets[0]})", "peak, MB", "inputs per second"], limits)
+    return shown
 
 
-def memory_table(study: Study, name: str) -> str:
-    """The Markdown table of memory."""
+def claims(run: Run) -> list[Claim]:
+    """Speed and exactness on each set, and memory limits that are kept."""
     lines = []
-    for limit in study.args.memory_limits:
-        found = study.results.find(study.settings(task=name, memory_limit=limit))
-        cells = [None, None] if found is None else [f"{found['peak'] / MB:.0f}", f"{found['inputs_per_second']:.3g}"]
-        lines.append([f"{limit / MB:.0f} MB", *cells])
-    return markdown_table([f"Memory limit ({name})", "Peak, MB", "Inputs per second"], lines)
-
-
-def verdicts(study: Study, names: Sequence[str]) -> list[str]:
-    """The lines that say which claims the table bears out."""
-    lines = []
-    for name in names:
-        found = study.results.find(study.settings(task=name)) or {"inputs_per_second": {}, "differences": {}}
+    for name in run.sets:
+        found = run.find({"set": name}) or {"inputs_per_second": {}, "differences": {}}
         rates = found["inputs_per_second"]
         ours, best = rates.get(OURS), max((rates[key] for key in rates if key.startswith(HARNESS)), default=None)
-        over_naive = ours and ours / rates[NAIVE]
-        over_best = ours / best if ours and best else None
         lines += [
-            verdict(f"{name}: over the naive loop", over_naive, OVER_NAIVE, "x", at_least=True),
-            verdict(f"{name}: over lm-evaluation-harness at its best", over_best, OVER_HARNESS, "x", at_least=True),
-            verdict(f"{name}: difference from the naive loop", found["differences"].get(OURS), TOLERANCE),
+            Claim(f"{name}: over the naive loop", ours and ours / rates[NAIVE], OVER_NAIVE, "x", at_least=True),
+            Claim(
+                f"{name}: over lm-evaluation-harness at its best",
+                ours / best if ours and best else None,
+                OVER_HARNESS,
+                "x",
+                at_least=True,
+            ),
+            Claim(f"{name}: difference from the naive loop", found["differences"].get(OURS), TOLERANCE),
         ]
-    for limit in study.args.memory_limits:
-        found = study.results.find(study.settings(task=names[0], memory_limit=limit))
-        lines.append(
-            verdict(f"peak at a limit of {limit / MB:.0f} MB", found and found["peak"] / MB, limit / MB, " MB")
-        )
+    for limit in run.memory_limits:
+        found = run.find({"set": run.sets[0], "memory_limit": limit})
+        lines.append(Claim(f"peak at a limit of {limit / MB:.0f} MB", found and found["peak"] / MB, limit / MB, " MB"))
     return lines
 
 
-def parse(argv: Optional[Sequence[str]]) -> tuple[argparse.Namespace, Budget]:
-    """The command line; single numbers override the budget's."""
-    parser = argument_parser(__doc__, "scoring.json", budget=Budget()._asdict())
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="default, hub id, folder or .gguf file")
-    parser.add_argument("--data-dir", type=Path, default=data_folder(), help="holds the tasks' folders")
-    parser.add_argument("--tasks", nargs="+", default=["sst2", "sst5", "ag_news"])
-    parser.add_argument("--lm-eval", type=Path, help="a folder of packages that has lm_eval")
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8, 16], help="of lm-evaluation-harness")
-    parser.add_argument("--memory-limits", nargs="*", type=int, default=[int(100 * MB), int(300 * MB), int(1000 * MB)])
-    args = parser.parse_args(argv)
-    problem = None if args.smoke else missing_file(args.data_dir, args.tasks, ["test"])
-    if problem:
-        parser.error(problem)
-    return args, SMOKE if args.smoke else Budget(*(getattr(args, name) for name in Budget._fields))
-
-
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Measure, then print the tables and the verdicts."""
-    args, budget = parse(argv)
-    study = Study(args, budget)
-    if not args.table:
-        for name in args.tasks:
-            if study.results.find(study.settings(task=name)) is None:
-                study.results.add(study.settings(task=name), study.measure(name))
-        for limit in args.memory_limits if sys.platform == "linux" else ():
-            key = study.settings(task=args.tasks[0], memory_limit=limit)
-            if study.results.find(key) is None:
-                study.results.add(key, study.measure_memory(args.tasks[0], limit))
-    print(f"\n{table(study, args.tasks)}\n\n{memory_table(study, args.tasks[0])}\n")
-    print("\n".join(verdicts(study, args.tasks)))
-    print(f"\n{budget}")
-    if study.results.rows:
-        print(describe(study.results.rows[-1]["environment"]))
-
-
-if __name__ == "__main__":
-    main()
+TASK = Benchmark(measure, tables_of_each(tables), claims_of_each(claims))

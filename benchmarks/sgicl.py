@@ -2,37 +2,34 @@
 """SG-ICL on SST-2, SST-5, RTE and CB: zero-shot, gold demonstrations (k = 1 to 8), the model's own, five seeds each.
 
 A seed of gold demonstrations is one random set that all inputs share, as in the paper; a seed of SG-ICL is one draw from
-pools that are generated once (with --pools-per-seed: generated anew for each seed, at five times the cost). "Worth" is the
+pools that are generated once (with `pools_per_seed`: generated anew for each seed, at five times the cost). "Worth" is the
 k at which the gold curve reaches SG-ICL, over 8. What goes beyond the paper is measured on examples that are
 not those of the main table: the validation split, or for RTE and CB, whose test labels are not public and whose
 validation split stands in the main table, the last examples of the training split (which no demonstration is drawn from).
 
-    python -m benchmarks.sgicl --data-dir shared/data
-
-Rows are stored as they finish and not measured again, and pools input by input: after a kill, start it again with the
-same flags.
+Pools are kept in the run's work folder, input by input, so that a run that was killed goes on within them.
 """
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from benchmarks.common import Results, argument_parser, data_folder, describe, log, markdown_table, verdict
+from benchmarks.core.claims import Claim, markdown_table
+from benchmarks.core.run import Run, data_folder, log
+from benchmarks.core.task import Runs, run_named
+from benchmarks.core.task import Task as Benchmark
 from benchmarks.in_context import (
     Example,
     accuracy,
     demonstrations,
-    missing_file,
     read_examples,
     smoke_examples,
     smoke_model,
@@ -43,21 +40,9 @@ from generation_ext.in_context import LabelScorer, SelfGeneratedICL, Task
 from peft_ext.models import DEFAULT_MODEL, load, load_tokenizer
 
 
-SEEDS = (13, 21, 42, 87, 100)  # the paper's
 ZERO_SHOT, GOLD, SG_ICL = "Zero-shot", "Gold demonstrations", "SG-ICL"
 MAIN, DEVELOPMENT = "main", "development"
 WORTH, SHOTS = 0.5, 8
-
-
-class Budget(NamedTuple):
-    """How much of the data is used; what decides how long the tables take."""
-
-    inputs: int = 150
-    development_inputs: int = 50
-    gold_inputs: int = 150
-
-
-SMOKE = Budget(4, 4, 4)
 
 
 class Row(NamedTuple):
@@ -82,15 +67,14 @@ class Row(NamedTuple):
         ]
         return ", ".join([self.method, *notes])
 
-    @property
-    def seeds(self) -> tuple[int, ...]:
+    def seeds(self, run: Run) -> list[int]:
         """Nothing is random without demonstrations."""
-        return SEEDS[:1] if self.method == ZERO_SHOT else SEEDS
+        return run.seeds[:1] if self.method == ZERO_SHOT else run.seeds
 
 
-def main_rows() -> list[Row]:
+def main_rows(gold_shots: Sequence[int]) -> list[Row]:
     """The paper's table."""
-    return [Row(ZERO_SHOT), Row(SG_ICL, SHOTS), *(Row(GOLD, shots) for shots in range(SHOTS, 0, -1))]
+    return [Row(ZERO_SHOT), Row(SG_ICL, SHOTS), *(Row(GOLD, shots) for shots in gold_shots)]
 
 
 def development_rows() -> list[Row]:
@@ -110,64 +94,67 @@ def development_rows() -> list[Row]:
     ]
 
 
-class Study:
-    """Model, data and stored results; measures rows."""
+def rows_of(run: Run) -> list[Row]:
+    """What is measured of an experiment."""
+    return main_rows(run.gold_shots) if run.part == MAIN else development_rows()
 
-    def __init__(self, args: argparse.Namespace, budget: Budget) -> None:
-        self.args, self.budget = args, budget
-        self.results = Results(args.output, args.seed)
-        self.pools = args.output.with_suffix(".work")  # not kept in git
-        self.model, self.tokenizer = smoke_model() if args.smoke else _load(args.model, getattr(torch, args.dtype))
-        self.data = {name: self._data(name) for name in args.tasks}
 
-    def settings(self, row: Row, name: str, part: str, seed: int) -> dict[str, Any]:
-        """Everything that a measurement depends on."""
-        model = "tiny random Llama" if self.args.smoke else self.args.model
-        inputs = self.inputs(row, part)
-        key = {"model": model, "dtype": self.args.dtype, "task": name, "part": part, "inputs": inputs, "seed": seed}
-        if row.method == SG_ICL:
-            key["pools_per_seed"] = self.args.pools_per_seed
-        return {**key, **row._asdict()}
+def measure(run: Run) -> None:
+    """Every row, set and seed that isn't stored; all sets of a row, so that averages are known early."""
+    icl = None
+    for row in rows_of(run):
+        for name in run.sets:
+            for seed in row.seeds(run):
+                key = key_of(row, name, seed)
+                if run.find(key) is None:
+                    icl = icl or InContext(run)
+                    start = time.perf_counter()
+                    result = icl.measure(row, name, seed)
+                    result["seconds"] = time.perf_counter() - start
+                    run.add(key, result)
+                    log(f"{name}: {row.title}, seed {seed}: {result['accuracy']:.1f} %, {result['seconds']:.0f} s")
 
-    def inputs(self, row: Row, part: str) -> int:
+
+def key_of(row: Row, name: str, seed: int) -> dict[str, Any]:
+    """What identifies a result."""
+    return {"set": name, "seed": seed, **row._asdict()}
+
+
+def found(run: Run, row: Row, name: str) -> Optional[list[float]]:
+    """The stored accuracies of all seeds, in percent."""
+    results = [run.find(key_of(row, name, seed)) for seed in row.seeds(run)]
+    return None if any(result is None for result in results) else [result["accuracy"] for result in results]
+
+
+class InContext:
+    """Model and data."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.model, self.tokenizer = smoke_model() if run.smoke else _load(run.model, getattr(torch, run.dtype))
+        self.data = {name: self._data(name) for name in run.sets}
+
+    def inputs(self, row: Row) -> int:
         """How many inputs a row is measured on."""
-        if part == DEVELOPMENT:
-            return self.budget.development_inputs
-        return self.budget.gold_inputs if row.method == GOLD else self.budget.inputs
+        return self.run.gold_inputs if row.method == GOLD else self.run.inputs
 
-    def found(self, row: Row, name: str, part: str) -> Optional[list[float]]:
-        """The stored accuracies of all seeds, in percent."""
-        results = [self.results.find(self.settings(row, name, part, seed)) for seed in row.seeds]
-        return None if any(result is None for result in results) else [result["accuracy"] for result in results]
-
-    def fill(self, row: Row, name: str, part: str) -> None:
-        """Measure the seeds that are missing."""
-        for seed in row.seeds:
-            key = self.settings(row, name, part, seed)
-            if self.results.find(key) is None:
-                start = time.perf_counter()
-                result = self.measure(row, name, part, seed)
-                result["seconds"] = time.perf_counter() - start
-                self.results.add(key, result)
-                log(f"{name}, {part}: {row.title}, seed {seed}: {result['accuracy']:.1f} %, {result['seconds']:.0f} s")
-
-    def measure(self, row: Row, name: str, part: str, seed: int) -> dict[str, Any]:
+    def measure(self, row: Row, name: str, seed: int) -> dict[str, Any]:
         """Accuracy of a row under one seed."""
         task, data = self._task(name), self.data[name]
-        examples = data[part][: self.inputs(row, part)]
+        examples = data[self.run.part][: self.inputs(row)]
         fields = [example.fields for example in examples]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # counted below
             if row.method == SG_ICL:
-                return self._measure_own(row, task, examples, part, seed)
+                return self._measure_own(row, task, examples, seed)
             shown = random.Random(seed).sample(data["train"], row.shots)
             # the paper's code drops what is too long from the left
             scorer = LabelScorer(self.model, self.tokenizer, task, normalization="mean", overflow="drop_then_truncate")
             scores = scorer.score(fields, demonstrations(shown), row.calibrate)
         return {"accuracy": accuracy(scores.predictions(), examples), "dropped": int(scores.dropped.sum())}
 
-    def _measure_own(self, row: Row, task: Task, examples: Sequence[Example], part: str, seed: int) -> dict[str, Any]:
-        generated_with = seed if self.args.pools_per_seed else SEEDS[0]
+    def _measure_own(self, row: Row, task: Task, examples: Sequence[Example], seed: int) -> dict[str, Any]:
+        generated_with = seed if self.run.pools_per_seed else self.run.seeds[0]
         sg_icl = SelfGeneratedICL(
             self.model,
             self.tokenizer,
@@ -179,11 +166,10 @@ class Study:
             calibrate=row.calibrate,
             overflow="drop_then_truncate",
             seed=generated_with,
-            progressbar=not self.args.smoke,
+            progressbar=not self.run.smoke,
         )
-        self.pools.mkdir(parents=True, exist_ok=True)
         kind = "input" if row.conditioned else "class"
-        path = self.pools / f"{task.name}-{part}-{kind}-{generated_with}-{len(examples)}.jsonl"
+        path = self.run.work / f"{task.name}-{kind}-{generated_with}-{len(examples)}.jsonl"
         pools = sg_icl.generate([example.fields for example in examples], path)
         usable = sg_icl.consistent(pools) if row.self_consistent else pools
         drawn = sg_icl.draw(usable, seed)
@@ -197,19 +183,17 @@ class Study:
         }
 
     def _task(self, name: str) -> Task:
-        return smoke_task(name) if self.args.smoke else task_named(name)
+        return smoke_task(name) if self.run.smoke else task_named(name)
 
     def _data(self, name: str) -> dict[str, list[Example]]:
         """`train` for demonstrations, and the inputs of the two parts."""
-        budget, task = self.budget, self._task(name)
-        if self.args.smoke:
+        task, seed = self._task(name), self.run.seed
+        if self.run.smoke:
             return {part: smoke_examples(task, 20, seed) for seed, part in enumerate(("train", MAIN, DEVELOPMENT))}
-        folder, seed = self.args.data_dir, self.args.seed
-        train = read_examples(folder, task, "train", seed)
-        validation = read_examples(folder, task, "validation", seed)
-        if (folder / name / "test.jsonl").is_file():
-            return {"train": train, MAIN: read_examples(folder, task, "test", seed), DEVELOPMENT: validation}
-        held = min(budget.development_inputs, len(train) // 2)
+        train, validation = (read_examples(task, split, seed) for split in ("train", "validation"))
+        if (data_folder(name) / "test.jsonl").is_file():
+            return {"train": train, MAIN: read_examples(task, "test", seed), DEVELOPMENT: validation}
+        held = min(self.run.development_inputs, len(train) // 2)
         return {"train": train[:-held], MAIN: validation, DEVELOPMENT: train[-held:]}
 
 
@@ -233,67 +217,62 @@ def worth(curve: Sequence[Optional[float]], reached: float) -> float:
     return 1.0
 
 
-def table(study: Study, rows: Sequence[Row], part: str) -> str:
-    """A Markdown table: mean and standard deviation over seeds for each task, and the average of the tasks."""
-    names = study.args.tasks
+def table(run: Run) -> str:
+    """Mean and standard deviation over seeds for each set, and the average of the sets."""
     lines = []
-    for row in sorted(rows, key=lambda row: (row.method != ZERO_SHOT, row.method != GOLD, row.shots)):
-        found = [study.found(row, name, part) for name in names]
-        cells: list[Optional[str]] = ["not measured" if each is None else _spread(each) for each in found]
-        measured = [each for each in found if each is not None]
-        whole = len(measured) == len(names)
-        mean = f"{statistics.mean(map(statistics.mean, measured)):.1f}" if whole else None
-        deviation = f"{statistics.mean(map(statistics.pstdev, measured)):.1f}" if whole else None
-        lines.append([row.title, *cells, mean, deviation])
-    return markdown_table(["Accuracy, %", *names, "Average", "Average deviation"], lines)
+    for row in sorted(rows_of(run), key=lambda row: (row.method != ZERO_SHOT, row.method != GOLD, row.shots)):
+        values = [found(run, row, name) for name in run.sets]
+        measured = [each for each in values if each is not None]
+        if measured:
+            whole = len(measured) == len(run.sets)
+            mean = f"{statistics.mean(map(statistics.mean, measured)):.1f}" if whole else None
+            deviation = f"{statistics.mean(map(statistics.pstdev, measured)):.1f}" if whole else None
+            lines.append([row.title, *(None if each is None else _spread(each) for each in values), mean, deviation])
+    return markdown_table(["Accuracy, %", *run.sets, "average", "average deviation"], lines)
 
 
-def verdicts(study: Study) -> list[str]:
-    """The lines that say which claims the tables bear out."""
-    names = study.args.tasks
+def average(run: Optional[Run], row: Row, of: Any = statistics.mean) -> Optional[float]:
+    """Over sets, of the means (or deviations) over seeds; None if a set is missing."""
+    values = [] if run is None else [found(run, row, name) for name in run.sets]
+    return None if not values or any(each is None for each in values) else statistics.mean(map(of, values))
 
-    def average(row: Row, of: Any = statistics.mean, part: str = MAIN) -> Optional[float]:
-        found = [study.found(row, name, part) for name in names]
-        return None if any(each is None for each in found) else statistics.mean(of(each) for each in found if each)
 
-    own, zero = average(Row(SG_ICL, SHOTS)), average(Row(ZERO_SHOT))
-    deviations = average(Row(SG_ICL, SHOTS), statistics.pstdev), average(Row(GOLD, SHOTS), statistics.pstdev)
-    curve = [zero, *(average(Row(GOLD, shots)) for shots in range(1, SHOTS + 1))]
+def claims(runs: Runs) -> list[Claim]:
+    """The paper's claims, on the averages of the sets."""
+    run, own = run_named(runs, MAIN), Row(SG_ICL, SHOTS)
+    reached, zero, gold = (average(run, row) for row in (own, Row(ZERO_SHOT), Row(GOLD, SHOTS)))
+    steady, shaky = (average(run, row, statistics.pstdev) for row in (own, Row(GOLD, SHOTS)))
     # some k may be left out in between
-    known = own is not None and curve[0] is not None and curve[-1] is not None
-    gold_deviation = deviations[1]
-    lines = [
-        verdict("average of SG-ICL over zero-shot", _minus(own, zero), 0.0, " points", at_least=True),
-        verdict(
-            "average deviation of SG-ICL; at most that of 8 gold demonstrations",
-            deviations[0] if gold_deviation is not None else None,
-            0.0 if gold_deviation is None else gold_deviation,
-            " points",
-        ),
-        verdict(
-            "worth, on the averages", worth(curve, own) if known and own is not None else None, WORTH, at_least=True
-        ),
+    curve = [zero, *(average(run, Row(GOLD, shots)) for shots in range(1, SHOTS + 1))]
+    known = None not in (reached, zero, gold)
+    return [
+        Claim("average of SG-ICL over zero-shot", _minus(reached, zero), 0.0, " points", at_least=True),
+        Claim("deviation of SG-ICL over that of 8 gold demonstrations", _minus(steady, shaky), 0.0, " points"),
+        Claim("worth, on the averages", worth(curve, reached) if known else None, WORTH, at_least=True),
     ]
-    base = average(Row(SG_ICL, SHOTS), part=DEVELOPMENT)
+
+
+def tables(runs: Runs) -> dict[str, str]:
+    """Accuracies, what SG-ICL is worth set by set, and what options beyond the paper change."""
+    shown = {run.part: table(run) for run in runs}
+    run, development, own = run_named(runs, MAIN), run_named(runs, DEVELOPMENT), Row(SG_ICL, SHOTS)
+    if run is not None:
+        lines = []
+        for name in run.sets:
+            curve = [found(run, row, name) for row in (Row(ZERO_SHOT), *(Row(GOLD, k) for k in range(1, SHOTS + 1)))]
+            reached = found(run, own, name)
+            if None not in (reached, curve[0], curve[-1]):
+                means = [None if each is None else statistics.mean(each) for each in curve]
+                lines.append([name, f"{worth(means, statistics.mean(reached)):.2f}"])
+        shown["worth"] = markdown_table(["Set", f"gold demonstrations that SG-ICL is worth, over {SHOTS}"], lines)
+    base, lines = average(development, own), []
     for row in development_rows():
-        if row.method == SG_ICL and row != Row(SG_ICL, SHOTS):
-            gain = _minus(average(row, part=DEVELOPMENT), base)
-            lines.append(f"- development: {row.title}: {'not measured' if gain is None else f'{gain:+.1f} points'}")
-    return lines
-
-
-def worths(study: Study) -> str:
-    """What SG-ICL is worth task by task."""
-    parts = []
-    for name in study.args.tasks:
-        own, zero = study.found(Row(SG_ICL, SHOTS), name, MAIN), study.found(Row(ZERO_SHOT), name, MAIN)
-        gold = [study.found(Row(GOLD, shots), name, MAIN) for shots in range(1, SHOTS + 1)]
-        if own is None or zero is None or gold[-1] is None:
-            parts.append(f"{name} not measured")
-        else:
-            curve = [None if each is None else statistics.mean(each) for each in (zero, *gold)]
-            parts.append(f"{name} {worth(curve, statistics.mean(own)):.2f}")
-    return "Worth by task: " + ", ".join(parts)
+        gain = _minus(average(development, row), base)
+        if row.method == SG_ICL and row != own and gain is not None:
+            lines.append([row.title, f"{gain:+.1f}"])
+    if lines:
+        shown["options"] = markdown_table(["Option", "points"], lines)
+    return shown
 
 
 def _minus(one: Optional[float], two: Optional[float]) -> Optional[float]:
@@ -316,49 +295,4 @@ def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     return load(name, dtype=dtype), load_tokenizer(name)
 
 
-def parse(argv: Optional[Sequence[str]]) -> tuple[argparse.Namespace, Budget]:
-    """The command line; single numbers override the budget's."""
-    parser = argument_parser(__doc__, "sgicl.json", budget=Budget()._asdict())
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="default, hub id, folder or .gguf file")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the model's weights")
-    parser.add_argument("--data-dir", type=Path, default=data_folder(), help="holds the tasks' folders")
-    parser.add_argument("--tasks", nargs="+", default=["sst2", "sst5", "rte", "cb"])
-    parser.add_argument("--pools-per-seed", action="store_true", help="generate anew for each seed")
-    parser.add_argument("--rows", nargs="*", default=[], help="only rows whose title contains one of these")
-    parser.add_argument("--parts", nargs="+", choices=(MAIN, DEVELOPMENT), default=[MAIN, DEVELOPMENT])
-    args = parser.parse_args(argv)
-    problem = None if args.smoke else missing_file(args.data_dir, args.tasks, ["validation"])
-    if problem:
-        parser.error(problem)
-    return args, SMOKE if args.smoke else Budget(*(getattr(args, name) for name in Budget._fields))
-
-
-def parts(args: argparse.Namespace) -> Mapping[str, list[Row]]:
-    """Which rows are measured on which part."""
-    rows = {MAIN: main_rows(), DEVELOPMENT: development_rows()}
-    wanted = {part: rows[part] for part in args.parts}
-    return {
-        part: [row for row in each if not args.rows or any(piece in row.title for piece in args.rows)]
-        for part, each in wanted.items()
-    }
-
-
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Measure, then print the tables and the verdicts."""
-    args, budget = parse(argv)
-    study = Study(args, budget)
-    for part, rows in parts(args).items() if not args.table else ():
-        for row in rows:  # all tasks of a row, so that averages are known early
-            for name in args.tasks:
-                study.fill(row, name, part)
-    for part, rows in parts(args).items():
-        print(f"\n{part}\n\n{table(study, rows, part)}")
-    print(f"\n{worths(study)}\n")
-    print("\n".join(verdicts(study)))
-    print(f"\n{budget}, seeds {SEEDS}")
-    if study.results.rows:
-        print(describe(study.results.rows[-1]["environment"]))
-
-
-if __name__ == "__main__":
-    main()
+TASK = Benchmark(measure, tables, claims)

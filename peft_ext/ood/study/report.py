@@ -64,7 +64,7 @@ def make_tables(config: StudyConfig, finished: Sequence[CellResult]) -> list[Tab
         ):
             parts.append(_measure_table(f"{name}: {title}", rows, names, measure))
     if finished:
-        parts += [*_rank_tables(finished, names), *_answers(finished)]
+        parts += [*rank_tables(finished, names), *_answers(finished)]
     parts.append(_unfinished(config, finished))
     return parts
 
@@ -124,7 +124,8 @@ def _measure_table(title: str, rows: Sequence[CellResult], detectors: Sequence[s
     return Table(title, " ".join(notes), ["Model", "Method", "Budget", *detectors], table)
 
 
-def _rank_tables(finished: Sequence[CellResult], detectors: Sequence[str]) -> list[Table]:
+def rank_tables(finished: Sequence[CellResult], detectors: Sequence[str]) -> list[Table]:
+    """Mean ranks by AUROC: of the methods, and of the detectors."""
     among_methods = [
         {(row.cell.method, detector): row.measure(detector, "auroc") for row in rows}
         for rows in _competitions(finished)
