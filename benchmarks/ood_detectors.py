@@ -81,12 +81,12 @@ def measured(
 def _inputs(run: Run) -> tuple[Any, Any]:
     """Features, logits and labels to fit on; features and logits to score."""
     generator = np.random.default_rng(run.seed)
-    means = generator.standard_normal((CLASSES, run.size)).astype(np.float32)
-    head = generator.standard_normal((run.size, CLASSES)).astype(np.float32)
+    means = generator.standard_normal((CLASSES, run.features)).astype(np.float32)
+    head = generator.standard_normal((run.features, CLASSES)).astype(np.float32)
 
     def drawn(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         labels = generator.integers(CLASSES, size=count)
-        features = means[labels] + generator.standard_normal((count, run.size), dtype=np.float32)
+        features = means[labels] + generator.standard_normal((count, run.features), dtype=np.float32)
         return features, features @ head, labels
 
     return drawn(run.train), drawn(run.scored)[:2]

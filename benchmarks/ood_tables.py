@@ -41,18 +41,14 @@ class Cells:
     def __init__(self, finished: Sequence[CellResult]) -> None:
         self.finished = list(finished)
 
-    def of(self, data: str, model: str, method: str, budget: float = BUDGET) -> list[CellResult]:
-        """The seeds of a row; methods without a size stand in every budget."""
+    def of(self, data: str, model: str, method: str, budget: Optional[float] = BUDGET) -> list[CellResult]:
+        """The seeds of a row; methods without a size stand in every budget. None: of any budget."""
         return [
             row
             for row in self.finished
             if (row.cell.setting.name, row.cell.model.name, row.cell.method) == (data, model, method)
-            and row.cell.budget in (budget, None)
+            and (budget is None or row.cell.budget in (budget, None))
         ]
-
-    def methods(self, data: str, model: str) -> list[str]:
-        """Those that have a cell."""
-        return [method for method in ORDER if self.of(data, model, method)]
 
 
 def accuracy(name: str) -> Measure:
@@ -65,14 +61,18 @@ def measure(detector: str, name: str = "auroc") -> Measure:
     return lambda row: row.measure(detector, name)
 
 
-def whole_table(cells: Cells, title: str, data: str, model: str, name: str = "auroc") -> str:
+def whole_table(
+    cells: Cells, title: str, data: str, model: str, name: str = "auroc", budget: Optional[float] = BUDGET
+) -> str:
     """A measure of every detector but relative Mahalanobis and ViM, mean and deviation over seeds."""
     shown = ("msp", "energy", "mahalanobis", "cosine", "knn")
     headers = [title, "validation accuracy", "ID accuracy", *(DETECTORS[each] for each in shown), "seeds"]
     columns = [accuracy("validation_accuracy"), accuracy("id_accuracy"), *(measure(each, name) for each in shown)]
     lines = []
-    for method in cells.methods(data, model):
-        rows = cells.of(data, model, method)
+    for method in ORDER:
+        rows = cells.of(data, model, method, budget)
+        if not rows:
+            continue
         lines.append([METHODS[method].title, *(_spread(rows, column) for column in columns), len(rows)])
     return markdown_table(headers, lines)
 
@@ -136,8 +136,10 @@ def _mean(rows: Sequence[CellResult], column: Measure) -> float:
     return float(np.mean([value for row in rows if (value := column(row)) is not None]))
 
 
-def _spread(rows: Sequence[CellResult], column: Measure) -> str:
+def _spread(rows: Sequence[CellResult], column: Measure) -> Optional[str]:
     values = [value for row in rows if (value := column(row)) is not None]
+    if not values:
+        return None
     mean = f"{100 * np.mean(values):.1f}"
     return mean if len(values) < 2 else f"{mean} ± {100 * np.std(values, ddof=1):.1f}"
 

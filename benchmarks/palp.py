@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks.core.claims import Claim, markdown_table
-from benchmarks.core.run import Run, log
+from benchmarks.core.run import Run, data_folder, log
 from benchmarks.core.task import Runs, Task, run_named
 from benchmarks.in_context import smoke_model
 from benchmarks.palp_data import PLAIN, SETS, Remembering, Split
@@ -109,6 +109,8 @@ class Probing:
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        for name in run.sets:
+            data_folder(name)  # whether it is there, before anything takes long
         self.tokenizer = smoke_model()[1] if run.smoke else load_tokenizer(run.model)
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:
@@ -239,7 +241,7 @@ def choose(run: Run) -> None:
     for head, (name, values) in GRIDS.items():
         for value in values:
             key = {"head": head, name: value}
-            if not run.find(key) is None:
+            if run.find(key) is not None:
                 continue
             probing, found = probing or Probing(run), []
             for source in run.sets:

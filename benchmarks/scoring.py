@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from benchmarks.core.claims import Claim, markdown_table
-from benchmarks.core.run import Run, log
+from benchmarks.core.run import Run, data_folder, log
 from benchmarks.core.task import Task as Benchmark
 from benchmarks.core.task import claims_of_each, tables_of_each
 from benchmarks.in_context import (
@@ -75,6 +75,8 @@ class Scoring:
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        for name in () if run.smoke else run.sets:
+            data_folder(name)  # whether it is there, before anything takes long
         if run.smoke:
             self.model, self.tokenizer = smoke_model()
         else:

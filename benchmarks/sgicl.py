@@ -131,8 +131,8 @@ class InContext:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.model, self.tokenizer = smoke_model() if run.smoke else _load(run.model, getattr(torch, run.dtype))
         self.data = {name: self._data(name) for name in run.sets}
+        self.model, self.tokenizer = smoke_model() if run.smoke else _load(run.model, getattr(torch, run.dtype))
 
     def inputs(self, row: Row) -> int:
         """How many inputs a row is measured on."""

@@ -67,12 +67,14 @@ def is_clean(record: Mapping[str, Any]) -> bool:
 
 
 def describe(record: Mapping[str, Any], date: str) -> str:
-    """An environment in one line, for under a table."""
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
-    return (
-        f"{date}; {record['cpu']}, {record['threads']} threads, {record['memory_gb']} GB; "
-        f"Python {record['python']}, {versions}; commit {record['commit']}"
-    )
+    """An environment in one line, for under a table; what wasn't recorded is left out."""
+    versions = [f"{name} {version}" for name, version in record["versions"].items() if version]
+    machine = [record["cpu"]]
+    machine += [f"{record['threads']} threads"] if record["threads"] else []
+    machine += [f"{record['memory_gb']} GB"] if record["memory_gb"] else []
+    software = [f"Python {record['python']}", *versions] if record["python"] else versions
+    parts = [date, ", ".join(machine), ", ".join(software), f"commit {record['commit']}", record.get("note", "")]
+    return "; ".join(filter(None, parts))
 
 
 def cpu_model() -> str:

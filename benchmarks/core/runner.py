@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import multiprocessing
 import os
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -153,7 +155,8 @@ def measure(task: Task, runs: Sequence[Run]) -> None:
     for run in runs:
         if run.size != FULL:
             run.forget_others()
-        task.measure(run)
+        with contextlib.redirect_stdout(sys.stderr):  # trainers print there, too
+            task.measure(run)
     if task.draw is not None and any(run.rows for run in runs):
         folder = runs[0].path.parent
         folder.mkdir(parents=True, exist_ok=True)

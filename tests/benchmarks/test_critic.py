@@ -19,8 +19,7 @@ from sklearn.feature_extraction.text import CountVectorizer  # noqa: E402
 from sklearn.naive_bayes import MultinomialNB  # noqa: E402
 from sklearn.pipeline import make_pipeline  # noqa: E402
 
-from benchmarks import critic_control, critic_cost, critic_tasks, text_quality  # noqa: E402
-from tests.tiny.folders import save_tiny_model  # noqa: E402
+from benchmarks import critic_cost, critic_tasks, text_quality  # noqa: E402
 from tests.tiny.models import tiny  # noqa: E402
 
 
@@ -34,7 +33,8 @@ class _Encoder:
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    """Files like those of `--data-dir`, and stand-ins for the judges' packages."""
+    """Files like the data sets', and stand-ins for the judges' packages."""
+    monkeypatch.setenv("PEFT_EXT_DATA", str(tmp_path / "data"))
     monkeypatch.setattr(critic_tasks, "SentenceEncoder", _Encoder)
     monkeypatch.setattr(
         critic_tasks, "FineTunedEncoder", lambda folder: make_pipeline(CountVectorizer(), MultinomialNB())
@@ -47,8 +47,8 @@ def data(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "profanity_check", profanity)
 
     def write(name, rows):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("\n".join(json.dumps(row) for row in rows))
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_text("\n".join(json.dumps(row) for row in rows))
 
     moods = [{"text": f"{word} {word} thing number {n} of many here now", "label": label} for n in range(12)
              for word, label in (("aaa", "positive"), ("bbb", "negative"))]  # fmt: skip
@@ -62,44 +62,24 @@ def data(tmp_path, monkeypatch):
     toxic = [{"text": f"{'aaa' if n % 2 else 'bbb'} {n}", "prompt_toxicity": 0.2 + 0.6 * (n % 4 == 0),
               "continuation_toxicity": 0.9} for n in range(24)]  # fmt: skip
     write("prompts/rtp_sample.jsonl", toxic)
-    return tmp_path
 
 
-@pytest.mark.parametrize("task", critic_tasks.TASKS)
-def test_control(task, data, tmp_path, capsys):
-    model = save_tiny_model(tmp_path / "model")
-    output = tmp_path / "control.json"
-    arguments = ["--smoke", "--model", str(model), "--data-dir", str(data), "--tasks", task, "--output", str(output)]
-    arguments += ["--work_dir", str(tmp_path / "work"), "--head", "linear"]
-    methods = [critic_control.FROZEN, critic_control.BEST, critic_control.CRITIC, critic_control.WEIGHTED]
-    methods += [critic_control.PROMPT, critic_control.ACTION, critic_control.UNSEEN]
-    critic_control.main([*arguments, "--methods", *methods])
-    shown = capsys.readouterr().out
-    assert "| CriticControl, strength 8 |" in shown and "| RLOO, LoRA | not measured |" in shown
-    rows = json.loads(output.read_text())["rows"]
-    assert len(rows) == len([row for row in critic_control.rows_of(task) if row.method in methods])
-    assert all(row["result"]["perplexity"] > 1 for row in rows)
-    before = output.read_text()
-    critic_control.main([*arguments, "--table"])
-    again = capsys.readouterr().out
-    assert output.read_text() == before and again and shown.endswith(again)
+@pytest.mark.slow
+def test_control(data, smoke):
+    found = smoke("critic_control")
+    assert "| CriticControl, strength 8 |" in found.shown and "| RLOO, LoRA |" in found.shown
+    assert "| CriticControl, unseen topics, strength 8 |" in found.shown
+    assert set(found.rows) == set(critic_tasks.TASKS)
+    assert len(found.rows["topic"]) == 9, "every method, and topics that the critic never saw"
+    assert all(result["perplexity"] > 1 for result in found.results)
 
 
-def test_rloo(data, tmp_path):
-    model = save_tiny_model(tmp_path / "model")
-    arguments = ["--smoke", "--model", str(model), "--data-dir", str(data), "--tasks", "topic"]
-    arguments += ["--output", str(tmp_path / "control.json"), "--work_dir", str(tmp_path / "work")]
-    critic_control.main([*arguments, "--methods", critic_control.RLOO])
-    assert (tmp_path / "work" / "topic" / "rloo" / "adapter_config.json").is_file()
-
-
-def test_cost(tmp_path, capsys):
-    output = tmp_path / "cost.json"
-    critic_cost.main(["--smoke", "--output", str(output)])
-    shown = capsys.readouterr().out
-    assert "| critic_generate |" in shown and "re-encoding over exact" in shown
-    (row,) = json.loads(output.read_text())["rows"]
-    assert {len(seconds) for seconds in row["result"].values()} == {2}
+@pytest.mark.slow
+def test_cost(smoke):
+    found = smoke("critic_cost")
+    assert "| critic_generate |" in found.shown and "re-encoding over exact" in found.shown
+    (result,) = found.results
+    assert {len(seconds) for seconds in result.values()} == {2}
 
 
 def test_reencoding_is_what_the_processor_computes():

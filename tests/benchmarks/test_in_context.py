@@ -4,83 +4,74 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
 
 pytest.importorskip("torch")
 
-from benchmarks import common, in_context, scoring, sgicl  # noqa: E402
+from benchmarks import in_context, scoring, sgicl  # noqa: E402
+from benchmarks.__main__ import main  # noqa: E402
+from benchmarks.core import experiments  # noqa: E402
+from benchmarks.core.run import Run  # noqa: E402
 
 
-def _rows(path):
-    return json.loads(path.read_text())["rows"]
-
-
-def test_scoring(tmp_path, capsys):
-    output = tmp_path / "scoring.json"
-    arguments = ["--smoke", "--output", str(output), "--memory-limits", "50000000"]
-    scoring.main(arguments)
-    shown = capsys.readouterr().out
+@pytest.mark.slow
+def test_scoring(smoke):
+    found = smoke("scoring")
     for name in ("sst2", "sst5", "ag_news"):
-        assert f"| {name} | {scoring.OURS} |" in shown and f"| {name} | {scoring.NAIVE} |" in shown
-        assert f"{name}: over the naive loop" in shown
-        (result,) = (r["result"] for r in _rows(output) if r["settings"]["task"] == name and "peak" not in r["result"])
+        assert f"| {name} | {scoring.OURS} |" in found.shown and f"| {name} | {scoring.NAIVE} |" in found.shown
+        assert f"{name}: over the naive loop" in found.shown
+        (result,) = (row["result"] for row in found.rows["smollm2"] if row["key"] == {"set": name})
         assert 0 < result["differences"][scoring.OURS] < 1e-4
-    before = output.read_text()
-    scoring.main(arguments)
-    assert output.read_text() == before, "finished rows were measured again"
-    assert capsys.readouterr().out == shown
 
 
-def test_scoring_says_why_the_harness_is_missing(tmp_path, capsys):
-    pytest.importorskip("peft_ext")
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError:
-        scoring.main(["--smoke", "--output", str(tmp_path / "scoring.json"), "--tasks", "sst2", "--memory-limits"])
-        shown = capsys.readouterr().out
-        assert "not possible here: No module named 'lm_eval'" in shown
-        assert "lm-evaluation-harness at its best: not measured" in shown
-    else:
-        pytest.skip("lm_eval is here")
+def test_scoring_says_why_the_harness_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
+    settings = {**experiments.settings("scoring", "smollm2", "smoke"), "sets": ["sst2"], "memory_limits": []}
+    run = Run("scoring", "smollm2", settings, "smoke", tmp_path)
+    scoring.measure(run)
+    assert "not possible here: " in scoring.tables(run)["speed"]
+    claims = {claim.name: claim.value for claim in scoring.claims(run)}
+    assert claims["sst2: over lm-evaluation-harness at its best"] is None and claims["sst2: over the naive loop"] > 0
 
 
-def test_sgicl(tmp_path, capsys):
-    output = tmp_path / "sgicl.json"
-    sgicl.main(["--smoke", "--output", str(output)])
-    shown = capsys.readouterr().out
-    for row in (*sgicl.main_rows(), *sgicl.development_rows()):
-        assert f"| {row.title} |" in shown
-    assert "not measured" not in shown and "worth, on the averages" in shown
-    before, files = output.read_text(), {path.name: path.read_text() for path in (tmp_path / "sgicl.work").iterdir()}
-    assert "sst2-main-input-13-4.jsonl" in files and "cb-development-class-13-4.jsonl" in files
-    sgicl.main(["--smoke", "--output", str(output)])
-    assert output.read_text() == before, "finished rows were measured again"
-    assert capsys.readouterr().out == shown
+@pytest.mark.slow
+def test_sgicl(smoke, tmp_path):
+    found = smoke("sgicl")
+    for row in (*sgicl.main_rows([8, 1]), *sgicl.development_rows()):
+        assert f"| {row.title} |" in found.shown
+    assert "not measured" not in found.shown and "worth, on the averages" in found.shown
+    files = {path.name for path in (tmp_path / "sgicl").glob("*.work/*.jsonl")}
+    assert "sst2-input-13-4.jsonl" in files and "cb-class-13-4.jsonl" in files
 
 
-def test_sgicl_goes_on_after_a_kill(tmp_path):
-    output = tmp_path / "sgicl.json"
-    arguments = ["--smoke", "--output", str(output), "--rows", "SG-ICL, calibrated", "--tasks", "sst2"]
-    sgicl.main(arguments)
-    rows = _rows(output)
-    common.write_json(output, {"rows": rows[:2]})  # as a kill before the third row leaves it
-    pools = tmp_path / "sgicl.work" / "sst2-development-input-13-4.jsonl"
+def test_sgicl_goes_on_after_a_kill(tmp_path, monkeypatch):
+    monkeypatch.setattr(sgicl, "rows_of", lambda run: [sgicl.Row(sgicl.SG_ICL, 8, calibrate=True)])
+    settings = {**experiments.settings("sgicl", "development", "smoke"), "sets": ["sst2"], "seeds": [13, 21]}
+    run = Run("sgicl", "development", settings, "smoke", tmp_path)
+    sgicl.measure(run)
+    results = [(row["key"], row["result"]["accuracy"]) for row in run.rows]
+    pools = run.work / "sst2-input-13-4.jsonl"
     lines = pools.read_text()
+    # as a kill before the second row leaves it
+    run.rows = run.rows[:1]
+    run.write()
     pools.write_text(lines[: len(lines) // 2])
-    sgicl.main(arguments)
-    assert [(r["settings"], r["result"]["accuracy"]) for r in _rows(output)] == [
-        (r["settings"], r["result"]["accuracy"]) for r in rows
-    ]
+    run = Run("sgicl", "development", settings, "smoke", tmp_path)
+    sgicl.measure(run)
+    assert [(row["key"], row["result"]["accuracy"]) for row in run.rows] == results
     assert sorted(pools.read_text().splitlines()) == sorted(lines.splitlines())
 
 
-@pytest.mark.parametrize("module", [scoring, sgicl])
-def test_without_data(module, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        module.main(["--data-dir", str(tmp_path)])
-    assert f"{tmp_path / 'sst2'}: no" in capsys.readouterr().err
+@pytest.mark.parametrize("task", ["scoring", "sgicl", "palp", "paraphrase", "critic_control", "ood"])
+def test_without_data(task, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PEFT_EXT_DATA", str(tmp_path))
+    monkeypatch.setattr("benchmarks.sentence_encoder.SentenceEncoder", None)
+    assert main([task, "--quick", "--output_dir", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert f"PEFT_EXT_DATA={str(tmp_path)!r} has no folder " in said and "Traceback" not in said
 
 
 def test_worth():
@@ -92,7 +83,7 @@ def test_worth():
     assert sgicl.worth([50.0, None, 70.0, None, 80.0], 65.0) == 1.5 / 4  # a line through what is measured
 
 
-def test_development_examples_are_no_demonstrations(tmp_path):
+def test_development_examples_are_no_demonstrations(tmp_path, monkeypatch):
     for name, splits in (("cb", ("train", "validation")), ("sst2", ("train", "validation", "test"))):
         (tmp_path / name).mkdir()
         for split in splits:
@@ -101,10 +92,10 @@ def test_development_examples_are_no_demonstrations(tmp_path):
                 for i in range(30)
             ]
             (tmp_path / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    args, budget = sgicl.parse(["--data-dir", str(tmp_path), "--tasks", "cb", "sst2", "--development-inputs", "10"])
-    study = sgicl.Study.__new__(sgicl.Study)
-    study.args, study.budget = args, budget
-    pair, single = study._data("cb"), study._data("sst2")
+    monkeypatch.setenv("PEFT_EXT_DATA", str(tmp_path))
+    icl = sgicl.InContext.__new__(sgicl.InContext)
+    icl.run = Run("sgicl", "main", {"seed": 0, "development_inputs": 10}, folder=tmp_path)
+    pair, single = icl._data("cb"), icl._data("sst2")
     assert len(pair["train"]) == 20 and len(pair[sgicl.DEVELOPMENT]) == 10
     used = {example.fields["hypothesis"] for part in pair.values() for example in part}
     assert len(used) == 60 and all(e.fields["hypothesis"].startswith("validation") for e in pair[sgicl.MAIN])

@@ -1,8 +1,10 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""The OOD study's benchmark runs from end to end on a tiny random model, and its own file is one that can be read."""
+"""The OOD study's benchmark runs from end to end on a tiny random model, and its files hold what is stored."""
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 
 import pytest
@@ -10,42 +12,50 @@ import pytest
 
 pytest.importorskip("torch")
 
-from benchmarks import ood, ood_detectors  # noqa: E402
-from peft_ext.ood.study.grid import DETECTORS, read_config  # noqa: E402
+from benchmarks import ood  # noqa: E402
+from benchmarks.core.run import RESULTS  # noqa: E402
+from benchmarks.core.runner import open_runs  # noqa: E402
+from peft_ext.ood.study.grid import DETECTORS  # noqa: E402
 from peft_ext.ood.study.methods import METHODS  # noqa: E402
 
 
-def test_smoke(tmp_path, capsys):
-    ood.main(["--smoke", "--output", str(tmp_path)])
-    shown = capsys.readouterr().out
-    assert f"{len(METHODS)} of {len(METHODS)} cells are finished" in shown
+@pytest.mark.slow
+def test_smoke(smoke, tmp_path):
+    found = smoke("ood")
     for method in METHODS.values():
-        assert f"| tiny | {method.title} |" in shown
-    assert "not measured" not in shown and "validation accuracy, LoRA, CLINC150" in shown
-    before = (tmp_path / "manifest.jsonl").read_text()
-    report = tmp_path / "docs" / "report.md"
-    report.parent.mkdir()
-    ood.main(["--smoke", "--output", str(tmp_path), "--report", str(report)])
-    assert "](../plots/roc_" in (text := report.read_text()) and text.replace("](../", "](") == shown
-    assert (tmp_path / "manifest.jsonl").read_text() == before, "finished cells were run again"
-    assert capsys.readouterr().out == shown
+        assert f"| {method.title} |" in found.shown
+    assert len(found.results) == len(METHODS)
+    report = (tmp_path / "ood" / "minilm.work" / "report.md").read_text()
+    assert f"{len(METHODS)} of {len(METHODS)} cells are finished" in report
 
 
-def test_the_file():
-    config = read_config(ood.CONFIG)
-    cells = config.cells()
-    assert len({cell.id for cell in cells}) == len(cells)
-    first = [cell for cell in cells if cell.seed == 42][:18]
+@pytest.mark.slow
+def test_a_study_goes_on_from_its_rows_alone(smoke, tmp_path):
+    smoke("ood")
+    (run,) = open_runs("ood", ["minilm"], "smoke", tmp_path)
+    rows = list(run.rows)
+    work = tmp_path / "ood" / "minilm.work"
+    shutil.rmtree(work / "cells"), (work / "manifest.jsonl").unlink()
+    run.rows = rows[:-1]
+    ood.measure(run)
+    manifest = [json.loads(line) for line in (work / "manifest.jsonl").read_text().splitlines()]
+    assert [event["job"] for event in manifest if event["status"] == "started"] == [rows[-1]["key"]["cell"]]
+    assert {row["key"]["cell"] for row in run.rows} == {row["key"]["cell"] for row in rows}
+
+
+def test_the_studies():
+    runs = {run.experiment: run for run in open_runs("ood")}
+    for run in runs.values():
+        cells = ood.study_of(run, RESULTS).cells()
+        assert len({cell.id for cell in cells}) == len(cells)
+        assert len(ood.cells_of(run)) == len(run.rows), "a stored cell is in no grid of the study's file"
+    first = [cell for cell in ood.study_of(runs["minilm"], RESULTS).cells() if cell.seed == 42][:18]
     assert {cell.method for cell in first} == set(METHODS)
-    assert [cell.id for cell in first] == [cell.id for cell in cells[:18]], "the first table doesn't come first"
-    assert {cell.model.layers for cell in cells if "SmolLM2" in cell.model.name} == {10, 20, 30}
+    assert [cell.id for cell in first] == [cell.id for cell in ood.study_of(runs["minilm"], RESULTS).cells()[:18]]
+    assert {cell.model.layers for cell in ood.study_of(runs["smollm2"], RESULTS).cells()} == {10, 20, 30}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from Linux")
-def test_detectors(tmp_path, capsys):
-    command = ["--smoke", "--output", str(tmp_path / "found.json")]
-    ood_detectors.main(command)
-    shown = capsys.readouterr().out
-    assert all(f"| {name} |" in shown for name in DETECTORS) and "met" in shown
-    ood_detectors.main(command)
-    assert capsys.readouterr().out == shown, "finished rows were measured again"
+def test_detectors(smoke):
+    found = smoke("ood_detectors")
+    assert all(f"| {name} |" in found.shown for name in DETECTORS) and "met" in found.shown

@@ -11,18 +11,13 @@ import pytest
 
 pytest.importorskip("sklearn", reason="PALPClassifier is an estimator of scikit-learn")
 
-from benchmarks import palp  # noqa: E402
 from benchmarks.palp_data import SETS, Remembering, Split  # noqa: E402
-from tests.tiny.byte_models import model  # noqa: E402
-from tests.tiny.tokenizers import tokenizer_for  # noqa: E402
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Models, and two sets of made-up rows."""
-    for name in ("llama", "bert"):
-        model(name).save_pretrained(tmp_path / name)
-        tokenizer_for(name).save_pretrained(tmp_path / name)
+@pytest.fixture(autouse=True)
+def data(tmp_path, monkeypatch):
+    """Two sets of made-up rows."""
+    monkeypatch.setenv("PEFT_EXT_DATA", str(tmp_path / "data"))
     rows = {
         "sst2": [
             {"text": f"{i} {'fun' if i % 2 else 'bore'}", "label": "positive" if i % 2 else "negative"}
@@ -34,33 +29,27 @@ def folder(tmp_path):
         ],
     }
     for name, each in rows.items():
-        (tmp_path / name).mkdir()
+        (tmp_path / "data" / name).mkdir(parents=True)
         for split in ("train", SETS[name].test):
-            (tmp_path / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each))
-    return tmp_path
+            path = tmp_path / "data" / name / f"{split}.jsonl"
+            path.write_text("".join(json.dumps(row) + "\n" for row in each))
 
 
-def test_from_end_to_end(folder, capsys):
-    output = folder / "palp.json"
-    arguments = ["--smoke", "--model", str(folder / "llama"), "--encoder", str(folder / "bert"), "--seeds", "13"]
-    arguments += ["--data-dir", str(folder), "--sets", "sst2", "cb", "--output", str(output), "--max-length", "300"]
-    palp.main([*arguments, "--timing"])
-    palp.main(arguments)
-    shown = capsys.readouterr().out
-    for title in ("PALP-D, 16 shots", "In-context learning, 4 shots", "LoRA, full", "MiniLM, linear probing, full"):
-        assert f"| {title} |" in shown
-    assert "demonstrations encoded once, over with every text" in shown and "LoRA above full PALP-D" in shown
-    assert output.with_suffix(".png").stat().st_size > 5000
-    before = output.read_text()
-    palp.main([*arguments, "--table"])
-    palp.main(arguments)
-    assert output.read_text() == before, "finished rows were measured again"
-    timing = next(row["result"] for row in json.loads(before)["rows"] if "timing" in row["settings"])
-    assert timing["difference"] < 0.05 and timing["texts"] == 24
+@pytest.mark.slow
+def test_from_end_to_end(smoke, tmp_path):
+    found = smoke("palp")
+    for title in ("PALP-D, 16 a class", "In-context learning, 4 a class", "LoRA, full pool"):
+        assert f"| {title} |" in found.shown
+    assert "| MiniLM, linear probing, full pool |" in found.shown and "not measured" not in found.shown
+    assert "demonstrations encoded once, over with every text" in found.shown
+    assert "LoRA above PALP-D, full pool" in found.shown
+    assert (tmp_path / "palp" / "accuracy.png").stat().st_size > 5000
+    (timing,) = found.rows["prefix"]
+    assert timing["result"]["difference"] < 0.05 and timing["result"]["texts"] == 24
 
 
-def test_draws_have_the_wanted_shots(folder):
-    split = Split(SETS["cb"], folder, pool=30, test=5)
+def test_draws_have_the_wanted_shots():
+    split = Split(SETS["cb"], pool=30, test=5)
     drawn = split.draw(4, 13)
     assert sorted(split.pool[1][drawn].tolist()) == sorted(split.labels * 4)
     assert (split.draw(4, 13) == drawn).all() and (split.draw(4, 27) != drawn).any()
@@ -81,8 +70,3 @@ def test_texts_are_encoded_once():
     assert remembering.extract(["bb", "ccc"]).ravel().tolist() == [2, 3]
     assert remembering.extract(["bb"], "x").ravel().tolist() == [3]
     assert Counting.calls == [(["a", "bb"], ""), (["ccc"], ""), (["bb"], "x")]
-
-
-def test_missing_data(tmp_path):
-    with pytest.raises(FileNotFoundError, match="pass --data-dir"):
-        Split(SETS["sst2"], tmp_path, 4, 4)
