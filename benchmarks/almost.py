@@ -18,10 +18,10 @@ from typing import Any, Optional
 from benchmarks.almost_ablations import FILTERS, GENERATORS, Ablations
 from benchmarks.almost_smoke import write_smoke
 from benchmarks.almost_speed import SPEED_STAGES, measure_speed
-from benchmarks.core.claims import Claim, markdown_table
+from benchmarks.core.claims import Claim, Headline, markdown_table, unless
 from benchmarks.core.environment import ROOT
 from benchmarks.core.run import Run, data_folder, log
-from benchmarks.core.task import Task, tables_of_each
+from benchmarks.core.task import Runs, Task, tables_of_each
 from peft_ext.rows import read_rows
 from trl_ext.almost.pipeline import Pipeline
 from trl_ext.almost.recipe import STAGES, AlmostConfig, load_recipe
@@ -267,8 +267,30 @@ def _short(counts: Mapping[str, Any]) -> dict[str, Any]:
     return {stage: value for stage, value in json.loads(json.dumps(counts)).items() if stage != "evaluation"}
 
 
+def headlines(runs: Runs) -> list[Headline]:
+    """Reward model, RLSF, SFT."""
+    area, page, shown = "Writing", "../benchmarks/almost.md", []
+    for almost in map(Almost, runs[:1]):
+        heuristic, gains = almost.found("filters", "heuristic"), almost.found("gains")
+        if heuristic:
+            heldout, hhh = (_value(heuristic[name]) for name in ("heldout", "hhh"))
+            figures = f"{100 * heldout:.1f} % of held-out synthetic pairs, {100 * hhh:.1f} % of HHH"
+            wanted = unless(heldout >= HELDOUT and hhh >= HHH, f"{100 * HELDOUT:.0f} and {100 * HHH:.0f}")
+            shown.append(Headline(area, "ALMoST, reward model without human labels", figures, wanted, page))
+        for what, title in (
+            ("RLSF over SFT", "ALMoST, RLSF over SFT under an independent reward model"),
+            ("SFT over the start", "ALMoST, SFT over the start"),
+        ):
+            if gains:
+                difference = gains["differences"][what]
+                wanted = unless(difference["interval"][0] >= 0, "above")
+                shown.append(Headline(area, title, _interval(difference, "{:+.2f}"), wanted, page))
+    return shown
+
+
 TASK = Task(
     measure,
     tables_of_each(lambda run: Almost(run).tables()),
     lambda runs: [claim for run in runs for claim in Almost(run).claims()],
+    headlines,
 )

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from transformers import LogitsProcessorList
 
-from benchmarks.core.claims import Claim, markdown_table
+from benchmarks.core.claims import Claim, Headline, markdown_table, unless
 from benchmarks.core.run import Run, log
-from benchmarks.core.task import Task, claims_of_each, tables_of_each
+from benchmarks.core.task import Runs, Task, claims_of_each, run_named, tables_of_each
 from benchmarks.critic_rloo import tuned_by_rloo
 from benchmarks.critic_tasks import TaskData
 from benchmarks.critic_training import SEPARATE, UNSEEN, WEIGHTED, Critics
@@ -37,6 +37,8 @@ FROZEN, PROMPT, BEST, ACTION, RLOO = (
     "RLOO, LoRA",
 )
 CRITIC = SEPARATE
+# Points of success above the frozen model, at this ratio of its perplexity.
+WANTED, RATIO = {"sentiment": 30, "topic": 40}, 1.35
 TOP_K = 10
 
 
@@ -278,7 +280,7 @@ def claims(run: Run) -> list[Claim]:
         allowed = [
             result
             for row, result in results.items()
-            if row.method == method and frozen and result["perplexity"] <= 1.35 * frozen["perplexity"]
+            if row.method == method and frozen and result["perplexity"] <= RATIO * frozen["perplexity"]
         ]
         return max(allowed, key=_first, default=None)
 
@@ -287,15 +289,23 @@ def claims(run: Run) -> list[Claim]:
     if run.attribute == "detoxification":
         left = (1 - _first(steered)) / max(1 - _first(frozen), 1e-9) if steered else None
         return [Claim("toxic texts over the frozen model's", left, 0.5)]
-    wanted = {"sentiment": 30, "topic": 40}[run.attribute]
     lines = [
-        Claim("success at 1.35 times the frozen model's perplexity, above its", gain, wanted, " points", at_least=True)
+        Claim(
+            "success at 1.35 times the frozen model's perplexity, above its",
+            gain,
+            WANTED[run.attribute],
+            " points",
+            at_least=True,
+        )
     ]
     if run.unseen_strengths:
         shares = [
             (_first(result) - _first(frozen)) / (_first(seen) - _first(frozen))
             for row, result in results.items()
-            if row.method == UNSEEN and frozen and (seen := results.get(Row(CRITIC, row.level))) and _first(seen) > _first(frozen)
+            if row.method == UNSEEN
+            and frozen
+            and (seen := results.get(Row(CRITIC, row.level)))
+            and _first(seen) > _first(frozen)
         ]
         lines.append(
             Claim("gain on unseen topics over that on seen ones", max(shares, default=None), 0.5, at_least=True)
@@ -307,4 +317,29 @@ def _first(result: dict[str, Any]) -> float:
     return next(iter(result["success"].values()))
 
 
-TASK = Task(measure, tables_of_each(tables), claims_of_each(claims))
+def headlines(runs: Runs) -> list[Headline]:
+    """Sentiment and topics at one strength."""
+    area, page, shown = "Steering", "../benchmarks/critic_control.md", []
+    strong, best_of = Row(CRITIC, 16.0), Row(BEST, 10)
+    for name in ("sentiment", "topic"):
+        run = run_named(runs, name)
+        results = {} if run is None else found(run)
+        if not {strong, best_of, Row(FROZEN)} <= set(results):
+            continue
+        ours, frozen = results[strong], results[Row(FROZEN)]
+        percent = [" and ".join(f"{100 * value:.0f}" for value in each["success"].values()) for each in (ours, frozen)]
+        ratio = ours["perplexity"] / frozen["perplexity"]
+        met = 100 * (_first(ours) - _first(frozen)) >= WANTED[name] and ratio <= RATIO
+        if name == "sentiment":
+            figures = f"{percent[0]} % positive at {ratio:.2f} times the perplexity; frozen model {percent[1]} %"
+            wanted = unless(met, "30 points more at 1.35 times")
+            shown.append(Headline(area, "Sentiment, strength 16, by two judges", figures, wanted, page))
+        else:
+            other = f"{100 * _first(results[best_of]):.0f}"
+            frozen_ones = f"frozen model {percent[1]} %, best of ten {other} %"
+            figures = f"{percent[0]} % on topic at {ratio:.1f} times the perplexity; {frozen_ones}"
+            shown.append(Headline(area, "Topics, strength 16", figures, unless(met, "40 points more"), page))
+    return shown
+
+
+TASK = Task(measure, tables_of_each(tables), claims_of_each(claims), headlines)

@@ -16,9 +16,9 @@ from typing import Any, Optional
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from benchmarks.core.claims import Claim, markdown_table
+from benchmarks.core.claims import Claim, Headline, markdown_table, unless
 from benchmarks.core.run import Run, log
-from benchmarks.core.task import Task, claims_of_each, tables_of_each
+from benchmarks.core.task import Runs, Task, claims_of_each, tables_of_each
 from benchmarks.tuning import tiny_llama
 from generation_ext.critic import Critic, CriticLogitsProcessor, critic_generate
 from generation_ext.critic.value import backbone
@@ -170,4 +170,16 @@ def claims(run: Run) -> list[Claim]:
     return lines
 
 
-TASK = Task(measure, tables_of_each(tables), claims_of_each(claims))
+def headlines(runs: Runs) -> list[Headline]:
+    """A token by itself."""
+    found = [result for run in runs if (result := run.find({"batch": 1})) is not None]
+    if not found:
+        return []
+    ratios = {name: over(found[0], name, PLAIN) for name in (CUSTOM, EXACT, ACTION)}
+    shown = f"`critic_generate` {ratios[CUSTOM]:.2f}, logits processor {ratios[EXACT]:.2f}, action values {ratios[ACTION]:.2f}"
+    wanted = ", ".join(unless(ratio <= LIMITS[name][1], f"{LIMITS[name][1]}") for name, ratio in ratios.items())
+    page = "../benchmarks/critic_control.md#what-steering-costs"
+    return [Headline("Steering", "A steered token over a plain one", shown, wanted, page)]
+
+
+TASK = Task(measure, tables_of_each(tables), claims_of_each(claims), headlines)

@@ -15,9 +15,9 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
-from benchmarks.core.claims import Claim, markdown_table
+from benchmarks.core.claims import Claim, Headline, markdown_table, unless
 from benchmarks.core.run import Run, log
-from benchmarks.core.task import Task, claims_of_each, tables_of_each
+from benchmarks.core.task import Runs, Task, claims_of_each, tables_of_each
 from generation_ext.granularity import (
     CDNPGConfig,
     CDNPGForConditionalGeneration,
@@ -180,4 +180,30 @@ def claims(run: Run) -> list[Claim]:
     return [*lines, Claim("training step over the Transformer's, worst mode", worst, STEP, "x")]
 
 
-TASK = Task(measure, tables_of_each(tables), claims_of_each(claims))
+def headlines(runs: Runs) -> list[Headline]:
+    """Forward passes and a training step."""
+    values = [claim.value for run in runs[:1] for claim in claims(run)]
+    if not values or None in values:
+        return []
+    *forwards, step = values
+    area, page = "Writing", "../benchmarks/granularity.md#ga-attention-what-it-costs"
+    shown = f"{min(forwards):.2f} to {max(forwards):.2f}"
+    return [
+        Headline(
+            area,
+            "GA-Attention, forward pass over SDPA with a mask",
+            shown,
+            unless(max(forwards) <= FORWARD, f"{FORWARD}"),
+            page,
+        ),
+        Headline(
+            area,
+            "GA-Attention, a training step over a Transformer's",
+            f"{step:.2f}",
+            unless(step <= STEP, f"{STEP}"),
+            page,
+        ),
+    ]
+
+
+TASK = Task(measure, tables_of_each(tables), claims_of_each(claims), headlines)

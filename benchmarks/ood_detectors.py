@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.core.claims import Claim, markdown_table
+from benchmarks.core.claims import Claim, Headline, markdown_table, unless
 from benchmarks.core.run import Run, log
-from benchmarks.core.task import Task, tables_of_each
+from benchmarks.core.task import Runs, Task, tables_of_each
 from benchmarks.resident import peak_resident_bytes, reset_peak, resident_bytes
 from peft_ext.ood.detectors import make_detector
 
@@ -45,7 +45,7 @@ def tables(run: Run) -> dict[str, str]:
     return {"cost": markdown_table(headers, lines)}
 
 
-def claims(runs: list[Run]) -> list[Claim]:
+def claims(runs: Runs) -> list[Claim]:
     """The slowest detector's; from fewer examples, at their rate."""
     found = [
         result["score"] * SCORED / run.scored
@@ -92,4 +92,17 @@ def _inputs(run: Run) -> tuple[Any, Any]:
     return drawn(run.train), drawn(run.scored)[:2]
 
 
-TASK = Task(measure, tables_of_each(tables), claims)
+def headlines(runs: Runs) -> list[Headline]:
+    """The fastest and the slowest."""
+    found = {
+        name: result["score"] for run in runs for name in run.detectors if (result := run.find({"detector": name}))
+    }
+    if not {"msp", "knn"} <= set(found):
+        return []
+    shown = f"{found['msp']:.1f} s (MSP) to {found['knn']:.0f} s (exact kNN)"
+    page = "../benchmarks/ood_study.md#what-the-detectors-cost"
+    wanted = unless(max(found.values()) <= SECONDS, "seconds")
+    return [Headline("Reading", f"Scoring {SCORED:,} examples by a detector", shown, wanted, page)]
+
+
+TASK = Task(measure, tables_of_each(tables), claims, headlines)

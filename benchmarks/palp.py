@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 import torch
 
-from benchmarks.core.claims import Claim, markdown_table
+from benchmarks.core.claims import Claim, Headline, markdown_table, unless
 from benchmarks.core.run import Run, data_folder, log
 from benchmarks.core.task import Runs, Task, run_named
 from benchmarks.in_context import smoke_model
@@ -382,4 +382,29 @@ def _spread(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.pstdev(values):.1f}"
 
 
-TASK = Task(measure, tables, claims, draw=draw)
+def headlines(runs: Runs) -> list[Headline]:
+    """Few texts against linear probing, all texts against LoRA."""
+    values = {claim.name: claim.value for claim in claims(runs)}
+    area, page, shown = "Reading", "../benchmarks/in_context.md#palp", []
+    gains = {
+        m: [values.get(f"{m} above linear probing, {shots} a class") for shots in SHOTS] for m in (PALP_T, PALP_D)
+    }
+    if all(None not in each for each in gains.values()):
+        figures = ", ".join(
+            f"{m} {min(each):+.1f} to {max(each):+.1f}{' points' * (m == PALP_T)}" for m, each in gains.items()
+        )
+        wanted = unless(min(map(min, gains.values())) > 0, "above")
+        shown.append(
+            Headline(area, "PALP against linear probing, 4 to 16 texts for each class", figures, wanted, page)
+        )
+    below, share = (
+        values.get(f"{what}, full pool") for what in (f"LoRA above {PALP_T}", f"CPU time of {PALP_T} over LoRA's")
+    )
+    if below is not None and share is not None:
+        figures = f"{below:.1f} points below, at {share:.2f} of the CPU time"
+        wanted = f"{unless(below <= 3, '3 points')}, {unless(share <= 0.1, 'a tenth of the time')}"
+        shown.append(Headline(area, "PALP-T on all texts against LoRA", figures, wanted, page))
+    return shown
+
+
+TASK = Task(measure, tables, claims, headlines, draw)

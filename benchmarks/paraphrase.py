@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, Seq2SeqTrainingArguments, set_seed
 
-from benchmarks.core.claims import Claim, markdown_table
+from benchmarks.core.claims import Claim, Headline, markdown_table, unless
 from benchmarks.core.run import Run, log
 from benchmarks.core.task import Runs, Task, run_named
 from benchmarks.paraphrase_data import as_decoded, split_pairs
@@ -288,4 +288,14 @@ def _spread(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
 
 
-TASK = Task(measure, tables, claims, draw=draw)
+def headlines(runs: Runs) -> list[Headline]:
+    """Gains on both sets."""
+    gains = [claim.value for claim in claims(runs) if "mean iBLEU" in claim.name]
+    if None in gains:
+        return []
+    shown = f"{gains[0]:+.1f} on Quora, {gains[1]:+.1f} on Twitter"
+    what, page = "C-DNPG against a Transformer of its size, iBLEU", "../benchmarks/granularity.md"
+    return [Headline("Writing", what, shown, unless(min(gains) >= GAIN, f"+{GAIN:g}"), page)]
+
+
+TASK = Task(measure, tables, claims, headlines, draw)

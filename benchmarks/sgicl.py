@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from benchmarks.core.claims import Claim, markdown_table
+from benchmarks.core.claims import Claim, Headline, markdown_table, unless
 from benchmarks.core.run import Run, data_folder, log
 from benchmarks.core.task import Runs, run_named
 from benchmarks.core.task import Task as Benchmark
@@ -295,4 +295,19 @@ def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     return load(name, dtype=dtype), load_tokenizer(name)
 
 
-TASK = Benchmark(measure, tables, claims)
+def headlines(runs: Runs) -> list[Headline]:
+    """The averages of the sets."""
+    run, rows = run_named(runs, MAIN), (Row(SG_ICL, SHOTS), Row(ZERO_SHOT), Row(GOLD, SHOTS))
+    means, deviations = ([average(run, row, of) for row in rows] for of in (statistics.mean, statistics.pstdev))
+    if run is None or None in means:
+        return []
+    own, zero, gold = means
+    shown = f"{own:.1f} ± {deviations[0]:.1f}; zero-shot {zero:.1f}, eight gold demonstrations {gold:.1f} ± {deviations[2]:.1f}"
+    wanted = (
+        f"{unless(own >= zero, 'above zero-shot')}, {unless(deviations[0] <= deviations[2], 'steadier than gold')}"
+    )
+    page = "../benchmarks/in_context.md#sg-icl"
+    return [Headline("Reading", "SG-ICL, average accuracy on four sets", shown, wanted, page)]
+
+
+TASK = Benchmark(measure, tables, claims, headlines)
