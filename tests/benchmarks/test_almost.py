@@ -12,7 +12,6 @@ from benchmarks.almost_ablations import FILTERS, GENERATORS  # noqa: E402
 from benchmarks.almost_speed import SPEED_STAGES  # noqa: E402
 
 
-@pytest.mark.slow
 def test_almost(smoke):
     found = smoke("almost")
     assert "not measured" not in found.shown

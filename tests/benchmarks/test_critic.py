@@ -64,7 +64,6 @@ def data(tmp_path, monkeypatch):
     write("prompts/rtp_sample.jsonl", toxic)
 
 
-@pytest.mark.slow
 def test_control(data, smoke):
     found = smoke("critic_control")
     assert "| CriticControl, strength 8 |" in found.shown and "| RLOO, LoRA |" in found.shown
@@ -74,7 +73,6 @@ def test_control(data, smoke):
     assert all(result["perplexity"] > 1 for result in found.results)
 
 
-@pytest.mark.slow
 def test_cost(smoke):
     found = smoke("critic_cost")
     assert "| critic_generate |" in found.shown and "re-encoding over exact" in found.shown

@@ -17,7 +17,6 @@ from benchmarks import ga_attention, paraphrase, paraphrase_data, paraphrase_lor
 from benchmarks.core.run import Run  # noqa: E402
 
 
-@pytest.mark.slow
 def test_ga_attention(smoke):
     found = smoke("ga_attention")
     assert "128 tokens, batch 1: R*S" in found.shown and "training step over the Transformer's" in found.shown
@@ -41,7 +40,6 @@ def data(tmp_path, monkeypatch):
         path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
 
 
-@pytest.mark.slow
 def test_paraphrase(data, smoke, tmp_path):
     found = smoke("paraphrase")
     for text in ("| quora | BLEU-2 |", "| C-DNPG (R*S) |", "| SmolLM2 + GA + LoRA |", "its worst seed above"):

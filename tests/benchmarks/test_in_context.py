@@ -17,7 +17,6 @@ from benchmarks.core import experiments  # noqa: E402
 from benchmarks.core.run import Run  # noqa: E402
 
 
-@pytest.mark.slow
 def test_scoring(smoke):
     found = smoke("scoring")
     for name in ("sst2", "sst5", "ag_news"):
@@ -37,7 +36,6 @@ def test_scoring_says_why_the_harness_is_missing(tmp_path, monkeypatch):
     assert claims["sst2: over lm-evaluation-harness at its best"] is None and claims["sst2: over the naive loop"] > 0
 
 
-@pytest.mark.slow
 def test_sgicl(smoke, tmp_path):
     found = smoke("sgicl")
     for row in (*sgicl.main_rows([8, 1]), *sgicl.development_rows()):

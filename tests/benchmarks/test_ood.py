@@ -19,7 +19,6 @@ from peft_ext.ood.study.grid import DETECTORS  # noqa: E402
 from peft_ext.ood.study.methods import METHODS  # noqa: E402
 
 
-@pytest.mark.slow
 def test_smoke(smoke, tmp_path):
     found = smoke("ood")
     for method in METHODS.values():
@@ -29,7 +28,6 @@ def test_smoke(smoke, tmp_path):
     assert f"{len(METHODS)} of {len(METHODS)} cells are finished" in report
 
 
-@pytest.mark.slow
 def test_a_study_goes_on_from_its_rows_alone(smoke, tmp_path):
     smoke("ood")
     (run,) = open_runs("ood", ["minilm"], "smoke", tmp_path)

@@ -35,7 +35,6 @@ def data(tmp_path, monkeypatch):
             path.write_text("".join(json.dumps(row) + "\n" for row in each))
 
 
-@pytest.mark.slow
 def test_from_end_to_end(smoke, tmp_path):
     found = smoke("palp")
     for title in ("PALP-D, 16 a class", "In-context learning, 4 a class", "LoRA, full pool"):
