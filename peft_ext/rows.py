@@ -3,6 +3,10 @@
 
 A file is split at the byte `\\n` alone and each line decoded afterwards: JSON strings may hold U+2028, U+2029 or U+0085
 unescaped, which `str.splitlines` takes for ends of lines.
+
+Rows that a run appends and reads again carry a check, the crc32 of the row and of the check before it, so that a row that is
+damaged, edited, missing, doubled or moved is found. Readers compare it and take it off; rows without one are taken as they
+are.
 """
 
 from __future__ import annotations
@@ -11,20 +15,28 @@ import csv
 import json
 import logging
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
+from peft_ext.file_formats import Field, check_fields
 from peft_ext.files import written_whole
 
 
 logger = logging.getLogger(__name__)
 ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+CHECK = "peft_ext_check"
 Row = dict[str, Any]
 PathLike = Union[str, os.PathLike]
 
 
-def read_rows(path: PathLike, may_be_empty: bool = False, argument: Optional[str] = None) -> list[Row]:
+def read_rows(
+    path: PathLike,
+    may_be_empty: bool = False,
+    argument: Optional[str] = None,
+    fields: Optional[Mapping[str, Field]] = None,
+) -> list[Row]:
     """The rows of a complete `.jsonl`, `.json`, `.csv` or `.parquet` file, such as a user's data or what a finished stage
     has written.
 
@@ -32,10 +44,12 @@ def read_rows(path: PathLike, may_be_empty: bool = False, argument: Optional[str
         path: The file. A `.json` file holds a list of objects (or JSON lines).
         may_be_empty: Whether it may have no rows.
         argument: What named it, for messages.
+        fields: What every row has, and perhaps others.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it has another ending, has no rows, or a line is no object; names file and line.
+        ValueError: If it has another ending, has no rows, a line is no object, or a field isn't what it must be; names file,
+            line and field.
         ImportError: If a `.parquet` file needs pyarrow, which is missing.
     """
     path = Path(path)
@@ -46,6 +60,7 @@ def read_rows(path: PathLike, may_be_empty: bool = False, argument: Optional[str
     rows = readers.get(path.suffix, read_json_lines)(path)
     if not rows and not may_be_empty:
         raise ValueError(f"{path} has no rows.")
+    _check_rows(rows, fields, path)
     return rows
 
 
@@ -63,7 +78,8 @@ def read_json_lines(path: PathLike, argument: Optional[str] = None, may_be_torn:
     """
     path = Path(path)
     _check_there(path, argument)
-    return [_parsed(line, path) for line in _lines(path) if line.ended or not may_be_torn]
+    chain = _Chain()
+    return [chain.opened(_parsed(line, path), path, line) for line in _lines(path) if line.ended or not may_be_torn]
 
 
 def read_lines(path: PathLike, argument: Optional[str] = None) -> list[str]:
@@ -115,11 +131,12 @@ def read_grown_rows(
         return []
     rows: list[Row] = []
     keys: set[Any] = set()
+    chain = _Chain()
     for line in _lines(path):
         try:
             if not line.ended:
                 raise ValueError("the line has no end")
-            row = _parsed(line, path)
+            row = chain.opened(_parsed(line, path), path, line)
             if key is not None and key not in row:
                 raise ValueError(f"{path}, line {line.number} is no object with an {key!r}.")
         except ValueError as error:
@@ -130,6 +147,10 @@ def read_grown_rows(
             if skip_damaged:
                 continue
             raise ValueError(f"{error} The file is damaged.") from None
+        if key is not None and not isinstance(row[key], (str, int)):
+            raise ValueError(
+                f"{path}, line {line.number}: {key} is {row[key]!r}, no text or number; the file is damaged."
+            )
         if key is not None and row[key] in keys:
             raise ValueError(f"{path}, line {line.number}: {key} {row[key]!r} occurs twice; the file is damaged.")
         rows.append(row)
@@ -138,13 +159,20 @@ def read_grown_rows(
     return rows
 
 
-def append_rows(path: PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
+def append_rows(path: PathLike, rows: Iterable[Mapping[str, Any]], checked: bool = False) -> None:
     """Append rows as JSON lines, all or none of them, and wait until the system has them on disk.
+
+    Args:
+        path: The file.
+        rows: The rows.
+        checked: Give each row its check. One process appends to such a file at a time.
 
     Raises:
         OSError: If they can't be written, as on a full disk; the file is as it was.
     """
     path = Path(path)
+    if checked:
+        rows = _Chain(_last_check(path)).closed(rows)
     data = "".join(json_line(row) + "\n" for row in rows).encode("utf-8")
     size = path.stat().st_size if path.is_file() else 0
     try:
@@ -178,15 +206,19 @@ class RowFile:
 
     Args:
         path: The file; need not exist, its folder is made.
+        fields: What every row has, and perhaps others.
 
     Raises:
-        ValueError: If a line before the last is no JSON object with an id, or one occurs twice.
+        ValueError: If a line before the last is no JSON object with an id, or one occurs twice, or a row isn't what was
+            written.
     """
 
-    def __init__(self, path: PathLike) -> None:
+    def __init__(self, path: PathLike, fields: Optional[Mapping[str, Field]] = None) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.rows: dict[Any, Row] = {row["id"]: row for row in read_grown_rows(self.path, cut=True, key="id")}
+        rows = read_grown_rows(self.path, cut=True, key="id")
+        _check_rows(rows, fields, self.path)
+        self.rows: dict[Any, Row] = {row["id"]: row for row in rows}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -207,7 +239,7 @@ class RowFile:
         if not new:
             return 0
         try:
-            append_rows(self.path, new.values())
+            append_rows(self.path, new.values(), checked=True)
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -218,11 +250,42 @@ class RowFile:
         return len(new)
 
     def sort(self, key: Callable[[Row], Any]) -> None:
-        """Rewrite the file in an order that doesn't depend on how often the run was interrupted."""
+        """Rewrite the file, which is complete, in an order that doesn't depend on how often the run was interrupted, and
+        without checks."""
         ordered = sorted(self.rows.values(), key=key)
-        if ordered != list(self.rows.values()):
+        if ordered != list(self.rows.values()) or _last_check(self.path):
             self.rows = {row["id"]: row for row in ordered}
             write_rows(self.path, ordered)
+
+
+class _Chain:
+    """Rows and their checks, one after the other; `last`: the check before them."""
+
+    def __init__(self, last: str = "") -> None:
+        self.last = last
+
+    def closed(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
+        """Rows with their checks."""
+        for row in rows:
+            self.last = self._check(row)
+            yield {**row, CHECK: self.last}
+
+    def opened(self, row: Row, path: Path, line: _Line) -> Row:
+        """A row without its check, which is compared."""
+        if CHECK not in row:
+            self.last = ""
+            return row
+        stored = row.pop(CHECK)
+        self.last = self._check(row)
+        if stored != self.last:
+            raise ValueError(
+                f"{path}, line {line.number} isn't what was written there ({CHECK} tells): it was damaged, edited or moved, or a "
+                f"line before it is missing. Put it back; to keep an edit, take {CHECK} out of all lines."
+            )
+        return row
+
+    def _check(self, row: Mapping[str, Any]) -> str:
+        return f"{zlib.crc32((self.last + json_line(row)).encode('utf-8', 'surrogatepass')):08x}"
 
 
 class _Line(NamedTuple):
@@ -246,6 +309,26 @@ def _lines(path: Path) -> Iterator[_Line]:
         start = end
 
 
+def _last_check(path: Path) -> str:
+    """The check of a file's last row; empty if it has none."""
+    if not path.is_file():
+        return ""
+    with open(path, "rb") as file:
+        end, block = file.seek(0, os.SEEK_END), 1 << 12
+        while True:
+            start = max(0, end - block)
+            file.seek(start)
+            lines = file.read(end - start).rstrip().split(b"\n")
+            if len(lines) > 1 or not start:
+                break
+            block *= 8
+    try:
+        row = json.loads(lines[-1] or b"{}")
+    except (ValueError, RecursionError):  # what reads the file says so
+        return ""
+    return str(row.get(CHECK, "")) if isinstance(row, dict) else ""
+
+
 def _read_csv(path: Path) -> list[Row]:
     limit = csv.field_size_limit(2**31 - 1)  # a conversation may be longer than the module's 128 KiB
     try:
@@ -266,6 +349,8 @@ def _read_json(path: Path) -> list[Row]:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}.") from None
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply.") from None
     except ValueError:
         return read_json_lines(path)  # which many call .json
     rows = value if isinstance(value, list) else [value]
@@ -286,6 +371,12 @@ def _read_parquet(path: Path) -> list[Row]:
         raise ValueError(f"{path} is no Parquet file that can be read: {error}") from None
 
 
+def _check_rows(rows: Iterable[Row], fields: Optional[Mapping[str, Field]], path: Path) -> None:
+    if fields is not None:
+        for number, row in enumerate(rows, start=1):
+            check_fields(row, fields, f"{path}, row {number}")
+
+
 def _check_there(path: Path, argument: Optional[str]) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{argument + '=' if argument else ''}{str(path)!r}: there is no such file.")
@@ -304,6 +395,8 @@ def _parsed(line: _Line, path: Path) -> Row:
     text = _decoded(line, path)
     try:
         value = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{where} is nested too deeply.") from None
     except ValueError as error:
         raise ValueError(f"{where} is no JSON: {error}.") from None
     if not isinstance(value, dict):

@@ -12,7 +12,9 @@ import signal
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies
 
+from peft_ext.file_formats import text, whole
 from peft_ext.rows import (
+    CHECK,
     RowFile,
     append_rows,
     keep_rows,
@@ -58,6 +60,57 @@ def test_damage_elsewhere_is_an_error_that_names_the_line(tmp_path):
     path.write_text('{"id": 1}\n{"id"')
     with pytest.raises(ValueError, match="line 2"):
         read_rows(path)  # of a stage that says it is done
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda lines: [lines[0], lines[1].replace(b"one", b"own"), *lines[2:]],
+        lambda lines: [lines[0], *lines[2:]],
+        lambda lines: [lines[1], lines[0], *lines[2:]],
+        lambda lines: [*lines[:2], lines[1], *lines[2:]],
+    ],
+    ids=["edited", "removed", "swapped", "doubled"],
+)
+def test_rows_that_are_not_what_was_written(damage, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    append_rows(path, [{"id": 0, "text": "none"}, {"id": 1, "text": "one", "number": 0.1}], checked=True)
+    append_rows(path, ({"id": number, 3: "x" * 9000} for number in (2, 3)), checked=True)
+    rows = read_json_lines(path)
+    assert rows[:2] == [{"id": 0, "text": "none"}, {"id": 1, "text": "one", "number": 0.1}]
+    assert rows == read_grown_rows(path, key="id") == list(RowFile(path).rows.values()) and CHECK in path.read_text()
+    path.write_bytes(b"\n".join(damage(path.read_bytes().split(b"\n"))))
+    for read in (read_rows, read_grown_rows, RowFile):
+        with pytest.raises(ValueError, match=r"rows.jsonl, line [1-3] isn't what was written there"):
+            read(path)
+    unchecked = [{name: value for name, value in json.loads(line).items() if name != CHECK} for line in open(path)]
+    write_rows(path, unchecked)
+    assert read_rows(path) == unchecked  # an edit that is meant
+
+
+def test_rows_of_before_get_no_check_and_later_ones_do(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"id": 1}\n')
+    RowFile(path).append([{"id": 2}])
+    file = RowFile(path)
+    assert list(file.rows.values()) == [{"id": 1}, {"id": 2}] and path.read_text().count(CHECK) == 1
+    file.sort(key=lambda row: row["id"])
+    assert path.read_text() == '{"id": 1}\n{"id": 2}\n'
+
+
+def test_fields_of_rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"id": 1, "query": "a"}\n{"id": 2, "query": 3}\n')
+    fields = {"id": whole(), "query": text()}
+    for read in (lambda: read_rows(path, fields=fields), lambda: RowFile(path, fields)):
+        with pytest.raises(ValueError, match="rows.jsonl, row 2: query is 3; it must be a text"):
+            read()
+    path.write_text("[" * 10_000 + "\n")
+    with pytest.raises(ValueError, match="rows.jsonl, line 1 is nested too deeply"):
+        read_rows(path)
+    path.write_text('{"id": []}\n{"id": 2}\n')
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 1: id is \[\]"):
+        RowFile(path)
 
 
 def test_a_full_disk_keeps_what_was_there(tmp_path):

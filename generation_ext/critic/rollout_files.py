@@ -12,11 +12,21 @@ from pathlib import Path
 from typing import Optional, Union
 
 from generation_ext.critic.rollouts import Rollout
+from peft_ext.file_formats import anything, check_fields, list_of, mapping_of, number, text, whole
 from peft_ext.rows import Row, append_rows, keep_rows, read_json_lines
 
 
-_FIELDS = ("prompt", "completion", "prompt_ids", "completion_ids", "reward", "control_code", "columns")
-_NEEDED = ("prompt", "completion", "prompt_ids", "completion_ids", "reward")
+_WAY_OUT = "Take the row out, or mend it."
+# A reward is null where the reward function had nothing to say.
+_FIELDS = {
+    "prompt": text(),
+    "completion": text(),
+    "prompt_ids": list_of(whole(0)),
+    "completion_ids": list_of(whole(0)),
+    "reward": number(0, 1).or_null(),
+    "control_code": text().or_null().or_missing(),
+    "columns": mapping_of(anything()).or_missing(),
+}
 
 
 class RolloutWriter:
@@ -34,7 +44,8 @@ class RolloutWriter:
 
     def write(self, rollouts: Iterable[Rollout]) -> None:
         """Append roll-outs, and wait until the system has them on disk."""
-        append_rows(self.path, ({name: getattr(rollout, name) for name in _FIELDS} for rollout in rollouts))
+        rows = ({name: getattr(rollout, name) for name in _FIELDS} for rollout in rollouts)
+        append_rows(self.path, rows, checked=True)
 
 
 def read_rollouts(path: Union[str, Path]) -> list[Rollout]:
@@ -59,15 +70,7 @@ def _read(file: Path) -> list[Rollout]:
 
 
 def _rollout(entry: Row, where: str) -> Rollout:
-    missing = [name for name in _NEEDED if name not in entry]
-    if missing:
-        raise ValueError(f"{where} has no {missing[0]!r}; it is no roll-out that RolloutWriter wrote.")
-    for name in ("prompt_ids", "completion_ids"):
-        if not isinstance(entry[name], list) or not all(type(token) is int for token in entry[name]):
-            raise ValueError(f"{where}: {name} is {entry[name]!r}, not a list of tokens.")
+    check_fields(entry, _FIELDS, where, _WAY_OUT)
     if not entry["prompt_ids"]:
         raise ValueError(f"{where}: prompt_ids is empty; a roll-out begins with a token.")
-    reward = entry["reward"]
-    if reward is not None and (not isinstance(reward, (int, float)) or not 0 <= reward <= 1):
-        raise ValueError(f"{where}: reward is {reward!r}; it must be in [0, 1], or null to leave the roll-out out.")
     return Rollout(**{name: entry[name] for name in _FIELDS if name in entry})

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from generation_ext.critic.rollout_files import RolloutWriter, read_rollouts
 from generation_ext.critic.rollouts import Rollout
-from peft_ext.files import sweep, write_json, written_whole
+from peft_ext.file_formats import Tensor, check_tensors
+from peft_ext.files import sweep, write_json
 from peft_ext.runs import differences, plain, read_settings
+from peft_ext.tensor_files import read_tensors, write_tensors
 
 
 class RunFiles:
@@ -84,22 +85,26 @@ class RunFiles:
         """Write the values `[roll-outs, states]` that an iteration begins with; its targets depend on them."""
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with written_whole(self._path(iteration, "safetensors")) as partial:
-                save_file({"values": values.contiguous()}, partial)
+            write_tensors(self._path(iteration, "safetensors"), {"values": values})
 
     def kept_values(self, iteration: int, shape: torch.Size) -> Optional[torch.Tensor]:
         """The values that an iteration began with, or None.
 
         Raises:
-            ValueError: If the file belongs to other roll-outs.
+            ValueError: If the file is damaged or belongs to other roll-outs.
         """
         path = self._path(iteration, "safetensors")
         if not path.is_file():
             return None
-        values = load_file(path)["values"]
-        if values.shape != shape:
-            raise ValueError(f"{str(path)!r} doesn't belong to the roll-outs beside it; start a new run.")
-        return values
+        tensors = read_tensors(path)
+        described = {"values": Tensor(("F32",), tuple(shape))}
+        check_tensors(
+            tensors,
+            described,
+            repr(str(path)),
+            way_out="It doesn't belong to the roll-outs beside it; start a new run.",
+        )
+        return tensors["values"]
 
     @property
     def _settings(self) -> Path:

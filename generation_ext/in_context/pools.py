@@ -15,11 +15,15 @@ from typing import Any, NamedTuple, Optional, Union
 import numpy as np
 
 from generation_ext.prompts import Example, Task
-from peft_ext.rows import append_rows, read_grown_rows
+from peft_ext.file_formats import check_fields, list_of, mapping_of, record, text, whole
+from peft_ext.rows import Row, append_rows, read_grown_rows
 from peft_ext.runs import differences, plain
 
 
 _FORMAT = 2
+_WAY_OUT = "Choose another file, or take the row out: it is generated again."
+_HEADER = {"format": whole(), "settings": record({})}
+_POOL = {"index": whole(0), "example": mapping_of(text()), "samples": mapping_of(list_of(text()))}
 
 
 class Pool(NamedTuple):
@@ -94,7 +98,7 @@ class PoolFile:
         if self.path.is_file() and self.path.stat().st_size:
             self._read(self.path)
         else:
-            append_rows(self.path, [{"format": _FORMAT, "settings": self.settings}])
+            append_rows(self.path, [{"format": _FORMAT, "settings": self.settings}], checked=True)
 
     def get(self, index: int, example: Mapping[str, str]) -> Optional[Pool]:
         """The pool of an input, if it is there.
@@ -114,24 +118,43 @@ class PoolFile:
         """Keep a pool, on disk too."""
         self.pools[index] = pool
         if self.path is not None:
-            append_rows(self.path, [{"index": index, "example": pool.example, "samples": pool.samples}])
+            row = {"index": index, "example": pool.example, "samples": pool.samples}
+            append_rows(self.path, [row], checked=True)
 
     def _read(self, path: Path) -> None:
         try:
             header, *rows = read_grown_rows(path)
-            version, stored = header["format"], header["settings"]
-            self.pools = {row["index"]: Pool(row["example"], row["samples"]) for row in rows}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{str(path)!r} is no file of pools (or damaged: {error}); choose another.") from error
+            check_fields(header, _HEADER, f"{str(path)!r}, line 1", _WAY_OUT)
+            for number, row in enumerate(rows, start=2):
+                check_fields(row, _POOL, f"{str(path)!r}, row {number}", _WAY_OUT)
+                self._take(row, f"{str(path)!r}, row {number}")
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} is no file of pools, or damaged: {error}") from error
+        version = header["format"]
         if version != _FORMAT:
             raise ValueError(
                 f"pool file {str(path)!r} has format {version}, this version of peft-ext reads {_FORMAT} (a file of format 1 "
                 "doesn't say which adapter's texts it holds); choose another file."
             )
-        changes = differences(stored, self.settings)
+        changes = differences(header["settings"], self.settings)
         if changes:
             raise ValueError(
                 f"pool file {str(path)!r} was made with other settings ({', '.join(each.key for each in changes)}); choose "
                 "another file, or the same settings."
             )
         read_grown_rows(path, cut=True)  # what a kill left half-written; only of a file that is ours
+
+    def _take(self, row: Row, where: str) -> None:
+        pool, labels, samples = Pool(row["example"], row["samples"]), self._labels(), self.settings.get("samples")
+        if labels is not None and list(pool.samples) != labels:
+            raise ValueError(f"{where}: samples has the labels {list(pool.samples)}, not {labels}. {_WAY_OUT}")
+        if samples is not None and any(len(texts) != samples for texts in pool.samples.values()):
+            raise ValueError(f"{where}: samples must have {samples} texts of each label. {_WAY_OUT}")
+        if row["index"] in self.pools:
+            raise ValueError(f"{where}: index {row['index']} occurs twice. {_WAY_OUT}")
+        self.pools[row["index"]] = pool
+
+    def _labels(self) -> Optional[list[str]]:
+        task = self.settings.get("task")
+        labels = task.get("labels") if isinstance(task, dict) else None
+        return list(labels) if labels is not None else None

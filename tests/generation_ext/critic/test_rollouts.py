@@ -13,6 +13,7 @@ from generation_ext.critic.action_values import try_candidates
 from generation_ext.critic.rewards import from_texts
 from generation_ext.critic.rollout_files import RolloutWriter, read_rollouts
 from generation_ext.critic.rollouts import Rollout, RolloutSampler, encode, fill_hidden, prompt_rows, schedule
+from peft_ext.rows import CHECK
 from tests.tiny.models import HIDDEN, tiny
 from tests.tiny.tokenizers import tiny_tokenizer
 
@@ -351,10 +352,14 @@ def test_keep_cuts_off_further_lines(tmp_path):
     [
         ("not json", "line 2 is no JSON"),
         ("[]", "line 2 is no object"),
-        ("{}", "row 2 has no 'prompt'"),
+        ("{}", "row 2: prompt is missing; it must be a text"),
         ({"reward": 1.5}, "reward is 1.5"),
         ({"reward": "good"}, "reward is 'good'"),
-        ({"completion_ids": [1.5]}, r"completion_ids is \[1.5\]"),
+        ({"reward": True}, "reward is True"),
+        ({"prompt": 3}, "prompt is 3"),
+        ({"completion_ids": [1.5]}, r"completion_ids\[0\] is 1.5"),
+        ({"completion_ids": [-1]}, r"completion_ids\[0\] is -1"),
+        ({"columns": "a"}, "columns is 'a'"),
         ({"prompt_ids": []}, "prompt_ids is empty"),
     ],
 )
@@ -363,6 +368,11 @@ def test_damaged_files_are_named(tmp_path, change, message):
     writer = RolloutWriter(path)
     writer.write(some_rollouts()[:2])
     first, second = path.read_text(encoding="utf-8").splitlines()
+    edited = path.with_name("edited.jsonl")
+    edited.write_text(f"{first}\n{second.replace('reward', 'rewards')}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="edited.jsonl, line 2 isn't what was written there"):
+        read_rollouts(edited)
+    second = json.dumps({name: value for name, value in json.loads(second).items() if name != CHECK})
     line = change if isinstance(change, str) else json.dumps({**json.loads(second), **change})
     path.write_text(f"{first}\n{line}\n", encoding="utf-8")
     with pytest.raises(ValueError, match=message) as caught:

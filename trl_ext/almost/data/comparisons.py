@@ -14,6 +14,7 @@ import numpy as np
 
 from peft_ext.rows import Row, read_rows, write_rows
 from trl_ext.almost.config import ComparisonsConfig
+from trl_ext.almost.data import row_formats
 from trl_ext.almost.rewards import AnswerScorer, RewardModel
 from trl_ext.almost.writing.generators import parse_generators
 
@@ -86,7 +87,8 @@ def run(config: ComparisonsConfig, generators: Sequence[Any], responses: Path, f
     reward = None
     if config.as_is_reward_model:
         reward = RewardModel.from_pretrained(config.as_is_reward_model, batch_size=config.reward_batch_size).score
-    rows, counts = build_comparisons(read_rows(responses), generators, config, reward)
+    rows = read_rows(responses, fields=row_formats.response(len(generators)))
+    rows, counts = build_comparisons(rows, generators, config, reward)
     return {**counts, **write_comparisons(rows, folder, config)}
 
 

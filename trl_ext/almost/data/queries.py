@@ -16,6 +16,8 @@ from tqdm.auto import tqdm
 from peft_ext.rows import Row, RowFile, read_rows, write_rows
 from trl_ext.almost.config import QueriesConfig
 from trl_ext.almost.data.rouge import RougeIndex
+from trl_ext.almost.data.row_formats import QUERY as QUERY_ROW
+from trl_ext.almost.data.row_formats import ROUND
 from trl_ext.almost.prompts.roles import MINING_STOPS, QUERY, mining_prompt, seed_queries
 from trl_ext.almost.writing.backends import Backend, Request
 from trl_ext.almost.writing.loading import backend_of
@@ -48,10 +50,8 @@ def read_queries(path: Union[str, os.PathLike]) -> list[Row]:
         FileNotFoundError: If it isn't there.
         ValueError: If a row lacks its `id` or `query`, or an id occurs twice; names the file and the row.
     """
-    rows, ids = read_rows(path), set()
+    rows, ids = read_rows(path, fields=QUERY_ROW), set()
     for number, row in enumerate(rows, start=1):
-        if "id" not in row or not isinstance(row.get("query"), str):
-            raise ValueError(f"{path}, row {number} must have an id and a query; it has {list(row)}.")
         if row["id"] in ids:
             raise ValueError(f"{path}, row {number}: id {row['id']!r} occurs twice.")
         ids.add(row["id"])
@@ -79,7 +79,7 @@ def mine_queries(
         ValueError: If batch after batch brings no new query; tells which filter dropped them.
     """
     path = Path(path)
-    rounds = RowFile(path.with_suffix(".rounds.jsonl"))
+    rounds = RowFile(path.with_suffix(".rounds.jsonl"), ROUND)
     miner = Miner(config, avoid)
     with tqdm(total=config.count, desc="queries") as bar:
         for number in itertools.count():

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from peft_ext.rows import Row, RowFile
 from trl_ext.almost.config import ResponsesConfig
+from trl_ext.almost.data import row_formats
 from trl_ext.almost.data.queries import read_queries
 from trl_ext.almost.prompts.roles import ASSISTANT_STOPS, assistant_prompt, clean_turn, load_style
 from trl_ext.almost.writing.backends import Backend, Request
@@ -44,7 +45,8 @@ def write_responses(
     Returns:
         How many answers there are, and how many of them empty.
     """
-    generators, file = parse_generators(config.generators), RowFile(path)
+    generators = parse_generators(config.generators)
+    file = RowFile(path, row_formats.response(len(generators)))
     with tqdm(total=len(generators) * len(queries), initial=len(file), desc="responses") as bar:
         for _, group in groupby(
             enumerate(generators), key=lambda pair: (pair[1].model, pair[1].bits, pair[1].group_size)

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from peft_ext.rows import Row, RowFile
 from trl_ext.almost.config import SelfPlayConfig
 from trl_ext.almost.data.queries import read_queries
+from trl_ext.almost.data.row_formats import DEMONSTRATION
 from trl_ext.almost.prompts.roles import (
     ASSISTANT_STOPS,
     USER_STOPS,
@@ -76,7 +77,10 @@ def self_play(
     if config.samples > 1 and reward is None:
         raise ValueError(f"samples={config.samples} needs a reward model to choose; pass one, or samples=1.")
     queries = queries[: config.count]
-    done, dropped = RowFile(path), RowFile(f"{os.fspath(path)}.dropped")  # what came to nothing isn't tried again
+    done, dropped = (
+        RowFile(path, DEMONSTRATION),
+        RowFile(f"{os.fspath(path)}.dropped"),
+    )  # what came to nothing isn't tried again
     # of about equal length, so that a batch's prompts are; the same batches after a kill
     order = sorted(range(len(queries)), key=lambda index: (-len(queries[index]["query"]), index))
     with tqdm(total=len(queries), initial=len(done) + len(dropped), desc="self-play") as bar:
