@@ -70,7 +70,7 @@ def read_json_lines(path: PathLike, argument: Optional[str] = None, may_be_torn:
     Args:
         path: The file.
         argument: What named it, for messages.
-        may_be_torn: Pass over a last line without its end, as a kill leaves it.
+        may_be_torn: Pass over a last line without its end, as a kill leaves it, with a warning.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -78,8 +78,15 @@ def read_json_lines(path: PathLike, argument: Optional[str] = None, may_be_torn:
     """
     path = Path(path)
     _check_there(path, argument)
-    chain = _Chain()
-    return [chain.opened(_parsed(line, path), path, line) for line in _lines(path) if line.ended or not may_be_torn]
+    chain, rows = _Chain(), []
+    for line in _lines(path):
+        if may_be_torn and not line.ended:
+            logger.warning(
+                "%s: line %d has no end (a kill while it was written?) and is passed over.", path, line.number
+            )
+            continue
+        rows.append(chain.opened(_parsed(line, path), path, line))
+    return rows
 
 
 def read_lines(path: PathLike, argument: Optional[str] = None) -> list[str]:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
+from peft_ext.file_formats import JsonFormat, mapping_of, number, record, text, truth
 from peft_ext.files import check_folder_writable, held, sweep, write_json, written_whole
 from peft_ext.trainer_checkpoints import drop_checkpoints, last_checkpoint
 
@@ -33,6 +34,22 @@ __all__ = [
 ]
 PathLike = Union[str, os.PathLike]
 _FORMAT = 1
+
+
+_MANIFEST = JsonFormat(
+    "manifest/<stage>.json",
+    {
+        "stage": text().or_missing(),
+        "config": record({}).means("all that the stage's output depends on, besides its inputs"),
+        "inputs": mapping_of(text()).means("their sha256"),
+        "outputs": mapping_of(text()).means("their sha256, once it is done"),
+        "counts": record({}),
+        "seconds": number(0).or_missing(),
+        "done": truth(),
+    },
+    format=_FORMAT,
+    way_out="Put the file back, or use a new run directory.",
+)
 
 
 class Difference(NamedTuple):
@@ -94,8 +111,8 @@ def read_settings(path: Path) -> Optional[dict[str, Any]]:
     """
     if not path.is_file():
         return None
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         value = _yaml().safe_load(text) if path.suffix == ".yaml" else json.loads(text)
     except Exception as error:  # YAML's own class is only there where PyYAML is
         raise ValueError(f"{str(path)!r} is damaged ({error}); delete it, or choose another folder.") from error
@@ -246,11 +263,10 @@ class StagedRun:
 
     def manifest(self, stage: str) -> Optional[dict[str, Any]]:
         """What is known of a stage; None if it has never begun."""
-        value = read_settings(self._manifest(stage))
-        if value is not None and value.get("format") != _FORMAT:
-            raise ValueError(
-                f"{str(self._manifest(stage))!r} was written by another version; use a new run directory."
-            )
+        path = self._manifest(stage)
+        value = read_settings(path)
+        if value is not None:
+            _MANIFEST.check(value, path)
         return value
 
     def check(self, stage: str, config: Mapping[str, Any]) -> None:

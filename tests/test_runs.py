@@ -26,6 +26,29 @@ def test_a_finished_stage_is_skipped_and_an_unfinished_one_goes_on(tmp_path):
     assert run.begin("stage", {"a": 1}, ["in.jsonl"]), "what it wrote is gone"
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"done": "true"}, "done is 'true'; it must be true or false"),
+        ({"inputs": {"in.jsonl": 3}}, r"inputs\['in.jsonl'\] is 3"),
+        ({"seconds": -1}, "seconds is -1"),
+        ({"config": None}, "config is None"),
+        ({"format": 2}, "format is 2.*later version"),
+        ({"format": None}, "format is None.*new run directory"),
+    ],
+)
+def test_a_manifest_that_is_damaged(change, message, tmp_path):
+    run = StagedRun(tmp_path)
+    run.begin("stage", {"a": 1})
+    path = tmp_path / "manifest" / "stage.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match=f"manifest/stage.json'.*{message}"):
+        run.begin("stage", {"a": 1})
+    path.write_bytes(b"\xff{}")
+    with pytest.raises(ValueError, match="stage.json' is damaged"):
+        run.begin("stage", {"a": 1})
+
+
 def test_the_time_before_an_interruption_counts(tmp_path):
     run = StagedRun(tmp_path)
     for seconds in (40, 2):  # two parts that a kill ended

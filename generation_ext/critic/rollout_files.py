@@ -59,8 +59,11 @@ def read_rollouts(path: Union[str, Path]) -> list[Rollout]:
     """
     path = Path(path)
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-    if not files or not files[0].is_file():
+    missing = next((file for file in files if not file.is_file()), None)
+    if not files or missing == path:
         raise FileNotFoundError(f"path={str(path)!r}: there is no such file, or no .jsonl file in the folder.")
+    if missing is not None:
+        raise FileNotFoundError(f"path={str(path)!r}: {missing.name} is no file.")
     return [rollout for file in files for rollout in _read(file)]
 
 

@@ -2,9 +2,9 @@
 """Features on disk: a `.npy` file that is filled row by row, whole or not there, and what it was made with.
 
 <name>.npy            float32 [texts, hidden], once it is finished
-<name>.npy.json       the settings that it was made with
+<name>.npy.json       the settings that it was made with, and its sha256 once it is finished
 <name>.npy.partial    while it is being filled
-<name>.npy.done       uint8 [texts], which rows of it are filled
+<name>.npy.done       uint32 [texts], the crc32 of each row of it that is filled, 0 of the others
 """
 
 from __future__ import annotations
@@ -13,14 +13,19 @@ import contextlib
 import hashlib
 import io
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from peft_ext.files import allocate, held, written_whole
+from peft_ext.files import allocate, file_digest, held, written_whole
 from peft_ext.runs import differences, plain, read_settings, write_settings
+from peft_ext.tensor_files import verifies
+
+
+_DIGEST = "sha256"
 
 
 class FeatureFile:
@@ -47,7 +52,9 @@ class FeatureFile:
         self._settings_file, self._partial, self._done_file = (
             path.with_name(path.name + ending) for ending in (".json", ".partial", ".done")
         )
-        self._check(plain(settings))
+        self._settings = plain(settings)
+        self._digest: Any = None
+        self._check(self._settings)
         self.finished = path.is_file()
         if self.finished:
             self._done_file.unlink(missing_ok=True)  # of a kill within `finish`
@@ -57,21 +64,43 @@ class FeatureFile:
     def mark(self, rows: Sequence[int]) -> None:
         """Rows are filled, and a kill loses them no more."""
         self.features.flush()
-        self.done[rows] = 1
-        self._done.flush()
+        for row in rows:
+            self._checks[row] = _check_of(self.features[row])
+        self._checks.flush()
+        self.done[rows] = True
 
     def finish(self) -> None:
         """Put the file in its place."""
         self.features.flush()
-        del self.features, self.done, self._done
+        del self.features, self.done, self._checks
+        self._digest = file_digest(self._partial)
+        write_settings(self._settings_file, {**self._settings, _DIGEST: self._digest})
         os.replace(self._partial, self.path)
         self._done_file.unlink()
         self._held.close()
         self.finished = True
 
     def read(self) -> np.ndarray:
-        """The finished features, mapped read-only."""
-        return np.load(self.path, mmap_mode="r" if self.shape[0] else None, allow_pickle=False)
+        """The finished features, mapped read-only, once their digest, if there is one, has been compared.
+
+        Raises:
+            ValueError: If the file is damaged; names it and the way out.
+        """
+        again = "Put it back; or delete it with its .json file, and the features are computed again."
+        if self._digest is not None and verifies() and file_digest(self.path) != self._digest:
+            raise ValueError(
+                f"output={str(self.path)!r} isn't the file that was written: it is damaged, or was changed. {again}"
+            )
+        try:
+            features = np.load(self.path, mmap_mode="r" if self.shape[0] else None, allow_pickle=False)
+        except Exception as error:  # numpy's readers raise whatever a damaged header makes them trip over
+            raise ValueError(
+                f"output={str(self.path)!r} is no .npy file that can be read ({error}). {again}"
+            ) from error
+        if features.shape != self.shape or features.dtype != np.float32:
+            found = f"{features.dtype} {list(features.shape)}"
+            raise ValueError(f"output={str(self.path)!r} holds {found}, not float32 {list(self.shape)}. {again}")
+        return features
 
     def _check(self, settings: dict[str, Any]) -> None:
         if not self._settings_file.is_file():
@@ -79,7 +108,8 @@ class FeatureFile:
                 raise ValueError(f"output={str(self.path)!r} exists and was not made by this; choose another file.")
             write_settings(self._settings_file, settings)
             return
-        stored = read_settings(self._settings_file)
+        stored = read_settings(self._settings_file) or {}
+        self._digest = stored.pop(_DIGEST, None)
         changes = differences(stored, settings)
         if changes:
             raise ValueError(
@@ -103,18 +133,40 @@ class FeatureFile:
             header,
             {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": self.shape},
         )
-        size = len(header.getvalue()) + 4 * self.shape[0] * self.shape[1]
-        if not (_has_size(self._partial, size) and _has_size(self._done_file, self.shape[0])):
+        start, count = header.getvalue(), self.shape[0]
+        size = len(start) + 4 * count * self.shape[1]
+        before = None
+        if _has_size(self._done_file, count):  # an earlier version's: which rows are filled, and no more
+            flags = np.fromfile(self._done_file, dtype=np.uint8)
+            before = flags == 1 if flags.max() <= 1 else None
+        whole = before is not None or _has_size(self._done_file, 4 * count)
+        if not (whole and _has_size(self._partial, size) and _starts_with(self._partial, start)):
             # the record first: it must not tell of rows of an older file
             self._done_file.unlink(missing_ok=True)
             allocate(self._partial, size)
             with open(self._partial, "r+b") as file:
-                file.write(header.getvalue())
-            allocate(self._done_file, self.shape[0])
+                file.write(start)
+            before = np.zeros(count, bool)
             self._held.enter_context(held(self._partial, "output"))
+        if before is not None:
+            allocate(self._done_file, 4 * count)
         self.features = np.lib.format.open_memmap(self._partial, mode="r+")
-        self._done = np.memmap(self._done_file, dtype=np.uint8, mode="r+")
-        self.done = self._done.view(bool)
+        self._checks = np.memmap(self._done_file, dtype="<u4", mode="r+")
+        self.done = np.zeros(count, bool)
+        if before is not None:
+            self.mark(np.flatnonzero(before).tolist())
+        for row in np.flatnonzero(self._checks):
+            # a row that is damaged is computed again
+            self.done[row] = self._checks[row] == _check_of(self.features[row])
+
+
+def _check_of(row: np.ndarray) -> int:
+    return zlib.crc32(row.tobytes()) or 1
+
+
+def _starts_with(path: Path, content: bytes) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(content)) == content
 
 
 def _has_size(path: Path, size: int) -> bool:

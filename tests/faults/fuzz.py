@@ -90,7 +90,8 @@ class Fuzzer:
 
         self.room = room
         saved.set_room(room / "models")
-        (room / "models").mkdir()
+        for name in ("models", "whole"):
+            (room / name).mkdir()
         self.kinds = {kind: saved.KINDS[kind] for kind in kinds or saved.KINDS}
         self._answers: dict[tuple[str, int], np.ndarray] = {}
         self._peaks: dict[tuple[str, int], float] = {}
@@ -141,7 +142,6 @@ class Fuzzer:
         return self.room / "whole" / f"{kind.replace(' ', '_')}-{number}"
 
     def _copy(self, whole: Path) -> Path:
-        (self.room / "whole").mkdir(exist_ok=True)
         folder = self.room / "case"
         if folder.is_symlink() or folder.exists():
             shutil.rmtree(folder)

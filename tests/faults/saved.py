@@ -344,29 +344,37 @@ def _use_critic(folder: Path) -> Answer:
     )
 
 
+def _rollouts() -> list[Rollout]:
+    return [
+        Rollout(text, text[::-1], [3 + len(text), 4], [5, 6 + place], place / 4, None, {"place": place})
+        for place, text in enumerate(["a b", "the cat", "once upon", "b a c"])
+    ]
+
+
+_VALUES = torch.linspace(0.1, 0.9, 12).view(4, 3)
+
+
 def _write_rollouts(folder: Path) -> None:
     files = RunFiles(folder, 0)
     files.start({"seed": 1, "samples": 4})
-    texts = ["a b", "the cat", "once upon", "b a c"]
-    rollouts = [
-        Rollout(text, text[::-1], [3 + len(text), 4], [5, 6 + place], place / 4, None, {"place": place})
-        for place, text in enumerate(texts)
-    ]
-    RolloutWriter(folder / "rollouts" / "iteration-0000-000.jsonl").write(rollouts)
-    files.keep_values(0, torch.linspace(0.1, 0.9, 12).view(4, 3))
+    RolloutWriter(folder / "rollouts" / "iteration-0000-000.jsonl").write(_rollouts())
+    files.keep_values(0, _VALUES)
 
 
 def _use_rollouts(folder: Path) -> Answer:
-    """As a training that goes on reads them."""
+    """As a training that goes on: what is missing is made again."""
     files = RunFiles(folder, 0)
     files.check({"seed": 1, "samples": 4})
     rollouts = files.rollouts(0, 4, 2)
-    values = files.kept_values(0, torch.Size([4, 3]))
-    return np.concatenate([_rows(rollouts), [] if values is None else values.numpy().ravel()])
+    files.writer(0, len(rollouts))(_rollouts()[len(rollouts) :])
+    values = files.kept_values(0, _VALUES.shape)
+    return np.concatenate([_rows(files.rollouts(0, 4, 2)), (_VALUES if values is None else values).numpy().ravel()])
 
 
 def _use_replay(folder: Path) -> Answer:
-    return _rows(read_rollouts(folder / "rollouts"))
+    """A file of roll-outs is as long as its run came."""
+    rollouts = read_rollouts(folder / "rollouts")
+    return _rows([*rollouts, *_rollouts()[len(rollouts) :]])
 
 
 def _rows(rollouts: list[Rollout]) -> Answer:

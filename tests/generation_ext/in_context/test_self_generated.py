@@ -241,6 +241,37 @@ def test_pools_of_an_earlier_version_are_refused(tmp_path):
     assert one_line.read_text() == "something"
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"index": "0"}, "row 3: index is '0'"),
+        ({"index": 0}, "row 3: index 0 occurs twice"),
+        ({"example": "text"}, "row 3: example is 'text'"),
+        ({"samples": {"a": ["x", 3], "b": ["y", "z"]}}, r"row 3: samples\['a'\]\[1\] is 3"),
+        ({"samples": {"a": ["x"], "b": ["y", "z"]}}, "row 3: samples must have 2 texts of each label"),
+        ({"samples": {"a": ["x", "z"]}}, r"row 3: samples has the labels \['a'\], not \['a', 'b'\]"),
+    ],
+)
+def test_rows_that_are_no_pools(change, message, tmp_path):
+    settings = {"task": {"labels": {"a": "A", "b": "B"}}, "samples": 2}
+    row = {"index": 0, "example": {"text": "t"}, "samples": {"a": ["x", "z"], "b": ["y", "z"]}}
+    path = tmp_path / "pools.jsonl"
+    lines = [{"format": 2, "settings": settings}, row, {**row, "index": 1, **change}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match=rf"pools.jsonl.*{message}"):
+        PoolFile(path, settings)
+
+
+def test_a_text_that_was_changed_is_found(tmp_path):
+    path = tmp_path / "pools.jsonl"
+    file = PoolFile(path, {})
+    for index in (0, 1):
+        file.add(index, Pool({"text": "t"}, {"a": ["good"]}))
+    path.write_text(path.read_text().replace("good", "bad", 1))
+    with pytest.raises(ValueError, match="pools.jsonl, line 2 isn't what was written there"):
+        PoolFile(path, {})
+
+
 def test_a_stop_belongs_to_chats():
     with pytest.raises(ValueError, match="decoding.stop"):
         sg_icl(decoding=Decoding(stop=("x",)))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from generation_ext.probing import features as module
+from generation_ext.probing.feature_file import FeatureFile
 from generation_ext.probing.features import FeatureExtractor
 from generation_ext.shared_prefix.token_tree import TokenTree
 from tests.tiny.byte_models import CAUSAL, HIDDEN, LAYERS, LENGTH, adapted, model
@@ -157,6 +158,61 @@ def test_files_that_are_refused(tmp_path):
     (tmp_path / "features.npy.json").write_text("[")
     with pytest.raises(ValueError, match="is damaged"):
         extractor.extract(TEXTS, PREFIX, output)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+        lambda content: content[:-4],
+        lambda content: content[:6] + b"\x09" + content[7:],
+        lambda content: content.replace(b"<f4", b"<i4"),
+    ],
+    ids=["a bit", "cut off", "version", "dtype"],
+)
+def test_a_finished_file_that_is_damaged(damage, tmp_path):
+    extractor = FeatureExtractor(model("llama"), tokenizer_for("llama"))
+    path, settings = tmp_path / "f.npy", tmp_path / "f.npy.json"
+    whole = extractor.extract(TEXTS, output=path).copy()
+    content = path.read_bytes()
+    path.write_bytes(damage(content))
+    with pytest.raises(ValueError, match="f.npy' isn't the file that was written"):
+        extractor.extract(TEXTS, output=path)
+    stored = json.loads(settings.read_text())
+    del stored["sha256"]  # an earlier version's
+    settings.write_text(json.dumps(stored))
+    if len(damage(content)) == len(content) and damage(content)[6:128] == content[6:128]:
+        assert (extractor.extract(TEXTS, output=path) != whole).sum() == 1
+    else:
+        with pytest.raises(ValueError, match="f.npy' (is no .npy file|holds int32)"):
+            extractor.extract(TEXTS, output=path)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_row_that_was_damaged_is_computed_again(earlier, tmp_path, monkeypatch):
+    extractor = FeatureExtractor(model("llama"), tokenizer_for("llama"))
+    whole = extractor.extract(TEXTS)
+    file = FeatureFile(tmp_path / "f.npy", whole.shape, extractor._settings(TEXTS, ""))
+    file.features[:2] = whole[:2]
+    file.mark([0, 1])
+    file._held.close()
+    del file
+    if earlier:
+        done = np.zeros(len(TEXTS), np.uint8)
+        done[:2] = 1
+        (tmp_path / "f.npy.done").write_bytes(done.tobytes())
+    else:
+        partial = tmp_path / "f.npy.partial"
+        content = bytearray(partial.read_bytes())
+        content[128 + 4 * whole.shape[1]] ^= 1  # of the second row
+        partial.write_bytes(content)
+    ran = []
+    run = FeatureExtractor._run
+    monkeypatch.setattr(
+        FeatureExtractor, "_run", lambda self, trees, *args: ran.extend(trees) or run(self, trees, *args)
+    )
+    close(extractor.extract(TEXTS, output=tmp_path / "f.npy"), whole)
+    assert len(ran) == len(TEXTS) - (2 if earlier else 1)
 
 
 def test_features_of_another_adapter_are_refused(tmp_path):
