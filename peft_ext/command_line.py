@@ -14,11 +14,14 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, Optional, TextIO, Union
 
+from peft_ext import devices
 from peft_ext.runs import plain
 from peft_ext.version import __version__
 
 
 _OURS = ("peft_ext", "generation_ext", "trl_ext")
+# What trains under transformers' TrainingArguments has the word that all commands share, too: for `parse(aliases=)`.
+BATCH_SIZE = {"batch_size": "per_device_train_batch_size"}
 # Of transformers' TrainingArguments, what `--help` shows although no class of ours changes it.
 _MUCH_USED = (
     *("output_dir", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps"),
@@ -39,9 +42,7 @@ class ModelArguments:
     )
     adapter: Optional[str] = field(default=None, metadata={"help": "Folder of a PEFT adapter for it."})
     dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16."})
-    device: Optional[str] = field(
-        default=None, metadata={"help": "Where it runs: cpu, cuda, cuda:1, ...; by default a GPU if there is one."}
-    )
+    device: Optional[str] = field(default=None, metadata={"help": devices.HELP})
 
     def load(self, kind: str = "causal") -> tuple[Any, Any]:
         """The model in eval mode, and its tokenizer; see `peft_ext.models.load`.
@@ -49,15 +50,9 @@ class ModelArguments:
         Raises:
             ValueError: If there is no such device.
         """
-        import torch
-
         from peft_ext import models
 
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            torch.empty(1, device=device)  # before a model is loaded
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device={device!r} can't be used here: {error}") from error
+        device = devices.usable(self.device)
         model = models.load(self.model, adapter=self.adapter, kind=kind, dtype=self.dtype)
         return model.to(device), models.load_tokenizer(self.model)
 
@@ -253,16 +248,26 @@ def parse(
         def set_defaults_with_config(self, **config: Any) -> list[str]:
             return super().set_defaults_with_config(**{(aliases or {}).get(key, key): config[key] for key in config})
 
+        def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
+            flags, rest = super().parse_known_args(args, namespace)
+            devices.settle(flags)
+            return flags, rest
+
     parser = Parser(kinds, prog=program or typed.program or "peft-ext", allow_abbrev=False)
     if "--help_all" in argv:
         argv = ["--help"]
     elif {"-h", "--help"} & set(argv):
         _hide_inherited(parser, kinds)
     try:
-        return parser.parse_args_and_config(argv)
+        found = parser.parse_args_and_config(argv)
     except ValueError as error:
         unknown = _unknown_flags(argv, parser) if "are not used by the HfArgumentParser" in str(error) else ""
         raise (ValueError(unknown) if unknown else error) from error
+    training = [each for each in found if hasattr(each, "use_cpu")]
+    for each in found if training else ():
+        if each is not training[0] and hasattr(each, "device"):
+            devices.check_training_device(each.device, training[0])
+    return found
 
 
 class _Typed(NamedTuple):

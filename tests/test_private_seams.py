@@ -135,6 +135,9 @@ SEAMS = {
         "_train_batch_size": "generation_ext.critic: the number that auto_find_batch_size may have halved",
         "_save(output_dir, state_dict)": "generation_ext.critic: a checkpoint holds the critic, not its model",
     },
+    "transformers.TrainingArguments": {
+        "_n_gpu": "peft_ext.devices: --device names one GPU",
+    },
     "trl.RLOOTrainer": {
         "_generate_single_turn(prompt_ids, images, multimodal_fields)": "trl_ext.almost: a merged copy writes",
         "_tokenizer": "trl_ext.almost: the tokenizer under a processor",

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
 
+import torch
 from peft import get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from peft_ext import devices
 from peft_ext.checkpoint.gptq import QUANTIZE_CONFIG
 from peft_ext.checkpoint.pack_quantized import is_packed
 from peft_ext.checkpoint.saving import make_saveable, take_over
@@ -22,6 +24,7 @@ from peft_ext.commands.training_data import DataArguments, TrainingData
 from peft_ext.data import PYTHON_DOCS
 from peft_ext.files import written_whole
 from peft_ext.hub import is_hub_id
+from peft_ext.language_model import device_of
 from peft_ext.model_card import note_measured
 from peft_ext.models import DEFAULT_MODEL, copy_processor, load, load_config
 from peft_ext.perplexity import example_perplexity, padded
@@ -40,6 +43,7 @@ class PackedBaseArguments(DataArguments):
         default=DEFAULT_MODEL, metadata={"help": "Default model, hub id, folder (also a packed base) or .gguf file."}
     )
     dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16."})
+    device: Optional[str] = field(default=None, metadata={"help": devices.OF_TRAINING})
     bits: Optional[str] = field(
         default=None,
         metadata={
@@ -116,7 +120,7 @@ def load_checked(
         checkpoint_format: As of `make_saveable`.
     """
     try:
-        model = load(args.model, dtype=args.dtype, merge=True)
+        model = load(args.model, dtype=args.dtype, merge=True).to(args.device or "cpu")
     except TypeError as error:  # packed codes are never rounded again
         raise ValueError(
             f"model={args.model!r} has an adapter that can't be merged into its base, so nothing can be tuned on top of "
@@ -165,7 +169,8 @@ def write_base(
             before = example_perplexity(model, held_out, progressbar=True)
         start = time.perf_counter()
         if not packed and config.init_method == CALIBRATED:
-            model = calibrate(model, config, _calibration_batches(data, args.calibration_blocks))
+            batches = _calibration_batches(data, args.calibration_blocks, device_of(model))
+            model = calibrate(model, config, batches)
         base = get_peft_model(model, config).unload()
     seconds = time.perf_counter() - start
     make_saveable(base, checkpoint_format)
@@ -189,11 +194,11 @@ def perplexity_of(args: PackedBaseArguments, held_out: Sequence[Any]) -> str:
     return f"perplexity on {len(held_out)} held-out rows of {data if is_hub_id(data) else Path(data).name}"
 
 
-def _calibration_batches(data: TrainingData, count: int) -> list[dict[str, Any]]:
-    """The last training examples, four a batch."""
+def _calibration_batches(data: TrainingData, count: int, device: torch.device) -> list[dict[str, Any]]:
+    """The last training examples, four a batch, where the model is."""
     chosen = data.train.examples[-count:]
     batches = [padded(chosen[start : start + 4]) for start in range(0, len(chosen), 4)]
-    return [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]
+    return [{name: batch[name].to(device) for name in ("input_ids", "attention_mask")} for batch in batches]
 
 
 def _float_bytes(model: PreTrainedModel) -> int:

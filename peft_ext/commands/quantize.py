@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from peft_ext import AlphaTuningConfig, PeqaConfig
+from peft_ext import AlphaTuningConfig, PeqaConfig, devices
 from peft_ext.command_line import note, parse, show
 from peft_ext.commands.packed_base import (
     BASE,
@@ -37,12 +37,16 @@ class QuantizeArguments(PackedBaseArguments, ExampleArguments):
         metadata={"help": "pack-quantized (integers, for stock transformers and vLLM) or bcq (binary codings)."},
     )
     output_dir: Optional[str] = field(default=None, metadata={"help": "The folder to write the checkpoint to."})
+    device: Optional[str] = field(
+        default=None, metadata={"help": "Where it is quantised: cpu (the default), cuda, cuda:1, ..."}
+    )
     seed: int = field(default=42, metadata={"help": "Seed of the choice of calibration blocks."})
 
 
 def main(argv: Sequence[str]) -> None:
     """Check everything, then quantise, write and compare."""
     (args,) = parse(argv, QuantizeArguments)
+    devices.usable(args.device or "cpu")
     config = _config(args)
     folder = new_folder(args.output_dir)
     args.check_counts()

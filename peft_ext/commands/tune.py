@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import SFTTrainer
 
 from peft_ext import AlphaTuningConfig, PeqaConfig, trainer_checkpoints
-from peft_ext.command_line import note, parse, show
+from peft_ext.command_line import BATCH_SIZE, note, parse, show
 from peft_ext.commands.packed_base import (
     BASE,
     PackedBaseArguments,
@@ -73,7 +73,7 @@ class TuneArguments(PackedBaseArguments):
 
 def main(argv: Sequence[str]) -> None:
     """Check everything, then quantise, tune and compare."""
-    args, training = parse(argv, TuneArguments, TuneTrainingArguments)
+    args, training = parse(argv, TuneArguments, TuneTrainingArguments, aliases=BATCH_SIZE)
     if training.dataset_text_field != "text":  # TRL's name
         args.text_field = training.dataset_text_field
     run_folder = RunFolder(training.output_dir)
@@ -342,6 +342,7 @@ def _settings(
     if args.method not in METHODS:
         raise ValueError(f"method={args.method!r} is unknown; choose one of {METHODS}.")
     settings = asdict(args)
+    del settings["device"]  # a run may go on elsewhere
     settings["data"] = args.data or PYTHON_DOCS
     settings["bits"] = stored["bits"] if args.bits is None and stored and "bits" in stored else args.width()
     names = [field.name for field in fields(training) if field.name in _FIRST_SETTINGS]

@@ -25,7 +25,7 @@ from generation_ext.critic.diagnostics import finite
 from generation_ext.critic.rollouts import schedule
 from generation_ext.critic.training import CriticConfig, CriticTrainer
 from generation_ext.critic.value import Critic
-from peft_ext.command_line import ModelArguments, note, parse, show
+from peft_ext.command_line import BATCH_SIZE, ModelArguments, note, parse, show
 from peft_ext.files import written_whole
 from peft_ext.model_card import note_measured
 from peft_ext.runs import RunFolder, drop_checkpoints, last_checkpoint
@@ -55,7 +55,7 @@ class TrainArguments(ModelArguments, PromptArguments, RewardArguments):
 
 def main(argv: Sequence[str]) -> None:
     """Check everything, then train and evaluate."""
-    args, training = parse(argv, TrainArguments, CriticConfig, aliases=OLD_FLAGS)
+    args, training = parse(argv, TrainArguments, CriticConfig, aliases={**OLD_FLAGS, **BATCH_SIZE})
     run_folder, settings = RunFolder(training.output_dir), _arguments(args, training)
     run = run_folder.folder
     finished = run_folder.check(settings)
@@ -65,6 +65,7 @@ def main(argv: Sequence[str]) -> None:
         return
     prompts, held_out = _split(load_prompts(args), args.held_out, training.seed)
     reward = load_reward(args)
+    args.device = args.device or str(training.device)  # not where Trainer would take it away from again
     model, tokenizer = args.load()
     set_seed(training.seed)
     critic = Critic.for_model(model, **{name: getattr(args, name) for name in _OF_CRITIC})

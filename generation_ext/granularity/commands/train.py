@@ -25,7 +25,7 @@ from generation_ext.granularity.commands.arguments import read_texts
 from generation_ext.granularity.modeling import CDNPGConfig, CDNPGForConditionalGeneration
 from generation_ext.granularity.tokenizer import train_tokenizer
 from generation_ext.granularity.training import paraphrase_trainer
-from peft_ext import trainer_checkpoints
+from peft_ext import devices, trainer_checkpoints
 from peft_ext.command_line import note, parse, show
 from peft_ext.files import written_whole
 from peft_ext.model_card import note_measured
@@ -60,6 +60,7 @@ class TrainArguments(DataArguments):
     eval_steps: int = field(
         default=5000, metadata={"help": "Steps between checkpoints and validations; the best is kept."}
     )
+    device: Optional[str] = field(default=None, metadata={"help": devices.HELP})
     seed: int = field(default=0, metadata={"help": "Of weights and order."})
     report_to: str = field(default="none", metadata={"help": "Where to report to."})
 
@@ -68,7 +69,8 @@ def main(argv: Sequence[str]) -> None:
     """Check everything, train, save."""
     (args,) = parse(argv, TrainArguments)
     run_folder = RunFolder(args.output_dir)
-    run, settings = run_folder.folder, {name: value for name, value in asdict(args).items() if name != "output_dir"}
+    free = ("output_dir", "device")
+    run, settings = run_folder.folder, {name: value for name, value in asdict(args).items() if name not in free}
     finished = run_folder.check(settings)
     if finished is not None:
         note(f"{run} is finished already; its figures:")
@@ -83,11 +85,12 @@ def main(argv: Sequence[str]) -> None:
     if not pairs:
         raise ValueError(f"data={args.data!r} has too few pairs; at least two are needed.")
     _config(args, args.vocab_size)  # refuses before anything is written
+    training = _training(args, run)
     run_folder.start(settings)
     tokenizer = _tokenizer(args, run, pairs)
     set_seed(args.seed)
     model = CDNPGForConditionalGeneration(_config(args, len(tokenizer)))
-    trainer = paraphrase_trainer(model, tokenizer, _training(args, run), pairs, held_out)
+    trainer = paraphrase_trainer(model, tokenizer, training, pairs, held_out)
     trainer_checkpoints.train(trainer)
     metrics = {**trainer.evaluate(), "steps": trainer.state.global_step, "parameters": model.num_parameters()}
     note_measured(model, f"loss on {len(held_out)} held-out pairs", trained=metrics["eval_loss"])
@@ -136,8 +139,9 @@ def _tokenizer(args: TrainArguments, run: Path, pairs: list[dict[str, str]]) -> 
 
 def _training(args: TrainArguments, run: Path) -> Seq2SeqTrainingArguments:
     steps = max(1, min(args.eval_steps, args.max_steps))
-    return Seq2SeqTrainingArguments(
+    training = Seq2SeqTrainingArguments(
         str(run),
+        use_cpu=args.device == "cpu",
         max_steps=args.max_steps,
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=4 * args.batch_size,
@@ -154,3 +158,5 @@ def _training(args: TrainArguments, run: Path) -> Seq2SeqTrainingArguments:
         seed=args.seed,
         report_to=args.report_to,
     )
+    devices.check_training_device(args.device, training)
+    return training
