@@ -1,6 +1,8 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
 """The blocks of code in README.md and docs/, in the order in which a page has them.
 
+A fence under `<!-- output -->` is what the block before it printed, see `outputs.py`.
+
 A page's Python blocks are one program. What a reader needn't see stands in a comment before a block:
 
     <!-- setup
@@ -26,6 +28,8 @@ _PART = re.compile(
     r"|^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```",
     re.DOTALL | re.MULTILINE,
 )
+# What a block printed, and when: date and commit.
+OUTPUT = re.compile(r"^<!-- output(?P<stamp>[^\n]*) -->\n```\n(?P<printed>.*?)```\n", re.DOTALL | re.MULTILINE)
 
 
 class Block(NamedTuple):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.documents.pages import PAGES, ROOT, Block, blocks, commands
+from tests.documents.pages import OUTPUT, PAGES, ROOT, Block, blocks, commands
 
 
 # installs and long targets are what CI itself does
@@ -55,6 +55,19 @@ def _steps(block: Block) -> list[tuple[str, object, int]]:
         assert words[0] == "-m", f"line {block.line}: only python -m is run here"
         found.append(("command", words[1:], block.line))
     return found
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if OUTPUT.search(page.read_text())], ids=_name)
+def test_outputs_are_of_runs(page):
+    """Each fence of output was filled by `outputs.py` from the block before it, which prints and is run."""
+    text, found = page.read_text(encoding="utf-8"), [block for block in blocks(page) if block.language]
+    for match in OUTPUT.finditer(text):
+        line = text.count("\n", 0, match.start()) + 1
+        before = max((block for block in found if block.line < line), key=lambda block: block.line)
+        where = f"{_name(page)}, line {line}"
+        assert not before.not_run and ("print" in before.code or before.language == "bash"), where
+        assert match["printed"].strip(), f"{where}: run python -m tests.documents.outputs {_name(page)}"
+        assert re.fullmatch(r" \d{4}-\d\d-\d\d, [0-9a-f]{7,}\+?", match["stamp"]), where
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)
