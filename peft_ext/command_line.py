@@ -330,5 +330,7 @@ def _is_refusal(error: TypeError) -> bool:
 
 
 def _failed(program: str, message: str) -> int:
-    print(f"{program}: error: {message}", file=sys.stderr)
+    """One line, whatever libraries (YAML's parser, torch) spread over several."""
+    lines = (line.strip() for line in message.splitlines())
+    print(f"{program}: error: {' '.join(filter(None, lines))}", file=sys.stderr)
     return 2

@@ -189,16 +189,9 @@ def test_tune_under_a_launcher(launcher, launch, flags, tmp_path):
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        (["--bits", "5"], "bits=5"),
-        (["--group_size", "48"], "group_size=48 does not divide in_features=64"),
         (["--init_method", "best"], "init_method='best'"),
-        (["--data", "missing.txt"], "missing.txt"),
-        (["--data", "{tmp}/empty.jsonl"], "is empty"),
-        (["--data", "{tmp}/short.txt"], "less than one block"),
-        (["--model", "./missing"], "./missing"),
         (["--calibration_blocks", "0"], "calibration_blocks=0"),
         (["--per_device_train_batch_size", "0"], "per_device_train_batch_size=0"),
-        (["--method", "lola"], "method='lola'"),
         (["--bits", "four"], "bits='four'"),
         (["--bits", "base"], "has no packed layers"),
         (["--split", "train"], "split='train'"),
@@ -208,19 +201,12 @@ def test_tune_under_a_launcher(launcher, launch, flags, tmp_path):
         (["--method", "alphatuning", "--trained_alphas", "second"], "trained_alphas='second'"),
         (["--method", "alphatuning", "--sym", "True"], "sym=True"),
         (["--eval_strategy", "steps", "--eval_steps", "1"], "eval_strategy="),
-        (["--config", "{tmp}/broken.yaml"], "a file is damaged"),
-        (["--output_dir", "{tmp}/full"], "is not empty"),
         (["--output_dir", "{tmp}/short.txt"], "is a file"),
-        (["--output_dir", "/proc/nowhere"], "can't be written"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_mistakes_end_in_one_line_and_leave_nothing(flags, mistake, message, tmp_path, capsys):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine.txt").write_text("precious")
-    (tmp_path / "empty.jsonl").touch()
     (tmp_path / "short.txt").write_text("short")
-    (tmp_path / "broken.yaml").write_text("bits: [2")
     before = sorted(tmp_path.rglob("*"))
     mistake = [part.format(tmp=tmp_path) for part in mistake]
     assert main(["tune", *flags, "--output_dir", str(tmp_path / "run"), *mistake]) == 2
