@@ -1,5 +1,5 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""The mistakes of docs/how-to/mistakes.md, made: each is answered in one line that says what the page says, and leaves nothing."""
+"""The mistakes of docs/how-to/mistakes.md, made: each is answered in the line that the page has, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def workplace(tmp_path_factory):
     _probe(folder)
     (folder / "texts.jsonl").write_text('{"text": "a joy"}\n')
     (folder / "prompts.txt").write_text("The film\nMy day\n")
-    (folder / "rewards.py").write_text("def something(prompts, completions, **columns):\n    return [0.5] * len(prompts)\n")
+    (folder / "rewards.py").write_text(
+        "def something(prompts, completions, **columns):\n    return [0.5] * len(prompts)\n"
+    )
     (folder / "broken.yaml").write_text("bits: [2")
     (folder / "empty.jsonl").touch()
     (folder / "prose.jsonl").write_text("It was a dark night.\n")
