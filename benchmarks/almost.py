@@ -148,6 +148,8 @@ class Almost:
             counts = run["counts"].get(stage, {})
             whole = counts.get("generated") or counts.get("responses")
             for name, count in counts.items():
+                if not count:
+                    continue
                 rows.append([f"{stage}: {name}", count, f"{100 * count / whole:.1f} %" if whole else None])
         return markdown_table(["Filter", "count", "of all texts"], rows)
 

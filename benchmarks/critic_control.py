@@ -37,6 +37,7 @@ FROZEN, PROMPT, BEST, ACTION, RLOO = (
     "RLOO, LoRA",
 )
 CRITIC = SEPARATE
+JUDGED = {"sentiment": "positive", "topic": "on topic", "detoxification": "clean"}
 # Points of success above the frozen model, at this ratio of its perplexity.
 WANTED, RATIO = {"sentiment": 30, "topic": 40}, 1.35
 TOP_K = 10
@@ -244,30 +245,22 @@ def found(run: Run) -> dict[Row, dict[str, Any]]:
 
 def tables(run: Run) -> dict[str, str]:
     """Success, perplexity and diversity of every row."""
-    lines = []
-    results = found(run)
+    results, lines = found(run), []
     for row, result in results.items():
         lines.append(
             [
                 row.title,
                 *(f"{100 * value:.0f}" for value in result["success"].values()),
-                f"{100 * result['reward']:.0f}",
+                f"{result['reward']:.2f}",
                 f"{result['perplexity']:.1f}",
-                "/".join(f"{result[f'dist-{n}']:.2f}" for n in (1, 2, 3)),
+                f"{result['dist-2']:.2f}",
                 f"{100 * result['repetition']:.1f}",
-                f"{1e3 * result['seconds_per_token']:.1f}",
+                f"{1e3 * result['seconds_per_token']:.0f}",
             ]
         )
     judges = next(iter(results.values()))["success"] if results else ()
-    header = [
-        f"{run.attribute}: success, %",
-        *judges,
-        "reward",
-        "perplexity",
-        "Dist-1/2/3",
-        "repeated 3-grams, %",
-        "ms a token",
-    ]
+    judged = [f"{JUDGED[run.attribute]}, by {judge}, %" for judge in judges]
+    header = ["", *judged, "mean reward", "perplexity", "Dist-2", "repeated 3-grams, %", "ms a token"]
     return {"success": markdown_table(header, lines)}
 
 

@@ -147,9 +147,12 @@ def measure(run: Run) -> None:
 
 def tables(run: Run) -> dict[str, str]:
     """Times and memory, and how many times SDPA's."""
-    lines, rows = [], []
+    lines, rows, worst = [], [], []
     for length in run.lengths:
         found = run.find({"part": length})
+        if found:
+            ratios = [max(found[p][mode] / found[p][PLAIN] for mode in MODES) for p in ("forward", "both", "peak")]
+            worst.append([length, *(f"{ratio:.2f}" for ratio in ratios)])
         for name in (PLAIN, *MODES) if found else ():
             cells = []
             for part in ("forward", "both", "peak"):
@@ -161,6 +164,9 @@ def tables(run: Run) -> dict[str, str]:
     for name, value in seconds.items():
         rows.append([name, f"{1e3 * value:.0f} ms ({value / seconds['Transformer']:.2f})"])
     return {
+        "worst": markdown_table(
+            ["tokens; worst mode over SDPA", "forward", "forward and backward", "peak memory"], worst
+        ),
         "attention": markdown_table(
             ["Attention (and over SDPA)", "forward", "forward and backward", "peak memory"], lines
         ),

@@ -26,6 +26,11 @@ AG_NEWS = Task(
 _COLUMNS = {"premise": "text_a", "hypothesis": "text_b"}
 
 
+# Data sets as pages call them.
+TITLES = {"sst2": "SST-2", "sst5": "SST-5", "ag_news": "AG News", "snips": "SNIPS", "rte": "RTE", "cb": "CB"}
+TITLES |= {"banking77": "Banking77", "clinc150": "CLINC150"}
+
+
 class Example(NamedTuple):
     """A labelled input."""
 

@@ -22,7 +22,7 @@ import torch
 from benchmarks.core.claims import Claim, Headline, markdown_table, unless
 from benchmarks.core.run import Run, data_folder, log
 from benchmarks.core.task import Runs, Task, run_named
-from benchmarks.in_context import smoke_model
+from benchmarks.in_context import TITLES, smoke_model
 from benchmarks.palp_data import PLAIN, SETS, Remembering, Split
 from generation_ext.in_context import LabelScorer
 from generation_ext.probing import FeatureExtractor, PALPClassifier
@@ -277,7 +277,7 @@ def table(run: Run, methods: Sequence[str] = METHODS) -> str:
             value = average(run, method, shots, shown)
             title = f"{method}, {shots} a class" if shots else f"{method}, full pool"
             lines.append([title, *map(_spread, found.values()), "" if value is None else f"{value:.1f}"])
-    return markdown_table(["Accuracy, %", *run.sets, f"first {len(shown)}"], lines)
+    return markdown_table(["Accuracy, %", *(TITLES[name] for name in run.sets), f"first {len(shown)}"], lines)
 
 
 def average(run: Run, method: str, shots: int, names: Sequence[str]) -> Optional[float]:
@@ -299,7 +299,8 @@ def tables(runs: Runs) -> dict[str, str]:
                 if any(found):
                     lines.append([head, *(each and f"{each['accuracy']:.1f}" for each in found)])
             if lines:
-                shown["heads"] = markdown_table(["Head, PALP-T, 16 a class, one draw", *run.head_sets], lines)
+                titles = [TITLES[name] for name in run.head_sets]
+                shown["heads"] = markdown_table(["Head, PALP-T, 16 a class, one draw", *titles], lines)
         elif run.rows and run.kind == REGULARISATION:
             lines = [
                 [

@@ -23,6 +23,7 @@ from benchmarks.core.run import Run, data_folder, log
 from benchmarks.core.task import Runs, claims_of_each, tables_of_each
 from benchmarks.core.task import Task as Benchmark
 from benchmarks.in_context import (
+    TITLES,
     Example,
     demonstrations,
     read_examples,
@@ -181,25 +182,26 @@ def tables(run: Run) -> dict[str, str]:
         if found is None:
             continue
         if found["harness"]:
-            lines.append([name, HARNESS.split(",")[0], found["harness"], None, None])
+            lines.append([f"{TITLES[name]}: {HARNESS.split(',')[0]}", found["harness"], None, None])
         rates = found["inputs_per_second"]
         for contender, rate in rates.items():
             cells = [f"{rate:.3g}", f"{rate / rates[NAIVE]:.1f}x", f"{found['differences'][contender]:.1e}"]
-            lines.append([name, contender, *cells])
+            lines.append([f"{TITLES[name]}: {contender}", *cells])
     for limit in run.memory_limits:
         found = run.find({"set": run.sets[0], "memory_limit": limit})
         if found is not None:
             limits.append([f"{limit / MB:.0f} MB", f"{found['peak'] / MB:.0f}", f"{found['inputs_per_second']:.3g}"])
     headers = [
-        "Set",
-        "Contender",
+        "",
         "inputs per second",
         "over the naive loop",
         "largest difference of a log-probability",
     ]
     shown = {"speed": markdown_table(headers, lines)}
     if limits:
-        shown["memory"] = markdown_table([f"Memory limit ({run.sets[0]})", "peak, MB", "inputs per second"], limits)
+        shown["memory"] = markdown_table(
+            [f"Memory limit ({TITLES[run.sets[0]]})", "peak, MB", "inputs per second"], limits
+        )
     return shown
 
 

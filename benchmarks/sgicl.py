@@ -27,6 +27,7 @@ from benchmarks.core.run import Run, data_folder, log
 from benchmarks.core.task import Runs, run_named
 from benchmarks.core.task import Task as Benchmark
 from benchmarks.in_context import (
+    TITLES,
     Example,
     accuracy,
     demonstrations,
@@ -228,7 +229,7 @@ def table(run: Run) -> str:
             mean = f"{statistics.mean(map(statistics.mean, measured)):.1f}" if whole else None
             deviation = f"{statistics.mean(map(statistics.pstdev, measured)):.1f}" if whole else None
             lines.append([row.title, *(None if each is None else _spread(each) for each in values), mean, deviation])
-    return markdown_table(["Accuracy, %", *run.sets, "average", "average deviation"], lines)
+    return markdown_table(["Accuracy, %", *(TITLES[name] for name in run.sets), "average", "average deviation"], lines)
 
 
 def average(run: Optional[Run], row: Row, of: Any = statistics.mean) -> Optional[float]:
@@ -263,7 +264,7 @@ def tables(runs: Runs) -> dict[str, str]:
             reached = found(run, own, name)
             if None not in (reached, curve[0], curve[-1]):
                 means = [None if each is None else statistics.mean(each) for each in curve]
-                lines.append([name, f"{worth(means, statistics.mean(reached)):.2f}"])
+                lines.append([TITLES[name], f"{worth(means, statistics.mean(reached)):.2f}"])
         shown["worth"] = markdown_table(["Set", f"gold demonstrations that SG-ICL is worth, over {SHOTS}"], lines)
     base, lines = average(development, own), []
     for row in development_rows():

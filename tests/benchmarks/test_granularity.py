@@ -42,7 +42,7 @@ def data(tmp_path, monkeypatch):
 
 def test_paraphrase(data, smoke, tmp_path):
     found = smoke("paraphrase")
-    for text in ("| quora | BLEU-2 |", "| C-DNPG (R*S) |", "| SmolLM2 + GA + LoRA |", "its worst seed above"):
+    for text in ("| Quora | BLEU-2 |", "| C-DNPG (R*S) |", "| SmolLM2 + GA + LoRA |", "its worst seed above"):
         assert text in found.shown, text
     assert "not measured" not in found.shown
     for name in ("granularities.png", "sentence.png"):

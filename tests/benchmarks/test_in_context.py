@@ -20,7 +20,8 @@ from benchmarks.core.run import Run  # noqa: E402
 def test_scoring(smoke):
     found = smoke("scoring")
     for name in ("sst2", "sst5", "ag_news"):
-        assert f"| {name} | {scoring.OURS} |" in found.shown and f"| {name} | {scoring.NAIVE} |" in found.shown
+        title = in_context.TITLES[name]
+        assert f"| {title}: {scoring.OURS} |" in found.shown and f"| {title}: {scoring.NAIVE} |" in found.shown
         assert f"{name}: over the naive loop" in found.shown
         (result,) = (row["result"] for row in found.rows["smollm2"] if row["key"] == {"set": name})
         assert 0 < result["differences"][scoring.OURS] < 1e-4
