@@ -244,7 +244,7 @@ class TaskData:
         rows = self._read("sst2/train.jsonl")
         first, second = self._halves(rows)
         reward = self._classifier(
-            "sentiment reward, MiniLM", first, "sst2/validation.jsonl", self.reward or FINE_TUNED
+            f"sentiment reward, {self.reward or 'MiniLM'}", first, "sst2/validation.jsonl", self.reward or FINE_TUNED
         )
         judge = self._classifier("sentiment judge, words", second, "sst2/validation.jsonl", WORDS)
         return Task(
@@ -263,7 +263,8 @@ class TaskData:
         """Continuations about one of AG News's topics, named by a control code."""
         first, second = self._halves(self._read("ag_news/train.jsonl"))
         codes = sorted({label for _, label in first})
-        reward = self._classifier("topic reward, MiniLM", first, "ag_news/test.jsonl", self.reward or EMBEDDINGS)
+        kind = self.reward or EMBEDDINGS
+        reward = self._classifier(f"topic reward, {kind}", first, "ag_news/test.jsonl", kind)
         judge = self._classifier("topic judge, words", second, "ag_news/test.jsonl", WORDS)
         rng = random.Random(self.seed)
         whole = [
