@@ -71,13 +71,24 @@ def packed_linear(
 
     Raises:
         TypeError: If `x` isn't float.
-        ValueError: If the last dimension of `x` isn't the weight's number of inputs.
+        ValueError: If the last dimension of `x` isn't the weight's number of inputs, or something else doesn't fit the weight.
     """
-    _check_input(x, weight.in_features)
-    found = kernel.packed_linear(x, weight.planes, scale, weight.zero_point, bias, weight.out_features)
-    if found is not None:
-        return found
-    rows = x.reshape(-1, weight.in_features)
+    planes, zero_point, out_features, in_features = weight
+    bits, groups = kernel.check(x, planes, scale, zero_point, bias, out_features, in_features)
+    found = kernel.packed_linear(x, planes, scale, zero_point, bias, (out_features, in_features, bits, groups))
+    return unpacked_linear(x, weight, scale, bias, keep_product, trained_planes) if found is None else found
+
+
+def unpacked_linear(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    scale: torch.Tensor,
+    bias: Optional[torch.Tensor] = None,
+    keep_product: bool = False,
+    trained_planes: Optional[int] = None,
+) -> torch.Tensor:
+    """[`packed_linear`] by torch's own operations, which unpack the codes, whatever the kernel could do."""
+    rows = x.reshape(math.prod(x.shape[:-1]), weight.in_features)
     if not _scales_output(x, weight, scale):
         y = _Blockwise.apply(rows, scale, trained_planes, *weight)
     elif keep_product:
@@ -108,16 +119,32 @@ def mixed_packed_linear(
 
     Returns:
         `[batch, ..., out]` in the dtype of `x`.
+
+    Raises:
+        TypeError: If `x` isn't float.
+        ValueError: If something doesn't fit the weight, or `choice` isn't an index of a scale for each sample.
     """
-    _check_input(x, weight.in_features)
+    samples = x.shape[0] if x.dim() > 1 else 0
+    planes, zero_point, out_features, in_features = weight
+    size = kernel.check(x, planes, scales, zero_point, bias, out_features, in_features, choice, samples)
+    of_row = choice if x.dim() == 2 else choice.repeat_interleave(math.prod(x.shape[1:-1]))
+    found = kernel.packed_linear(x, planes, scales, zero_point, bias, (out_features, in_features, *size), of_row)
+    return mixed_unpacked_linear(x, weight, scales, choice, bias) if found is None else found
+
+
+def mixed_unpacked_linear(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    scales: torch.Tensor,
+    choice: torch.Tensor,
+    bias: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    """[`mixed_packed_linear`] by torch's own operations."""
     rows = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), weight.in_features)
-    of_row = choice.repeat_interleave(rows.shape[1])
-    found = kernel.packed_linear(x, weight.planes, scales, weight.zero_point, bias, weight.out_features, of_row)
-    if found is not None:
-        return found
     if _scales_output(x, weight, scales[0]):
-        product = _product(rows.reshape(-1, weight.in_features), weight)
-        y = product.view(*rows.shape[:-1], -1).mul_(scales[choice, :, 0][:, None, :])
+        product = _product(rows.flatten(0, 1), weight)
+        # unlike an index in brackets, it refuses negative ones on every device
+        y = product.view(*rows.shape[:-1], -1).mul_(scales[..., 0].index_select(0, choice)[:, None, :])
     else:
         y = _mixed_group_wise(rows, weight, scales, choice)
     return _add_bias(y.reshape(*x.shape[:-1], weight.out_features), bias)
@@ -131,15 +158,16 @@ def code_blocks(weight: PackedWeight, groups: int, dtype: torch.dtype) -> Iterat
         groups]`, or the signs `[bits, rows, groups, in / groups]` of a binary coding.
     """
     planes_at_once = 1 if weight.zero_point is not None else weight.planes.shape[2]
-    tiles = max(1, BLOCK_SIZE // (TILE_ROWS * weight.in_features * planes_at_once))
+    tiles = max(1, BLOCK_SIZE // (TILE_ROWS * max(1, weight.in_features) * planes_at_once))
     for tile in range(0, weight.planes.shape[0], tiles):
         start, stop = tile * TILE_ROWS, min((tile + tiles) * TILE_ROWS, weight.out_features)
         planes = weight.planes[tile : tile + tiles]
         if weight.zero_point is None:
             signs = unpack_signs(planes, stop - start, weight.in_features, dtype)
-            yield start, stop, signs.reshape(-1, stop - start, groups, weight.in_features // groups)
+            yield start, stop, signs.reshape(planes_at_once, stop - start, groups, weight.in_features // groups)
         else:
-            codes = unpack(planes, stop - start, weight.in_features).reshape(stop - start, groups, -1)
+            codes = unpack(planes, stop - start, weight.in_features)
+            codes = codes.reshape(stop - start, groups, weight.in_features // groups)
             # a uint8 tensor minus a float one: conversion and difference in one pass
             yield start, stop, codes - weight.zero_point[start:stop].to(dtype)[..., None]
 
@@ -152,7 +180,7 @@ def _dense(block: torch.Tensor, scale: torch.Tensor, in_place: bool = False) -> 
         weight = (block[0] * scale[..., 0, None]).to(block.dtype)
         for plane in range(1, len(block)):
             weight.addcmul_(block[plane], scale[..., plane, None].to(block.dtype))
-    return weight.view(weight.shape[0], -1)
+    return weight.flatten(1)
 
 
 def _gradient_of_scale(grad_weight: torch.Tensor, block: torch.Tensor, trained_planes: Optional[int]) -> torch.Tensor:
@@ -249,7 +277,7 @@ def _product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     """`x (q - z)^T`: [rows, in] -> [rows, out]."""
     y = x.new_empty(x.shape[0], weight.out_features)
     for start, stop, block in code_blocks(weight, 1, x.dtype):
-        product = linear(x, block.view(stop - start, -1))
+        product = linear(x, block.view(stop - start, weight.in_features))
         if stop - start == weight.out_features:
             return product
         y[:, start:stop] = product
@@ -259,7 +287,7 @@ def _product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
 def _product_backward(grad: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     """`grad (q - z)`: [rows, out] -> [rows, in]."""
     parts = (
-        linear(grad[:, start:stop], block.view(stop - start, -1).t())
+        linear(grad[:, start:stop], block.view(stop - start, weight.in_features).t())
         for start, stop, block in code_blocks(weight, 1, grad.dtype)
     )
     return functools.reduce(torch.Tensor.add_, parts)
@@ -270,8 +298,10 @@ def _mixed_group_wise(
 ) -> torch.Tensor:
     """rows: [batch, n, in] -> [batch, n, out], each sample with its own group-wise scale."""
     y = rows.new_empty(*rows.shape[:-1], weight.out_features)
+    indices = choice.unique().tolist()
+    kernel.check_range(indices, len(scales))
     for start, stop, block in code_blocks(weight, scales.shape[2], rows.dtype):
-        for index in choice.unique().tolist():
+        for index in indices:
             samples = choice == index
             own = rows[samples]
             product = linear(own.flatten(0, 1), _dense(block, scales[index, start:stop]))
@@ -293,12 +323,3 @@ def _add_bias(y: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
 
 def _sum_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def _check_input(x: torch.Tensor, in_features: int) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"the input has dtype {x.dtype}; a packed linear layer takes float inputs (x.float()).")
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(
-            f"the input has shape {tuple(x.shape)}, but this layer takes in_features={in_features} as the last dimension."
-        )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from typing import Optional
 
 import torch
 
-from peft_ext.quant.packing import SUPPORTED_BITS, planes_shape
+from peft_ext.quant.packing import SUPPORTED_BITS, TILE_ROWS, planes_shape
 
 
 KERNEL_VARIABLE = "PEFT_EXT_KERNEL"
@@ -79,16 +80,85 @@ def available() -> bool:
     return _module() is not None
 
 
-def packed_linear(
+def check(
     x: torch.Tensor,
     planes: torch.Tensor,
     scale: torch.Tensor,
     zero_point: Optional[torch.Tensor],
     bias: Optional[torch.Tensor],
     out_features: int,
+    in_features: int,
+    choice: Optional[torch.Tensor] = None,
+    samples: Optional[int] = None,
+) -> tuple[int, int]:
+    """Refuse what doesn't fit together, before anything reads it: the kernel trusts sizes, and torch would stretch some.
+
+    Args:
+        x, planes, scale, zero_point, bias, out_features, choice: As [`packed_linear`] takes them.
+        in_features: Inputs of the weight.
+        samples: How many `choice` has to be for; None: one for each row of `x`.
+
+    Returns:
+        The bits of a code, and the groups of inputs with a scale of their own.
+
+    Raises:
+        TypeError: If `x` isn't float.
+        ValueError: If something has another shape, dtype or device than the rest wants, or `choice` names a scale that isn't
+            there.
+    """
+    # called for every layer and token: what fits is told by tensors' cheapest properties, what doesn't is then looked for
+    packed, layout = planes.shape, scale.shape if choice is None else scale.shape[1:]
+    fits = (
+        len(packed) == 4
+        and len(layout) == (3 if zero_point is None else 2)
+        and packed == (-(-out_features // TILE_ROWS), -(-in_features // 8), packed[2], TILE_ROWS)
+        and 1 <= packed[2] <= SUPPORTED_BITS[-1]
+        and layout[0] == out_features
+        and layout[1] > 0
+        and in_features % layout[1] == 0
+        and (layout[2] == packed[2] if zero_point is None else zero_point.shape == layout and zero_point.dtype == torch.uint8)
+        and planes.dtype == torch.uint8
+        and (bias is None or (bias.shape == (out_features,) and bias.is_floating_point()))
+        and scale.is_floating_point()
+        and x.is_floating_point()
+        and x.shape[-1:] == (in_features,)
+        and _share_device(x, planes, scale, zero_point, bias)
+    )  # fmt: skip
+    if not fits:
+        raise _misfit(x, planes, scale, zero_point, bias, out_features, in_features, layout)
+    if choice is not None:
+        _check_choice(choice, scale, x, samples)
+    return packed[2], layout[1]
+
+
+def _share_device(
+    x: torch.Tensor,
+    planes: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: Optional[torch.Tensor],
+    bias: Optional[torch.Tensor],
+) -> bool:
+    if x.is_cpu:  # much faster than comparing devices
+        return (
+            planes.is_cpu
+            and scale.is_cpu
+            and (zero_point is None or zero_point.is_cpu)
+            and (bias is None or bias.is_cpu)
+        )
+    others = (planes, scale, zero_point, bias)
+    return all(tensor is None or tensor.device == x.device for tensor in others)
+
+
+def packed_linear(
+    x: torch.Tensor,
+    planes: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: Optional[torch.Tensor],
+    bias: Optional[torch.Tensor],
+    size: tuple[int, int, int, int],
     choice: Optional[torch.Tensor] = None,
 ) -> Optional[torch.Tensor]:
-    """`[..., in] -> [..., out]` by the kernel; None where it doesn't serve.
+    """`[..., in] -> [..., out]` by the kernel, of what [`check`] has let through; None where it doesn't serve.
 
     It serves few rows on a CPU without gradients, in float32, bfloat16 or float16, where groups are whole bytes of the planes.
 
@@ -98,25 +168,26 @@ def packed_linear(
         scale: `[out, groups]`, of a binary coding `[out, groups, bits]`; with `choice` another dimension in front.
         zero_point: uint8 `[out, groups]`; None for a binary coding.
         bias: `[out]` or None.
-        out_features: Rows of the weight.
+        size: The weight's outputs and inputs, and what `check` gives: bits and groups.
         choice: int64, for each row of `x` (its leading dimensions flattened) which scale it takes.
     """
     # called for every layer and token: tensors' cheapest properties only, see benchmarks/kernels.py
-    if torch.is_grad_enabled() or not (x.is_cpu and planes.is_cpu):
+    if torch.is_grad_enabled() or not x.is_cpu:
         return None
-    shape = x.shape
-    in_features, groups = shape[-1], scale.shape[-1 if zero_point is not None else -2]
+    out_features, in_features, _, groups = size
     if x.dtype not in _DTYPES or scale.dtype not in _DTYPES:
         return None
     if groups > 1 and in_features % (groups * _INPUTS_OF_BYTE):
         return None
     mode, level = kernel(), capability()
-    if mode == "torch" or not available() or x.numel() > in_features * MAX_ROWS[level]:
+    if mode == "torch" or not available() or not in_features or x.numel() > in_features * MAX_ROWS[level]:
         return None
     exact = mode == "exact"
     if torch.compiler.is_compiling() or not _is_plain(x) or torch._C._len_torch_dispatch_stack():
         return torch.ops.peft_ext.packed_linear(x, planes, scale, zero_point, bias, choice, out_features, exact)
-    return _run(x, planes, scale, zero_point, bias, choice, out_features, exact, level)
+    if x.is_neg() or scale.is_neg() or planes.is_neg() or (bias is not None and bias.is_neg()):
+        return None  # views of the negated numbers, which are not in memory
+    return _run(x, planes, scale, zero_point, bias, choice, size, exact, level)
 
 
 def _run(
@@ -126,7 +197,7 @@ def _run(
     zero_point: Optional[torch.Tensor],
     bias: Optional[torch.Tensor],
     choice: Optional[torch.Tensor],
-    out_features: int,
+    size: tuple[int, int, int, int],
     exact: bool,
     level: int,
 ) -> torch.Tensor:
@@ -135,8 +206,11 @@ def _run(
         raise RuntimeError(
             "this program was exported with peft-ext's CPU kernel, which is not built here; reinstall peft-ext."
         )
-    *ahead, in_features = x.shape
+    out_features, in_features, bits, groups = size
+    ahead = x.shape[:-1]
     y = x.new_empty((*ahead, out_features))
+    if not y.numel():
+        return y
     if not (x.is_contiguous() or (len(ahead) == 1 and x.stride(1) == 1)):
         x = x.contiguous()
     # each a check where it is one already; zero points read from checkpoints often aren't
@@ -147,22 +221,29 @@ def _run(
         bias = (bias if bias.dtype in _DTYPES else bias.float()).contiguous()
     if choice is not None:
         choice = choice.contiguous()
-    module.packed_linear(
-        x.data_ptr(),
+    of_x, of_planes, of_scale = x.data_ptr(), planes.data_ptr(), scale.data_ptr()
+    of_zero_point = 0 if zero_point is None else zero_point.data_ptr()
+    if not (of_x and of_planes and of_scale and (of_zero_point or zero_point is None)):
+        raise ValueError(
+            "a packed product was given tensors without memory (fake or wrapped ones, such as DTensors) beside plain ones; "
+            "pass tensors of one kind, or set PEFT_EXT_KERNEL=torch."
+        )
+    left_range = module.packed_linear(
+        of_x,
         y.data_ptr(),
         _DTYPES[x.dtype],
-        x.numel() // in_features if in_features else 0,
+        x.numel() // in_features,
         x.stride(0) if len(ahead) == 1 else in_features,
-        planes.data_ptr(),
-        planes.shape[2],
+        of_planes,
+        bits,
         zero_point is None,
         out_features,
         in_features,
-        scale.data_ptr(),
+        of_scale,
         _DTYPES[scale.dtype],
-        scale.shape[-1 if zero_point is not None else -2],
+        groups,
         0 if choice is None else choice.data_ptr(),
-        0 if zero_point is None else zero_point.data_ptr(),
+        of_zero_point,
         0 if bias is None else bias.data_ptr(),
         0 if bias is None else _DTYPES[bias.dtype],
         exact,
@@ -170,7 +251,106 @@ def _run(
         level,
         VERSION,
     )
-    return y
+    return _in_double(x, planes, scale, zero_point, bias, choice, size) if left_range else y
+
+
+def _in_double(
+    x: torch.Tensor,
+    planes: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: Optional[torch.Tensor],
+    bias: Optional[torch.Tensor],
+    choice: Optional[torch.Tensor],
+    size: tuple[int, int, int, int],
+) -> torch.Tensor:
+    """The product where a number left the range of float32 on the way (or an input isn't finite), by torch's operations."""
+    from peft_ext.quant import functional  # it imports this module
+
+    weight = functional.PackedWeight(planes, zero_point, *size[:2])
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).double()
+    bias = None if bias is None else bias.double()
+    if choice is None:
+        y = functional.unpacked_linear(rows, weight, scale.double(), bias)
+    else:
+        y = functional.mixed_unpacked_linear(rows, weight, scale.double(), choice, bias)
+    return y.view(*x.shape[:-1], weight.out_features).to(x.dtype)
+
+
+def _check_choice(choice: torch.Tensor, scale: torch.Tensor, x: torch.Tensor, samples: Optional[int]) -> None:
+    """Whether it has an index of a scale for each sample (for each row, by default)."""
+    wanted = math.prod(x.shape[:-1]) if samples is None else samples
+    if choice.dtype != torch.int64 or choice.shape != (wanted,) or choice.device != x.device:
+        raise ValueError(
+            f"choice is {_told(choice)}; expected int64 [{wanted}] on {x.device}: which of the {scale.shape[0]} scales each "
+            "sample takes."
+        )
+    # what isn't there yet (compilers' stand-ins) or would have to be waited for is left to the operators that index with it
+    if choice.is_cpu and type(choice) is torch.Tensor and not torch.compiler.is_compiling():
+        if not torch._C._len_torch_dispatch_stack():
+            check_range(choice.tolist(), scale.shape[0])
+
+
+def check_range(indices: list[int], count: int) -> None:
+    """Refuse indices that none of `count` scales has; a negative one would be taken from the end.
+
+    Raises:
+        ValueError: If there is one; names it.
+    """
+    if indices and not (0 <= min(indices) and max(indices) < count):
+        wrong = next(index for index in indices if not 0 <= index < count)
+        raise ValueError(f"choice has {wrong}, but there are {count} scales, numbered from 0.")
+
+
+def _misfit(
+    x: torch.Tensor,
+    planes: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: Optional[torch.Tensor],
+    bias: Optional[torch.Tensor],
+    out_features: int,
+    in_features: int,
+    layout: torch.Size,
+) -> Exception:
+    """The error for what `check` found not to fit; names the first that doesn't."""
+    if not x.is_floating_point():
+        return TypeError(f"the input has dtype {x.dtype}; a packed linear layer takes float inputs (x.float()).")
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        return ValueError(
+            f"the input has shape {tuple(x.shape)}, but this layer takes in_features={in_features} as the last dimension."
+        )
+    given = {"planes": planes, "scale": scale, "zero_point": zero_point, "bias": bias}
+    for name, tensor in given.items():
+        if tensor is not None and tensor.device != x.device:
+            return ValueError(
+                f"{name} is on {tensor.device} and the input on {x.device}; move the layer or the input."
+            )
+    bits = planes.shape[2] if planes.dim() == 4 else 0
+    if (
+        planes.dtype != torch.uint8
+        or bits not in SUPPORTED_BITS
+        or planes.shape != planes_shape(out_features, in_features, bits)
+    ):
+        return ValueError(
+            f"planes are {_told(planes)}; a weight of {out_features} x {in_features} takes uint8 [ceil(out / {TILE_ROWS}), "
+            f"ceil(in / 8), bits, {TILE_ROWS}] with bits from {SUPPORTED_BITS[0]} to {SUPPORTED_BITS[-1]}."
+        )
+    if bias is not None and (not bias.is_floating_point() or bias.shape != (out_features,)):
+        return ValueError(f"bias is {_told(bias)}; expected float [{out_features}].")
+    if zero_point is not None and len(layout) == 2 and layout[0] == out_features and layout[1] > 0:
+        if zero_point.dtype != torch.uint8 or zero_point.shape != layout:
+            return ValueError(
+                f"zero_point is {_told(zero_point)}; expected uint8 [{layout[0]}, {layout[1]}] like scale."
+            )
+    wanted = f"{out_features}, groups" + ("" if zero_point is not None else f", {bits}")
+    if len(layout) < scale.dim():
+        wanted = f"n, {wanted}"
+    return ValueError(
+        f"scale is {_told(scale)}; expected float [{wanted}] with in_features={in_features} a multiple of groups."
+    )
+
+
+def _told(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _is_plain(x: torch.Tensor) -> bool:
@@ -234,54 +414,40 @@ def _operator(
     out_features: int,
     exact: bool,
 ) -> torch.Tensor:
-    """What `torch.ops.peft_ext.packed_linear` runs. It can be called with anything, and the kernel trusts sizes.
+    """What `torch.ops.peft_ext.packed_linear` runs. It can be called with anything.
 
     Raises:
-        ValueError: If the tensors don't fit each other.
+        TypeError, ValueError: If the tensors don't fit each other, or the kernel doesn't take them.
     """
-    in_features = x.shape[-1]
-    ahead = [] if choice is None else [scale.shape[0]]
-    groups = scale.shape[len(ahead) + 1] if scale.dim() > len(ahead) + 1 else 0
-    bits = planes.shape[2] if planes.dim() == 4 else 0
-    layout = [*ahead, out_features, groups] + ([bits] if zero_point is None else [])
-    rows = x.numel() // in_features if in_features else 0
-    fits = (
-        planes.dtype == torch.uint8
-        and planes.shape == planes_shape(out_features, in_features, bits)
-        and bits in SUPPORTED_BITS
-        and list(scale.shape) == layout
-        and (groups == 1 or (groups > 1 and in_features % (groups * _INPUTS_OF_BYTE) == 0))
-        and (
-            zero_point is None
-            or (zero_point.dtype == torch.uint8 and list(zero_point.shape) == [out_features, groups])
-        )
-        and (bias is None or list(bias.shape) == [out_features])
-        and (
-            choice is None
-            or (choice.dtype == torch.int64 and list(choice.shape) == [rows] and _in_range(choice, ahead[0]))
-        )
-        and x.dtype in _DTYPES
-        and scale.dtype in _DTYPES
-    )
-    if not fits:
-        shapes = {
-            name: None if tensor is None else (tuple(tensor.shape), tensor.dtype)
-            for name, tensor in (
-                ("x", x), ("planes", planes), ("scale", scale), ("zero_point", zero_point), ("bias", bias), ("choice", choice)
-            )
-        }  # fmt: skip
+    size = _check_operator(x, planes, scale, zero_point, bias, choice, out_features)
+    if not x.shape[-1]:  # no inputs, which the kernel doesn't know
+        return _in_double(x, planes, scale, zero_point, bias, choice, size)
+    return _run(x, planes, scale, zero_point, bias, choice, size, exact, capability())
+
+
+def _check_operator(
+    x: torch.Tensor,
+    planes: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: Optional[torch.Tensor],
+    bias: Optional[torch.Tensor],
+    choice: Optional[torch.Tensor],
+    out_features: int,
+) -> tuple[int, int, int, int]:
+    in_features = x.shape[-1] if x.dim() else 0
+    bits, groups = check(x, planes, scale, zero_point, bias, out_features, in_features, choice)
+    whole_bytes = groups == 1 or in_features % (groups * _INPUTS_OF_BYTE) == 0
+    if x.dtype not in _DTYPES or scale.dtype not in _DTYPES or not whole_bytes:
         raise ValueError(
-            f"peft_ext::packed_linear can't multiply {shapes} to out_features={out_features}; see peft_ext/quant/kernel.py for "
-            "the layouts, or call peft_ext.quant.functional.packed_linear, which takes any group size and dtype."
+            f"peft_ext::packed_linear takes float32, bfloat16 and float16, and groups of whole bytes (of {_INPUTS_OF_BYTE} "
+            f"inputs), got x {_told(x)} and scale {_told(scale)}; call peft_ext.quant.functional.packed_linear, which takes "
+            "any group size and dtype."
         )
-    return _run(x, planes, scale, zero_point, bias, choice, out_features, exact, capability())
-
-
-def _in_range(choice: torch.Tensor, count: int) -> bool:
-    return not choice.numel() or (int(choice.min()) >= 0 and int(choice.max()) < count)
+    return out_features, in_features, bits, groups
 
 
 def _fake(x, planes, scale, zero_point, bias, choice, out_features, exact):
+    _check_operator(x, planes, scale, zero_point, bias, choice, out_features)
     return x.new_empty((*x.shape[:-1], out_features))
 
 

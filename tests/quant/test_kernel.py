@@ -225,24 +225,19 @@ def test_operator_is_well_formed():
 
 
 @needs_kernel
-@pytest.mark.parametrize("wrong", ["planes", "scale", "zero_point", "bias", "choice", "dtype", "bits"])
-def test_operator_refuses_what_does_not_fit(wrong):
-    """It can be called with anything, and the kernel trusts sizes."""
+@pytest.mark.parametrize("wrong", ["dtype", "groups"])
+def test_operator_refuses_what_the_kernel_does_not_take(wrong):
+    """What doesn't fit each other: test_kernel_misfits.py."""
     weight, scales, _ = make(40, 64, 4, 2, adapters=2)
     x, choice = torch.randn(3, 64), torch.tensor([0, 1, 1])
     inputs = {"x": x, "planes": weight.planes, "scale": scales, "zero_point": weight.zero_point}
     inputs.update(bias=torch.randn(40), choice=choice)
     torch.ops.peft_ext.packed_linear(**inputs, out_features=40, exact=True)
     changes = {
-        "planes": {"planes": weight.planes[:1]},
-        "scale": {"scale": scales[..., :1]},
-        "zero_point": {"zero_point": None},
-        "bias": {"bias": torch.randn(39)},
-        "choice": {"choice": torch.tensor([0, 2, 1])},
         "dtype": {"x": x.double()},
-        "bits": {"planes": weight.planes[:, :, :0]},
+        "groups": {"scale": torch.rand(2, 40, 16), "zero_point": torch.ones(40, 16, dtype=torch.uint8)},
     }[wrong]
-    with pytest.raises(ValueError, match="can't multiply.*out_features=40"):
+    with pytest.raises(ValueError, match="takes float32, bfloat16 and float16, and groups of whole bytes"):
         torch.ops.peft_ext.packed_linear(**{**inputs, **changes}, out_features=40, exact=True)
 
 

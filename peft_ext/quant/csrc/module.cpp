@@ -50,13 +50,13 @@ PyObject* packed_linear(PyObject*, PyObject* const* arguments, Py_ssize_t count)
   Py_BEGIN_ALLOW_THREADS
   failed = peft_ext_packed_linear(&problem);
   Py_END_ALLOW_THREADS
-  if (failed) return PyErr_NoMemory();
-  Py_RETURN_NONE;
+  if (failed == PEFT_EXT_NO_MEMORY) return PyErr_NoMemory();
+  return PyBool_FromLong(failed == PEFT_EXT_LEFT_RANGE);
 }
 
 PyMethodDef methods[] = {
     {"packed_linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)(void)>(packed_linear)), METH_FASTCALL,
-     "packed_linear(*fields of peft_ext_problem, version): see csrc/packed_linear.h."},
+     "packed_linear(*fields of peft_ext_problem, version): see csrc/packed_linear.h. True if the result left the range."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernel", "The CPU kernel of packed layers.", -1, methods,

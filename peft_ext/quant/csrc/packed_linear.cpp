@@ -112,6 +112,7 @@ extern "C" int peft_ext_packed_linear(const peft_ext_problem* problem) {
     plan.input_bytes = (p.in_features + 7) / 8;
     plan.tiles = (p.out_features + kTileRows - 1) / kTileRows;
     plan.limbs = p.exact ? kLimbs : kFastLimbs;
+    plan.left_range.store(false, std::memory_order_relaxed);
     plan_blocks(plan);
     plan_rows(plan);
     const Path path = path_of(p.level, p.bits, p.binary);
@@ -125,8 +126,8 @@ extern "C" int peft_ext_packed_linear(const peft_ext_problem* problem) {
     } else {
       work(&shared);
     }
-    return 0;
+    return plan.left_range.load(std::memory_order_relaxed) ? PEFT_EXT_LEFT_RANGE : 0;
   } catch (const std::bad_alloc&) {
-    return 1;
+    return PEFT_EXT_NO_MEMORY;
   }
 }

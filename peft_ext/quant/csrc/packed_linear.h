@@ -49,7 +49,11 @@ typedef struct {
 // The highest level that this processor and its operating system run.
 int peft_ext_best_level(void);
 
-// 0, or 1 when memory is short; nothing else can fail for a problem as described above.
+enum peft_ext_failure { PEFT_EXT_NO_MEMORY = 1, PEFT_EXT_LEFT_RANGE = 2 };
+
+// 0; PEFT_EXT_NO_MEMORY; or PEFT_EXT_LEFT_RANGE when some sum (before it was rounded to the dtype of y) isn't finite: an
+// input wasn't, or a number left the range of floats on the way, and y is to be computed by other means. Nothing else can
+// fail for a problem as described above.
 int peft_ext_packed_linear(const peft_ext_problem* problem);
 
 #ifdef __cplusplus
