@@ -70,7 +70,7 @@ sanitize: $(READY)
 		$$($(abspath $(BIN))/python -c 'import sysconfig; print("-I" + sysconfig.get_path("include"))') \
 		peft_ext/quant/csrc/*.cpp -o peft_ext/quant/_kernel.abi3.so -ldl
 	cd build/sanitize && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-		PYTHONPATH=. $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider tests/quant/test_kernel.py
+		PYTHONPATH=. $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider tests/quant/test_kernel.py tests/quant/test_kernel_misfits.py
 
 BENCH_PACKAGES := $(BIN)/python -m pip install --disable-pip-version-check -q
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Union
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -44,7 +44,7 @@ class PackedWeight(NamedTuple):
 
 def packed_linear(
     x: torch.Tensor,
-    weight: PackedWeight,
+    weight: Union[PackedWeight, tuple[torch.Tensor, Optional[torch.Tensor], int, int]],
     scale: torch.Tensor,
     bias: Optional[torch.Tensor] = None,
     *,
@@ -76,7 +76,9 @@ def packed_linear(
     planes, zero_point, out_features, in_features = weight
     bits, groups = kernel.check(x, planes, scale, zero_point, bias, out_features, in_features)
     found = kernel.packed_linear(x, planes, scale, zero_point, bias, (out_features, in_features, bits, groups))
-    return unpacked_linear(x, weight, scale, bias, keep_product, trained_planes) if found is None else found
+    if found is not None:
+        return found
+    return unpacked_linear(x, PackedWeight(*weight), scale, bias, keep_product, trained_planes)
 
 
 def unpacked_linear(

@@ -31,7 +31,7 @@ class PackedParameter(nn.Parameter):
     ) -> PackedParameter:
         # accelerate and PEFT rebuild parameters from data, requires_grad and perhaps their __dict__; codes are never
         # trained, and the layer restores their number
-        parameter = super().__new__(cls, data, requires_grad=False)
+        parameter = super().__new__(cls, data.resolve_neg(), requires_grad=False)
         parameter.logical_numel = data.numel() if logical_numel is None else logical_numel
         return parameter
 
@@ -227,7 +227,7 @@ class PackedLinear(nn.Linear):
     ) -> torch.Tensor:
         """`[..., in] -> [..., out]`; `scale` (a tuner's) stands in for the layer's own. See `packed_linear`."""
         planes, own_scale, zero_point, bias = self._tensors()
-        weight = PackedWeight(planes, zero_point, self.out_features, self.in_features)
+        weight = (planes, zero_point, self.out_features, self.in_features)  # quicker made than a PackedWeight
         scale = own_scale if scale is None else scale
         return packed_linear(
             _autocast(x), weight, scale, bias, keep_product=keep_product, trained_planes=trained_planes

@@ -13,7 +13,6 @@
 #endif
 
 #include <algorithm>
-#include <atomic>
 #include <numeric>
 #include <vector>
 
@@ -66,7 +65,6 @@ struct Plan {
   std::vector<uint8_t> digits;       // a path's own: 8-bit activations, or tables
   std::vector<float> block_scale;    // [block]
   std::vector<int32_t> block_sum;    // [block], of 8-bit activations
-  mutable std::atomic<bool> left_range{false};  // whether some result isn't finite; set by whichever thread finds it
 };
 
 typedef void (*Prepare)(Plan&);
@@ -365,7 +363,6 @@ inline void write_tile(const Plan& plan, const Chunk& chunk, int64_t tile, float
   for (int64_t i = 0; i < chunk.count; ++i) {
     float* sum = sums + i * kTileRows;
     for (int64_t column = 0; column < kTileRows; ++column) sum[column] += bias[column];
-    if (!(largest_of(sum, columns) < INFINITY)) plan.left_range.store(true, std::memory_order_relaxed);
     with_dtype<Store>(p.x_dtype, p.y, plan.order[chunk.first + i] * p.out_features + first, columns, sum);
   }
 }

@@ -3,6 +3,7 @@
 #include "packed_linear.h"
 
 #include <atomic>
+#include <limits>
 #include <new>
 #include <numeric>
 
@@ -75,6 +76,23 @@ void work(void* data) {
   }
 }
 
+// Whether the result has neither infinities nor NaN: no exponent with all bits set. (Within the tiles this took 2 us of
+// a product of 14 us, here it takes 0.2.)
+template <typename Bits>
+bool below(const void* values, int64_t count, Bits infinity) {
+  const Bits* bits = static_cast<const Bits*>(values);
+  const Bits magnitude = std::numeric_limits<Bits>::max();  // all bits but the sign's
+  Bits largest = 0;
+  for (int64_t i = 0; i < count; ++i) largest = std::max<Bits>(largest, bits[i] & magnitude);
+  return largest < infinity;
+}
+
+bool is_finite(const peft_ext_problem& p) {
+  const int64_t count = p.rows * p.out_features;
+  if (p.x_dtype == PEFT_EXT_FLOAT32) return below<int32_t>(p.y, count, 0x7f800000);
+  return below<int16_t>(p.y, count, p.x_dtype == PEFT_EXT_BFLOAT16 ? 0x7f80 : 0x7c00);
+}
+
 typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
 
 // The thread pool of the OpenMP that torch has loaded: a second pool would fight with it for the cores.
@@ -112,7 +130,6 @@ extern "C" int peft_ext_packed_linear(const peft_ext_problem* problem) {
     plan.input_bytes = (p.in_features + 7) / 8;
     plan.tiles = (p.out_features + kTileRows - 1) / kTileRows;
     plan.limbs = p.exact ? kLimbs : kFastLimbs;
-    plan.left_range.store(false, std::memory_order_relaxed);
     plan_blocks(plan);
     plan_rows(plan);
     const Path path = path_of(p.level, p.bits, p.binary);
@@ -126,7 +143,7 @@ extern "C" int peft_ext_packed_linear(const peft_ext_problem* problem) {
     } else {
       work(&shared);
     }
-    return plan.left_range.load(std::memory_order_relaxed) ? PEFT_EXT_LEFT_RANGE : 0;
+    return is_finite(p) ? 0 : PEFT_EXT_LEFT_RANGE;
   } catch (const std::bad_alloc&) {
     return PEFT_EXT_NO_MEMORY;
   }

@@ -51,9 +51,8 @@ int peft_ext_best_level(void);
 
 enum peft_ext_failure { PEFT_EXT_NO_MEMORY = 1, PEFT_EXT_LEFT_RANGE = 2 };
 
-// 0; PEFT_EXT_NO_MEMORY; or PEFT_EXT_LEFT_RANGE when some sum (before it was rounded to the dtype of y) isn't finite: an
-// input wasn't, or a number left the range of floats on the way, and y is to be computed by other means. Nothing else can
-// fail for a problem as described above.
+// 0; PEFT_EXT_NO_MEMORY; or PEFT_EXT_LEFT_RANGE when y isn't finite: an input wasn't, or a number left the range of floats
+// on the way, and y is to be computed by other means. Nothing else can fail for a problem as described above.
 int peft_ext_packed_linear(const peft_ext_problem* problem);
 
 #ifdef __cplusplus
