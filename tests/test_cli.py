@@ -41,7 +41,7 @@ def finished(tiny_folder, tmp_path_factory):
     """A finished run."""
     run = tmp_path_factory.mktemp("runs") / "run"
     arguments = ["--model", tiny_folder, "--output_dir", run, "--bits", "3", "--max_steps", "4", "--block_size", "32"]
-    arguments += ["--held_out_blocks", "4", "--calibration_blocks", "8", "--use_cpu", "True"]
+    arguments += ["--held_out_blocks", "4", "--calibration_blocks", "8", "--device", "cpu", "--batch_size", "2"]
     assert main(["tune", *map(str, arguments)]) == 0
     return run
 
@@ -78,7 +78,7 @@ def test_a_runs_cards(finished, tmp_path):
 
 def test_started_again_a_finished_run_prints_its_table(finished, capsys):
     config = yaml.safe_load((finished / "config.yaml").read_text())
-    again = ["--output_dir", str(finished), "--use_cpu", "True"]
+    again = ["--output_dir", str(finished), "--use_cpu", "True", "--per_device_train_batch_size", "2"]
     for name in ("model", "bits", "max_steps", "block_size", "held_out_blocks", "calibration_blocks"):
         again += [f"--{name}", str(config[name])]
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
