@@ -17,6 +17,25 @@ TASKS = {
     "peqa_quality": Entry(
         "Perplexity after tuning scales, against LoRA, QLoRA and rounding", "benchmarks.peqa_quality"
     ),
+    "peqa_training": Entry("Time and memory of a training step, against LoRA's", "benchmarks.peqa_training"),
+    "peqa_learning_rate": Entry("One learning rate for scales in every model", "benchmarks.peqa_learning_rate"),
+    "reconstruction": Entry("Which initialisation comes closest, before any tuning", "benchmarks.reconstruction"),
+    "alphatuning_nlg": Entry("AlphaTuning's texts from data, against full fine-tuning", "benchmarks.alphatuning_nlg"),
+    "alphatuning_sizes": Entry("Bytes and trained numbers under AlphaTuning", "benchmarks.alphatuning_sizes"),
+    "decode": Entry("Generation on a CPU, against bfloat16 and llama.cpp", "benchmarks.decode"),
+    "loading": Entry("Memory and time of loading a saved packed model", "benchmarks.loading"),
+    "loading_others": Entry("Memory of loading what others packed", "benchmarks.loading_others"),
+    "harness_speed": Entry(
+        "lm-evaluation-harness: `--model peft_ext` against `hf`", "benchmarks.ecosystem.harness_speed"
+    ),
+    "kernels": Entry("The CPU kernel against dense products and torch's int4", "benchmarks.kernels"),
+    "adapters": Entry("Many adapters on one base: loading, switching, mixed batches", "benchmarks.adapters"),
+    "plan_memory": Entry("What `peft-ext plan` says against measured peaks", "benchmarks.plan_memory"),
+    "experts": Entry("A block of packed experts against transformers' own ways", "benchmarks.experts"),
+    "harness": Entry("lm-evaluation-harness's figures on packed models beside ours", "benchmarks.ecosystem.harness"),
+    "serving": Entry("Servers and pipelines of others: is the text ours?", "benchmarks.ecosystem.serving"),
+    "trl_scripts": Entry("`trl sft` and `trl dpo` on a packed base", "benchmarks.ecosystem.trl_scripts"),
+    "vllm_reading": Entry("What vLLM's own code reads of our checkpoints", "benchmarks.ecosystem.vllm_reading"),
     "critic_cost": Entry("What a steered token costs, by way of steering", "benchmarks.critic_cost"),
     "critic_control": Entry(
         "A critic's steering of sentiment, topics and toxicity, judged independently", "benchmarks.critic_control"

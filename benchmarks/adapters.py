@@ -5,15 +5,11 @@ Once through PEFT's own `load_adapter`, `set_adapter` and `adapter_names=`, once
 random scales: neither time nor memory depends on them. Mixed batches take turns with batches of one adapter, for PEQA and
 for LoRA, so that a slow minute of the machine hits them all. Linux only.
 
-    python -m benchmarks.adapters
-
-Finished parts are stored and not measured again.
+    python -m benchmarks adapters
 """
 
 from __future__ import annotations
 
-import argparse
-import gc
 import itertools
 import shutil
 import statistics
@@ -30,33 +26,36 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from benchmarks.common import Results, argument_parser, describe, log, markdown_table, verdict
+from benchmarks.core.claims import Claim, Headline, markdown_table, unless
+from benchmarks.core.run import Run, log
+from benchmarks.core.task import Runs, Task, claims_of_each, run_named, tables_of_each
+from benchmarks.core.worker import fresh_process
 from benchmarks.resident import reset_peak, resident_bytes
-from benchmarks.tuning import tiny_llama
+from benchmarks.tuning import float_model
 from peft_ext import AdapterPool, PeqaConfig
-from peft_ext.models import DEFAULT_MODEL, load
 
 
 PEQA, LORA = "PEQA, 4 bits, per channel", "LoRA, r = 8, all linear layers"
 POOL = f"{PEQA}, AdapterPool"
 FORWARD, GENERATE = "one forward", "generate"
 PARTS = ("loading", "pool", "mixing")
-BATCH, MIXED = 64, (8, 64)
+MIXED = (8, 64)
 MB = 1e6
 _FILE = "adapter_model.safetensors"
 
 
-def measure_loading(args: argparse.Namespace) -> dict[str, Any]:
+def measure_loading(model: str, adapters: int, seed: int, **_: Any) -> dict[str, Any]:
     """Load adapters from files onto one base, one after another; then switch between them."""
+    torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
-        model = get_peft_model(_base(args), PeqaConfig(bits=4, task_type="CAUSAL_LM")).eval()
-        folders = _write_adapters(model, Path(folder), args.adapters)
-        few = _time_of_switches(model.set_adapter, ["default"] * 2)
+        tuned = get_peft_model(float_model(model), PeqaConfig(bits=4, task_type="CAUSAL_LM")).eval()
+        folders = _write_adapters(tuned, Path(folder), adapters)
+        few = _time_of_switches(tuned.set_adapter, ["default"] * 2)
         reset_peak()
         before, seconds = resident_bytes(), []
         for path in tqdm(folders, desc="Loading", leave=False, disable=None):
             started = time.process_time()  # of the processor: the files are in the system's cache
-            model.load_adapter(str(path), path.name)
+            tuned.load_adapter(str(path), path.name)
             seconds.append(time.process_time() - started)
         reset_peak()
         grown = resident_bytes() - before
@@ -68,17 +67,18 @@ def measure_loading(args: argparse.Namespace) -> dict[str, Any]:
             "first_seconds": statistics.median(seconds[:20]),
             "last_seconds": statistics.median(seconds[-20:]),
             "switch_with_one": few,
-            "switch": _time_of_switches(model.set_adapter, names),
-            "switch_frozen": _time_of_switches(model.set_adapter, names, inference_mode=True),
+            "switch": _time_of_switches(tuned.set_adapter, names),
+            "switch_frozen": _time_of_switches(tuned.set_adapter, names, inference_mode=True),
         }
 
 
-def measure_pool(args: argparse.Namespace) -> dict[str, Any]:
+def measure_pool(model: str, adapters: int, seed: int, **_: Any) -> dict[str, Any]:
     """The same files into an `AdapterPool`."""
+    torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
-        model = get_peft_model(_base(args), PeqaConfig(bits=4, task_type="CAUSAL_LM")).eval()
-        folders = _write_adapters(model, Path(folder), args.adapters)
-        pool = AdapterPool(model.unload())
+        tuned = get_peft_model(float_model(model), PeqaConfig(bits=4, task_type="CAUSAL_LM")).eval()
+        folders = _write_adapters(tuned, Path(folder), adapters)
+        pool = AdapterPool(tuned.unload())
         reset_peak()
         before, seconds = resident_bytes(), []
         for path in tqdm(folders, desc="Loading", leave=False, disable=None):
@@ -123,27 +123,29 @@ def _time_of_switches(switch: Callable[..., None], names: Sequence[str], **kwarg
     return statistics.median(seconds)
 
 
-def measure_mixing(args: argparse.Namespace) -> dict[str, dict[str, dict[str, list[float]]]]:
+def measure_mixing(
+    model: str, batch: int, tokens: int, repeats: int, seed: int, **_: Any
+) -> dict[str, dict[str, dict[str, list[float]]]]:
     """Seconds of every repetition: method -> "one forward" or "generate" -> number of adapters in the batch."""
-    rows = 4 if args.smoke else BATCH
+    torch.manual_seed(seed)
     configs = {
         PEQA: PeqaConfig(bits=4, task_type="CAUSAL_LM"),
         LORA: LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
     }
-    counts = [count for count in MIXED if count <= rows] or [rows]
+    counts = [count for count in MIXED if count <= batch] or [batch]
     models: dict[str, Any] = {
-        method: _with_adapters(_base(args), config, max(counts)) for method, config in configs.items()
+        method: _with_adapters(float_model(model), config, max(counts)) for method, config in configs.items()
     }
-    ids = torch.randint(3, models[PEQA].config.vocab_size, (rows, args.tokens))
-    models[POOL] = _pool(args, max(counts))
+    ids = torch.randint(3, models[PEQA].config.vocab_size, (batch, tokens))
+    models[POOL] = _pool(model, max(counts))
     runs = {
-        (method, task, count): _run(model, task, ids, count)
-        for method, model in models.items()
+        (method, task, count): _run(one, task, ids, count)
+        for method, one in models.items()
         for task in (FORWARD, GENERATE)
         for count in (1, *counts)
     }
     found: dict[str, Any] = {method: {FORWARD: {}, GENERATE: {}} for method in models}
-    for repeat in range(args.repeats + 1):
+    for repeat in range(repeats + 1):
         order = list(runs.items())
         for (method, task, count), run in tqdm(order[:: 1 if repeat % 2 else -1], leave=False, disable=None):
             seconds = run()
@@ -164,11 +166,11 @@ def _with_adapters(base: nn.Module, config: Any, count: int) -> PeftModel:
     return model.eval()
 
 
-def _pool(args: argparse.Namespace, count: int) -> AdapterPool:
+def _pool(model: str, count: int) -> AdapterPool:
     with tempfile.TemporaryDirectory() as folder:
-        model = get_peft_model(_base(args), PeqaConfig(bits=4, task_type="CAUSAL_LM")).eval()
-        folders = _write_adapters(model, Path(folder), count)
-        pool = AdapterPool(model.unload())
+        tuned = get_peft_model(float_model(model), PeqaConfig(bits=4, task_type="CAUSAL_LM")).eval()
+        folders = _write_adapters(tuned, Path(folder), count)
+        pool = AdapterPool(tuned.unload())
         for path in folders:
             pool.load(path)
     pool.activate("task0")
@@ -205,10 +207,6 @@ def over_one(seconds: dict[str, list[float]], count: str) -> float:
     return statistics.median(mixed / one for mixed, one in zip(seconds[count], seconds["1"]))
 
 
-def _base(args: argparse.Namespace) -> nn.Module:
-    return tiny_llama() if args.smoke else load(args.model, dtype=torch.float32)
-
-
 def loading_table(found: dict[str, dict[str, Any]], adapters: int) -> str:
     """Memory and time of loading, time of a switch: through PEFT and in a pool, where measured."""
     lines = {
@@ -228,7 +226,7 @@ def loading_table(found: dict[str, dict[str, Any]], adapters: int) -> str:
     return markdown_table(["Adapters on one base", *found], rows)
 
 
-def mixing_table(found: dict[str, Any]) -> str:
+def mixing_table(found: dict[str, Any], batch: int) -> str:
     """Median seconds, and over one adapter."""
     rows = []
     for method, tasks in found.items():
@@ -236,53 +234,70 @@ def mixing_table(found: dict[str, Any]) -> str:
             for count in seconds:
                 over = "1" if count == "1" else f"{over_one(seconds, count):.2f}"
                 rows.append([f"{method}: {task}", count, f"{statistics.median(seconds[count]):.3f}", over])
-    return markdown_table(["Batch of 64", "Adapters in it", "Seconds", "Over one adapter"], rows)
+    return markdown_table([f"Batch of {batch}", "Adapters in it", "Seconds", "Over one adapter"], rows)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Measure what isn't stored yet; print tables and verdicts."""
-    parser = argument_parser(__doc__, "adapters.json", table=False)
-    parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--adapters", type=int, default=1000, help="how many are loaded")
-    parser.add_argument("--tokens", type=int, default=16, help="tokens of each of the 64 prompts")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    args = parser.parse_args(argv)
-    if args.smoke:
-        args.adapters, args.repeats = 4, 2
-    torch.manual_seed(args.seed)
-    results = Results(args.output, args.seed)
-    name = "tiny random Llama" if args.smoke else args.model
-    measures = {"loading": measure_loading, "pool": measure_pool, "mixing": measure_mixing}
-    settings = {
-        "loading": {"part": "loading", "model": name, "adapters": args.adapters},
-        "pool": {"part": "pool", "model": name, "adapters": args.adapters},
-        "mixing": {"part": "mixing", "model": name, "tokens": args.tokens, "repeats": args.repeats},
-    }
-    for part in args.parts:
-        if results.find(settings[part]) is None:
+MEASURES = {"loading": measure_loading, "pool": measure_pool, "mixing": measure_mixing}
+
+
+def measure(run: Run) -> None:
+    """Each part in a process of its own, so that its memory is its own."""
+    for part in run.parts:
+        if run.find({"part": part}) is None:
             log(f"Measuring {part}")
-            results.add(settings[part], measures[part](args))
-            gc.collect()
-    loading, pool, mixing = (results.find(settings[part]) for part in PARTS)
-    lines = []
-    loaded = {title: found for title, found in (("PEFT", loading), ("AdapterPool", pool)) if found}
+            run.add({"part": part}, fresh_process(MEASURES[part], run.settings, part))
+
+
+def _loaded(run: Run) -> dict[str, dict[str, Any]]:
+    """Through PEFT and in a pool, where measured."""
+    found = {"PEFT": run.find({"part": "loading"}), "AdapterPool": run.find({"part": "pool"})}
+    return {title: result for title, result in found.items() if result is not None}
+
+
+def tables(run: Run) -> dict[str, str]:
+    """Loading and switching; mixed batches."""
+    found, loaded, mixing = {}, _loaded(run), run.find({"part": "mixing"})
     if loaded:
-        print(loading_table(loaded, args.adapters) + "\n")
-    for title, found in loaded.items():
-        lines.append(verdict(f"{title}: memory grown, over the adapter files", found["grown"] / found["files"], 1.5))
-        lines.append(verdict(f"{title}: a switch, microseconds", 1e6 * found["switch"], 1000))
+        found["Loading and switching"] = loading_table(loaded, run.adapters)
     if mixing:
-        print(mixing_table(mixing) + "\n")
-        for method, task in itertools.product((PEQA, POOL), (FORWARD, GENERATE)):
-            seconds = mixing[method][task]
-            most = max(seconds, key=int)
-            lines.append(
-                verdict(f"{method}: {task}, {most} adapters in a batch, over one", over_one(seconds, most), 1.1)
-            )
-    print("\n".join(lines))
-    print("\n" + describe(results.rows[-1]["environment"]))
+        found["Mixed batches"] = mixing_table(mixing, run.batch)
+    return found
 
 
-if __name__ == "__main__":
-    main()
+def _mixed(run: Run, method: str, task: str) -> Optional[float]:
+    """Time of a batch that mixes the most adapters, over one."""
+    mixing = run.find({"part": "mixing"})
+    return None if mixing is None else over_one(mixing[method][task], max(mixing[method][task], key=int))
+
+
+def claims(run: Run) -> list[Claim]:
+    """Memory of loading, time of a switch, cost of mixing."""
+    found, loaded = [], _loaded(run)
+    for title in ("PEFT", "AdapterPool"):
+        one = loaded.get(title)
+        grown, switch = (one["grown"] / one["files"], 1e6 * one["switch"]) if one else (None, None)
+        found.append(Claim(f"{title}: memory grown, over the adapter files", grown, 1.5))
+        found.append(Claim(f"{title}: a switch, microseconds", switch, 1000))
+    for method, task in itertools.product((PEQA, POOL), (FORWARD, GENERATE)):
+        found.append(Claim(f"{method}: {task}, all adapters in a batch, over one", _mixed(run, method, task), 1.1))
+    return found
+
+
+def headlines(runs: Runs) -> list[Headline]:
+    """64 adapters in a batch."""
+    run = run_named(runs, "thousand")
+    ours, loras = (_mixed(run, method, FORWARD) if run else None for method in (PEQA, LORA))
+    if ours is None or loras is None:
+        return []
+    return [
+        Headline(
+            "Speed and serving on a CPU",
+            "64 adapters mixed in a batch, time over one",
+            f"PEQA {ours:.2f}, LoRA {loras:.2f}",
+            unless(ours <= 1.1, "1.1"),
+            "../benchmarks/serving.md#many-adapters-on-one-base",
+        )
+    ]
+
+
+TASK = Task(measure, tables_of_each(tables), claims_of_each(claims), headlines)

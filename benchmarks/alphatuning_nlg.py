@@ -7,21 +7,17 @@ scales, which want the same everywhere (`peqa_learning_rate.py`), once for all p
 Packed models start calibrated on training examples, per channel. Texts are
 generated greedily for a fixed sample of test inputs, and compared with all references of each.
 
-    python -m benchmarks.alphatuning_nlg --data-dir shared/data
-
-Rows are stored as they finish and not measured again: after a kill, start it again with the same flags.
+    python -m benchmarks alphatuning_nlg
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -30,12 +26,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from benchmarks import baselines
-from benchmarks.common import Results, argument_parser, data_folder, describe, log, markdown_table, verdict
+from benchmarks.core.claims import Claim, Headline, markdown_table, unless
+from benchmarks.core.run import NotHere, Run, data_folder, log
+from benchmarks.core.task import Runs, Task, claims_of_each, tables_of_each
 from benchmarks.fast_linear import fast_linear
 from benchmarks.nlg_metrics import METEOR_NOTE, nlg_metrics
-from benchmarks.tuning import SMOKE_VOCAB, Restart, tiny_llama, train, trainable
+from benchmarks.tuning import SMOKE_VOCAB, TINY, Restart, float_model, train, trainable
 from peft_ext import AlphaTuningConfig, PeqaConfig, calibrate
-from peft_ext.models import DEFAULT_MODEL, load, load_tokenizer
+from peft_ext.models import load_tokenizer
 from peft_ext.rows import read_rows
 
 
@@ -54,21 +52,7 @@ LEARNING_RATES = {
 METRICS = ("BLEU", "METEOR", "ROUGE-L", "chrF")
 TARGETS = {4: 2.0, 3: 4.0}  # BLEU below full fine-tuning at most
 IGNORED = -100
-
-
-class Budget(NamedTuple):
-    """How much of the data is used; what decides how long the table takes."""
-
-    steps: int = 40
-    search_steps: int = 10
-    batch_size: int = 16
-    validation_examples: int = 64
-    calibration_examples: int = 96
-    test_inputs: int = 120
-    max_new_tokens: int = 72
-
-
-SMOKE = Budget(2, 1, 2, 2, 4, 3, 4)
+MADE_UP = "made up"  # the data of the smaller sizes
 
 
 @dataclass(frozen=True)
@@ -115,32 +99,43 @@ class Data(NamedTuple):
     references: list[list[str]]
 
 
-class Study:
-    """Model, data and stored results; measures rows."""
+def key_of(row: Row, data: str, **more: Any) -> dict[str, Any]:
+    """What tells a row's result from others of the experiment."""
+    return {"method": row.method, "bits": row.bits, "data": data, **more}
 
-    def __init__(self, args: argparse.Namespace, budget: Budget) -> None:
-        self.args, self.budget = args, budget
-        self.results = Results(args.output, args.seed)
-        self.tokenizer = _SmokeTokenizer() if args.smoke else load_tokenizer(args.model)
-        self.float_model = tiny_llama() if args.smoke else load(args.model, dtype=torch.float32)
+
+def rows_of(run: Run) -> list[Row]:
+    """The rows of an experiment, by their titles; all if it names none."""
+    return [row for row in all_rows() if not run.only or row.title in run.only]
+
+
+class Bench:
+    """The model and the data of a run; builds, tunes and measures the models of its rows."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.tokenizer = _ByteTokenizer() if run.model == TINY else load_tokenizer(run.model)
+        self.data = {name: _made_up() if name == MADE_UP else self.load(name) for name in run.data}
+        self.float_model = float_model(run.model, run.seed)
         self.base: tuple[Any, Optional[nn.Module]] = (None, None)  # the last calibrated one
-        names = ("smoke",) if args.smoke else tuple(args.data)
-        self.data = {name: _smoke_data() if args.smoke else self.load(name) for name in names}
 
     def load(self, name: str) -> Data:
         """A fixed sample of a data set's splits."""
-        folder, budget = self.args.data_dir / name, self.budget
+        folder, run = data_folder(name), self.run
+        for split in ("train", "validation", "test"):
+            if not (folder / f"{split}.jsonl").is_file():
+                raise NotHere(f"{folder} has no {split}.jsonl (lines with source and target).")
         training = read_rows(folder / "train.jsonl")
-        random.Random(self.args.seed).shuffle(training)
+        random.Random(self.run.seed).shuffle(training)
         validation = read_rows(folder / "validation.jsonl")
-        random.Random(self.args.seed).shuffle(validation)
+        random.Random(self.run.seed).shuffle(validation)
         groups: dict[str, list[dict[str, Any]]] = {}
         for row in read_rows(folder / "test.jsonl"):
             groups.setdefault(row.get("entry", row["source"]), []).append(row)
-        chosen = random.Random(self.args.seed).sample(list(groups.values()), min(budget.test_inputs, len(groups)))
+        chosen = random.Random(self.run.seed).sample(list(groups.values()), min(run.test_inputs, len(groups)))
         return Data(
-            [self.example(row) for row in training[: budget.steps * budget.batch_size]],
-            [self.example(row) for row in validation[: budget.validation_examples]],
+            [self.example(row) for row in training[: run.steps * run.batch_size]],
+            [self.example(row) for row in validation[: run.validation_examples]],
             [self.prompt(group[0]["source"]) for group in chosen],
             [[row["target"] for row in group] for group in chosen],
         )
@@ -154,20 +149,14 @@ class Study:
         target = self.tokenizer(row["target"], add_special_tokens=False)["input_ids"]
         return Example(self.prompt(row["source"]), [*target, self.tokenizer.eos_token_id])
 
-    def settings(self, row: Row, data: str, **more: Any) -> dict[str, Any]:
-        """Everything that the row's result depends on."""
-        model = "tiny random Llama" if self.args.smoke else self.args.model
-        key = {"method": row.method, "bits": row.bits, "data": data, "model": model, "seed": self.args.seed}
-        return {**key, **self.budget._asdict(), **more}
-
     def batches(self, examples: Sequence[Example]) -> list[dict[str, torch.Tensor]]:
         """Padded batches with labels on the targets."""
-        size = self.budget.batch_size
+        size = self.run.batch_size
         return [_batch(examples[i : i + size], self.tokenizer.pad_token_id) for i in range(0, len(examples), size)]
 
     def build(self, row: Row, data: Data) -> nn.Module:
         """The untrained model of a row."""
-        torch.manual_seed(self.args.seed)
+        torch.manual_seed(self.run.seed)
         model = copy.deepcopy(self.float_model)
         if row.method == FULL:
             return model.requires_grad_(True)
@@ -176,14 +165,14 @@ class Study:
         config = row.config()
         key = (id(data), type(config), row.bits)
         if self.base[0] != key:  # rows that differ in what they train alone share it
-            batches = self.batches(data.train[: self.budget.calibration_examples])
+            batches = self.batches(data.train[: self.run.calibration_examples])
             self.base = (key, calibrate(model, config, batches, progressbar=False))
         return get_peft_model(copy.deepcopy(self.base[1]), config)
 
     def train(self, model: nn.Module, data: Data, steps: int, rate: float, name: str) -> list[float]:
         """`steps` steps on the first examples."""
-        torch.manual_seed(self.args.seed)
-        examples = data.train[: steps * self.budget.batch_size]
+        torch.manual_seed(self.run.seed)
+        examples = data.train[: steps * self.run.batch_size]
         return train(model, self.batches(examples), learning_rate=rate, name=name)
 
     @torch.no_grad()
@@ -200,19 +189,19 @@ class Study:
         """The rate with the least validation loss on the first data set."""
         trial, name, found = row if row.bits is None else Row(ALPHA, 3), next(iter(self.data)), {}
         rates = LEARNING_RATES[trial.method]
-        keys = {rate: self.settings(trial, name, search=rate) for rate in rates}
-        if any(self.results.find(key) is None for key in keys.values()):
+        keys = {rate: key_of(trial, name, search=rate) for rate in rates}
+        if any(self.run.find(key) is None for key in keys.values()):
             model = self.build(trial, self.data[name])
             restart = Restart(model)
             for rate in rates:
                 title = f"{trial.title}, rate {rate:g}"
-                losses = self.train(model, self.data[name], self.budget.search_steps, rate, title)
+                losses = self.train(model, self.data[name], self.run.search_steps, rate, title)
                 loss = self.validation_loss(model, self.data[name]) if math.isfinite(losses[-1]) else math.inf
                 restart()
-                self.results.add(keys[rate], {"validation": loss})
+                self.run.add(keys[rate], {"validation": loss})
                 log(f"{title}: validation loss {loss:.3f}")
         for rate, key in keys.items():
-            result = self.results.find(key)
+            result = self.run.find(key)
             found[rate] = math.inf if result is None else result["validation"]
         return min(found, key=lambda rate: found[rate])
 
@@ -221,7 +210,7 @@ class Study:
         data, rate, start = self.data[name], self.learning_rate(row), time.perf_counter()
         model = self.build(row, data)
         trained = sum(parameter.numel() for parameter in trainable(model))
-        losses = self.train(model, data, self.budget.steps, rate, f"{name}: {row.title}")
+        losses = self.train(model, data, self.run.steps, rate, f"{name}: {row.title}")
         loss = self.validation_loss(model, data)
         if row.bits is not None:
             model = model.merge_and_unload(dequantize=True)  # the same numbers, faster to generate with
@@ -242,7 +231,7 @@ class Study:
     def generate(self, model: nn.Module, prompts: Sequence[list[int]]) -> list[str]:
         """A greedy text for each prompt, its first line."""
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        texts, pad, size = {}, self.tokenizer.pad_token_id, 2 * self.budget.batch_size
+        texts, pad, size = {}, self.tokenizer.pad_token_id, 2 * self.run.batch_size
         for start in tqdm(range(0, len(order), size), desc="Generating", leave=False):
             indices = order[start : start + size]
             longest = max(len(prompts[index]) for index in indices)
@@ -251,7 +240,7 @@ class Study:
             tokens = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                max_new_tokens=self.budget.max_new_tokens,
+                max_new_tokens=self.run.max_new_tokens,
                 do_sample=False,
                 eos_token_id=self.tokenizer.eos_token_id,
                 pad_token_id=pad,
@@ -276,7 +265,7 @@ def _batch(examples: Sequence[Example], pad: int) -> dict[str, torch.Tensor]:
     }
 
 
-class _SmokeTokenizer:
+class _ByteTokenizer:
     """Bytes as tokens."""
 
     eos_token_id, pad_token_id = 1, 0
@@ -288,92 +277,84 @@ class _SmokeTokenizer:
         return ["".join(chr(token) for token in row if 31 < token < 127) or "." for row in tokens.tolist()]
 
 
-def _smoke_data() -> Data:
-    tokenizer = _SmokeTokenizer()
+def _made_up() -> Data:
+    tokenizer = _ByteTokenizer()
     rows = [Example(tokenizer(f"name[{i}]\n\n")["input_ids"], [*b"A place.", 1]) for i in range(8)]
     return Data(rows, rows[:2], [row.prompt for row in rows[:3]], [["A place."], ["A place.", "Place."], ["The."]])
 
 
-def table(study: Study, rows: Sequence[Row], name: str) -> str:
-    """The Markdown table of one data set."""
-    headers = ["Method", *METRICS, "Trained numbers", "Learning rate"]
-    lines = []
-    for row in rows:
-        found = study.results.find(study.settings(row, name))
-        if found is None:
-            lines.append([row.title, "not measured", *[None] * (len(headers) - 2)])
-        else:
-            figures = [f"{found[metric]:.1f}" for metric in METRICS]
-            lines.append([row.title, *figures, f"{found['trained']:,}", f"{found['learning_rate']:g}"])
-    return markdown_table(headers, lines)
+def measure(run: Run) -> None:
+    """Every row that isn't stored yet."""
+    missing = [(name, row) for name in run.data for row in rows_of(run) if run.find(key_of(row, name)) is None]
+    if not missing:
+        return
+    bench = Bench(run)
+    with fast_linear():
+        for name, row in missing:
+            log(f"{name}: {row.title}")
+            result = run.add(key_of(row, name), bench.measure(row, name))
+            log(f"{name}: {row.title}: BLEU {result['BLEU']:.1f}, {result['seconds']:.0f} s")
 
 
-def verdicts(study: Study, name: str) -> list[str]:
-    """The lines that say which claims the table bears out."""
+def tables(run: Run) -> dict[str, str]:
+    """By data set."""
+    headers, shown = ["Method", *METRICS, "Trained numbers", "Learning rate"], {}
+    for name in run.data:
+        lines = []
+        for row in rows_of(run):
+            found = run.find(key_of(row, name))
+            if found is None:
+                lines.append([row.title, "not measured", *[None] * (len(headers) - 2)])
+            else:
+                figures = [f"{found[metric]:.1f}" for metric in METRICS]
+                lines.append([row.title, *figures, f"{found['trained']:,}", f"{found['learning_rate']:g}"])
+        shown[name] = f"{markdown_table(headers, lines)}\n\n{METEOR_NOTE}"
+    return shown
 
-    def bleu(row: Row) -> Optional[float]:
-        found = study.results.find(study.settings(row, name))
-        return None if found is None else found["BLEU"]
 
-    def below(row: Row, other: Row) -> Optional[float]:
-        one, two = bleu(row), bleu(other)
+def bleu(run: Run, row: Row, data: str) -> Optional[float]:
+    """On the test inputs; None if it isn't measured."""
+    return (run.find(key_of(row, data)) or {}).get("BLEU")
+
+
+def claims(run: Run) -> list[Claim]:
+    """How far below full fine-tuning, and all alphas against PEQA."""
+
+    def below(name: str, row: Row, other: Row) -> Optional[float]:
+        one, two = bleu(run, row, name), bleu(run, other, name)
         return None if one is None or two is None else two - one
 
-    lines = [
-        verdict(
-            f"{name}: AlphaTuning, {bits} bits, BLEU below full fine-tuning", below(Row(ALPHA, bits), Row(FULL)), gap
-        )
-        for bits, gap in TARGETS.items()
-    ]
-    return lines + [
-        verdict(
-            f"{name}: all alphas, {bits} bits, BLEU below PEQA", below(Row(ALL_ALPHAS, bits), Row(PEQA, bits)), 0.0
-        )
-        for bits in (4, 3, 2)
-    ]
+    found = []
+    for name in run.data:
+        data = "e2e" if name == MADE_UP else name  # so that a quick figure finds the full-size one
+        for bits, gap in TARGETS.items():
+            value = below(name, Row(ALPHA, bits), Row(FULL))
+            found.append(Claim(f"{data}: AlphaTuning, {bits} bits, BLEU below full fine-tuning", value, gap))
+        for bits in (4, 3, 2):
+            value = below(name, Row(ALL_ALPHAS, bits), Row(PEQA, bits))
+            found.append(Claim(f"{data}: all alphas, {bits} bits, BLEU below PEQA", value, 0.0))
+    return found
 
 
-def parse(argv: Optional[Sequence[str]]) -> tuple[argparse.Namespace, Budget]:
-    """The command line; single numbers override the budget's."""
-    parser = argument_parser(__doc__, "alphatuning_nlg.json", budget=Budget()._asdict())
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="default, hub id, folder or .gguf file")
-    parser.add_argument(
-        "--data-dir", type=Path, default=data_folder("PEFT_EXT_NLG_DATA"), help="holds the data sets' folders"
-    )
-    parser.add_argument(
-        "--data", nargs="+", default=["e2e", "webnlg"], help="folders with {train,validation,test}.jsonl"
-    )
-    parser.add_argument("--rows", nargs="*", default=[], help="only rows whose title contains one of these")
-    args = parser.parse_args(argv)
-    if not args.smoke:
-        if args.data_dir is None:
-            parser.error("no data: pass --data-dir (or PEFT_EXT_NLG_DATA), a folder with e2e/ and webnlg/")
-        for name in args.data:
-            for split in ("train", "validation", "test"):
-                if not (args.data_dir / name / f"{split}.jsonl").is_file():
-                    parser.error(f"{args.data_dir / name}: no {split}.jsonl (lines with source and target)")
-    return args, SMOKE if args.smoke else Budget(*(getattr(args, name) for name in Budget._fields))
+def headlines(runs: Runs) -> list[Headline]:
+    """E2E."""
+    found = []
+    for run in runs:
+        full, lora = bleu(run, Row(FULL), "e2e"), bleu(run, Row(LORA), "e2e")
+        for bits, gap in TARGETS.items():
+            ours = bleu(run, Row(ALPHA, bits), "e2e")
+            if ours is None or full is None or lora is None:
+                continue
+            found.append(
+                Headline(
+                    "Tuning packed models",
+                    f"AlphaTuning, {bits} bits: BLEU on E2E",
+                    f"{ours:.1f}" + f"; full fine-tuning {full:.1f}, LoRA {lora:.1f}" * (bits == max(TARGETS)),
+                    unless(full - ours <= gap, f"at most {gap:g} below full fine-tuning: {full - ours:.3g}"),
+                    "../benchmarks/alphatuning.md",
+                )
+            )
+    return found
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Measure, then print the tables and the verdicts."""
-    args, budget = parse(argv)
-    study = Study(args, budget)
-    rows = [row for row in all_rows() if not args.rows or any(part in row.title for part in args.rows)]
-    turns = [] if args.table else [(name, row) for name in study.data for row in rows]
-    with fast_linear():
-        for name, row in turns:
-            if study.results.find(study.settings(row, name)) is None:
-                log(f"{name}: {row.title}")
-                result = study.results.add(study.settings(row, name), study.measure(row, name))
-                log(f"{name}: {row.title}: BLEU {result['BLEU']:.1f}, {result['seconds']:.0f} s")
-    for name in study.data:
-        print(f"\n{name}\n\n{table(study, rows, name)}\n")
-        print("\n".join(verdicts(study, name)))
-    print(f"\n{METEOR_NOTE}\n{budget}")
-    if study.results.rows:
-        print(describe(study.results.rows[-1]["environment"]))
-
-
-if __name__ == "__main__":
-    main()
+TASK = Task(measure, tables_of_each(tables), claims_of_each(claims), headlines)

@@ -5,15 +5,13 @@ No weight is made: the models are built on the meta device and packed there by t
 the bytes are those of the checkpoints' tensors. The loading check at the end is measured: a packed SmolLM2 in a
 process of its own.
 
-    python -m benchmarks.alphatuning_sizes
+    python -m benchmarks alphatuning_sizes
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
-from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -23,16 +21,17 @@ from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, PretrainedConfig
 
-from benchmarks.common import Results, argument_parser, describe, fresh_process, log, markdown_table, verdict
+from benchmarks.core.claims import Claim, Headline, markdown_table, unless
+from benchmarks.core.run import Run, log
+from benchmarks.core.task import Runs, Task
+from benchmarks.core.worker import fresh_process
 from benchmarks.resident import peak_resident_bytes, reset_peak, resident_bytes
-from benchmarks.tuning import tiny_llama
+from benchmarks.tuning import float_model
 from peft_ext import AlphaTuningConfig
-from peft_ext.models import DEFAULT_MODEL, load
 from peft_ext.quant.conversion import packed_layers
 
 
 MB = 1e6
-BITS = (4, 3, 2, 1)
 CONFIGS: dict[str, PretrainedConfig] = {
     "GPT-2 medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16),
     "GPT-2 large": GPT2Config(n_embd=1280, n_layer=36, n_head=20),
@@ -65,8 +64,10 @@ class Sizes(NamedTuple):
     trained: int
 
 
-def sizes_of(config: PretrainedConfig, bits: int, group_size: int = -1) -> Sizes:
-    """Of a model with that config."""
+@cache
+def sizes_of(name: str, bits: int, group_size: int = -1) -> Sizes:
+    """Of a model of [`CONFIGS`]."""
+    config = CONFIGS[name]
     with init_empty_weights(include_buffers=True):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     parameters = sum(p.numel() for p in model.parameters())
@@ -83,14 +84,14 @@ def sizes_of(config: PretrainedConfig, bits: int, group_size: int = -1) -> Sizes
     )
 
 
-def model_table(bits: Sequence[int] = BITS) -> str:
+def model_table(run: Run) -> str:
     """Whole models."""
     headers = ["Model", "Bits", "Quantised layers, MB", "float32 / packed", "float16 / packed", "Whole model, MB"]
     headers += ["float32 / whole", "Trained numbers", "All / trained"]
     lines = []
-    for name, config in CONFIGS.items():
-        for width in bits:
-            found = sizes_of(config, width)
+    for name in run.models:
+        for width in run.bits:
+            found = sizes_of(name, width)
             whole = found.packed_bytes + found.rest_bytes
             lines.append(
                 [
@@ -108,14 +109,14 @@ def model_table(bits: Sequence[int] = BITS) -> str:
     return markdown_table(headers, lines)
 
 
-def layer_table(name: str = SMOLLM2) -> str:
+def layer_table(bits_of: list[int], name: str = SMOLLM2) -> str:
     """The layers of one block."""
-    headers = ["Layer", "Size", "float32, bytes", *[f"{bits} bits, bytes" for bits in BITS], "Trained numbers"]
-    models = {bits: _packed_block(CONFIGS[name], bits) for bits in BITS}
+    headers = ["Layer", "Size", "float32, bytes", *[f"{bits} bits, bytes" for bits in bits_of], "Trained numbers"]
+    models = {bits: _packed_block(CONFIGS[name], bits) for bits in bits_of}
     lines = []
-    for layer, packed in models[BITS[0]].items():
+    for layer, packed in models[bits_of[0]].items():
         size = packed.out_features * packed.in_features
-        bytes_of = [models[bits][layer].planes.nbytes + models[bits][layer].scale.nbytes for bits in BITS]
+        bytes_of = [models[bits][layer].planes.nbytes + models[bits][layer].scale.nbytes for bits in bits_of]
         shape = f"{packed.out_features} x {packed.in_features}"
         lines.append(
             [layer, shape, f"{4 * size:,}", *[f"{count:,}" for count in bytes_of], f"{packed.out_features:,}"]
@@ -130,25 +131,7 @@ def _packed_block(config: PretrainedConfig, bits: int) -> dict[str, Any]:
     return {name: layer for name, layer in packed_layers(model).items() if ".0." in name}
 
 
-def verdicts() -> list[str]:
-    """The lines that say which claims the tables bear out."""
-    opt = sizes_of(CONFIGS["OPT-1.3B"], 3)
-    lines = [
-        verdict("OPT-1.3B: 1000 x the trained numbers, over all parameters", 1000 * opt.trained / opt.parameters, 1)
-    ]
-    for name, config in CONFIGS.items():
-        found = sizes_of(config, 3)
-        lines.append(
-            verdict(
-                f"{name}: 10 x the quantised layers at 3 bits, over float32",
-                2.5 * found.packed_bytes / found.weights,
-                1,
-            )
-        )
-    return lines
-
-
-def measure_loading(folder: Path) -> dict[str, int]:
+def load_packed_folder(folder: str) -> dict[str, int]:
     """Peak memory of loading the packed checkpoint in `folder`, in this process, and what its tensors take."""
     import peft_ext  # noqa: F401 (registers the format)
 
@@ -162,56 +145,76 @@ def measure_loading(folder: Path) -> dict[str, int]:
     return {
         "growth": peak_resident_bytes() - before,
         "tensors": sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers()),
-        "files": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        "files": sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")),
     }
 
 
-def loading(args: argparse.Namespace) -> dict[str, Any]:
-    """[`measure_loading`] of a packed and of the float model, each in a process of its own."""
+def loading(run: Run) -> dict[str, Any]:
+    """[`load_packed_folder`] of a packed and of the float model, each in a process of its own."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("float", "packed"):
-            model = tiny_llama() if args.smoke else load(args.model, dtype=torch.float32)
+            model = float_model(run.model, run.seed)
             if kind == "packed":
                 model = get_peft_model(model, AlphaTuningConfig(bits=3, init_method="greedy")).unload()
             model.save_pretrained(Path(folder, kind))
             del model
-            flags = ["--worker", str(Path(folder, kind))]
-            found[kind] = fresh_process("benchmarks.alphatuning_sizes", flags, f"loading the {kind} model")
+            arguments = {"folder": str(Path(folder, kind))}
+            found[kind] = fresh_process(load_packed_folder, arguments, f"loading the {kind} model")
     return found
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Print the tables, measure the loading, print the verdicts."""
-    parser = argument_parser(__doc__, "alphatuning_sizes.json", table=False)
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="whose loading is measured")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if args.worker:
-        print(json.dumps(measure_loading(args.worker)))
-        return
-    results = Results(args.output, args.seed)
-    key = {"loading": "tiny random Llama" if args.smoke else args.model, "bits": 3}
-    if results.find(key) is None:
+KEY = {"loading": "packed and float", "bits": 3}
+
+
+def measure(run: Run) -> None:
+    """The loading; all else follows from configs."""
+    if run.find(KEY) is None:
         log("Loading a packed and a float model")
-        results.add(key, loading(args))
-    found = results.find(key)
-    assert found is not None
-    print(model_table((3,) if args.smoke else BITS))
-    print(f"\n{SMOLLM2}, one block\n\n{layer_table()}\n")
-    rows = [[kind, *(f"{found[kind][name] / MB:,.1f}" for name in ("tensors", "growth"))] for kind in found]
-    print(markdown_table(["Loading at 3 bits", "Tensors, MB", "Peak growth, MB"], rows))
-    print()
-    print("\n".join(verdicts()))
-    print(
-        verdict(
-            "peak memory of loading, over the packed tensors",
-            found["packed"]["growth"] / found["packed"]["tensors"],
-            1.15,
+        run.add(KEY, loading(run))
+
+
+def tables(runs: Runs) -> dict[str, str]:
+    """Sizes by model and by layer; what loading takes."""
+    shown = {}
+    for run in runs:
+        found = run.find(KEY) or {}
+        rows = [[kind, *(f"{found[kind][name] / MB:,.1f}" for name in ("tensors", "growth"))] for kind in found]
+        shown["Sizes"] = model_table(run)
+        shown[f"{SMOLLM2}, one block"] = layer_table(run.bits)
+        shown["Loading"] = markdown_table(["Loading at 3 bits", "Tensors, MB", "Peak growth, MB"], rows)
+    return shown
+
+
+def claims(runs: Runs) -> list[Claim]:
+    """A tenth of the bytes, a thousandth of the trained numbers, and nothing else in memory."""
+    opt = sizes_of("OPT-1.3B", 3)
+    share = 1000 * opt.trained / opt.parameters
+    found = [Claim("OPT-1.3B: 1000 x the trained numbers, over all parameters", share, 1)]
+    for run in runs:
+        for name in run.models:
+            sizes = sizes_of(name, 3)
+            ratio = 2.5 * sizes.packed_bytes / sizes.weights
+            found.append(Claim(f"{name}: 10 x the quantised layers at 3 bits, over float32", ratio, 1))
+        packed: Optional[dict[str, int]] = (run.find(KEY) or {}).get("packed")
+        ratio_of_loading = packed and packed["growth"] / packed["tensors"]
+        found.append(Claim("peak memory of loading, over the packed tensors", ratio_of_loading, 1.15))
+    return found
+
+
+def headlines(runs: Runs) -> list[Headline]:
+    """OPT-1.3B, as in the paper."""
+    opt = sizes_of("OPT-1.3B", 3)
+    smaller, fewer = 4 * opt.weights / opt.packed_bytes, opt.parameters / opt.trained
+    return [
+        Headline(
+            "Tuning packed models",
+            "AlphaTuning, OPT-1.3B at 3 bits",
+            f"layers {smaller:.1f} times smaller than float32, {fewer:,.0f} times fewer trained numbers",
+            unless(smaller >= 10 and fewer >= 1000, "10 and 1,000 times"),
+            "../benchmarks/alphatuning.md#sizes",
         )
-    )
-    print("\n" + describe(results.rows[-1]["environment"]))
+    ]
 
 
-if __name__ == "__main__":
-    main()
+TASK = Task(measure, tables, claims, headlines)

@@ -4,22 +4,20 @@
 Every contender is a process of its own that loads its checkpoint, and is then asked in turn: a round is one measurement of
 each, and figures are medians of rounds. llama.cpp runs our GGUF export of the very same packed model.
 
-    python -m benchmarks.decode
+    python -m benchmarks decode
 
 A model's contenders are stored together when its last round is done. Linux only.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -29,19 +27,21 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.common import RESULTS, ROOT, Results, describe, log, markdown_table, verdict
+from benchmarks.core.claims import Claim, Headline, markdown_table, unless
+from benchmarks.core.run import Run, log
+from benchmarks.core.task import Runs, Task, claims_of_each, run_named, tables_of_each
+from benchmarks.core.worker import command, variables
 from benchmarks.resident import peak_resident_bytes, reset_peak, resident_bytes
-from benchmarks.tuning import tiny_llama
+from benchmarks.tuning import float_model
 from peft_ext import PeqaConfig
 from peft_ext.checkpoint.gguf import export_gguf
 from peft_ext.checkpoint.saving import make_saveable
-from peft_ext.models import DEFAULT_MODEL, load, load_tokenizer
+from peft_ext.models import DEFAULT_MODEL, load_tokenizer
 from peft_ext.quant.kernel import KERNEL_VARIABLE
 from peft_ext.text import PYTHON_DOCS, load_text
 
 
-ONE_BILLION, SMOKE = "random Llama, 1.07 billion", "smoke"
-MODELS = (DEFAULT_MODEL, ONE_BILLION)
+ONE_BILLION = "random Llama, 1.07 billion"
 MB = 1e6
 
 
@@ -98,11 +98,12 @@ CONTENDERS = (
 _CHECKPOINTS = {"float": None, "4 bits": 4, SAVED_CHECKPOINT: 4, "3 bits": 3, "2 bits": 2}
 
 
-def prepare(model: str, folder: Path) -> None:
-    """Write the checkpoints of a model that all contenders load: floats in bfloat16, packed ones, and a GGUF."""
+def prepare(model: str, folder: Path, contenders: list[Contender]) -> None:
+    """Write the checkpoints of a model that contenders load: floats in bfloat16, packed ones, and a GGUF."""
+    wanted = {"float", *(contender.checkpoint for contender in contenders)}
     tokenizer = load_tokenizer(DEFAULT_MODEL)
     for name, bits in _CHECKPOINTS.items():
-        if (folder / name).is_dir():
+        if name not in wanted:
             continue
         torch.manual_seed(0)
         loaded = _build(model) if bits is None else AutoModelForCausalLM.from_pretrained(folder / "float")
@@ -112,16 +113,14 @@ def prepare(model: str, folder: Path) -> None:
                 make_saveable(loaded, "bcq")
         partial = folder / f"{name}.partial"
         loaded.save_pretrained(partial)
-        if name == LLAMA_CPP.checkpoint:
+        if LLAMA_CPP in contenders and name == LLAMA_CPP.checkpoint:
             export_gguf(loaded, tokenizer, partial / "model.gguf")
         partial.rename(folder / name)
 
 
 def _build(model: str) -> PreTrainedModel:
-    if model == SMOKE:
-        return tiny_llama(seed=0).bfloat16()
     if model != ONE_BILLION:
-        return load(model).bfloat16()
+        return float_model(model).bfloat16()
     config = LlamaConfig(
         vocab_size=len(load_tokenizer(DEFAULT_MODEL)),
         hidden_size=2048,
@@ -209,8 +208,19 @@ def llama_cpp_generate(folder: Path, length: int) -> Generate:
     return generate
 
 
-def serve(contender: Contender, folder: Path, prompt_length: int, new_tokens: int) -> None:
-    """A contender's process: load, then a JSON line of figures for each line read."""
+def serve(contender: list, folder: str, prompt_tokens: int, new_tokens: int) -> None:
+    """A contender's process: load, then a JSON line of figures for each line read.
+
+    Args:
+        contender: The fields of a [`Contender`].
+        folder: Of its checkpoint.
+        prompt_tokens: Of the prompt.
+        new_tokens: Generated behind it.
+    """
+    _serve(Contender(*contender), Path(folder), prompt_tokens, new_tokens)
+
+
+def _serve(contender: Contender, folder: Path, prompt_length: int, new_tokens: int) -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     config = json.loads((folder / "config.json").read_text())
@@ -235,18 +245,18 @@ def serve(contender: Contender, folder: Path, prompt_length: int, new_tokens: in
         print(json.dumps(figures), flush=True)
 
 
-def measure(args: argparse.Namespace, model: str, folder: Path) -> dict[str, dict[str, Any]]:
+def measure_all(run: Run, contenders: list[Contender], folder: Path) -> dict[str, dict[str, Any]]:
     """All contenders in turn: medians, and all values, by title."""
     processes: dict[str, subprocess.Popen[str]] = {}
     try:
-        for contender in chosen(args):
-            log(f"{model}: loading {contender.title}")
-            processes[contender.title] = process = _start(args, contender, folder / contender.checkpoint)
+        for contender in contenders:
+            log(f"{run.model}: loading {contender.title}")
+            processes[contender.title] = process = _start(run, contender, folder / contender.checkpoint)
             _answer(process, contender)  # one after the other, so that loading and compiling don't compete
         rounds: dict[str, list[dict[str, float]]] = {title: [] for title in processes}
-        for number in range(args.rounds):
-            log(f"{model}: round {number + 1} of {args.rounds}")
-            for contender in chosen(args):
+        for number in range(run.rounds):
+            log(f"{run.model}: round {number + 1} of {run.rounds}")
+            for contender in contenders:
                 process = processes[contender.title]
                 assert process.stdin is not None
                 process.stdin.write("go\n")
@@ -256,7 +266,7 @@ def measure(args: argparse.Namespace, model: str, folder: Path) -> dict[str, dic
         for process in processes.values():
             process.kill()
             process.wait()
-    sizes = {name: _weight_bytes(folder / name) for name in _CHECKPOINTS}
+    sizes = {name: _weight_bytes(folder / name) for name in _CHECKPOINTS if (folder / name).is_dir()}
     return {
         contender.title: {
             **{
@@ -266,29 +276,18 @@ def measure(args: argparse.Namespace, model: str, folder: Path) -> dict[str, dic
             "weight_bytes": _gguf_bytes(folder) if contender.llama_cpp else sizes[contender.checkpoint],
             "rounds": rounds[contender.title],
         }
-        for contender in chosen(args)
+        for contender in contenders
     }
 
 
-def _start(args: argparse.Namespace, contender: Contender, folder: Path) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.decode",
-        "--serve",
-        json.dumps([*contender]),
-        "--work_dir",
-        str(folder),
-    ]
-    command += ["--prompt_tokens", str(args.prompt_tokens), "--new_tokens", str(args.new_tokens)]
+def _start(run: Run, contender: Contender, folder: Path) -> subprocess.Popen[str]:
+    arguments = {"contender": contender, "folder": str(folder)}
+    arguments |= {name: run.settings[name] for name in ("prompt_tokens", "new_tokens")}
     # freed memory is handed back at once, so that peaks are of tensors; the CPU kernel in its default mode
-    variables = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "MALLOC_MMAP_THRESHOLD_": "1048576",
-        KERNEL_VARIABLE: "auto",
-    }
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables)
+    held = variables({"MALLOC_MMAP_THRESHOLD_": "1048576", KERNEL_VARIABLE: "auto"})
+    return subprocess.Popen(
+        command(serve, arguments), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=held
+    )
 
 
 def _answer(process: subprocess.Popen[str], contender: Contender) -> str:
@@ -307,10 +306,10 @@ def _gguf_bytes(folder: Path) -> int:
     return (folder / LLAMA_CPP.checkpoint / "model.gguf").stat().st_size
 
 
-def chosen(args: argparse.Namespace) -> list[Contender]:
-    """The contenders to measure."""
-    wanted = [contender for contender in CONTENDERS if not args.rows or contender.title in args.rows]
-    if any(contender.llama_cpp for contender in wanted):
+def chosen(run: Run) -> list[Contender]:
+    """The contenders of an experiment."""
+    wanted = [contender for contender in CONTENDERS if contender.title in run.contenders]
+    if LLAMA_CPP in wanted:
         try:
             import llama_cpp  # noqa: F401
         except ImportError:
@@ -319,94 +318,85 @@ def chosen(args: argparse.Namespace) -> list[Contender]:
     return wanted
 
 
-def print_tables(output: Path) -> None:
-    """A table for each model, and what was to be reached."""
-    for row in Results(output, seed=0).rows:
-        settings, found = row["settings"], row["result"]
-        print(
-            f"\n{settings['model']}: {settings['prompt_tokens']} tokens in, {settings['new_tokens']} out, greedy, "
-            f"batch of 1, medians of {settings['rounds']} rounds\n"
-        )
-        header = ["", "tokens/s", "first token, ms", "peak MB", "weights MB"]
-        table = [
-            [
-                title,
-                f"{figures['tokens_per_second']:.1f}",
-                f"{1e3 * figures['first_token_seconds']:.0f}",
-                f"{figures['peak_bytes'] / MB:.0f}",
-                f"{figures['weight_bytes'] / MB:.0f}",
-            ]
-            for title, figures in found.items()
-        ]
-        print(markdown_table(header, table))
-        print()
-        large = settings["model"] == ONE_BILLION
-        _print_ratio(found, "4 bits over bfloat16", FOUR, BFLOAT16, 3.0 if large else 1.6)
-        if large:
-            _print_ratio(found, "4 bits over llama.cpp", FOUR, LLAMA_CPP, 0.8)
-        _print_ratio(found, "2 bits over 4 bits", TWO, FOUR, 1.0)
-        _print_ratio(found, "saved, loaded in a fresh process, over never saved", SAVED, NEVER_SAVED, 0.95)
-        if FOUR.title in found:
-            four = found[FOUR.title]
-            cache = settings["cache_bytes"]
-            ratio = four["peak_bytes"] / (four["weight_bytes"] + cache)
-            print(verdict("4 bits: peak memory over weights and cache", ratio, 1.25))
-        print(f"\n{describe(row['environment'])}")
-
-
-def _print_ratio(found: dict[str, Any], claim: str, one: Contender, other: Contender, limit: float) -> None:
-    if one.title in found and other.title in found:
-        ratio = found[one.title]["tokens_per_second"] / found[other.title]["tokens_per_second"]
-        print(verdict(f"tokens per second, {claim}", ratio, limit, at_least=True))
-
-
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Measure the models that the results file lacks, and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=RESULTS / "decode.json")
-    parser.add_argument(
-        "--models", nargs="+", default=list(MODELS), help=f"of {MODELS}, or any that transformers loads"
-    )
-    parser.add_argument("--rows", nargs="+", help="titles of contenders; all by default")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--prompt_tokens", type=int, default=64)
-    parser.add_argument("--new_tokens", type=int, default=64)
-    parser.add_argument(
-        "--work_dir", type=Path, help="where checkpoints are kept (6 GB); a temporary folder by default"
-    )
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
-    parser.add_argument("--table", action="store_true", help="print what is stored")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model: checks that the script runs")
-    args = parser.parse_args(argv)
-    if args.serve:
-        serve(Contender(*json.loads(args.serve)), args.work_dir, args.prompt_tokens, args.new_tokens)
+def measure(run: Run) -> None:
+    """All contenders of the model, stored together."""
+    if run.rows:
         return
-    if args.smoke:
-        args.models, args.rounds, args.prompt_tokens, args.new_tokens = [SMOKE], 1, 8, 4
-        args.rows = args.rows or [contender.title for contender in (BFLOAT16, FOUR, TWO, NEVER_SAVED, SAVED)]
-    if not args.table:
-        with tempfile.TemporaryDirectory() as temporary:
-            for model in args.models:
-                _measure_model(args, model, Path(args.work_dir or temporary) / model.replace("/", "--"))
-    print_tables(args.output)
+    contenders = chosen(run)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        log(f"{run.model}: writing checkpoints to {folder}")
+        prepare(run.model, folder, contenders)
+        key = {"cache_bytes": _cache_bytes(folder, run.prompt_tokens + run.new_tokens)}
+        run.add(key, measure_all(run, contenders, folder))
 
 
-def _measure_model(args: argparse.Namespace, model: str, folder: Path) -> None:
-    results = Results(args.output, seed=0)
-    settings = {
-        "model": model,
-        "prompt_tokens": args.prompt_tokens,
-        "new_tokens": args.new_tokens,
-        "rounds": args.rounds,
-        "threads": torch.get_num_threads(),
-        "rows": [contender.title for contender in chosen(args)],
+def tables(run: Run) -> dict[str, str]:
+    """Speed and memory by contender."""
+    if not run.rows:
+        return {}
+    header = ["", "tokens/s", "first token, ms", "peak MB", "weights MB"]
+    lines = [
+        [
+            title,
+            f"{figures['tokens_per_second']:.1f}",
+            f"{1e3 * figures['first_token_seconds']:.0f}",
+            f"{figures['peak_bytes'] / MB:.0f}",
+            f"{figures['weight_bytes'] / MB:.0f}",
+        ]
+        for title, figures in run.rows[-1]["result"].items()
+    ]
+    title = f"{run.prompt_tokens} tokens in, {run.new_tokens} out, greedy, batch of 1, medians of {run.rounds} rounds"
+    return {f"{run.model}: {title}": markdown_table(header, lines)}
+
+
+def speed(run: Run, contender: Contender) -> Optional[float]:
+    """Tokens a second."""
+    return run.rows[-1]["result"].get(contender.title, {}).get("tokens_per_second") if run.rows else None
+
+
+def claims(run: Run) -> list[Claim]:
+    """Packed models are faster than bfloat16, in the memory of their weights."""
+    large, titles = run.model == ONE_BILLION, run.contenders
+    pairs = {
+        "4 bits over bfloat16": (FOUR, BFLOAT16, 3.0 if large else 1.6),
+        "4 bits over llama.cpp": (FOUR, LLAMA_CPP, 0.8),
+        "2 bits over 4 bits": (TWO, FOUR, 1.0),
+        "saved, loaded in a fresh process, over never saved": (SAVED, NEVER_SAVED, 0.95),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    log(f"{model}: writing checkpoints to {folder}")
-    prepare(model, folder)
-    settings["cache_bytes"] = _cache_bytes(folder, args.prompt_tokens + args.new_tokens)
-    if results.find(settings) is None:
-        results.add(settings, measure(args, model, folder))
+    found = []
+    for name, (one, other, bound) in pairs.items():
+        if one.title in titles and other.title in titles and (large or other != LLAMA_CPP):
+            ours, theirs = speed(run, one), speed(run, other)
+            ratio = ours / theirs if ours and theirs else None
+            found.append(Claim(f"tokens per second, {name}", ratio, bound, at_least=True))
+    if FOUR.title in titles:
+        figures = run.rows[-1]["result"].get(FOUR.title) if run.rows else None
+        held = figures and figures["weight_bytes"] + run.rows[-1]["key"]["cache_bytes"]
+        ratio = figures["peak_bytes"] / held if figures else None
+        found.append(Claim("4 bits: peak memory over weights and cache", ratio, 1.25))
+    return found
+
+
+def headlines(runs: Runs) -> list[Headline]:
+    """Both models."""
+    found = []
+    for name, what, bound in (("smollm2", "SmolLM2", 1.6), ("billion", "1.07 billion parameters", 3.0)):
+        run = run_named(runs, name)
+        if run is None or not run.rows:
+            continue
+        ours, plain, other = speed(run, FOUR), speed(run, BFLOAT16), speed(run, LLAMA_CPP)
+        assert ours and plain and other
+        found.append(
+            Headline(
+                "Speed and serving on a CPU",
+                f"Generation, {what}, 4 bits",
+                f"{ours:.1f} tokens/s; bfloat16 {plain:.1f}, llama.cpp on our GGUF {other:.1f}",
+                unless(ours / plain >= bound, f"{bound:g} times bfloat16: {ours / plain:.1f}"),
+                "../benchmarks/serving.md",
+            )
+        )
+    return found
 
 
 def _cache_bytes(folder: Path, tokens: int) -> int:
@@ -415,5 +405,4 @@ def _cache_bytes(folder: Path, tokens: int) -> int:
     return 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * head * tokens  # keys and values, bfloat16
 
 
-if __name__ == "__main__":
-    main()
+TASK = Task(measure, tables_of_each(tables), claims_of_each(claims), headlines)

@@ -3,39 +3,41 @@
 
 Contenders take turns in one process, with a read of memory in every round, since a shared machine's bandwidth moves. Weights
 rotate through more memory than the last cache holds. `avx2` rows hold both kernels to that
-(`PEFT_EXT_CPU_CAPABILITY`, `ATEN_CPU_CAPABILITY`).
+(`PEFT_EXT_CPU_CAPABILITY`, `ATEN_CPU_CAPABILITY`), in a process of their own. The kernel rounds activations to 8 bits: how far
+products are off is measured on what a language model's layers are given.
 
-    python -m benchmarks.kernels
+    python -m benchmarks kernels
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import os
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Optional
 
 import torch
+from peft import get_peft_model
 from torch import nn
 
-from benchmarks.common import RESULTS, ROOT, Results, log, markdown_table, verdict
+from benchmarks.core.claims import Claim, Headline, markdown_table, unless
+from benchmarks.core.run import Run, log
+from benchmarks.core.task import Runs, Task, run_named
+from benchmarks.core.worker import fresh_process
+from benchmarks.tuning import float_model
+from peft_ext import PeqaConfig
+from peft_ext.models import DEFAULT_MODEL, load_tokenizer
 from peft_ext.quant import kernel
+from peft_ext.quant.conversion import packed_layers
 from peft_ext.quant.functional import PackedWeight, packed_linear
 from peft_ext.quant.kernel import CAPABILITY_VARIABLE, KERNEL_VARIABLE
+from peft_ext.text import PYTHON_DOCS, load_text
 
 
-# [out, in] of the largest layers: SmolLM2-135M, Llama 3.2 1B, Llama 2 7B
-SHAPES = {"SmolLM2-135M": (1536, 576), "Llama 1B": (8192, 2048), "Llama 7B": (4096, 11008)}
-ROWS = (1, 2, 4, 8, 16)
+CLAIMED = "Llama 7B"  # whose weights no cache holds
 BEYOND_CACHE = 160 << 20  # bytes of each contender's weights
 MOST_COPIES = 400
-SECONDS = 0.05  # of each contender in a round
 ATEN_GROUP = 128
 
 
@@ -141,8 +143,16 @@ def _peers() -> dict[str, Callable[[nn.Module], None]]:
 
 
 @torch.no_grad()
-def measure(out_features: int, in_features: int, rows: int, rounds: int, seconds: float) -> dict[str, Any]:
-    """Median milliseconds of each contender and median gigabytes per second of a plain read."""
+def product(out_features: int, in_features: int, rows: int, rounds: int, seconds: float) -> dict[str, Any]:
+    """Median milliseconds of each contender and median gigabytes per second of a plain read.
+
+    Args:
+        out_features: Of the weight.
+        in_features: Of the weight.
+        rows: Of the activations.
+        rounds: In which each contender has a turn.
+        seconds: Of a turn.
+    """
     torch.manual_seed(0)
     who = contenders(out_features, in_features, rows)
     memory = torch.ones(BEYOND_CACHE // 4)
@@ -169,111 +179,191 @@ def measure(out_features: int, in_features: int, rows: int, rounds: int, seconds
     }
 
 
-def main(argv: Sequence[str] = ()) -> None:
-    """Measure what the results file lacks, on both paths, and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=RESULTS / "kernels.json")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--capability", choices=kernel.CAPABILITIES, help="measure on this path only, in this process")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes: checks that the script runs")
-    args = parser.parse_args(argv)
-    best = kernel.CAPABILITIES[kernel.capability()]
-    for capability in [args.capability] if args.capability else dict.fromkeys([best, "avx2"]):
-        if capability == best or args.capability:
-            _measure_all(args, capability)
-            continue
+@torch.no_grad()
+def rounding(model: str, tokens: int, seed: int) -> dict[str, float]:
+    """How far products are off by the kernel's rounding of activations: mean and largest relative error of a layer's output.
+
+    Args:
+        model: Packed to 4 bits, by channels.
+        tokens: Of the text whose activations are multiplied, one row at a time.
+        seed: Of the tokens.
+    """
+    torch.manual_seed(seed)
+    packed = get_peft_model(float_model(model), PeqaConfig(bits=4)).unload().eval()
+    given: dict[str, torch.Tensor] = {}
+    layers = packed_layers(packed)
+    hooks = [
+        layer.register_forward_pre_hook(lambda module, args, name=name: given.update({name: args[0][0].clone()}))
+        for name, layer in layers.items()
+    ]
+    with kernel.using(**{KERNEL_VARIABLE: "exact"}):
+        packed(input_ids=_text(packed, model, tokens))
+    for hook in hooks:
+        hook.remove()
+    errors = []
+    for name, layer in layers.items():
+        for row in given[name]:
+            with kernel.using(**{KERNEL_VARIABLE: "exact"}):
+                exact = layer(row[None])
+            errors.append(((layer(row[None]) - exact).norm() / exact.norm()).item())
+    return {"mean": statistics.mean(errors), "largest": max(errors), "products": len(errors)}
+
+
+def _text(packed: nn.Module, model: str, tokens: int) -> torch.Tensor:
+    if model != DEFAULT_MODEL:
+        return torch.randint(0, packed.config.vocab_size, (1, tokens))
+    text = "\n\n".join(load_text(PYTHON_DOCS).train[:20])
+    return torch.tensor([load_tokenizer(model)(text).input_ids[:tokens]])
+
+
+def paths() -> list[str]:
+    """The best path of this machine's processor, and AVX2."""
+    return list(dict.fromkeys([kernel.CAPABILITIES[kernel.capability()], "avx2"]))
+
+
+def measure(run: Run) -> None:
+    """All products on all paths, then the rounding."""
+    for capability in paths():
         # torch reads its variable when it is loaded
-        variables = {
-            **os.environ,
-            CAPABILITY_VARIABLE: capability,
-            "ATEN_CPU_CAPABILITY": capability,
-            "PYTHONPATH": str(ROOT),
-        }
-        options = ["--output", str(args.output), "--rounds", str(args.rounds), "--capability", capability]
-        subprocess.run(
-            [sys.executable, "-m", "benchmarks.kernels", *options, *["--smoke"] * args.smoke],
-            env=variables,
-            check=True,
+        held = {CAPABILITY_VARIABLE: capability, "ATEN_CPU_CAPABILITY": capability} if capability != paths()[0] else {}
+        for (model, shape), rows in itertools.product(run.shapes.items(), run.batch_rows):
+            key = {"shape": shape, "model": model, "rows": rows, "capability": capability}
+            if run.find(key) is None:
+                log(f"{capability}: {model}, {rows} rows")
+                arguments = dict(zip(("out_features", "in_features"), shape))
+                arguments = {**arguments, "rows": rows, "rounds": run.rounds, "seconds": run.seconds}
+                run.add(key, fresh_process(product, arguments, f"{model} on {capability}", held))
+        key = {"part": "rounding", "capability": capability}
+        if run.find(key) is None:
+            log(f"{capability}: rounding")
+            arguments = {"model": run.rounding_model, "tokens": run.rounding_tokens, "seed": run.seed}
+            run.add(key, fresh_process(rounding, arguments, f"rounding on {capability}", held))
+
+
+def tables(runs: Runs) -> dict[str, str]:
+    """Milliseconds, by shape and path; the rounding."""
+    found = {}
+    for run in runs:
+        products = [row for row in run.rows if "model" in row["key"]]
+        for capability in dict.fromkeys(row["key"]["capability"] for row in products):
+            for model in dict.fromkeys(row["key"]["model"] for row in products):
+                of_model = [
+                    row for row in products if (row["key"]["model"], row["key"]["capability"]) == (model, capability)
+                ]
+                of_model.sort(key=lambda row: row["key"]["rows"])
+                if not of_model:
+                    continue
+                shape = of_model[0]["key"]["shape"]
+                names = list(of_model[0]["result"]["milliseconds"])
+                header = ["", *(f"{row['key']['rows']} rows" for row in of_model)]
+                lines = [[name, *(f"{row['result']['milliseconds'][name]:.3f}" for row in of_model)] for name in names]
+                found[f"{model}, {shape[0]} x {shape[1]}, {capability}: milliseconds"] = markdown_table(header, lines)
+        errors = [row for row in run.rows if row["key"].get("part") == "rounding"]
+        lines = [
+            [row["key"]["capability"], *(f"{100 * row['result'][name]:.2f} %" for name in ("mean", "largest"))]
+            for row in errors
+        ]
+        found["Products, off by the rounding of activations"] = markdown_table(
+            ["path", "on average", "at most"], lines
         )
-    if not args.capability:
-        print_tables(args.output, best)
+    return found
 
 
-def _measure_all(args: argparse.Namespace, capability: str) -> None:
-    results = Results(args.output, seed=0)
-    shapes = {"smoke": (64, 128)} if args.smoke else SHAPES
-    for (model, shape), rows in itertools.product(shapes.items(), ROWS[:1] if args.smoke else ROWS):
-        settings = {
-            "shape": list(shape),
-            "model": model,
-            "rows": rows,
-            "capability": capability,
-            "threads": torch.get_num_threads(),
-            "rounds": args.rounds,
-        }
-        if results.find(settings) is None:
-            log(f"{capability}: {model}, {rows} rows")
-            results.add(settings, measure(*shape, rows, args.rounds, 0.001 if args.smoke else SECONDS))
+def _one_row(run: Run, capability: str) -> Optional[dict[str, Any]]:
+    """The result of one row of the largest shape on a path."""
+    wanted = {"model": CLAIMED, "rows": 1, "capability": capability}
+    return next((row["result"] for row in run.rows if wanted.items() <= row["key"].items()), None)
 
 
-def print_tables(output: Path, best: str) -> None:
-    """One table per path and shape, and what was to be reached."""
-    rows = Results(output, seed=0).rows
-    for capability in dict.fromkeys(row["settings"]["capability"] for row in rows):
-        for model in dict.fromkeys(row["settings"]["model"] for row in rows):
-            of_model = [
-                r for r in rows if r["settings"]["model"] == model and r["settings"]["capability"] == capability
-            ]
-            if not of_model:
-                continue
-            of_model.sort(key=lambda row: row["settings"]["rows"])
-            shape = of_model[0]["settings"]["shape"]
-            print(
-                f"\n{model}, {shape[0]} x {shape[1]}, {capability}, {of_model[0]['settings']['threads']} threads: milliseconds\n"
+def ratio(run: Run, capability: str, over: str, under: str) -> Optional[float]:
+    """Of two contenders' times on one row of the largest shape."""
+    took = (_one_row(run, capability) or {}).get("milliseconds", {})
+    return took[over] / took[under] if over in took and under in took else None
+
+
+def share(run: Run, bits: int) -> Optional[float]:
+    """Of a plain read's bandwidth, on the best path."""
+    result, name = _one_row(run, _best(run)), f"ours, {bits} bits"
+    if result is None:
+        return None
+    return result["bytes"][name] / result["milliseconds"][name] / 1e6 / result["read_gigabytes_per_second"]
+
+
+def _best(run: Run) -> str:
+    """The best path that was measured."""
+    return next((row["key"]["capability"] for row in run.rows if row["key"]["capability"] != "avx2"), "avx2")
+
+
+def _rounding(run: Run, capability: str, name: str) -> Optional[float]:
+    found = run.find({"part": "rounding", "capability": capability})
+    return found and 100 * found[name]
+
+
+def claims(runs: Runs) -> list[Claim]:
+    """One row against the bandwidth and torch's int4; and what the rounding may cost."""
+    found = []
+    for run in runs:
+        best = _best(run)
+        for bits in (4, 3, 2):
+            found.append(Claim(f"{bits} bits: share of the read bandwidth", share(run, bits), 0.8, at_least=True))
+        found += [
+            Claim(
+                "4 bits: time of aten's int4 over ours",
+                ratio(run, best, "aten int4", "ours, 4 bits"),
+                1.0,
+                at_least=True,
+            ),
+            Claim(
+                "3 bits: times faster than our 4",
+                ratio(run, best, "ours, 4 bits", "ours, 3 bits"),
+                1.25,
+                at_least=True,
+            ),
+            Claim(
+                "2 bits: times faster than our 4", ratio(run, best, "ours, 4 bits", "ours, 2 bits"), 1.7, at_least=True
+            ),
+            Claim(
+                "AVX2, 4 bits: time of aten's int4 over ours",
+                ratio(run, "avx2", "aten int4", "ours, 4 bits"),
+                3.0,
+                at_least=True,
+            ),
+            Claim("rounding: the worst product off by, best path", _rounding(run, best, "largest"), 1.0, " %"),
+            Claim("rounding: the worst product off by, AVX2", _rounding(run, "avx2", "largest"), 1.0, " %"),
+        ]
+    return found
+
+
+def headlines(runs: Runs) -> list[Headline]:
+    """One row, and the rounding."""
+    run = run_named(runs, "three_shapes")
+    if run is None or not run.rows:
+        return []
+    area, page = "Speed and serving on a CPU", "../benchmarks/serving.md#the-cpu-kernel"
+    best = _best(run)
+    fast, slow = ratio(run, best, "aten int4", "ours, 4 bits"), ratio(run, "avx2", "aten int4", "ours, 4 bits")
+    assert fast and slow
+    found = [
+        Headline(
+            area,
+            "The CPU kernel, one row, against torch's int4",
+            f"{fast:.2f} times as fast; held to AVX2 {slow:.1f} times",
+            unless(fast >= 1 and slow >= 3, "1 and 3 times"),
+            page,
+        )
+    ]
+    mean, *worst = (_rounding(run, *of) for of in ((best, "mean"), (best, "largest"), ("avx2", "largest")))
+    if mean is not None and None not in worst:
+        found.append(
+            Headline(
+                area,
+                "The CPU kernel's rounding of activations",
+                f"products off by {mean:.1f} % on average; at most {worst[0]:.1f} % on AVX-512, {worst[1]:.1f} % on AVX2",
+                unless(max(worst) <= 1, "1 % at most on AVX2, too"),
+                page,
             )
-            names = list(of_model[0]["result"]["milliseconds"])
-            header = ["", *(f"{row['settings']['rows']} rows" for row in of_model)]
-            table = [[name, *(f"{row['result']['milliseconds'][name]:.3f}" for row in of_model)] for name in names]
-            print(markdown_table(header, table))
-    for row in rows:
-        settings, result = row["settings"], row["result"]
-        if settings["model"] != "Llama 7B" or settings["rows"] != 1:
-            continue
-        took, read = result["milliseconds"], result["read_gigabytes_per_second"]
-        print(f"\n{settings['capability']}, one row, reads at {read:.1f} GB/s:")
-        if settings["capability"] == best:
-            for bits in (4, 3, 2):
-                name = f"ours, {bits} bits"
-                share = result["bytes"][name] / took[name] / 1e6 / read
-                print(verdict(f"{bits} bits: share of the read bandwidth", share, 0.8, at_least=True))
-            print(
-                verdict(
-                    "4 bits: time of aten's int4 over ours",
-                    took["aten int4"] / took["ours, 4 bits"],
-                    1.0,
-                    at_least=True,
-                )
-            )
-            print(
-                verdict(
-                    "3 bits: times faster than our 4", took["ours, 4 bits"] / took["ours, 3 bits"], 1.25, at_least=True
-                )
-            )
-            print(
-                verdict(
-                    "2 bits: times faster than our 4", took["ours, 4 bits"] / took["ours, 2 bits"], 1.7, at_least=True
-                )
-            )
-        if settings["capability"] == "avx2":
-            print(
-                verdict(
-                    "4 bits: time of aten's int4 over ours",
-                    took["aten int4"] / took["ours, 4 bits"],
-                    3.0,
-                    at_least=True,
-                )
-            )
+        )
+    return found
 
 
-if __name__ == "__main__":
-    main(sys.argv[1:])
+TASK = Task(measure, tables, claims, headlines)

@@ -4,18 +4,16 @@ token, tokens a second; against the same model that was never saved, stock trans
 
 Every measurement is a process of its own, and contenders take turns; figures are medians.
 
-    python -m benchmarks.loading --what memory   # may run beside other work
-    python -m benchmarks.loading                 # time as well: on a quiet machine
+    python -m benchmarks loading memory   # may run beside other work
+    python -m benchmarks loading time     # time as well: on a quiet machine
 
-Linux only. Needs 6 GB of memory and 4 GB of disk for the model of 1.1 billion.
+Linux only.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -23,15 +21,17 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from benchmarks.common import Results, argument_parser, describe, fresh_process, log, markdown_table, verdict
+from benchmarks.core.claims import Claim, Headline, markdown_table, unless
+from benchmarks.core.run import Run, log
+from benchmarks.core.task import Runs, Task, claims_of_each, run_named, tables_of_each
+from benchmarks.core.worker import fresh_process
 from benchmarks.peqa_training import BILLION_CONFIG
-from benchmarks.tuning import tiny_llama
+from benchmarks.tuning import float_model
 from peft_ext import PeqaConfig
 from peft_ext.checkpoint.saving import make_saveable
 
 
-BILLION, SMOKE = "random Llama, 1.1 billion", "tiny random Llama"
-KINDS = ("memory", "time")
+BILLION = "random Llama, 1.1 billion"
 MB = 1e6
 
 
@@ -40,22 +40,22 @@ class Contender(NamedTuple):
 
     title: str
     checkpoint: str  # a folder of `prepare`
-    flags: tuple[str, ...] = ()
+    how: str = "stock"  # see `loading_worker.load`
 
 
 FLOAT, SAVED, BCQ = "float", "pack-quantized", "bcq"
-NEVER_SAVED = Contender("packed in this process, never saved", FLOAT, ("--pack",))
-OURS = Contender("saved, loaded in a fresh process", SAVED, ("--peft-ext",))
-OUR_BCQ = Contender("the same, `bcq`", BCQ, ("--peft-ext",))
+NEVER_SAVED = Contender("packed in this process, never saved", FLOAT, "packed here")
+OURS = Contender("saved, loaded in a fresh process", SAVED, "peft_ext")
+OUR_BCQ = Contender("the same, `bcq`", BCQ, "peft_ext")
 STOCK = Contender("the same file, stock transformers (float layers)", SAVED)
 BFLOAT16 = Contender("the float model, bfloat16", FLOAT)
 CONTENDERS = (NEVER_SAVED, OURS, OUR_BCQ, STOCK, BFLOAT16)
 
 
 def build(model: str, seed: int) -> PreTrainedModel:
-    """A model with random weights, in bfloat16."""
-    if model == SMOKE:
-        return tiny_llama(seed=seed).bfloat16()
+    """The model in bfloat16; [`BILLION`] with random weights."""
+    if model != BILLION:
+        return float_model(model, seed).bfloat16()
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(LlamaConfig(**BILLION_CONFIG), dtype=torch.bfloat16)
 
@@ -78,17 +78,18 @@ def prepare(model: str, folder: Path, seed: int) -> None:
         partial.rename(folder / name)
 
 
-def measure(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
+def measure_all(run: Run, folder: Path) -> dict[str, dict[str, Any]]:
     """All contenders, `repeats` times in turn: medians, and all values, by title."""
     # what the float model takes while it is packed is no question of loading
-    contenders = [each for each in CONTENDERS if args.what == "time" or each != NEVER_SAVED]
+    contenders = [each for each in CONTENDERS if run.what == "time" or each != NEVER_SAVED]
     repeats: dict[str, list[dict[str, Any]]] = {contender.title: [] for contender in contenders}
-    for number in range(args.repeats):
+    for number in range(run.repeats):
         for contender in contenders:
-            log(f"Round {number + 1} of {args.repeats}: {contender.title}")
-            flags = [str(folder / contender.checkpoint), *contender.flags]
-            flags += ["--prompt-tokens", str(args.prompt_tokens), "--new-tokens", str(args.new_tokens)]
-            repeats[contender.title].append(fresh_process("benchmarks.loading_worker", flags, contender.title))
+            log(f"Round {number + 1} of {run.repeats}: {contender.title}")
+            arguments = {"folder": str(folder / contender.checkpoint), "how": contender.how, "threads": run.threads}
+            arguments |= {name: run.settings[name] for name in ("prompt_tokens", "new_tokens")}
+            figures = fresh_process("benchmarks.loading_worker:load", arguments, contender.title)
+            repeats[contender.title].append(figures)
     found: dict[str, dict[str, Any]] = {}
     for contender in contenders:
         rows = repeats[contender.title]
@@ -102,11 +103,20 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]
     return found
 
 
-def print_table(row: dict[str, Any]) -> None:
-    """The table of one result, and what was to be reached."""
-    settings, found = row["settings"], row["result"]
-    timed = settings["what"] == "time"
-    print(f"\n{settings['model']}, 4 bits per channel, medians of {settings['repeats']} processes\n")
+def measure(run: Run) -> None:
+    """All contenders, stored together."""
+    if run.rows:
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        prepare(run.model, Path(temporary), run.seed)
+        run.add({}, measure_all(run, Path(temporary)))
+
+
+def tables(run: Run) -> dict[str, str]:
+    """Memory, and time where it was measured."""
+    found, timed = run.find({}), run.what == "time"
+    if found is None:
+        return {}
     header = ["", "file, MB", "peak of loading, MB", "over its file", "peak after generating, MB"]
     if timed:
         header += ["seconds to load", "first token, first call, ms", "first token, later, ms", "tokens/s"]
@@ -127,50 +137,44 @@ def print_table(row: dict[str, Any]) -> None:
                 f"{figures['tokens_per_second']:.1f}",
             ]
         table.append(cells)
-    print(markdown_table(header, table))
-    print()
-    ours = found[OURS.title]
-    for kind, claim in (("load_peak_bytes", "peak of loading"), ("peak_bytes", "peak, generation included")):
-        print(verdict(f"{claim}, over the packed bytes", ours[kind] / ours["file_bytes"], 1.15))
-    if timed:
-        never = found[NEVER_SAVED.title]
-        for kind, claim in (("first_call_seconds", "first call"), ("first_token_seconds", "later calls")):
-            print(verdict(f"first token, {claim}, over the never-saved model's", ours[kind] / never[kind], 1.1))
-        ratio = ours["tokens_per_second"] / never["tokens_per_second"]
-        print(verdict("tokens per second, over the never-saved model's", ratio, 0.95, at_least=True))
-    print(f"\n{describe(row['environment'])}")
+    return {f"{run.model}, 4 bits per channel, medians of {run.repeats} processes": markdown_table(header, table)}
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Measure what the results file lacks, and print the tables."""
-    budget = {"repeats": 5, "prompt_tokens": 64, "new_tokens": 32}
-    parser = argument_parser(__doc__, "loading.json", budget=budget)
-    parser.add_argument(
-        "--what", choices=KINDS, default="time", help="time includes memory, and wants a quiet machine"
-    )
-    parser.add_argument("--work-dir", type=Path, help="where checkpoints are kept; a temporary folder by default")
-    args = parser.parse_args(argv)
-    model = SMOKE if args.smoke else BILLION
-    if args.smoke:
-        args.repeats, args.prompt_tokens, args.new_tokens = 1, 8, 4
-    results = Results(args.output, args.seed)
-    settings = {
-        "model": model,
-        "what": args.what,
-        "repeats": args.repeats,
-        "prompt_tokens": args.prompt_tokens,
-        "new_tokens": args.new_tokens,
-        "threads": torch.get_num_threads(),
-    }
-    if not args.table and results.find(settings) is None:
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(args.work_dir or temporary) / model.replace(" ", "-")
-            folder.mkdir(parents=True, exist_ok=True)
-            prepare(model, folder, args.seed)
-            results.add(settings, measure(args, folder))
-    for row in results.rows:
-        print_table(row)
+def claims(run: Run) -> list[Claim]:
+    """Loading takes no more than the file, and what was saved is as fast as what wasn't."""
+    found = run.find({}) or {}
+    ours, never = found.get(OURS.title), found.get(NEVER_SAVED.title)
+
+    def over(kind: str, other: Optional[dict[str, Any]], other_kind: str) -> Optional[float]:
+        return ours[kind] / other[other_kind] if ours and other else None
+
+    claimed = [
+        Claim("peak of loading, over the packed bytes", over("load_peak_bytes", ours, "file_bytes"), 1.15),
+        Claim("peak, generation included, over the packed bytes", over("peak_bytes", ours, "file_bytes"), 1.15),
+    ]
+    if run.what == "time":
+        for kind, what in (("first_call_seconds", "first call"), ("first_token_seconds", "later calls")):
+            claimed.append(Claim(f"first token, {what}, over the never-saved model's", over(kind, never, kind), 1.1))
+        ratio = over("tokens_per_second", never, "tokens_per_second")
+        claimed.append(Claim("tokens per second, over the never-saved model's", ratio, 0.95, at_least=True))
+    return claimed
 
 
-if __name__ == "__main__":
-    main()
+def headlines(runs: Runs) -> list[Headline]:
+    """The peak of loading."""
+    found = (run_named(runs, "time") or runs[0]).find({}) if runs else None
+    if found is None:
+        return []
+    ours, stock = (found[one.title]["load_peak_bytes"] / found[one.title]["file_bytes"] for one in (OURS, STOCK))
+    return [
+        Headline(
+            "Speed and serving on a CPU",
+            "Loading a saved model of 1.1 billion, 4 bits: peak memory over the file",
+            f"{ours:.2f}; stock transformers {stock:.2f}",
+            unless(ours <= 1.15, "1.15"),
+            "../benchmarks/serving.md#loading-a-saved-model",
+        )
+    ]
+
+
+TASK = Task(measure, tables_of_each(tables), claims_of_each(claims), headlines)

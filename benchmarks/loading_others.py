@@ -2,38 +2,41 @@
 """Peak memory of `load_packed` on checkpoints as others write them: compressed-tensors, GPTQ and AWQ, 4 bits, asymmetric, groups
 of 128, random codes. Each is loaded in a process of its own; bytes above the process that has imported its libraries.
 
-    python -m benchmarks.loading_others
+    python -m benchmarks loading_others
 
-Linux only. Needs 2 GB of memory and 3 GB of disk.
+Linux only.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.common import Results, argument_parser, describe, fresh_process, log, markdown_table, verdict
-from benchmarks.peqa_training import BILLION_CONFIG
+from benchmarks.core.claims import Claim, markdown_table
+from benchmarks.core.run import Run, log
+from benchmarks.core.task import Task, claims_of_each, tables_of_each
+from benchmarks.core.worker import fresh_process
+from benchmarks.peqa_training import BILLION_CONFIG, RANDOM
 from benchmarks.resident import peak_resident_bytes, reset_peak, resident_bytes
+from benchmarks.tuning import TINY
 
 
-BILLION, SMOKE = "random Llama, 1.1 billion", "tiny random Llama"
-SMOKE_CONFIG = {
+TINY_CONFIG = {
     "vocab_size": 256,
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
+SHAPES = {**RANDOM, "random Llama, 1.1 billion": BILLION_CONFIG, TINY: TINY_CONFIG}
 GROUP = 128
 MB = 1e6
 Tensors = dict[str, torch.Tensor]
@@ -108,8 +111,8 @@ def prepare(shape: dict[str, Any], name: str, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(stored, default=str))
 
 
-def worker(folder: str, small: str) -> None:
-    """Load a checkpoint and print what that took as JSON; a small one first, for what libraries allocate at their first use."""
+def load(folder: str, small: str) -> dict[str, Any]:
+    """Load a checkpoint and say what that took; a small one first, for what libraries allocate at their first use."""
     from transformers.utils import logging
 
     from peft_ext import load_packed
@@ -124,13 +127,12 @@ def worker(folder: str, small: str) -> None:
     held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     layer = type(model.model.layers[0].mlp.up_proj).__name__
     _forward(model, ids)  # which reads what is mapped
-    figures = {
+    return {
         "load_peak_bytes": peak,
         "peak_bytes": peak_resident_bytes() - before,
         "model_bytes": held,
         "layer": layer,
     }
-    print(json.dumps(figures))
 
 
 @torch.no_grad()
@@ -138,53 +140,52 @@ def _forward(model: Any, ids: torch.Tensor) -> None:
     model(input_ids=ids)
 
 
-def measure(shape: dict[str, Any], folder: Path) -> dict[str, Any]:
+def measure_all(shape: dict[str, Any], folder: Path) -> dict[str, Any]:
     """All formats, by name."""
     found = {}
     for name in FORMATS:
         log(f"{name}: writing and loading")
         prepare(shape, name, folder / name)
-        prepare(SMOKE_CONFIG, name, folder / "small" / name)
-        flags = ["--worker", str(folder / name), str(folder / "small" / name)]
-        figures = fresh_process("benchmarks.loading_others", flags, name)
+        prepare(TINY_CONFIG, name, folder / "small" / name)
+        figures = fresh_process(load, {"folder": str(folder / name), "small": str(folder / "small" / name)}, name)
         found[name] = {**figures, "file_bytes": (folder / name / "model.safetensors").stat().st_size}
         (folder / name / "model.safetensors").unlink()
     return found
 
 
-def print_table(row: dict[str, Any]) -> None:
-    """The table of one result, and what was to be reached."""
-    print(f"\n{row['settings']['model']}, 4 bits, asymmetric, groups of {GROUP}\n")
-    table, found = [], row["result"]
-    for name, figures in found.items():
-        sizes = [figures[key] for key in ("file_bytes", "model_bytes", "load_peak_bytes", "peak_bytes")]
-        table.append([name, *[f"{size / MB:,.0f}" for size in sizes], f"{sizes[3] / sizes[0]:.2f}"])
-    header = ["", "file, MB", "model, MB", "peak of loading, MB", "peak after a forward pass, MB", "over its file"]
-    print(markdown_table(header, table))
-    print()
-    for name, figures in found.items():
-        for kind, claim in (("load_peak_bytes", "peak of loading"), ("peak_bytes", "peak, a forward pass included")):
-            ratio = figures[kind] / figures["file_bytes"]
-            print(verdict(f"{name}: {claim}, over the packed bytes", ratio, 1.15))
-    print(f"\n{describe(row['environment'])}")
-
-
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Measure what the results file lacks, and print the tables."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["--worker"]:
-        worker(*arguments[1:])
-        return
-    args = argument_parser(__doc__, "loading_others.json", budget={}).parse_args(arguments)
-    results = Results(args.output, args.seed)
-    settings = {"model": SMOKE if args.smoke else BILLION, "threads": torch.get_num_threads()}
-    if not args.table and results.find(settings) is None:
-        torch.manual_seed(args.seed)
+def measure(run: Run) -> None:
+    """All formats, stored together."""
+    if not run.rows:
+        torch.manual_seed(run.seed)
         with tempfile.TemporaryDirectory() as folder:
-            results.add(settings, measure(SMOKE_CONFIG if args.smoke else BILLION_CONFIG, Path(folder)))
-    for row in results.rows:
-        print_table(row)
+            run.add({}, measure_all(SHAPES[run.model], Path(folder)))
 
 
-if __name__ == "__main__":
-    main()
+def tables(run: Run) -> dict[str, str]:
+    """Bytes by format."""
+    lines = []
+    for name, figures in (run.find({}) or {}).items():
+        sizes = [figures[key] for key in ("file_bytes", "model_bytes", "load_peak_bytes", "peak_bytes")]
+        lines.append([name, *[f"{size / MB:,.0f}" for size in sizes], f"{sizes[3] / sizes[0]:.2f}"])
+    header = ["", "file, MB", "model, MB", "peak of loading, MB", "peak after a forward pass, MB", "over its file"]
+    return {f"{run.model}, 4 bits, asymmetric, groups of {GROUP}": markdown_table(header, lines)}
+
+
+def claims(run: Run) -> list[Claim]:
+    """Loading takes no more than the file."""
+    found, kinds = (
+        run.find({}) or {},
+        {"load_peak_bytes": "peak of loading", "peak_bytes": "peak, a forward pass included"},
+    )
+    return [
+        Claim(
+            f"{name}: {what}, over the packed bytes",
+            found[name][kind] / found[name]["file_bytes"] if name in found else None,
+            1.15,
+        )
+        for name in FORMATS
+        for kind, what in kinds.items()
+    ]
+
+
+TASK = Task(measure, tables_of_each(tables), claims_of_each(claims))

@@ -6,20 +6,15 @@ Every measurement is a process of its own, so that no peak hides another; the me
 that a slow minute of the machine hits them all. Tokens are random: neither time nor memory depends on them. Linux
 only.
 
-    python -m benchmarks.peqa_training
-
-Measurements are stored as they finish and not repeated: after a kill, start it again with the same flags.
+    python -m benchmarks peqa_training
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -29,11 +24,13 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks import baselines
-from benchmarks.common import Results, argument_parser, describe, fresh_process, log, markdown_table, verdict
+from benchmarks.core.claims import Claim, Headline, markdown_table, unless
+from benchmarks.core.run import Run, log
+from benchmarks.core.task import Runs, Task, claims_of_each, run_named, tables_of_each
+from benchmarks.core.worker import fresh_process
 from benchmarks.resident import available_bytes, peak_resident_bytes, reset_peak, resident_bytes
-from benchmarks.tuning import tiny_llama, trainable
+from benchmarks.tuning import float_model, trainable
 from peft_ext import AlphaTuningConfig, PeqaConfig
-from peft_ext.models import DEFAULT_MODEL, load
 from peft_ext.quant.kernel import KERNEL_VARIABLE
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.scale_tuning.config import ScaleTuningConfig
@@ -41,7 +38,6 @@ from peft_ext.scale_tuning.quantization import pack_layer
 
 
 BILLION = "random-llama-1b"
-TINY = "tiny random Llama"
 BILLION_CONFIG = {
     "vocab_size": 32000,
     "hidden_size": 2048,
@@ -50,6 +46,19 @@ BILLION_CONFIG = {
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
     "max_position_embeddings": 2048,
+}
+# Models of random weights, by name; the small one is of the quick size.
+RANDOM = {
+    BILLION: BILLION_CONFIG,
+    "random-llama-40m": {
+        **BILLION_CONFIG,
+        "vocab_size": 4096,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+    },
 }
 MB = 1e6
 
@@ -88,7 +97,6 @@ METHODS = (
     Method(ALPHA, 3),
     Method(FULL),
 )
-SMOKE_METHODS = (Method("PEQA", 4), Method(LORA), Method(PLAIN, 4), Method(ALPHA, 3), Method(FULL))
 
 
 class PlainLinear(nn.Module):
@@ -109,10 +117,10 @@ class PlainLinear(nn.Module):
 def build(model: str, method: Method, dtype: torch.dtype) -> nn.Module:
     """The model, ready for the method's training."""
     config = config_of(method)
-    if model == BILLION:
-        base = billion(dtype, config)
+    if model in RANDOM:
+        base = random_llama(RANDOM[model], dtype, config)
     else:
-        base = (tiny_llama() if model == TINY else load(model, dtype=dtype)).to(dtype)
+        base = float_model(model).to(dtype)
     if method.kind == FULL:
         return base.requires_grad_(True)
     if method.kind == LORA:
@@ -142,12 +150,12 @@ def plain_autograd(base: nn.Module) -> nn.Module:
     return base
 
 
-def billion(dtype: torch.dtype, config: Optional[ScaleTuningConfig]) -> nn.Module:
-    """A Llama of 1.1 billion random parameters; with a config, each layer is packed as soon as it is made."""
+def random_llama(shape: dict[str, int], dtype: torch.dtype, config: Optional[ScaleTuningConfig]) -> nn.Module:
+    """A Llama of random parameters; with a config, each layer is packed as soon as it is made."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**BILLION_CONFIG), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=dtype)
     output = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
         if not any(True for _ in module.parameters(recurse=False)):
@@ -161,11 +169,20 @@ def billion(dtype: torch.dtype, config: Optional[ScaleTuningConfig]) -> nn.Modul
     return model.eval()
 
 
-def measure(model: str, method: Method, shape: tuple[int, int], steps: int, dtype: torch.dtype, seed: int) -> dict:
-    """Build, then train a few steps in this process; see the keys for what is measured."""
+def train(model: str, method: list, shape: tuple[int, int], steps: int, dtype: str, seed: int) -> dict[str, Any]:
+    """Build, then train a few steps in this process; see the keys for what is measured.
+
+    Args:
+        model: Its name.
+        method: The fields of a [`Method`].
+        shape: Sequences of a batch, and their tokens.
+        steps: Those that are timed, after one that isn't.
+        dtype: Of the weights.
+        seed: Of weights and tokens.
+    """
     torch.manual_seed(seed)
     before = resident_bytes()
-    tuned = build(model, method, dtype).train()
+    tuned = build(model, Method(*method), getattr(torch, dtype)).train()
     parameters = trainable(tuned)
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
     peak_of_set_up = peak_resident_bytes()
@@ -198,43 +215,41 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: torch.Tenso
     return time.perf_counter() - start
 
 
-def in_own_process(args: argparse.Namespace, model: str, method: Method) -> dict[str, Any]:
-    """[`measure`] in a fresh process."""
-    needed = _bytes_of_full_tuning(model, args) if method.kind == FULL else 0
+def in_own_process(run: Run, method: Method) -> dict[str, Any]:
+    """[`train`] in a fresh process."""
+    needed = _bytes_of_full_tuning(run) if method.kind == FULL else 0
     if needed > 0.9 * available_bytes():
         reason = f"needs about {needed / 1e9:.0f} GB, {available_bytes() / 1e9:.0f} GB are free"
         return {"skipped": reason}
-    flags = ["--worker", json.dumps([model, *method]), "--dtype", args.dtype, "--seed", str(args.seed)]
-    flags += ["--steps", str(args.steps), "--batch-size", str(args.batch_size), "--block-size", str(args.block_size)]
-    variables = {KERNEL_VARIABLE: method.kernel}
-    return fresh_process("benchmarks.peqa_training", flags, f"{method.title} on {model}", variables)
+    arguments = {name: run.settings[name] for name in ("model", "steps", "dtype", "seed")}
+    arguments = {**arguments, "method": method, "shape": (run.batch_size, run.block_size)}
+    return fresh_process(train, arguments, f"{method.title} on {run.model}", {KERNEL_VARIABLE: method.kernel})
 
 
-def _bytes_of_full_tuning(model: str, args: argparse.Namespace) -> float:
+def _bytes_of_full_tuning(run: Run) -> float:
     """Weights, gradients and two moments, and a guess at activations: what full fine-tuning needs at least."""
-    if model != BILLION:
+    if run.model != BILLION:
         return 0
     hidden, layers, wide = (BILLION_CONFIG[key] for key in ("hidden_size", "num_hidden_layers", "intermediate_size"))
     parameters = layers * hidden * (2.5 * hidden + 3 * wide) + 2 * BILLION_CONFIG["vocab_size"] * hidden
-    activations = args.batch_size * args.block_size * layers * (10 * hidden + 4 * wide)
-    size = getattr(torch, args.dtype).itemsize
+    activations = run.batch_size * run.block_size * layers * (10 * hidden + 4 * wide)
+    size = getattr(torch, run.dtype).itemsize
     return size * (4 * parameters + activations)
 
 
-def settings(args: argparse.Namespace, model: str, method: Method, repeat: int) -> dict[str, Any]:
-    """Everything that a measurement depends on."""
-    names = ("batch_size", "block_size", "steps", "dtype", "seed")
-    return {"model": model, **method._asdict(), "round": repeat, **{name: getattr(args, name) for name in names}}
+def methods_of(run: Run) -> list[Method]:
+    """The methods of an experiment, by their titles; all if it names none."""
+    return [method for method in METHODS if not run.only or method.title in run.only]
 
 
-def rounds_of(args: argparse.Namespace, model: str) -> int:
-    """Processes per method: the large model's steps are long enough to be told apart after one."""
-    return min(args.rounds, args.rounds_of_large) if model == BILLION else args.rounds
+def key_of(method: Method, repeat: int) -> dict[str, Any]:
+    """What tells a measurement from others of the experiment."""
+    return {**method._asdict(), "round": repeat}
 
 
-def collected(results: Results, args: argparse.Namespace, model: str, method: Method) -> Optional[dict[str, Any]]:
+def collected(run: Run, method: Method) -> Optional[dict[str, Any]]:
     """All rounds of a method as one: the median step, the largest peak. None before the first."""
-    rounds = [results.find(settings(args, model, method, repeat)) for repeat in range(rounds_of(args, model))]
+    rounds = [run.find(key_of(method, repeat)) for repeat in range(run.rounds)]
     rounds = [result for result in rounds if result is not None]
     if not rounds or "skipped" in rounds[0]:
         return rounds[0] if rounds else None
@@ -245,31 +260,34 @@ def collected(results: Results, args: argparse.Namespace, model: str, method: Me
     return merged
 
 
-def ratio_of_steps(
-    results: Results, args: argparse.Namespace, model: str, over: Method, under: Method
-) -> Optional[float]:
+def ratio_of_steps(run: Run, over: Method, under: Method) -> Optional[float]:
     """Median over the rounds of the ratio of the two methods' median steps."""
     ratios = []
-    for repeat in range(rounds_of(args, model)):
-        pair = [results.find(settings(args, model, method, repeat)) for method in (over, under)]
+    for repeat in range(run.rounds):
+        pair = [run.find(key_of(method, repeat)) for method in (over, under)]
         if all(result and "seconds" in result for result in pair):
             ratios.append(statistics.median(pair[0]["seconds"]) / statistics.median(pair[1]["seconds"]))
     return statistics.median(ratios) if ratios else None
 
 
-def table(results: Results, args: argparse.Namespace, model: str) -> str:
-    """The Markdown table of one model."""
+def ratio_of_peaks(run: Run, over: Method, under: Method) -> Optional[float]:
+    """The ratio of the two methods' peaks."""
+    pair = [collected(run, method) for method in (over, under)]
+    return pair[0]["peak"] / pair[1]["peak"] if all(found and "peak" in found for found in pair) else None
+
+
+def tables(run: Run) -> dict[str, str]:
+    """Time and memory of every method."""
     headers = ["Method", "s / step", "step / LoRA's", "Peak, MB", "peak / LoRA's", "Peak growth, MB"]
     headers += ["Peak of set-up, MB", "Trained", "Trained, MB", "Optimiser, MB", "Adapter file, bytes"]
-    lora, lines = collected(results, args, model, Method(LORA)), []
-    for method in METHODS:
-        found = collected(results, args, model, method)
+    lines = []
+    for method in methods_of(run):
+        found = collected(run, method)
         if found is None or "skipped" in found:
             reason = "not measured" if found is None else found["skipped"]
             lines.append([method.title, reason, *[None] * (len(headers) - 2)])
             continue
-        ratio = ratio_of_steps(results, args, model, method, Method(LORA))
-        memory = found["peak"] / lora["peak"] if lora else None
+        ratio, memory = ratio_of_steps(run, method, Method(LORA)), ratio_of_peaks(run, method, Method(LORA))
         lines.append(
             [
                 method.title,
@@ -285,84 +303,63 @@ def table(results: Results, args: argparse.Namespace, model: str) -> str:
                 None if found["adapter_bytes"] is None else f"{found['adapter_bytes']:,}",
             ]
         )
-    return markdown_table(headers, lines)
+    title = f"{run.model}, {run.batch_size} x {run.block_size} tokens, {run.dtype}"
+    return {title: markdown_table(headers, lines)}
 
 
-def verdicts(results: Results, args: argparse.Namespace) -> list[str]:
-    """The lines that say which claims the tables bear out."""
-    lines = []
-    for model in args.model:
-        for bits in (4, 3):
-            method = Method("PEQA", bits)
-            time_ratio = ratio_of_steps(results, args, model, method, Method(LORA))
-            lines.append(verdict(f"{model}: step of {method.title}, over LoRA's", time_ratio, 1.0))
-        for group in (-1, 64):
-            over, under = Method("PEQA", 4, group), Method(PLAIN, 4, group)
-            plain_ratio = ratio_of_steps(results, args, model, over, under)
-            lines.append(verdict(f"{model}: step of {over.title}, over plain autograd's", plain_ratio, 0.75))
-        found = [collected(results, args, model, method) for method in (Method("PEQA", 4), Method(LORA))]
-        memory = found[0]["peak"] / found[1]["peak"] if all(found) else None
-        if model == BILLION:
-            lines.append(verdict(f"{model}: peak memory of PEQA, 4 bits, per channel, over LoRA's", memory, 0.6))
-        lines += _file_verdict(model, found[0])
-    return lines
+def claims(run: Run) -> list[Claim]:
+    """What PEQA's step is held to."""
+    found, methods = [], methods_of(run)
+    for bits in (4, 3):
+        method = Method("PEQA", bits)
+        if method in methods:
+            found.append(Claim(f"step of {method.title}, over LoRA's", ratio_of_steps(run, method, Method(LORA)), 1.0))
+    for group in (-1, 64):
+        over, under = Method("PEQA", 4, group), Method(PLAIN, 4, group)
+        if under in methods:
+            found.append(Claim(f"step of {over.title}, over plain autograd's", ratio_of_steps(run, over, under), 0.75))
+    if run.model == BILLION or run.size != "full":
+        memory = ratio_of_peaks(run, Method("PEQA", 4), Method(LORA))
+        found.append(Claim("peak memory of PEQA, 4 bits, per channel, over LoRA's", memory, 0.6))
+    peqa = collected(run, Method("PEQA", 4))
+    if peqa is not None:
+        spare = (peqa["adapter_bytes"] - 4 * peqa["trained"]) / 1024
+        found.append(Claim("adapter file beyond 4 bytes for each scale", spare, 64, " KiB"))
+    return found
 
 
-def _file_verdict(model: str, found: Optional[dict[str, Any]]) -> list[str]:
-    if found is None:
-        return []
-    spare = (found["adapter_bytes"] - 4 * found["trained"]) / 1024
-    claim = f"{model}: adapter file beyond 4 bytes for each of {found['trained']:,} scales"
-    return [verdict(claim, spare, 64, " KiB")]
+def headlines(runs: Runs) -> list[Headline]:
+    """A step of both models."""
+    area, page = "Tuning packed models", "../benchmarks/peqa.md#cost-of-training"
+    found = []
+    small, large = run_named(runs, "smollm2"), run_named(runs, "billion")
+    if small and small.rows:
+        time_ratio = ratio_of_steps(small, Method("PEQA", 4), Method(LORA))
+        memory = ratio_of_peaks(small, Method("PEQA", 4), Method(LORA))
+        sizes = [
+            (collected(small, method) or {})["adapter_bytes"] / MB for method in (Method("PEQA", 4), Method(LORA))
+        ]
+        shown = f"{time_ratio:.2f} of LoRA's time, {memory:.2f} of its peak memory; "
+        shown += f"the adapter has {sizes[0]:.2f} MB, LoRA's {sizes[1]:.1f}"
+        wanted = unless(bool(time_ratio and time_ratio <= 1), "time at most 1")
+        found.append(Headline(area, "PEQA, a training step of SmolLM2", shown, wanted, page))
+    if large and large.rows:
+        time_ratio = ratio_of_steps(large, Method("PEQA", 4), Method(LORA))
+        memory = ratio_of_peaks(large, Method("PEQA", 4), Method(LORA))
+        shown = f"{time_ratio:.2f} of LoRA's time, {memory:.2f} of its peak memory"
+        wanted = unless(bool(memory and memory <= 0.6), "memory at most 0.6")
+        found.append(Headline(area, "PEQA, a training step at 1.1 billion parameters (random)", shown, wanted, page))
+    return found
 
 
-def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
-    """The command line."""
-    parser = argument_parser(__doc__, "peqa_training.json")
-    parser.add_argument("--model", nargs="+", default=[DEFAULT_MODEL, BILLION], help=f"{BILLION}: random weights")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps of a round, after one that isn't timed")
-    parser.add_argument("--rounds", type=int, default=3, help="processes per method")
-    parser.add_argument("--rounds-of-large", type=int, default=1, help=f"processes per method for {BILLION}")
-    parser.add_argument("--methods", nargs="*", default=[], help="only methods whose title contains one of these")
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--block-size", type=int, default=256, help="tokens of a sequence")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if args.smoke:
-        args.model, args.steps, args.rounds, args.batch_size, args.block_size = [TINY], 1, 1, 2, 32
-    return args
+def measure(run: Run) -> None:
+    """Every method in turn, for several rounds."""
+    turns = [(repeat, method) for repeat in range(run.rounds) for method in methods_of(run)]
+    for repeat, method in tqdm(turns, desc="Measuring", disable=None):
+        key = key_of(method, repeat)
+        if run.find(key) is None:
+            log(f"{run.model}, round {repeat + 1}: {method.title}")
+            run.add(key, in_own_process(run, method))
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Measure, then print the tables and the verdicts."""
-    args = parse(argv)
-    if args.worker:
-        model, *fields = json.loads(args.worker)
-        shape = (args.batch_size, args.block_size)
-        print(json.dumps(measure(model, Method(*fields), shape, args.steps, getattr(torch, args.dtype), args.seed)))
-        return
-    results = Results(args.output, args.seed)
-    turns = [
-        (model, repeat, method)
-        for model in args.model
-        for repeat in range(rounds_of(args, model))
-        for method in (SMOKE_METHODS if args.smoke else METHODS)
-        if not args.methods or any(part in method.title for part in args.methods)
-    ]
-    for model, repeat, method in tqdm([] if args.table else turns, desc="Measuring"):
-        key = settings(args, model, method, repeat)
-        if results.find(key) is None:
-            log(f"{model}, round {repeat + 1}: {method.title}")
-            results.add(key, in_own_process(args, model, method))
-    for model in args.model:
-        print(f"\n{model}, {args.batch_size} x {args.block_size} tokens, {args.dtype}\n")
-        print(table(results, args, model))
-    print()
-    print("\n".join(verdicts(results, args)))
-    if results.rows:
-        print("\n" + describe(results.rows[-1]["environment"]))
-
-
-if __name__ == "__main__":
-    main()
+TASK = Task(measure, tables_of_each(tables), claims_of_each(claims), headlines)

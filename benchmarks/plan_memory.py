@@ -7,37 +7,33 @@ on them. The C library's allocator keeps freed memory in gaps that it can't use,
 tensors take, here up to a half; MALLOC_MMAP_THRESHOLD_ makes it hand each freed tensor back. The plan is of the
 tensors, so the claim is about that; the allocator's default stands beside it. Linux with glibc only.
 
-    python -m benchmarks.plan_memory
-
-Measurements are stored as they finish and not repeated: after a kill, start it again with the same flags.
+    python -m benchmarks plan_memory
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import itertools
-import json
-from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 
-from benchmarks.common import Results, argument_parser, describe, fresh_process, log, markdown_table, verdict
+from benchmarks.core.claims import Claim, Headline, markdown_table, unless
+from benchmarks.core.run import Run, log
+from benchmarks.core.task import Runs, Task, claims_of_each, tables_of_each
+from benchmarks.core.worker import fresh_process
 from benchmarks.resident import peak_resident_bytes, reset_peak, resident_bytes
-from benchmarks.tuning import SMOKE_VOCAB, trainable
+from benchmarks.tuning import SMOKE_VOCAB, TINY, trainable
 from peft_ext import AlphaTuningConfig, PeqaConfig
 from peft_ext.memory.estimate import serving_memory, tuning_memory
 from peft_ext.memory.trace import OPTIMIZERS, Generation, TrainingStep
-from peft_ext.models import DEFAULT_MODEL, load_config
+from peft_ext.models import load_config
 
 
 MB = 1e6
-TINY, GPT2 = "tiny random Llama", "gpt2"
+GPT2 = "gpt2"
 MALLOC = {"tensors handed back": {"MALLOC_MMAP_THRESHOLD_": "131072"}, "default": {}}
 CLAIM = 0.15  # predicted and measured differ by at most
 
@@ -93,34 +89,49 @@ def config_of(model: str) -> PretrainedConfig:
     return GPT2Config() if model == GPT2 else load_config(model)
 
 
-def predict(args: argparse.Namespace, model: str, row: Row) -> int:
+class Shape(NamedTuple):
+    """How much is trained or served at once: sequences, tokens of one that is trained, and of one that is served."""
+
+    batch_size: int
+    block_size: int
+    context: int
+
+
+def predict(model: str, row: Row, shape: Shape) -> int:
     """Bytes by the plan."""
     config, method = config_of(model), row.peft_config()
     if row.work == "serving":
-        return serving_memory(config, method, torch.float32, Generation(args.batch_size, args.context)).total
-    return tuning_memory(config, method, torch.float32, _step(args, row)).total
+        return serving_memory(config, method, torch.float32, Generation(shape.batch_size, shape.context)).total
+    return tuning_memory(config, method, torch.float32, _step(shape, row)).total
 
 
-def measure(args: argparse.Namespace, model: str, row: Row) -> dict[str, int]:
-    """Bytes in this process."""
-    torch.manual_seed(args.seed)
+def peak(model: str, row: list, shape: list, seed: int) -> dict[str, int]:
+    """Bytes in this process.
+
+    Args:
+        model: See [`config_of`].
+        row: The fields of a [`Row`].
+        shape: The fields of a [`Shape`].
+        seed: Of weights and tokens.
+    """
+    torch.manual_seed(seed)
     config = config_of(model)
     miniature = copy.deepcopy(config)
     miniature.num_hidden_layers, miniature.vocab_size = 1, SMOKE_VOCAB
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(miniature, name, None)
-    _work(args, miniature, row)
+    _work(miniature, Row(*row), Shape(*shape))
     reset_peak()
     before = resident_bytes()
-    _work(args, config, row)
+    _work(config, Row(*row), Shape(*shape))
     return {"before": before, "measured": peak_resident_bytes() - before}
 
 
-def _step(args: argparse.Namespace, row: Row) -> TrainingStep:
-    return TrainingStep(args.batch_size, args.block_size, gradient_checkpointing=row.gradient_checkpointing)
+def _step(shape: Shape, row: Row) -> TrainingStep:
+    return TrainingStep(shape.batch_size, shape.block_size, gradient_checkpointing=row.gradient_checkpointing)
 
 
-def _work(args: argparse.Namespace, config: PretrainedConfig, row: Row) -> None:
+def _work(config: PretrainedConfig, row: Row, shape: Shape) -> None:
     """Build the model, then train two steps or generate; the peak of building it isn't measured."""
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     method = row.peft_config()
@@ -129,10 +140,10 @@ def _work(args: argparse.Namespace, config: PretrainedConfig, row: Row) -> None:
     if row.work == "serving":
         model = model if method is None else model.unload()
         reset_peak()
-        _generate(args, model.eval())
+        _generate(shape, model.eval())
     else:
         reset_peak()
-        _train(_step(args, row), model.train())
+        _train(_step(shape, row), model.train())
 
 
 def _train(step: TrainingStep, model: nn.Module) -> None:
@@ -147,94 +158,81 @@ def _train(step: TrainingStep, model: nn.Module) -> None:
         optimizer.zero_grad(set_to_none=True)
 
 
-def _generate(args: argparse.Namespace, model: Any) -> None:
-    prompt = torch.randint(0, SMOKE_VOCAB, (args.batch_size, args.context - 1))
+def _generate(shape: Shape, model: Any) -> None:
+    prompt = torch.randint(0, SMOKE_VOCAB, (shape.batch_size, shape.context - 1))
     mask = torch.ones_like(prompt)
     # the second new token is made from a full context
     model.generate(prompt, attention_mask=mask, do_sample=False, min_new_tokens=2, max_new_tokens=2, pad_token_id=0)
 
 
-def in_own_process(args: argparse.Namespace, model: str, row: Row, malloc: str) -> dict[str, Any]:
-    """[`measure`] in a fresh process, and [`predict`]."""
-    flags = ["--worker", json.dumps([model, *row])]
-    for name in ("batch_size", "block_size", "context", "seed"):
-        flags += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    found = fresh_process("benchmarks.plan_memory", flags, f"{row.title} on {model}", MALLOC[malloc])
-    predicted = predict(args, model, row)
-    return {**found, "predicted": predicted, "ratio": predicted / found["measured"]}
+def rows_of(run: Run) -> list[Row]:
+    """The rows of an experiment, by their titles; all if it names none."""
+    return [row for row in ROWS if not run.only or row.title in run.only]
 
 
-def settings(args: argparse.Namespace, model: str, row: Row, malloc: str) -> dict[str, Any]:
-    """Everything that a measurement depends on."""
-    shape = {name: getattr(args, name) for name in ("batch_size", "block_size", "context", "seed")}
-    return {"model": model, **row._asdict(), "malloc": malloc, **shape}
+def measure(run: Run) -> None:
+    """Each row in a process of its own, with what the plan says."""
+    shape = Shape(run.batch_size, run.block_size, run.context)
+    for malloc in run.mallocs:
+        for row in rows_of(run):
+            key = {**row._asdict(), "malloc": malloc}
+            if run.find(key) is None:
+                log(f"{run.model}: {row.title}; malloc: {malloc}")
+                arguments = {"model": run.model, "row": row, "shape": shape, "seed": run.seed}
+                found = fresh_process(peak, arguments, f"{row.title} on {run.model}", MALLOC[malloc])
+                predicted = predict(run.model, row, shape)
+                run.add(key, {**found, "predicted": predicted, "ratio": predicted / found["measured"]})
 
 
-def table(results: Results, args: argparse.Namespace, model: str) -> str:
-    """The Markdown table of one model."""
+def tables(run: Run) -> dict[str, str]:
+    """Predicted and measured peaks."""
     headers = ["Work", "Predicted, MB", "Measured, MB", "predicted / measured", "default malloc, MB", "predicted / it"]
     lines = []
-    for row in ROWS:
+    for row in rows_of(run):
         cells: list[Optional[str]] = [row.title]
         for malloc in MALLOC:
-            found = results.find(settings(args, model, row, malloc))
+            found = run.find({**row._asdict(), "malloc": malloc})
             numbers = ("predicted", "measured") if len(cells) == 1 else ("measured",)
             cells += [f"{found[name] / MB:,.0f}" if found else None for name in numbers]
             cells.append(f"{found['ratio']:.3f}" if found else None)
         lines.append(cells)
-    return markdown_table(headers, lines)
+    shape = f"{run.batch_size} x {run.block_size} tokens trained, {run.batch_size} x {run.context} served"
+    return {f"{run.model}, {shape}": markdown_table(headers, lines)}
 
 
-def worst(results: Results, args: argparse.Namespace, model: str, malloc: str) -> Optional[float]:
-    """The largest difference of predicted and measured, over measured, among the rows that there are."""
-    found = [results.find(settings(args, model, row, malloc)) for row in ROWS]
-    return max((abs(one["ratio"] - 1) for one in found if one), default=None)
+def differences(run: Run, malloc: str) -> list[float]:
+    """Of predicted and measured, over measured, of the rows that there are."""
+    found = [run.find({**row._asdict(), "malloc": malloc}) for row in rows_of(run)]
+    return [one["ratio"] - 1 for one in found if one]
 
 
-def parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
-    """The command line."""
-    parser = argument_parser(__doc__, "plan_memory.json")
-    parser.add_argument("--model", nargs="+", default=[DEFAULT_MODEL, GPT2], help="for their configs alone")
-    parser.add_argument("--rows", nargs="*", default=[], help="only rows whose title contains one of these")
-    parser.add_argument("--batch-size", type=int, default=4, help="rows that are trained, or served")
-    parser.add_argument("--block-size", type=int, default=256, help="tokens of a row in training")
-    parser.add_argument("--context", type=int, default=1024, help="tokens of a row that is served")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if args.smoke:
-        args.model, args.batch_size, args.block_size, args.context = [TINY], 2, 32, 32
-    return args
+def claims(run: Run) -> list[Claim]:
+    """Predicted and measured differ little."""
+    found = {malloc: [abs(one) for one in differences(run, malloc)] for malloc in run.mallocs}
+    return [
+        Claim(f"malloc: {malloc}: largest difference of predicted and measured", max(all_of, default=None), CLAIM)
+        for malloc, all_of in found.items()
+    ]
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Measure, then print the tables and the verdicts."""
-    args = parse(argv)
-    if args.worker:
-        model, *fields = json.loads(args.worker)
-        print(json.dumps(measure(args, model, Row(*fields))))
-        return
-    results = Results(args.output, args.seed)
-    rows = [ROWS[0], ROWS[-1]] if args.smoke else list(ROWS)
-    mallocs = list(MALLOC)[:1] if args.smoke else list(MALLOC)
-    rows = [row for row in rows if not args.rows or any(part in row.title for part in args.rows)]
-    turns = [(malloc, model, row) for malloc in mallocs for model in args.model for row in rows]
-    for malloc, model, row in tqdm([] if args.table else turns, desc="Measuring"):
-        key = settings(args, model, row, malloc)
-        if results.find(key) is None:
-            log(f"{model}: {row.title}; malloc: {malloc}")
-            results.add(key, in_own_process(args, model, row, malloc))
-    for model in args.model:
-        print(
-            f"\n{model}, {args.batch_size} x {args.block_size} tokens trained, {args.batch_size} x {args.context} served\n"
+def headlines(runs: Runs) -> list[Headline]:
+    """Peaks under the default allocator."""
+    plain = [-one for run in runs for one in differences(run, "default")]
+    exact = [abs(one) for run in runs for one in differences(run, "tensors handed back")]
+    if not plain or not exact:
+        return []
+    missed = sum(abs(one) > CLAIM for one in plain)
+    name = "no one two three four five six seven eight nine ten".split()
+    return [
+        Headline(
+            "Speed and serving on a CPU",
+            f"`peft-ext plan` against the process's peak memory, {name[len(plain)]} models and settings",
+            f"{100 * min(plain):.0f} to {100 * max(plain):.0f} % low (glibc keeps freed memory; within "
+            f"{100 * max(exact):.0f} % of what tensors took)",
+            unless(not missed, f"within 15 %: missed on {name[missed]}" if missed else "within 15 %"),
+            "../benchmarks/serving.md",
         )
-        print(table(results, args, model))
-    print()
-    for model, malloc in itertools.product(args.model, MALLOC):
-        claim = f"{model}, malloc: {malloc}: largest difference of predicted and measured"
-        print(verdict(claim, worst(results, args, model, malloc), CLAIM))
-    if results.rows:
-        print("\n" + describe(results.rows[-1]["environment"]))
+    ]
 
 
-if __name__ == "__main__":
-    main()
+TASK = Task(measure, tables_of_each(tables), claims_of_each(claims), headlines)

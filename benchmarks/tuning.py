@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Optional
 
 import torch
 from torch import nn
@@ -134,11 +135,22 @@ def float_model(name: str, seed: int = 0) -> nn.Module:
     return trained_llama(64, steps=_SMALL_STEPS, seed=seed) if name == SMALL else load(name, dtype=torch.float32)
 
 
-def trained_llama(hidden_size: int, layers: int = 4, steps: int = 300, seed: int = 0) -> LlamaForCausalLM:
-    """A byte-level Llama, trained from scratch on the first half of Python's documentation: what can be tuned on the second."""
-    blocks = byte_blocks(load_text(PYTHON_DOCS).train, 128)
+def trained_llama(
+    hidden_size: int, layers: int = 4, steps: int = 300, seed: int = 0, blocks: Optional[torch.Tensor] = None
+) -> LlamaForCausalLM:
+    """A byte-level Llama, trained from scratch.
+
+    Args:
+        hidden_size: Its width.
+        layers: Its layers.
+        steps: Batches of 16 blocks.
+        seed: Of its weights and of the order of blocks.
+        blocks: Bytes `[n, tokens]`; by default the first half of Python's documentation, so that it can be tuned on the second.
+    """
+    if blocks is None:
+        blocks = byte_blocks(load_text(PYTHON_DOCS).train, 128)
+        blocks = blocks[: len(blocks) // 2]
     model = tiny_llama(hidden_size, layers, seed)
-    order = sample_blocks(blocks[: len(blocks) // 2], 16 * steps, seed)
-    rate = 3e-3 * math.sqrt(64 / hidden_size)
-    train(model, causal_batches(order, 16), learning_rate=rate, name=f"Pre-training, {hidden_size} wide")
+    batches = causal_batches(sample_blocks(blocks, 16 * steps, seed), 16)
+    train(model, batches, learning_rate=3e-3 * math.sqrt(64 / hidden_size), name=f"Pre-training, {hidden_size} wide")
     return model

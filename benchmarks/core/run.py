@@ -50,6 +50,9 @@ class Run:
     ) -> None:
         self.task, self.experiment, self.size, self.folder = task, experiment, size, Path(folder)
         self.settings: dict[str, Any] = plain(settings)
+        for name in self.settings:
+            if hasattr(type(self), name) or name in vars(self) or name == "rows":
+                raise ValueError(f"{task}/{experiment}: no setting can be called {name!r}; runs have that already.")
         self.path = self.folder / task / f"{experiment}.json"
         self.environments = environment.read_environments(self.folder)
         self.rows: list[dict[str, Any]] = []

@@ -5,14 +5,13 @@ own, offline."""
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +19,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from benchmarks.common import ROOT
+from benchmarks.core import worker
+from benchmarks.core.environment import ROOT
 from peft_ext import PeqaConfig
 from peft_ext.checkpoint.gguf import export_gguf
 from peft_ext.models import load, load_tokenizer
@@ -82,14 +82,13 @@ def gguf(made: Folders) -> Path:
 
 def variables(**more: str) -> dict[str, str]:
     """The environment of a tool: offline, with this checkout of the packages."""
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    return {**os.environ, **OFFLINE, "PYTHONPATH": paths, **more}
+    return worker.variables({**OFFLINE, **more})
 
 
-def run_tool(arguments: Sequence[str | Path], before: Sequence[str] = RUN) -> subprocess.CompletedProcess[str]:
-    """A tool's command line behind `peft-ext run`, to its end."""
-    command = [sys.executable, *before, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=variables(), capture_output=True, text=True)
+def run_tool(arguments: Sequence[str | Path], **more: str) -> subprocess.CompletedProcess[str]:
+    """A tool's command line behind `peft-ext run`, to its end, with more in its environment."""
+    command = [sys.executable, *RUN, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=variables(**more), capture_output=True, text=True)
 
 
 def checked(done: subprocess.CompletedProcess[str], what: str) -> subprocess.CompletedProcess[str]:
@@ -144,8 +143,3 @@ def _free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return one.getsockname()[1]
-
-
-def shown(what: Mapping[str, object]) -> str:
-    """One line of a report."""
-    return "; ".join(f"{name}: {value}" for name, value in what.items())

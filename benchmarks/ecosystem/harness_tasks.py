@@ -11,6 +11,7 @@ from typing import Any, Optional
 
 import yaml
 
+from benchmarks.core.run import data_folder
 from peft_ext.rows import read_rows
 
 
@@ -18,6 +19,15 @@ from peft_ext.rows import read_rows
 SAME, OTHERS = "first_n", None
 SST2, SST5 = ["negative", "positive"], ["very negative", "negative", "neutral", "positive", "very positive"]
 _SHOWN_WORDS = (20, 30)  # of a demonstration, about 40 tokens
+
+
+def data_of(named: Optional[str]) -> Path:
+    """The folder that holds `sst2`, `sst5` and `wikitext2`: the one that is named, or that of all data sets.
+
+    Raises:
+        NotHere: If one of them isn't there.
+    """
+    return Path(named) if named else [data_folder(name) for name in ("sst2", "sst5", "wikitext2")][0].parent
 
 
 def write_harness_tasks(folder: Path, data: Path, count: int, shots: int = 8) -> list[str]:

@@ -6,26 +6,26 @@ generation?
 text-generation pipeline on an adapter's folder; llama.cpp's server (`pip install xllamacpp`) on our GGUF. Servers listen
 on 127.0.0.1 alone, and are ended afterwards.
 
-    python -m benchmarks.ecosystem.serving
+    python -m benchmarks serving
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, pipeline
 
-from benchmarks.common import Results, argument_parser, describe, log, markdown_table
+from benchmarks.core.claims import Claim, markdown_table
+from benchmarks.core.run import Run, log
+from benchmarks.core.task import Task, claims_of_each, tables_of_each
 from benchmarks.ecosystem.common import Folders, adapted, gguf, prepare, server
-from peft_ext.models import DEFAULT_MODEL, load_tokenizer
+from peft_ext.models import load_tokenizer
 
 
 MESSAGES = [{"role": "user", "content": "Name three colours."}]
@@ -44,78 +44,70 @@ NEEDED = {
 }
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Serve, ask, compare, print."""
-    parser = argument_parser(__doc__, "ecosystem_serving.json", budget={"new_tokens": 24})
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="default, hub id, folder or .gguf file")
-    parser.add_argument("--only", nargs="+", help="names of contenders")
-    args = parser.parse_args(argv)
-    if args.smoke:
-        args.new_tokens = 2
-    results = Results(args.output, args.seed)
-    if not args.table:
-        with tempfile.TemporaryDirectory() as folder:
-            made = prepare(Path(folder) / "models", args.model)
-            for name, measure in CONTENDERS.items():
-                settings = {"contender": name, "model": args.model, "new_tokens": args.new_tokens}
-                if results.find(settings) is None and (not args.only or name in args.only):
-                    missing = [each for each in _needed(name) if importlib.util.find_spec(each) is None]
-                    log(f"{name}{': not installed: ' + ', '.join(missing) if missing else ''}")
-                    if not missing:
-                        results.add(settings, measure(made, args))
-    print(_table(results))
+def measure(run: Run) -> None:
+    """Serve, ask, compare."""
+    missing = [name for name in run.contenders if run.find({"contender": name}) is None]
+    if not missing:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        made = prepare(Path(folder) / "models", run.model)
+        for name in missing:
+            lacks = [each for each in _needed(name) if importlib.util.find_spec(each) is None]
+            log(f"{name}{': not installed: ' + ', '.join(lacks) if lacks else ''}")
+            if not lacks:
+                run.add({"contender": name}, CONTENDERS[name](made, run.new_tokens))
 
 
 def _needed(name: str) -> tuple[str, ...]:
     return next((packages for tool, packages in NEEDED.items() if name.startswith(tool)), ())
 
 
-def serve_transformers(made: Folders, args: argparse.Namespace, folder: Path, model: Any) -> dict[str, Any]:
+def serve_transformers(made: Folders, new_tokens: int, folder: Path, model: Any) -> dict[str, Any]:
     """`transformers serve` on a folder, beside the same model loaded by ourselves."""
     flags = ["transformers", "serve", folder, "--host", "127.0.0.1", "--port", "{port}", "--device", "cpu"]
     start = time.perf_counter()
     with server(flags) as address:
         ready = time.perf_counter() - start
-        answers = ask(address, str(folder), args.new_tokens)
-    return {**answers, "ready_seconds": ready, "ours": our_text(model, made, args.new_tokens)}
+        answers = ask(address, str(folder), new_tokens)
+    return {**answers, "ready_seconds": ready, "ours": our_text(model, made, new_tokens)}
 
 
-def serve_base(made: Folders, args: argparse.Namespace) -> dict[str, Any]:
+def serve_base(made: Folders, new_tokens: int) -> dict[str, Any]:
     """A packed base."""
-    return serve_transformers(made, args, made.base, AutoModelForCausalLM.from_pretrained(made.base))
+    return serve_transformers(made, new_tokens, made.base, AutoModelForCausalLM.from_pretrained(made.base))
 
 
-def serve_embedded(made: Folders, args: argparse.Namespace) -> dict[str, Any]:
+def serve_embedded(made: Folders, new_tokens: int) -> dict[str, Any]:
     """A packed base with an adapter in its folder."""
-    return serve_transformers(made, args, made.embedded, adapted(made))
+    return serve_transformers(made, new_tokens, made.embedded, adapted(made))
 
 
-def serve_merged(made: Folders, args: argparse.Namespace) -> dict[str, Any]:
+def serve_merged(made: Folders, new_tokens: int) -> dict[str, Any]:
     """A merged model."""
-    return serve_transformers(made, args, made.merged, AutoModelForCausalLM.from_pretrained(made.merged))
+    return serve_transformers(made, new_tokens, made.merged, AutoModelForCausalLM.from_pretrained(made.merged))
 
 
-def run_pipeline(made: Folders, args: argparse.Namespace) -> dict[str, Any]:
+def run_pipeline(made: Folders, new_tokens: int) -> dict[str, Any]:
     """The text-generation pipeline on an adapter's folder."""
     generate = pipeline(
         "text-generation", model=str(made.adapter), tokenizer=load_tokenizer(str(made.base)), device="cpu"
     )
-    found = generate(MESSAGES, max_new_tokens=args.new_tokens, do_sample=False, return_full_text=False)
+    found = generate(MESSAGES, max_new_tokens=new_tokens, do_sample=False, return_full_text=False)
     text = found[0]["generated_text"]
-    return {"whole": text, "streamed": text, "ours": our_text(adapted(made), made, args.new_tokens)}
+    return {"whole": text, "streamed": text, "ours": our_text(adapted(made), made, new_tokens)}
 
 
-def serve_llama_cpp(made: Folders, args: argparse.Namespace) -> dict[str, Any]:
+def serve_llama_cpp(made: Folders, new_tokens: int) -> dict[str, Any]:
     """llama.cpp's server (in xllamacpp's wheel) on the exported GGUF, which knows nothing of us."""
     start = time.perf_counter()
     with server([str(gguf(made)), "{port}"], "/v1/models", ("-c", LLAMA_CPP)) as address:
         ready = time.perf_counter() - start
-        answers = ask(address, "model", args.new_tokens)
+        answers = ask(address, "model", new_tokens)
     model = AutoModelForCausalLM.from_pretrained(made.merged)
-    return {**answers, "ready_seconds": ready, "ours": our_text(model, made, args.new_tokens)}
+    return {**answers, "ready_seconds": ready, "ours": our_text(model, made, new_tokens)}
 
 
-CONTENDERS: dict[str, Callable[[Folders, argparse.Namespace], dict[str, Any]]] = {
+CONTENDERS: dict[str, Callable[[Folders, int], dict[str, Any]]] = {
     "transformers serve, packed base": serve_base,
     "transformers serve, adapter in the base's folder": serve_embedded,
     "transformers serve, merged": serve_merged,
@@ -147,19 +139,26 @@ def our_text(model: Any, made: Folders, new_tokens: int) -> str:
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def _table(results: Results) -> str:
+def tables(run: Run) -> dict[str, str]:
+    """Whether texts are ours, by server."""
     lines = []
-    for row in results.rows:
+    for row in run.rows:
         found = row["result"]
-        same = found["whole"].strip() == found["ours"].strip()
-        streamed = found["streamed"].strip() == found["whole"].strip()
-        ready = found.get("ready_seconds")
-        texts = ["yes" if same else "no", "yes" if streamed else "no", found.get("chunks")]
-        lines.append([row["settings"]["contender"], *texts, ready and f"{ready:.0f}"])
+        streamed, ready = found["streamed"].strip() == found["whole"].strip(), found.get("ready_seconds")
+        texts = ["yes" if _is_ours(found) else "no", "yes" if streamed else "no", found.get("chunks")]
+        lines.append([row["key"]["contender"], *texts, ready and f"{ready:.0f}"])
     headers = ["Server", "Text is ours", "Streamed text is the whole one", "Chunks", "Ready after, s"]
-    parts = [markdown_table(headers, lines)]
-    return "\n\n".join([*parts, describe(results.rows[-1]["environment"])] if results.rows else parts)
+    return {f"{run.new_tokens} tokens, greedy": markdown_table(headers, lines)}
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _is_ours(found: dict[str, Any]) -> bool:
+    return found["whole"].strip() == found["ours"].strip()
+
+
+def claims(run: Run) -> list[Claim]:
+    """Every tool's text is ours."""
+    found = [_is_ours(row["result"]) for row in run.rows]
+    return [Claim("share of tools whose text is ours", sum(found) / len(found) if found else None, 1.0, at_least=True)]
+
+
+TASK = Task(measure, tables_of_each(tables), claims_of_each(claims))

@@ -3,7 +3,7 @@
 
 TRL's command line makes LoRA configs alone; what of ours it can train is in `docs/tools.md`.
 
-    python -m benchmarks.ecosystem.trl_scripts
+    python -m benchmarks trl_scripts
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from benchmarks.common import Results, argument_parser, describe, log, markdown_table, verdict
+from benchmarks.core.claims import Claim, markdown_table
+from benchmarks.core.run import Run, log
+from benchmarks.core.task import Task, claims_of_each, tables_of_each
 from benchmarks.ecosystem.common import Folders, checked, prepare, run_tool
-from peft_ext.models import DEFAULT_MODEL
 from peft_ext.quant.conversion import packed_layers
 
 
@@ -28,21 +28,16 @@ ANSWERS = [("red", "blue"), ("four", "five"), ("a cat", "a stone"), ("north", "s
 TOLERANCE = 1e-3
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Train, load, print."""
-    parser = argument_parser(__doc__, "ecosystem_trl.json", budget={"steps": 4})
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="default, hub id, folder or .gguf file")
-    args = parser.parse_args(argv)
-    results = Results(args.output, args.seed)
-    if not args.table:
-        with tempfile.TemporaryDirectory() as folder:
-            made = prepare(Path(folder) / "models", args.model)
-            for method in ("sft", "dpo"):
-                settings = {"script": method, "model": args.model, "steps": args.steps}
-                if results.find(settings) is None:
-                    log(method)
-                    results.add(settings, _train(made, method, args.steps, Path(folder)))
-    print(_table(results))
+def measure(run: Run) -> None:
+    """Train by each script, and load what came out."""
+    missing = [script for script in run.scripts if run.find({"script": script}) is None]
+    if not missing:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        made = prepare(Path(folder) / "models", run.model)
+        for script in missing:
+            log(script)
+            run.add({"script": script}, _train(made, script, run.steps, Path(folder)))
 
 
 def write_data(folder: Path, method: str) -> Path:
@@ -93,18 +88,21 @@ def _train(made: Folders, method: str, steps: int, folder: Path) -> dict[str, An
     }
 
 
-def _table(results: Results) -> str:
-    lines, verdicts = [], []
-    for row in results.rows:
-        method, found = row["settings"]["script"], row["result"]
-        losses = found["losses"]
-        lines.append([f"trl {method}", found["adapter"], found["packed"], f"{losses[0]:.3f}", f"{losses[-1]:.3f}"])
-        if method == "dpo":
-            claim = "first DPO loss beside log 2"
-            verdicts.append(verdict(claim, abs(losses[0] - math.log(2)), TOLERANCE))
-    parts = [markdown_table(["Script", "Trains", "Packed layers", "First loss", "Last loss"], lines), *verdicts]
-    return "\n\n".join([*parts, describe(results.rows[-1]["environment"])] if results.rows else parts)
+def tables(run: Run) -> dict[str, str]:
+    """What each script trained."""
+    lines = []
+    for row in run.rows:
+        found = row["result"]
+        losses = (f"{found['losses'][0]:.3f}", f"{found['losses'][-1]:.3f}")
+        lines.append([f"trl {row['key']['script']}", found["adapter"], found["packed"], *losses])
+    headers = ["Script", "Trains", "Packed layers", "First loss", "Last loss"]
+    return {f"{run.steps} steps": markdown_table(headers, lines)}
 
 
-if __name__ == "__main__":
-    main()
+def claims(run: Run) -> list[Claim]:
+    """DPO starts where its reference is."""
+    found = run.find({"script": "dpo"})
+    return [Claim("first DPO loss beside log 2", found and abs(found["losses"][0] - math.log(2)), TOLERANCE)]
+
+
+TASK = Task(measure, tables_of_each(tables), claims_of_each(claims))

@@ -7,31 +7,35 @@ distribution) replaced by stand-ins: the config is parsed, every layer's scheme 
 (the one of its batch-invariant mode, with torch's matmul for Triton's) must give our layer's output. Kernels are not run.
 
     pip download --no-deps --no-binary :none: -d wheels vllm && unzip -q 'wheels/vllm*.whl' 'vllm/*.py' -d unpacked
-    PEFT_EXT_KERNEL=exact python -m benchmarks.ecosystem.vllm_reading --vllm unpacked
+    PEFT_EXT_VLLM=unpacked python -m benchmarks vllm_reading
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import json
+import os
 import sys
 import tempfile
 import types
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from benchmarks.common import Results, argument_parser, describe, markdown_table
+from benchmarks.core.claims import Claim, markdown_table
+from benchmarks.core.run import NotHere, Run
+from benchmarks.core.task import Task, claims_of_each, tables_of_each
+from benchmarks.tuning import tiny_llama
 from peft_ext import PeqaConfig
+from peft_ext.quant import kernel
 from peft_ext.quant.conversion import packed_layers
+from peft_ext.quant.kernel import KERNEL_VARIABLE
 
 
 # What is executed; everything else of vLLM is a stand-in.
@@ -56,6 +60,7 @@ FORMATS = {
     "2 bits, groups of 32": {"bits": 2, "group_size": 32},
 }
 TOLERANCE = 1e-4
+VLLM_VARIABLE = "PEFT_EXT_VLLM"
 
 
 class StandIn(types.ModuleType):
@@ -164,26 +169,23 @@ def _stacked(tensors: dict[str, torch.Tensor], parts: list[str], parameter: str)
     return found[0] if parameter == "weight_shape" else torch.cat(found)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Write, let vLLM read, print."""
-    parser = argument_parser(__doc__, "ecosystem_vllm.json")
-    parser.add_argument("--vllm", type=Path, help="a folder that holds vllm/, as its wheel does")
-    args = parser.parse_args(argv)
-    results = Results(args.output, args.seed)
-    if not args.table:
-        if args.vllm is None or not (args.vllm / "vllm").is_dir():
-            parser.error("--vllm: name a folder that holds vllm/, unpacked out of its wheel")
-        prepare_vllm(args.vllm)
-        for name, options in FORMATS.items():
+def measure(run: Run) -> None:
+    """Write, and let vLLM read."""
+    missing = [name for name in FORMATS if run.find({"format": name}) is None]
+    if not missing:
+        return
+    unpacked = os.environ.get(VLLM_VARIABLE)
+    if not unpacked or not Path(unpacked, "vllm").is_dir():
+        raise NotHere(f"{VLLM_VARIABLE} names no folder that holds vllm/, unpacked out of its wheel.")
+    prepare_vllm(Path(unpacked))
+    with kernel.using(**{KERNEL_VARIABLE: "exact"}):
+        for name in missing:
             with tempfile.TemporaryDirectory() as folder:
-                results.add({"format": name}, _measure(Path(folder), options))
-    print(_table(args, results))
+                run.add({"format": name}, _measure(Path(folder), FORMATS[name]))
 
 
 def _measure(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     from peft import get_peft_model
-
-    from benchmarks.tuning import tiny_llama
 
     model = get_peft_model(tiny_llama(), PeqaConfig(**options)).unload()
     model.save_pretrained(folder)
@@ -193,18 +195,23 @@ def _measure(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
         return {"refused": str(error)[:300]}
 
 
-def _table(args: argparse.Namespace, results: Results) -> str:
+def tables(run: Run) -> dict[str, str]:
+    """By format."""
     lines = []
-    for row in results.rows:
-        found = row["result"]
+    for row in run.rows:
+        name, found = row["key"]["format"], row["result"]
         if "refused" in found:
-            lines.append([row["settings"]["format"], "refused", found["refused"], None])
+            lines.append([name, "refused", found["refused"], None])
         else:
-            lines.append([row["settings"]["format"], found["layers"], found["type"], f"{found['difference']:.0e}"])
+            lines.append([name, found["layers"], found["type"], f"{found['difference']:.0e}"])
     headers = ["What we write", "Layers read", "vLLM's type", "Output beside ours, relative"]
-    parts = [markdown_table(headers, lines)]
-    return "\n\n".join([*parts, describe(results.rows[-1]["environment"])] if results.rows else parts)
+    return {"What vLLM's code reads": markdown_table(headers, lines)}
 
 
-if __name__ == "__main__":
-    main()
+def claims(run: Run) -> list[Claim]:
+    """What vLLM's reference product gives is ours."""
+    found = [row["result"].get("difference", float("inf")) for row in run.rows]
+    return [Claim("output of vLLM's product beside ours, relative, at worst", max(found, default=None), TOLERANCE)]
+
+
+TASK = Task(measure, tables_of_each(tables), claims_of_each(claims))

@@ -40,3 +40,19 @@ def smoke(tmp_path, capsys):
         return Smoke(first, {name: json.loads(text)["rows"] for name, text in before.items()})
 
     return run
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """Measures one experiment at smoke size, with some of its settings replaced; returns the run."""
+    from benchmarks.__main__ import TASKS
+    from benchmarks.core import experiments
+    from benchmarks.core.run import Run
+
+    def measure(task, experiment, **replaced):
+        settings = {**experiments.settings(task, experiment, "smoke"), **replaced}
+        run = Run(task, experiment, settings, "smoke", tmp_path)
+        TASKS[task].load().measure(run)
+        return run
+
+    return measure

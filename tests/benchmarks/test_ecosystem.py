@@ -1,5 +1,5 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""Other people's tools, in processes of their own, on a tiny packed model: the scripts of benchmarks/ecosystem."""
+"""Other people's tools, in processes of their own, on a tiny packed model: the tasks of benchmarks/ecosystem."""
 
 from __future__ import annotations
 
@@ -59,17 +59,10 @@ def data(tmp_path_factory):
     return folder
 
 
-def stored(path):
-    return [(row["settings"], row["result"]) for row in json.loads(path.read_text())["rows"]]
-
-
-def test_the_harness(model, data, tmp_path):
+def test_the_harness(model, data, measured):
     pytest.importorskip("lm_eval")
-    from benchmarks.ecosystem import harness
-
-    output = tmp_path / "harness.json"
-    harness.main(["--smoke", "--model", model, "--data-dir", str(data), "--output", str(output)])
-    rows = {settings["contender"]: result for settings, result in stored(output)}
+    run = measured("harness", "exact", model=model, data=str(data))
+    rows = {row["key"]["contender"]: row["result"] for row in run.rows}
     assert list(rows) == ["base", "base + adapter", "base + adapter, peft_ext", "merged"]
     assert all(result["difference"] < 1e-3 for result in rows.values())
     assert all(result["accuracy"] == result["our_accuracy"] for result in rows.values())
@@ -79,37 +72,28 @@ def test_the_harness(model, data, tmp_path):
     assert perplexities[0] != pytest.approx(perplexities[1], rel=1e-3)
 
 
-def test_the_harness_s_speed(model, data, tmp_path, capsys):
+def test_the_harness_s_speed(model, data, measured):
     pytest.importorskip("lm_eval")
-    from benchmarks.ecosystem import harness_speed
+    from benchmarks.ecosystem.harness_speed import TASK
 
-    output = tmp_path / "speed.json"
-    harness_speed.main(["--smoke", "--model", model, "--data-dir", str(data), "--output", str(output)])
-    assert all(result["difference"] < 1e-3 for _, result in stored(output))
-    assert "| choice | 4 |" in capsys.readouterr().out
+    runs = [measured("harness_speed", name, model=model, data=str(data)) for name in ("sentences", "others")]
+    assert all(row["result"]["difference"] < 1e-3 for run in runs for row in run.rows)
+    assert "| choice | 4 |" in "".join(TASK.tables(runs).values())
 
 
-def test_trl_s_scripts_train_on_a_packed_base(model, tmp_path):
-    from benchmarks.ecosystem import trl_scripts
-
-    output = tmp_path / "trl.json"
-    trl_scripts.main(["--steps", "2", "--model", model, "--output", str(output)])
-    rows = {settings["script"]: result for settings, result in stored(output)}
+def test_trl_s_scripts_train_on_a_packed_base(model, measured):
+    run = measured("trl_scripts", "smollm2", model=model)
+    rows = {row["key"]["script"]: row["result"] for row in run.rows}
     assert rows["dpo"]["losses"][0] == pytest.approx(math.log(2), abs=1e-3)
     for result in rows.values():
         assert (result["adapter"], result["packed"]) == ("LORA", 14)
         assert len(result["losses"]) == 2 and all(map(math.isfinite, result["losses"]))
 
 
-def test_servers_and_pipelines(model, tmp_path):
+def test_servers_and_pipelines(model, measured):
     pytest.importorskip("openai")
     pytest.importorskip("uvicorn")
-    from benchmarks.ecosystem import serving
-
-    output = tmp_path / "serving.json"
-    names = ["transformers serve, adapter in the base's folder", "text-generation pipeline, adapter folder"]
-    serving.main(["--new-tokens", "6", "--model", model, "--output", str(output), "--only", *names])
-    rows = {settings["contender"]: result for settings, result in stored(output)}
-    assert list(rows) == names
-    for result in rows.values():
-        assert result["whole"] == result["ours"] and result["streamed"]
+    run = measured("serving", "smollm2", model=model)
+    assert [row["key"]["contender"] for row in run.rows] == run.contenders and len(run.contenders) == 2
+    for row in run.rows:
+        assert row["result"]["whole"] == row["result"]["ours"] and row["result"]["streamed"]

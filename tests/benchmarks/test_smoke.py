@@ -12,20 +12,14 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from benchmarks import (  # noqa: E402
-    adapters,
     alphatuning_nlg,
     alphatuning_sizes,
     decode,
-    experts,
-    kernels,
     loading,
-    loading_others,
     nlg_metrics,
     peqa_learning_rate,
     peqa_quality,
     peqa_training,
-    plan_memory,
-    reconstruction,
     tuning,
 )
 from benchmarks.core import experiments  # noqa: E402
@@ -80,14 +74,13 @@ def test_quality_without_data(tmp_path):
 
 
 @linux_only
-def test_training(tmp_path, capsys):
-    output = tmp_path / "training.json"
-    peqa_training.main(["--smoke", "--output", str(output)])
-    shown = capsys.readouterr().out
-    assert "over LoRA's" in shown and "over plain autograd's" in shown
-    for method in peqa_training.SMOKE_METHODS:
-        assert f"| {method.title} |" in shown
-    results = {row["settings"]["kind"]: row["result"] for row in _rows(output)}
+def test_training(smoke):
+    found = smoke("peqa_training")
+    assert "over LoRA's" in found.shown and "over plain autograd's" in found.shown
+    assert set(found.rows) == {"smollm2", "alphatuning"}
+    for name in ("PEQA, 4 bits, per channel", "LoRA, r = 8", "Full fine-tuning", "AlphaTuning, 3 bits, per channel"):
+        assert f"| {name} |" in found.shown
+    results = {row["key"]["kind"]: row["result"] for row in found.rows["smollm2"]}
     assert all(result["peak"] >= result["at_start"] > 0 for result in results.values())
     # two float32 moments for each trained number, and a step count for each tensor
     assert results["PEQA"]["optimizer_bytes"] >= 2 * results["PEQA"]["trained_bytes"]
@@ -98,7 +91,7 @@ def test_plain_autograd_computes_what_peqa_computes():
     batch = torch.randint(0, 200, (2, 16))
     losses, gradients = [], []
     for kind in ("PEQA", peqa_training.PLAIN):
-        model = peqa_training.build(peqa_training.TINY, method(kind, 3, 64), torch.float32)
+        model = peqa_training.build(tuning.TINY, method(kind, 3, 64), torch.float32)
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         losses.append(loss.detach())
@@ -107,14 +100,10 @@ def test_plain_autograd_computes_what_peqa_computes():
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
-def test_learning_rate(tmp_path, capsys):
-    output = tmp_path / "rates.json"
-    peqa_learning_rate.main(["--smoke", "--output", str(output)])
-    shown = capsys.readouterr().out
-    assert "one learning rate serves best" in shown
-    count = len(_rows(output))
-    peqa_learning_rate.main(["--smoke", "--output", str(output)])
-    assert len(_rows(output)) == count and capsys.readouterr().out == shown
+def test_learning_rate(smoke):
+    found = smoke("peqa_learning_rate")
+    assert "perplexity that one rate for all costs on the worst model, relative over absolute" in found.shown
+    assert len(found.results) == 2 * 3 * 2
 
 
 def test_rescaling_keeps_the_function():
@@ -131,7 +120,8 @@ def test_rescaling_keeps_the_function():
 @pytest.mark.parametrize("bits", [None, 4])
 def test_large_random_model(monkeypatch, bits):
     small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    monkeypatch.setattr(peqa_training, "BILLION_CONFIG", {**small, "num_key_value_heads": 2, "vocab_size": 100})
+    shape = {**small, "num_key_value_heads": 2, "vocab_size": 100}
+    monkeypatch.setitem(peqa_training.RANDOM, peqa_training.BILLION, shape)
     method = peqa_training.Method("LoRA, r = 8") if bits is None else peqa_training.Method("PEQA", bits)
     model = peqa_training.build(peqa_training.BILLION, method, torch.float32)
     assert not any(parameter.is_meta for parameter in model.parameters())
@@ -142,24 +132,23 @@ def test_large_random_model(monkeypatch, bits):
     assert all(parameter.grad is not None for parameter in tuning.trainable(model))
 
 
-def test_nlg(tmp_path, capsys):
-    output = tmp_path / "nlg.json"
-    alphatuning_nlg.main(["--smoke", "--output", str(output)])
-    shown = capsys.readouterr().out
+def test_nlg(smoke):
+    found = smoke("alphatuning_nlg")
     for row in alphatuning_nlg.all_rows():
-        assert f"| {row.title} |" in shown
-    assert "not measured" not in shown and "BLEU below full fine-tuning" in shown
-    before = output.read_text()
-    alphatuning_nlg.main(["--smoke", "--output", str(output)])
-    assert output.read_text() == before, "finished rows were measured again"
-    trained = {row["settings"]["method"]: row["result"]["trained"] for row in _rows(output) if "BLEU" in row["result"]}
+        assert f"| {row.title} |" in found.shown
+    assert "not measured" not in found.shown and "BLEU below full fine-tuning" in found.shown
+    trained = {
+        row["key"]["method"]: row["result"]["trained"] for row in found.rows["e2e_webnlg"] if "BLEU" in row["result"]
+    }
     assert trained["AlphaTuning"] == trained["PEQA"] < trained["AlphaTuning, all alphas"] < trained["LoRA, r = 8"]
 
 
-def test_nlg_without_data(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        alphatuning_nlg.main(["--data-dir", str(tmp_path)])
-    assert "no train.jsonl" in capsys.readouterr().err
+def test_nlg_without_data(tmp_path, monkeypatch):
+    monkeypatch.setenv("PEFT_EXT_DATA", str(tmp_path))
+    (tmp_path / "e2e").mkdir()
+    run = Run("alphatuning_nlg", "e2e_webnlg", experiments.settings("alphatuning_nlg", "e2e_webnlg"), folder=tmp_path)
+    with pytest.raises(NotHere, match="e2e has no train.jsonl"):
+        alphatuning_nlg.measure(run)
 
 
 def test_the_loss_counts_targets_only():
@@ -178,125 +167,85 @@ def test_nlg_metrics():
     assert all(wrong[name] < 20 for name in wrong)
 
 
-def test_reconstruction(tmp_path, capsys):
-    output = tmp_path / "reconstruction.json"
-    reconstruction.main(["--smoke", "--output", str(output)])
-    shown = capsys.readouterr().out
-    assert "| BCQ, alternating |" in shown and "calibrated BCQ over calibrated uniform" in shown
-    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    results = {
-        tuple(row["settings"][key] for key in ("format", "method", "bits")): row["result"] for row in _rows(output)
-    }
+def test_reconstruction(smoke, tmp_path):
+    found = smoke("reconstruction")
+    assert "| BCQ, alternating |" in found.shown and "calibrated BCQ over calibrated uniform" in found.shown
+    assert (tmp_path / "reconstruction" / "wikitext2.png").read_bytes().startswith(b"\x89PNG")
+    results = {tuple(row["key"].values()): row["result"] for row in found.rows["wikitext2"]}
     for bits in (2, 3, 4):
         greedy, alternating = (results["binary coding", method, bits]["error"] for method in ("greedy", "alternating"))
         assert alternating < greedy
-    before = output.read_text()
-    reconstruction.main(["--smoke", "--output", str(output)])
-    assert output.read_text() == before
 
 
 def test_the_sizes_are_those_of_the_paper():
     """Whole models at 3 bits, in megabytes: what the paper's size table has for GPT-2 medium and large."""
     for name, whole in (("GPT-2 medium", 327), ("GPT-2 large", 535)):
-        found = alphatuning_sizes.sizes_of(alphatuning_sizes.CONFIGS[name], 3)
+        found = alphatuning_sizes.sizes_of(name, 3)
         assert round((found.packed_bytes + found.rest_bytes) / 1e6) == whole
-    opt = alphatuning_sizes.sizes_of(alphatuning_sizes.CONFIGS["OPT-1.3B"], 3)
+    opt = alphatuning_sizes.sizes_of("OPT-1.3B", 3)
     assert opt.trained == 442_368
 
 
 @linux_only
-def test_sizes(tmp_path, capsys):
-    alphatuning_sizes.main(["--smoke", "--output", str(tmp_path / "sizes.json")])
-    shown = capsys.readouterr().out
-    assert (
-        "model.layers.0.self_attn.q_proj" in shown
-        and "| packed |" in shown
-        and "**not met**" not in shown.split("peak")[0]
-    )
+def test_sizes(smoke):
+    shown = smoke("alphatuning_sizes").shown
+    assert "model.layers.0.self_attn.q_proj" in shown and "| packed |" in shown
+    assert "**not met**" not in shown.split("peak memory")[0]
 
 
 @linux_only
-def test_adapters(tmp_path, capsys):
-    output = tmp_path / "adapters.json"
-    adapters.main(["--smoke", "--output", str(output)])
-    shown = capsys.readouterr().out
-    assert "memory grown, over the adapter files" in shown and "4 adapters in a batch, over one" in shown
-    loading, pool, mixing = (row["result"] for row in _rows(output))
+def test_adapters(smoke):
+    found = smoke("adapters")
+    assert "memory grown, over the adapter files" in found.shown and "all adapters in a batch, over one" in found.shown
+    loading, pool, mixing = found.results
     assert loading["files"] == pool["files"] > 0 and loading["switch"] > 0 and pool["switch"] > 0
     assert {len(seconds) for tasks in mixing.values() for task in tasks.values() for seconds in task.values()} == {2}
-    before = output.read_text()
-    adapters.main(["--smoke", "--output", str(output)])
-    assert output.read_text() == before and capsys.readouterr().out == shown
 
 
 @linux_only
-def test_plan_memory(tmp_path, capsys):
-    output = tmp_path / "plan.json"
-    plan_memory.main(["--smoke", "--output", str(output)])
-    shown = capsys.readouterr().out
-    assert "| tuning, PEQA, 4 bits |" in shown and "| serving, float |" in shown and "largest difference" in shown
-    results = [row["result"] for row in _rows(output)]
-    assert len(results) == 2
-    assert all(one["ratio"] == one["predicted"] / one["measured"] for one in results)
-    before = output.read_text()
-    plan_memory.main(["--smoke", "--output", str(output)])
-    assert output.read_text() == before and capsys.readouterr().out == shown
+def test_plan_memory(smoke):
+    found = smoke("plan_memory")
+    assert "| tuning, PEQA, 4 bits |" in found.shown and "| serving, float |" in found.shown
+    assert "largest difference" in found.shown and len(found.results) == 2
+    assert all(one["ratio"] == one["predicted"] / one["measured"] for one in found.results)
 
 
-def test_experts(tmp_path, capsys):
-    output = tmp_path / "experts.json"
-    experts.main(["--smoke", "--output", str(output), "--rounds", "1"])
-    shown = capsys.readouterr().out
-    assert len(_rows(output)) == 3 and "packed over eager" in shown
-    experts.main(["--smoke", "--table", "--output", str(output), "--rounds", "1"])
-    assert capsys.readouterr().out == shown
+def test_experts(smoke):
+    found = smoke("experts")
+    assert len(found.results) == 3 and "packed over eager" in found.shown
 
 
-def test_kernels(tmp_path, capsys):
-    output = tmp_path / "kernels.json"
-    kernels.main(["--smoke", "--output", str(output), "--rounds", "1"])
-    shown = capsys.readouterr().out
-    rows = _rows(output)
-    assert rows and "| ours, 3 bits |" in shown
-    assert all(time > 0 for row in rows for time in row["result"]["milliseconds"].values())
+def test_kernels(smoke):
+    found = smoke("kernels")
+    assert "| ours, 3 bits |" in found.shown
+    products = [one for one in found.results if "milliseconds" in one]
+    assert products and all(time > 0 for one in products for time in one["milliseconds"].values())
+    errors = [one for one in found.results if "mean" in one]
+    assert errors and all(one["products"] == 14 * 4 and one["mean"] <= one["largest"] < 0.05 for one in errors)
 
 
 @linux_only
-@linux_only
-def test_loading(tmp_path, capsys):
-    output = tmp_path / "loading.json"
-    loading.main(["--smoke", "--output", str(output)])
-    shown = capsys.readouterr().out
-    (row,) = _rows(output)
-    layers = {title: one["layers"] for title, one in row["result"].items()}
+def test_loading(smoke):
+    found = smoke("loading")
+    (row,) = found.results
+    layers = {title: one["layers"] for title, one in row.items()}
     assert layers[loading.OURS.title] == layers[loading.OUR_BCQ.title] == ["PackedLinear"]
     assert layers[loading.STOCK.title] == layers[loading.BFLOAT16.title] == ["Linear"], "stock is stock"
-    assert "peak of loading, over the packed bytes" in shown and "first token, first call" in shown
-    loading.main(["--smoke", "--table", "--output", str(output)])
-    assert capsys.readouterr().out == shown
+    assert "peak of loading, over the packed bytes" in found.shown and "first token, first call" in found.shown
 
 
 @linux_only
-def test_loading_what_others_packed(tmp_path, capsys):
-    output = tmp_path / "loading_others.json"
-    loading_others.main(["--smoke", "--output", str(output)])
-    shown = capsys.readouterr().out
-    (row,) = _rows(output)
-    assert {one["layer"] for one in row["result"].values()} == {"PackedLinear"}
-    assert "AWQ: peak of loading, over the packed bytes" in shown
+def test_loading_what_others_packed(smoke):
+    found = smoke("loading_others")
+    assert {one["layer"] for one in found.results[0].values()} == {"PackedLinear"}
+    assert "AWQ: peak of loading, over the packed bytes" in found.shown
 
 
 @linux_only
-def test_decode(tmp_path, capsys):
-    output = tmp_path / "decode.json"
-    decode.main(["--smoke", "--output", str(output)])
-    shown = capsys.readouterr().out
-    (row,) = _rows(output)
-    found = row["result"]
-    assert set(found) == set(row["settings"]["rows"]) and "tokens per second, 2 bits over 4 bits" in shown
-    assert all(one["tokens_per_second"] > 0 and one["first_token_seconds"] > 0 for one in found.values())
-    assert found[decode.TWO.title]["weight_bytes"] < found[decode.FOUR.title]["weight_bytes"]
-    assert "saved, loaded in a fresh process, over never saved" in shown
-    before = output.read_text()
-    decode.main(["--smoke", "--table", "--output", str(output)])
-    assert output.read_text() == before and capsys.readouterr().out == shown
+def test_decode(smoke):
+    rows = smoke("decode").rows
+    (plain,), (saved,) = ([row["result"] for row in rows[name]] for name in ("smollm2", "smollm2_saved"))
+    for one in (*plain.values(), *saved.values()):
+        assert one["tokens_per_second"] > 0 and one["first_token_seconds"] > 0
+    assert plain[decode.TWO.title]["weight_bytes"] < plain[decode.FOUR.title]["weight_bytes"]
+    assert set(saved) == {decode.SAVED.title, decode.NEVER_SAVED.title}
