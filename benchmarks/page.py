@@ -34,7 +34,7 @@ third column: what we wanted and did not get. Smaller bars, met or not, are on t
 """
 DIRTY = """
 † From sources that were not committed (`+` behind the commit in `benchmarks/results/environments.json`), before that was
-refused. To be measured again: {commands}.
+refused; `--dirty_again` measures them again: {commands}.
 """
 # Experiments with such rows. None may be added: a row from sources that no commit has can't be measured again.
 KNOWN_DIRTY: Mapping[str, Sequence[str]] = {}
@@ -53,7 +53,7 @@ def published(task: str) -> tuple[Run, ...]:
         if run.dirty and run.experiment not in KNOWN_DIRTY.get(task, ()):
             raise ValueError(
                 f"{run.path} has {len(run.dirty)} of {len(run.rows)} rows that were measured on sources that are in no commit; "
-                f"commit, remove these rows and run again: {PROGRAM} {task} {run.experiment}"
+                f"run them again from a commit: {PROGRAM} {task} {run.experiment} --dirty_again"
             )
     return runs
 

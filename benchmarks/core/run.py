@@ -118,6 +118,11 @@ class Run:
         self.write()
         return row["result"]
 
+    def forget_dirty(self) -> None:
+        """Forget rows of sources that are in no commit, so that they are measured again."""
+        dirty = self.dirty
+        self.rows = [row for row in self.rows if row not in dirty]
+
     def write(self) -> None:
         """Write the file, a row in a line."""
         head = {"task": self.task, "experiment": self.experiment, "size": self.size, "settings": self.settings}

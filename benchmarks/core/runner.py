@@ -61,6 +61,9 @@ class Arguments:
     quick: bool = field(default=False, metadata={"help": "Every claim at a small size: 10 minutes for all tasks."})
     smoke: bool = field(default=False, metadata={"help": "Next to nothing: checks that the tasks run."})
     table: bool = field(default=False, metadata={"help": "Measure nothing, show what is stored."})
+    dirty_again: bool = field(
+        default=False, metadata={"help": "Measure again what was measured on sources that are in no commit."}
+    )
     seed: Optional[int] = field(
         default=None,
         metadata={"help": "Instead of the experiment's; results are stored beside those of its own seed."},
@@ -104,13 +107,18 @@ def main(argv: Sequence[str], tasks: Tasks, configs: Path = experiments.EXPERIME
             near = difflib.get_close_matches(name, tasks, 1)
             hint = f"did you mean {near[0]!r}?" if near else "--list shows what there is."
             raise ValueError(f"there is no benchmark {name!r}; {hint}")
+    if not arguments.table and arguments.folder == RESULTS and "+" in environment.commit():
+        raise ValueError(
+            "results of the repository come from commits alone, and files differ from the last one; commit them, or pass "
+            "--output_dir."
+        )
     if arguments.task == ALL:
         return _run_all(arguments, tasks, configs)
     task = tasks[names[0]].load()
     runs = open_runs(names[0], arguments.experiments, arguments.size, arguments.folder, arguments.seed, configs)
     try:
         if not arguments.table:
-            measure(task, runs)
+            measure(task, runs, arguments.dirty_again)
     except NotHere as error:
         raise ValueError(str(error)) from error
     tables, claims = task.tables(runs), task.claims(runs)
@@ -149,12 +157,14 @@ def open_runs(
     return runs
 
 
-def measure(task: Task, runs: Sequence[Run]) -> None:
-    """Measure what runs lack, and draw the task's pictures."""
+def measure(task: Task, runs: Sequence[Run], dirty_again: bool = False) -> None:
+    """Measure what runs lack (and what comes from sources in no commit), and draw the task's pictures."""
     environment.commit()  # of the source as it is loaded now, not as it is hours later
     for run in runs:
         if run.size != FULL:
             run.forget_others()
+        if dirty_again:
+            run.forget_dirty()
         with contextlib.redirect_stdout(sys.stderr):  # trainers print there, too
             task.measure(run)
     if task.draw is not None and any(run.rows for run in runs):
@@ -239,7 +249,7 @@ def _in_child(sender: Any, name: str, entry: Entry, arguments: Arguments, config
     try:
         task = entry.load()
         runs = open_runs(name, (), arguments.size, arguments.folder, arguments.seed, configs)
-        measure(task, runs)
+        measure(task, runs, arguments.dirty_again)
         sender.send(("", False))
     except (NotHere, ImportError) as error:
         sender.send((f"not possible here: {error}", False))

@@ -159,6 +159,21 @@ def test_dirty_rows_are_told(tmp_path, monkeypatch):
     monkeypatch.setattr(environment, "commit", lambda: "0123456789ab+1f2e3d4c")
     run.add({"step": 1}, {"value": 1})
     assert [row["key"] for row in run.dirty] == [{"step": 1}]
+    run.forget_dirty()
+    assert [row["key"] for row in run.rows] == [{"step": 0}]
+
+
+def test_the_repository_s_results_come_from_commits(configs, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(environment, "commit", lambda: "0123456789ab+1f2e3d4c")
+    monkeypatch.setattr(runner, "RESULTS", tmp_path / "results")
+    assert _main(["steps"], configs, "steps") == 2
+    assert "come from commits alone" in capsys.readouterr().err and not (tmp_path / "results").exists()
+    assert _main(["steps", "--output_dir", str(tmp_path / "out")], configs, "steps") == 0
+
+
+def test_names_that_runs_have_are_no_settings(tmp_path):
+    with pytest.raises(ValueError, match="no setting can be called 'rows'"):
+        Run("steps", "one", {"rows": 1}, folder=tmp_path)
 
 
 def test_claims():
