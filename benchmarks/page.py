@@ -34,10 +34,23 @@ third column: what we wanted and did not get. Smaller bars, met or not, are on t
 """
 DIRTY = """
 † From sources that were not committed (`+` behind the commit in `benchmarks/results/environments.json`), before that was
-refused; `--dirty_again` measures them again: {commands}.
+refused. `python -m benchmarks <task> <experiment> --dirty_again` measures them again: {commands}.
 """
 # Experiments with such rows. None may be added: a row from sources that no commit has can't be measured again.
-KNOWN_DIRTY: Mapping[str, Sequence[str]] = {}
+KNOWN_DIRTY: Mapping[str, Sequence[str]] = {
+    "peqa_quality": ("wikitext2",),
+    "peqa_training": ("billion", "smollm2"),
+    "peqa_learning_rate": ("five_models",),
+    "decode": ("billion", "billion_compiled", "smollm2", "smollm2_compiled"),
+    "harness_speed": ("sentences",),
+    "kernels": ("three_shapes",),
+    "adapters": ("thousand",),
+    "plan_memory": ("gpt2", "smollm2"),
+    "experts": ("qwen3_moe",),
+    "harness": ("auto",),
+    "vllm_reading": ("tiny",),
+    "critic_cost": ("smollm2",),
+}
 _MARKED = re.compile(r"(<!-- table: ([^/\n]+)/(.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -69,7 +82,7 @@ def results_page(tasks: Sequence[str] = tuple(TASKS)) -> str:
         for headline, row in zip(found, rows_of_task):
             rows[headline.area].append(row)
         if marked and found:
-            dirty += [f"`{PROGRAM} {task} {experiment}`" for experiment in KNOWN_DIRTY[task]]
+            dirty += [f"`{task} {experiment}`" for experiment in KNOWN_DIRTY[task]]
     parts = [HEAD]
     for area, lines in rows.items():
         parts.append("\n".join([f"\n## {area}\n", "| | Measured | Wanted | Page |", "|---|---|---|---|", *lines, ""]))
