@@ -17,9 +17,9 @@ help:
 	@echo "make notebooks  execute the notebooks"
 	@echo "make docs       build the documents as a site"
 	@echo "make sanitize   run the kernel's tests on a build with address and undefined-behaviour sanitisers (g++)"
-	@echo "make bench-quick  hold every claim at a small size (10 minutes)"
+	@echo "make bench-quick  hold every claim against its bound at a small size (10 minutes)"
 	@echo "make fuzz       damage saved folders in 10,000 ways, load each, and print what became of them (10 minutes)"
-	@echo "make bench      run the benchmarks behind the figures (hours)"
+	@echo "make bench      measure what benchmarks/results lacks (hours if it is empty), and rebuild the pages"
 	@echo "make clean      remove .venv, runs and caches"
 
 $(READY): pyproject.toml
