@@ -73,7 +73,9 @@ def going_on(trainer: Any, resume_from_checkpoint: Union[None, bool, PathLike] =
     folder = Path(str(trainer.args.output_dir))
     given = getattr(trainer.args, "resume_from_checkpoint", None)
     with _held(folder, trainer):
-        yield resolve(resume_from_checkpoint if given is None else given, folder)
+        checkpoint = resolve(resume_from_checkpoint if given is None else given, folder)
+        with _no_step_too_many(trainer, checkpoint):
+            yield checkpoint
 
 
 def resolve(resume_from_checkpoint: Union[None, bool, PathLike], folder: PathLike) -> Optional[str]:
@@ -118,6 +120,25 @@ def _held(folder: Path, trainer: Any) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder, "output_dir"):
         yield
+
+
+@contextmanager
+def _no_step_too_many(trainer: Any, checkpoint: Optional[str]) -> Iterator[None]:
+    """From the checkpoint of the last step, transformers would make another: it looks after a step whether it was the last."""
+    limit = trainer.args.max_steps
+    if checkpoint is None or limit < 1 or _json(Path(checkpoint) / _STATE)["global_step"] < limit:
+        yield
+        return
+    own = trainer.set_initial_training_values
+
+    def without_epochs(*args: Any, **kwargs: Any) -> Any:
+        return (0, *own(*args, **kwargs)[1:])
+
+    trainer.set_initial_training_values = without_epochs
+    try:
+        yield
+    finally:
+        del trainer.set_initial_training_values
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -132,6 +132,7 @@ SEAMS = {
         "should_convert_module": "peft_ext.checkpoint: modules that bcq leaves alone",
     },
     "transformers.Trainer": {
+        "set_initial_training_values(args, dataloader)": "peft_ext.trainer_checkpoints: begins with the number of epochs",
         "_train_batch_size": "generation_ext.critic: the number that auto_find_batch_size may have halved",
         "_save(output_dir, state_dict)": "generation_ext.critic: a checkpoint holds the critic, not its model",
     },

@@ -112,6 +112,22 @@ def test_the_run_ends_as_if_nothing_had_happened(tmp_path):
     assert not os.listdir(tmp_path / "cut")
 
 
+def test_no_step_beyond_the_last(tmp_path):
+    """From the checkpoint of the last step, transformers makes another one."""
+    made = trainer(tmp_path, adapter=True, steps=3, save_only_model=False)
+    made.args.save_steps = 1
+    made.train()
+    kept = {name: value.clone() for name, value in made.model.state_dict().items()}
+    again = trainer(tmp_path, adapter=True, steps=3)
+    assert last_checkpoint(tmp_path).endswith("-3")
+    train(again)
+    assert again.state.global_step == 3
+    assert all(torch.equal(value, kept[name]) for name, value in again.model.state_dict().items())
+    more = trainer(tmp_path, adapter=True, steps=5)
+    train(more)
+    assert more.state.global_step == 5
+
+
 def test_only_the_model_was_saved(tmp_path):
     trainer(tmp_path, adapter=True, save_only_model=True).train()
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
