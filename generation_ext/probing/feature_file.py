@@ -72,13 +72,22 @@ class FeatureFile:
     def finish(self) -> None:
         """Put the file in its place."""
         self.features.flush()
-        del self.features, self.done, self._checks
+        self._unmap()
         self._digest = file_digest(self._partial)
         write_settings(self._settings_file, {**self._settings, _DIGEST: self._digest})
         os.replace(self._partial, self.path)
         self._done_file.unlink()
-        self._held.close()
         self.finished = True
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file, filled or not; another process may go on with it."""
+        self._unmap()
+        self._held.close()
+
+    def _unmap(self) -> None:
+        for name in ("features", "done", "_checks"):
+            self.__dict__.pop(name, None)
 
     def read(self) -> np.ndarray:
         """The finished features, mapped read-only, once their digest, if there is one, has been compared.
@@ -140,7 +149,9 @@ class FeatureFile:
             flags = np.fromfile(self._done_file, dtype=np.uint8)
             before = flags == 1 if flags.max() <= 1 else None
         whole = before is not None or _has_size(self._done_file, 4 * count)
-        if not (whole and _has_size(self._partial, size) and _starts_with(self._partial, start)):
+        if whole and _has_size(self._partial, size) and _starts_with(self._partial, start):
+            allocate(self._partial, size, keep=True)  # an earlier version's has holes
+        else:
             # the record first: it must not tell of rows of an older file
             self._done_file.unlink(missing_ok=True)
             allocate(self._partial, size)

@@ -36,14 +36,8 @@ SECONDS = 300  # after which a piece of work hangs
 EVENT, MOMENT = "file event", "moment"
 PASSED = "goes on"
 _MARKS = ("<!-- kills -->", "<!-- /kills -->")
-_TIMES = (
-    "second",
-    "time",
-    "runtime",
-    "process",
-    "per_second",
-    "flos",
-)  # in the names of what differs between any two runs
+# In the names of what differs between any two runs; `train_loss` is Trainer's mean since it was started.
+_TIMES = ("second", "time", "runtime", "process", "flos", "train_loss")
 
 
 class Operation(NamedTuple):
@@ -94,6 +88,7 @@ class Harness:
         self.folder, self.log, self.said = room / "work", room / "log", room / "said"
         self.operations = operations
         self._before = room / "before"
+        self._before.mkdir(parents=True)
         self._whole: dict[str, dict[str, Any]] = {}
 
     def cases(self, name: str, kind: str, seeds: Iterable[int]) -> Iterator[Case]:
@@ -205,6 +200,7 @@ class Harness:
         try:
             output = os.open(self.log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
             os.dup2(output, 1), os.dup2(output, 2)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(SECONDS)
             watch = _Watch(self.folder, event, moment) if event or moment is not None or tells else None

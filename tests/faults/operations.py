@@ -36,15 +36,42 @@ from tests.tiny.tokenizers import tokenizer_for
 from trl_ext.scripts import almost_reward, almost_rlsf, almost_sft
 
 
+# All of them, so that nothing has to be made to know them.
+NAMES = (
+    "packed base over another format",
+    "shards over one file",
+    "adapter",
+    "OOD pipeline",
+    "detector",
+    "PALP classifier",
+    "critic",
+    "C-DNPG model",
+    "tune (peqa)",
+    "tune (alphatuning)",
+    "quantize",
+    "critic with its roll-outs",
+    "paraphrase model",
+    "OOD study",
+    "ALMoST: reward model",
+    "ALMoST: reward model (PEQA)",
+    "ALMoST: SFT (LoRA)",
+    "ALMoST: RLSF",
+    "ALMoST: texts",
+    "features",
+    "SG-ICL's demonstrations",
+)
+
+
 def operations(room: Path) -> dict[str, Operation]:
-    """All of them; models and data that they share are written into `room`."""
+    """Those of `NAMES`; models and data that they share are written into `room`."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a tokenizer's training breaks ties at random on several threads
     os.environ["RAYON_NUM_THREADS"] = "1"
     shared = room / "shared"
     shared.mkdir(parents=True, exist_ok=True)
     saved.set_room(shared)
     saves = {name: _within(operation) for name, operation in _saves().items()}
-    return {**saves, **_runs(shared), **_almost(shared), **_texts()}
+    found = {**saves, **_runs(shared), **_almost(shared), **_texts()}
+    return {name: found[name] for name in NAMES}
 
 
 # ---- saves over an older version

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from generation_ext.probing import features as module
 from generation_ext.probing.feature_file import FeatureFile
 from generation_ext.probing.features import FeatureExtractor
 from generation_ext.shared_prefix.token_tree import TokenTree
+from peft_ext import files
 from tests.tiny.byte_models import CAUSAL, HIDDEN, LAYERS, LENGTH, adapted, model
 from tests.tiny.tokenizers import tokenizer, tokenizer_for
 
@@ -136,6 +138,53 @@ def test_a_killed_run_goes_on(name, tmp_path, monkeypatch):
     calls.clear()
     np.testing.assert_array_equal(extractor.extract(TEXTS, PREFIX, output), found)
     assert not calls
+
+
+def test_what_a_kill_at_the_end_leaves_is_swept(tmp_path):
+    extractor = FeatureExtractor(model("llama"), tokenizer_for("llama"))
+    found = np.array(extractor.extract(TEXTS, output=tmp_path / "f.npy"))
+    (tmp_path / "f.npy.done").write_bytes(b"\1")  # the file was in its place, its record not yet gone
+    np.testing.assert_array_equal(extractor.extract(TEXTS, output=tmp_path / "f.npy"), found)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f.npy", "f.npy.json"]
+
+
+def test_a_record_without_its_file_is_no_record(tmp_path):
+    file = FeatureFile(tmp_path / "f.npy", (4, 8), {})
+    file.features[:] = 1
+    file.mark([0, 1, 2, 3])
+    file.close()
+    (tmp_path / "f.npy.partial").unlink()
+    assert not FeatureFile(tmp_path / "f.npy", (4, 8), {}).done.any()
+
+
+def test_another_process_fills_the_file(tmp_path):
+    file = FeatureFile(tmp_path / "f.npy", (4, 8), {})
+    process = os.fork()
+    if process == 0:
+        files._HOLDS.clear()  # as in a process that wasn't forked off
+        try:
+            FeatureFile(tmp_path / "f.npy", (4, 8), {})
+        except BlockingIOError as error:
+            os._exit(7 if "another process works in it" in str(error) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 7
+    file.close()
+    assert not FeatureFile(tmp_path / "f.npy", (4, 8), {}).finished
+
+
+def test_a_full_disk_is_an_error_before_anything_is_mapped(tmp_path, monkeypatch):
+    """The fault: a sparse file was mapped, and the process died of SIGBUS when the disk was full."""
+
+    def full(descriptor, start, size):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left on device: '.*f.npy.partial' needs 256 bytes"):
+        FeatureFile(tmp_path / "f.npy", (4, 8), {})
+    monkeypatch.undo()
+    file = FeatureFile(tmp_path / "f.npy", (1000, 8), {})
+    assert (tmp_path / "f.npy.partial").stat().st_blocks * 512 >= 32_000, "it isn't sparse"
+    file.close()
 
 
 def test_files_that_are_refused(tmp_path):
