@@ -90,7 +90,7 @@ def convert_to_granularity_attention(model: Model, config: Optional[GranularityC
         if hasattr(each, "_attn_implementation"):
             each._attn_implementation = implementation
     model_config.granularity = asdict(config)
-    model.saved_whole = True  # for peft_ext.whole_saves
+    model.saved_whole = True  # type: ignore[assignment]  # for peft_ext.whole_saves
     return model
 
 
