@@ -21,7 +21,7 @@ from generation_ext.critic.rollout_files import read_rollouts
 from peft_ext.files import write_json
 
 
-HELD_OUT = 256  # roll-outs that a critic is measured on
+HELD_OUT = 256  # roll-outs that a critic is measured on, at most; a quarter of what it learns from
 # Kinds of critics, by the titles of their rows.
 SEPARATE, UNSEEN, WEIGHTED = "CriticControl", "CriticControl, unseen topics", "Weighted decoding"
 
@@ -78,7 +78,7 @@ class Critics:
         folder, count = self._folder(kind, code), self._rollouts(kind)
         rng = np.random.default_rng(self.run.seed)
         training: list[Any] = self._prompts(rng, codes, count)
-        held_out = self._prompts(rng, codes, min(HELD_OUT, count))
+        held_out = self._prompts(rng, codes, min(HELD_OUT, count // 4))
         first = self._folder(kind, self.task.codes[0])
         if code is not None and code != self.task.codes[0]:
             self(kind, self.task.codes[0])

@@ -64,17 +64,25 @@ def measure(detector: str, name: str = "auroc") -> Measure:
 def whole_table(
     cells: Cells, title: str, data: str, model: str, name: str = "auroc", budget: Optional[float] = BUDGET
 ) -> str:
-    """A measure of every detector but relative Mahalanobis and ViM, mean and deviation over seeds."""
+    """A measure of every detector but relative Mahalanobis and ViM, mean and deviation over seeds; beside AUROC, accuracy.
+
+    Args:
+        cells: The cells.
+        title: Of the first column.
+        data, model, budget: Which cells; None: of any budget.
+        name: The measure.
+    """
     shown = ("msp", "energy", "mahalanobis", "cosine", "knn")
-    headers = [title, "validation accuracy", "ID accuracy", *(DETECTORS[each] for each in shown), "seeds"]
-    columns = [accuracy("validation_accuracy"), accuracy("id_accuracy"), *(measure(each, name) for each in shown)]
+    columns = {DETECTORS[each]: measure(each, name) for each in shown}
+    if name == "auroc":
+        accuracies = {f"{part} accuracy": accuracy(f"{part.lower()}_accuracy") for part in ("validation", "ID")}
+        columns = {**accuracies, **columns}
     lines = []
     for method in ORDER:
         rows = cells.of(data, model, method, budget)
-        if not rows:
-            continue
-        lines.append([METHODS[method].title, *(_spread(rows, column) for column in columns), len(rows)])
-    return markdown_table(headers, lines)
+        if rows:
+            lines.append([METHODS[method].title, *(_spread(rows, column) for column in columns.values()), len(rows)])
+    return markdown_table([title, *columns, "seeds"], lines)
 
 
 def short_table(
@@ -123,6 +131,19 @@ def ranks_table(cells: Cells) -> str:
     """Mean ranks of the methods under each detector."""
     methods, _ = rank_tables(cells.finished, list(DETECTORS))
     return markdown_table(["Mean rank among the methods, by AUROC", *DETECTORS.values()], methods.rows)
+
+
+def rates_table(finished: Sequence[CellResult]) -> str:
+    """Validation accuracy by learning rate, best first."""
+    found: dict[str, dict[str, float]] = {}
+    for row in finished:
+        found.setdefault(row.cell.method, {}).update(row.result["searched"])
+    lines = []
+    for method in ORDER:
+        tried = sorted(found.get(method, {}).items(), key=lambda each: -each[1])
+        if tried:
+            lines.append([METHODS[method].title, ", ".join(f"{rate}: {100 * value:.1f}" for rate, value in tried)])
+    return markdown_table(["", "learning rate: validation accuracy, %, best first"], lines)
 
 
 def _brief(rows: Sequence[CellResult], detectors: Sequence[str], digits: int) -> Optional[str]:

@@ -53,6 +53,15 @@ def test_the_studies():
     assert {cell.model.layers for cell in ood.study_of(runs["smollm2"], RESULTS).cells()} == {10, 20, 30}
 
 
+def test_cells_that_chose_learning_rates_are_in_no_mean():
+    runs = open_runs("ood")
+    shown = ood.tables(runs)
+    studies = ood.tables([run for run in runs if run.experiment in ("minilm", "smollm2")])
+    assert {name: shown[name] for name in studies} == studies
+    assert set(shown) - set(studies) == {"minilm_rates", "smollm2_rates"}
+    assert "| LoRA | 0.006: " in shown["minilm_rates"], "the rate that minilm's study takes isn't the best one"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from Linux")
 def test_detectors(smoke):
     found = smoke("ood_detectors")
