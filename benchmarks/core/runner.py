@@ -193,10 +193,13 @@ def _run_all(arguments: Arguments, tasks: Tasks, configs: Path) -> int:
             outcomes.append(_isolated(name, tasks[name], arguments, configs))
             log(f"{name}: {outcomes[-1].trouble or 'done'}, {outcomes[-1].seconds:.0f} s")
     rows, lines = [], []
+    troubled = {one.task for one in outcomes if one.trouble}
     for name, entry in tasks.items():
         for claim, full in _claims_with_full(name, entry, arguments, configs):
             met = {True: "met", False: "**not met**", None: "-"}[claim.met]
-            rows.append([name, claim.name, claim.figure, claim.wanted, met, full.figure if full else None])
+            large = claim.value is None and full is not None and full.value is not None and name not in troubled
+            figure = f"{FULL} size only" if large and arguments.size != FULL else claim.figure
+            rows.append([name, claim.name, figure, claim.wanted, met, full.figure if full else None])
     lines.append(markdown_table(["Task", "Claim", f"{arguments.size} size", "Wanted", "", "full size"], rows))
     lines += [f"- {one.task}: {one.trouble}" for one in outcomes if one.trouble]
     text = "\n".join(lines)
@@ -209,11 +212,14 @@ def _run_all(arguments: Arguments, tasks: Tasks, configs: Path) -> int:
 def _claims_with_full(
     name: str, entry: Entry, arguments: Arguments, configs: Path
 ) -> list[tuple[Claim, Optional[Claim]]]:
-    """A task's claims at the size that was asked for, each with that of the results in the repository."""
+    """A task's claims at the size that was asked for, each with that of the results in the repository; first those of this size,
+    then what only the full size has."""
     try:
         task = entry.load()
         claims = task.claims(open_runs(name, (), arguments.size, arguments.folder, configs=configs))
-        full = {} if not claims else {claim.name: claim for claim in task.claims(open_runs(name, configs=configs))}
+        full = {claim.name: claim for claim in task.claims(open_runs(name, configs=configs))}
+        known = {claim.name for claim in claims}
+        claims += [c._replace(value=None) for c in full.values() if c.name not in known and c.value is not None]
     except Exception as error:
         log(f"{name}: its claims can't be told: {error!r}")
         return []

@@ -244,3 +244,17 @@ def test_data_that_isnt_there(monkeypatch, tmp_path):
         data_folder("wikitext2")
     (tmp_path / "wikitext2").mkdir()
     assert data_folder("wikitext2") == tmp_path / "wikitext2"
+
+
+def test_what_only_the_full_size_has_is_said(configs, tmp_path, capsys, monkeypatch):
+    path = configs / "steps" / "two" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quick": None}))
+    full = tmp_path / "full"
+    assert _main(["steps", "two", "--output_dir", str(full)], configs, "steps") == 0
+    before = runner.open_runs
+    monkeypatch.setattr(runner, "open_runs", lambda name, names=(), size="full", folder=full, *rest, **more: before(
+        name, names, size, folder, *rest, **more))  # fmt: skip
+    capsys.readouterr()
+    assert _main(["all", "--quick", "--output_dir", str(tmp_path / "out")], configs, "steps") == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "two: value" in line]
+    assert "| full size only | at most 5 | - |" in line and "not measured" not in line
