@@ -16,6 +16,7 @@ from peft_ext.rows import read_rows
 from peft_ext.scale_tuning.calibration import calibrate
 from peft_ext.scale_tuning.pool import AdapterPool
 from peft_ext.scale_tuning.report import Report, report
+from peft_ext.sealing import install as _check_indexes
 from peft_ext.text import PYTHON_DOCS, load_text, token_blocks
 from peft_ext.version import __version__
 
@@ -48,3 +49,4 @@ __all__ = [
 
 _install_cards()
 _check_adapter_files()
+_check_indexes()

@@ -91,15 +91,21 @@ def whole(least: Optional[int] = None, most: Optional[int] = None) -> Field:
     return _of(f"a whole number{_range(least, most)}", lambda v: type(v) is int and _within(v, least, most))
 
 
+def one_number_of(*choices: int) -> Field:
+    """One of some whole numbers."""
+    return _of(f"one of {', '.join(map(str, choices))}", lambda v: type(v) is int and v in choices)
+
+
 def number(least: Optional[float] = None, most: Optional[float] = None, above: Optional[float] = None) -> Field:
     """A finite number, whole or not; true is none."""
     words = f"a finite number{_range(least, most) if above is None else f' greater than {above}'}"
-    return _of(
-        words,
-        lambda v: (
-            type(v) in (int, float) and _is_finite(v) and _within(v, least, most) and (above is None or v > above)
-        ),
-    )
+
+    def fits(value: Any) -> bool:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
+            return False
+        return _within(value, least, most) and (above is None or value > above)
+
+    return _of(words, fits)
 
 
 def text(*choices: str, empty: bool = True) -> Field:
@@ -154,7 +160,7 @@ def mapping_of(item: Field) -> Field:
 
 def record(fields: Mapping[str, Field]) -> Field:
     """An object with certain fields, and perhaps others."""
-    kind = f"an object with {', '.join(fields)}"
+    kind = f"an object with {', '.join(fields)}" if fields else "an object"
 
     def find(value: Any) -> Optional[_Problem]:
         if not isinstance(value, dict):
@@ -198,7 +204,7 @@ class JsonFormat:
 
     def check(self, value: Mapping[str, Any], path: Union[Path, str]) -> None:
         """Check what was read from a file; raises as [`read`]."""
-        if self.format is not None and value.get("format") != self.format:
+        if self.format is not None and (type(value.get("format")) is not int or value["format"] != self.format):
             found = value.get("format", "missing")
             later = type(found) is int and found > self.format
             way_out = "It was written by a later version: pip install -U peft-ext." if later else self.way_out
@@ -283,6 +289,8 @@ class Tensor:
         if found not in self.dtypes:
             return f"is {found}; it must be {self.kind}"
         shape, known = tuple(value.shape), dict(sizes)
+        if 0 in shape:
+            return f"has the shape {list(shape)}, and no numbers"
         fits = len(shape) == len(self.shape)
         for size, expected in zip(shape, self.shape):
             fits = fits and size == (known.setdefault(expected, size) if isinstance(expected, str) else expected)

@@ -5,7 +5,6 @@ GGUF, an adapter or a run."""
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -35,7 +34,9 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 from transformers.utils import cached_file
 
+from peft_ext.checkpoint.files import check_config
 from peft_ext.checkpoint.loading import HUB_ARGUMENTS, load_packed, stored_quantization
+from peft_ext.files import read_json
 from peft_ext.hub import is_hub_id
 from peft_ext.language_model import is_causal_config
 
@@ -98,6 +99,7 @@ def resolve_model(model: Optional[str] = None) -> ModelSource:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"model={model!r}: the folder has no config.json, as save_pretrained writes it.")
+        check_config(path / "config.json")
         return ModelSource(str(path))
     if _is_path(model):
         raise FileNotFoundError(f"model={model!r}: there is no such folder; hub ids look like 'owner/name'.")
@@ -173,7 +175,9 @@ def locate(name: str, adapter: Optional[str] = None) -> tuple[str, Optional[str]
     config = folder / _ADAPTER_CONFIG if is_adapter else _adapter_config_on_hub(name) if adapter is None else None
     if config is None:
         return name, adapter
-    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = read_json(config).get("base_model_name_or_path")
+    if base is not None and not isinstance(base, str):
+        raise ValueError(f"{str(config)!r}: base_model_name_or_path is {base!r}; it must be a text. Mend it.")
     if not base:
         raise ValueError(
             f"the adapter {name!r} doesn't say what its base is; pass the base, and --adapter {name}, or set "

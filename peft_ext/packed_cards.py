@@ -44,6 +44,7 @@ from peft_ext.models import DEFAULT_MODEL
 from peft_ext.quant.conversion import packed_layers
 from peft_ext.quant.formats import CALIBRATED, NumberFormat, Uniform
 from peft_ext.registration import TUNERS, extend_method
+from peft_ext.sealing import seal_saved
 from peft_ext.whole_saves import model_saved_whole, on_adapter_saving
 
 
@@ -198,7 +199,8 @@ def codes_digest(model: nn.Module) -> Optional[str]:
 
 
 def install() -> None:
-    """Let PEFT and transformers write these cards when they save and push a model; doing so again is harmless.
+    """Let PEFT and transformers write these cards when they save and push a model, and digests (`sealing.py`); doing so again
+    is harmless.
 
     Models without packed layers, and adapters of other tuners, are saved as ever.
     """
@@ -250,6 +252,8 @@ def _on_model_saved(original: Callable[..., Any]) -> Callable[..., Any]:
         with model_saved_whole(self, save_directory, is_main_process, kwargs) as path:
             original(self, path, is_main_process, *args, **kwargs)
             folder = Path(path)
+            if is_main_process and folder.is_dir():
+                seal_saved(self, folder)
             # an upload has written it already, with the repository's name
             if is_main_process and not kwargs.get("push_to_hub") and folder.is_dir():
                 with _said():
@@ -263,6 +267,7 @@ def _on_model_saved(original: Callable[..., Any]) -> Callable[..., Any]:
 def _on_upload(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def _upload_modified_files(self: Any, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        seal_saved(self, Path(working_dir))
         card = card_of(self, Path(working_dir), kwargs.get("token"), online=True)
         if card is None:
             return original(self, working_dir, repo_id, *args, **kwargs)

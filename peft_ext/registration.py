@@ -124,6 +124,12 @@ def extend_class_method(owner: type, name: str, extended: Callable[[Callable], C
     setattr(owner, name, classmethod(wrapper))
 
 
+def extend_static_method(owner: type, name: str, extended: Callable[[Callable], Callable]) -> None:
+    """Wrap a static method of theirs, as [`extend_method`]."""
+    extend_method(owner, name, extended)
+    setattr(owner, name, staticmethod(getattr(owner, name)))
+
+
 def keep_names_of_layers(has_layers: Callable[[Any], bool]) -> None:
     """Let PEFT take LoRA's targets and adapters as they are on models whose experts are layers; again is harmless.
 

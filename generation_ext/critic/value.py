@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from generation_ext.critic.card import critic_card
+from peft_ext.file_formats import check_fields, list_of, mapping_of, number, text, truth, whole
 from peft_ext.language_model import (
     adapters_fingerprint,
     backbone,
@@ -29,11 +30,31 @@ from peft_ext.language_model import (
     token_embedding,
 )
 from peft_ext.model_card import Card
+from peft_ext.sealing import OwnFiles
 from peft_ext.whole_saves import check_saved
 
 
 HEADS = ("linear", "mlp")
 _PLACEHOLDERS = {"code", "prompt"}
+# Of config.json; those of PretrainedConfig are transformers'.
+FIELDS = {
+    "hidden_size": whole(1).means("width of the language model's last hidden states"),
+    "base_model_name_or_path": text().or_null(),
+    "base_model_fingerprint": text().or_null().means("which language model it reads"),
+    "base_model_adapters": text().or_null().means("which adapters lay on it"),
+    "head": text(*HEADS),
+    "mlp_size": whole(1),
+    "lora_rank": whole(0),
+    "lora_alpha": number(above=0),
+    "lora_target_modules": list_of(text()).or_null(),
+    "lora_layers": mapping_of(list_of(whole(1), length=2)).means("inputs and outputs of each layer with LoRA"),
+    "action_values": truth(),
+    "action_rank": whole(0),
+    "embedding_size": whole(1).or_null(),
+    "vocab_size": whole(1).or_null(),
+    "control_codes": list_of(text()),
+    "prompt_template": text(),
+}
 
 
 class CriticModelConfig(PretrainedConfig):
@@ -86,17 +107,13 @@ class CriticModelConfig(PretrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.lora_layers = self.lora_layers or {}
-        self.control_codes = list(self.control_codes or [])
+        if not isinstance(self.control_codes, str):
+            self.control_codes = list(self.control_codes or [])
         self._check()
         super().__post_init__(**kwargs)
 
     def _check(self) -> None:
-        for name, least in (("hidden_size", 1), ("mlp_size", 1), ("lora_rank", 0), ("action_rank", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name}={value!r} must be an integer of at least {least}.")
-        if self.head not in HEADS:
-            raise ValueError(f"head={self.head!r} is unknown; choose one of {HEADS}.")
+        check_fields({name: getattr(self, name) for name in FIELDS}, FIELDS, "a critic's config", "Mend it.")
         fields = {field for _, field, _, _ in string.Formatter().parse(self.prompt_template) if field is not None}
         if fields != _PLACEHOLDERS:
             raise ValueError(
@@ -104,7 +121,7 @@ class CriticModelConfig(PretrainedConfig):
             )
 
 
-class Critic(PreTrainedModel):
+class Critic(OwnFiles, PreTrainedModel):
     """The value head of a frozen language model, `V(s) = P(the finished text has the attribute | the text so far)`.
 
     It never holds the language model: `save_pretrained` writes the head (and its LoRA) alone. Make one with

@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Optional, TypeVar, Union
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from generation_ext.granularity.attention import (
@@ -19,6 +17,9 @@ from generation_ext.granularity.attention import (
     add_granularity,
     check_implementation,
 )
+from peft_ext.file_formats import FLOATS, Tensor, check_tensors
+from peft_ext.files import read_json
+from peft_ext.tensor_files import check_digest, open_tensors
 
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -90,7 +91,7 @@ def convert_to_granularity_attention(model: Model, config: Optional[GranularityC
         if hasattr(each, "_attn_implementation"):
             each._attn_implementation = implementation
     model_config.granularity = asdict(config)
-    model.saved_whole = True  # type: ignore[assignment]  # for peft_ext.whole_saves
+    model.saved_whole = True  # type: ignore[assignment]  # for peft_ext.whole_saves and peft_ext.sealing
     return model
 
 
@@ -108,16 +109,20 @@ def load_granularities(model: Model, folder: Union[str, os.PathLike]) -> Model:
         ValueError: If it is not of a converted model, or lacks a head.
     """
     folder = Path(folder)
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("granularity")
+    settings = read_json(folder / "config.json").get("granularity")
     if settings is None:
         raise ValueError(f"folder={str(folder)!r} is not of a converted model: its config has no 'granularity'.")
     if not any(isinstance(module, GranularityHead) for module in model.modules()):
-        convert_to_granularity_attention(model, GranularityConfig(**settings))
+        convert_to_granularity_attention(model, _config_of(settings, folder / "config.json"))
     names = {name for name in model.state_dict() if f".{HEAD}." in name}
     heads: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            heads.update({name: file.get_tensor(name) for name in names.intersection(file.keys())})
+        check_digest(path)
+        with open_tensors(path) as file:
+            found = {name: file.get_tensor(name) for name in names.intersection(file.keys())}
+        described = {name: Tensor(FLOATS, model.state_dict()[name].shape) for name in found}
+        check_tensors(found, described, repr(str(path)))
+        heads.update(found)
     missing = sorted(names - set(heads))
     if missing:
         raise ValueError(
@@ -125,6 +130,13 @@ def load_granularities(model: Model, folder: Union[str, os.PathLike]) -> Model:
         )
     model.load_state_dict(heads, strict=False)
     return model
+
+
+def _config_of(settings: Any, path: Path) -> GranularityConfig:
+    try:
+        return GranularityConfig(**settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{str(path)!r}: granularity is {settings!r}, which is no such config ({error}).") from error
 
 
 def _is_cross(name: str, module: nn.Module) -> bool:

@@ -19,6 +19,7 @@ from generation_ext.granularity.attention import (
     recorded,
 )
 from peft_ext.model_card import SOURCE, Card, measured_of
+from peft_ext.sealing import OwnFiles
 from peft_ext.whole_saves import check_saved
 
 
@@ -97,7 +98,7 @@ class CDNPGOutput(Seq2SeqLMOutput):
     cross_granularities: Optional[tuple[torch.Tensor, ...]] = None
 
 
-class CDNPGForConditionalGeneration(BartForConditionalGeneration):
+class CDNPGForConditionalGeneration(OwnFiles, BartForConditionalGeneration):
     """The paraphrase model; used as any encoder-decoder of transformers.
 
     Example:

@@ -11,7 +11,6 @@ killed goes on where it was.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from generation_ext.in_context.scoring import Demonstration, LabelScorer, LabelS
 from generation_ext.in_context.self_generated import SelfGeneratedICL
 from generation_ext.prompts import TASKS, Task
 from peft_ext.command_line import ModelArguments, parse, show
-from peft_ext.files import check_writable, written_whole
+from peft_ext.files import check_writable, read_json, written_whole
 from peft_ext.rows import json_line, read_rows
 
 
@@ -101,9 +100,7 @@ def read_task(name: str) -> Task:
         return TASKS[name]
     if not name.endswith(".json"):
         raise ValueError(f"--task {name!r} is unknown; choose one of {list(TASKS)}, or a .json file.")
-    values = json.loads(Path(name).read_text(encoding="utf-8"))
-    if not isinstance(values, dict):
-        raise ValueError(f"--task {name}: must hold an object with 'template' and 'labels'.")
+    values = read_json(Path(name), "a task has 'template' and 'labels'")
     try:
         return Task(**{"name": Path(name).stem, **values})
     except TypeError as error:

@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Optional
 
 import numpy as np
+
+from peft_ext.file_formats import Tensor
+
+
+_FLOATS = ("F64", "F32")
 
 
 class Head:
@@ -21,6 +26,21 @@ class Head:
 
     def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
         self.arrays = dict(arrays)
+
+    @classmethod
+    def tensors(cls, names: Collection[str]) -> dict[str, Tensor]:
+        """What a file holds of the head; `n`: size of the features.
+
+        Args:
+            names: The tensors that are there, which tell the depth of a network.
+        """
+        return {
+            "weight": Tensor(_FLOATS, ("classes", "n"), note="of the linear function"),
+            "bias": Tensor(_FLOATS, ("classes",)),
+        }
+
+    def check(self, classes: int, where: str) -> None:
+        """Refuse arrays of a file whose numbers don't go together; raises ValueError that begins with `where`."""
 
     @classmethod
     def fit(
@@ -103,6 +123,22 @@ class KNN(Head):
     defaults: Mapping[str, Any] = {"n_neighbors": 3}
 
     @classmethod
+    def tensors(cls, names: Collection[str]) -> dict[str, Tensor]:
+        return {
+            "features": Tensor(_FLOATS, ("samples", "n"), note="of the training samples"),
+            "codes": Tensor(("I64",), ("samples",), least=0, note="their classes"),
+            "sizes": Tensor(("I64",), (2,), least=1, note="number of neighbours, and of classes"),
+        }
+
+    def check(self, classes: int, where: str) -> None:
+        stored, largest = int(self.arrays["sizes"][1]), int(self.arrays["codes"].max())
+        if stored != classes or largest >= classes:
+            raise ValueError(
+                f"{where}: head.sizes says {stored} classes and head.codes goes up to {largest}, but there are {classes}; "
+                "fit and save the classifier again."
+            )
+
+    @classmethod
     def fit(
         cls, features: np.ndarray, codes: np.ndarray, classes: int, params: Mapping[str, Any], seed: Optional[int]
     ) -> Head:
@@ -132,6 +168,16 @@ class MLP(Head):
 
     name = "mlp"
     defaults: Mapping[str, Any] = {"hidden_layer_sizes": (128,), "alpha": 10.0, "max_iter": 300}
+
+    @classmethod
+    def tensors(cls, names: Collection[str]) -> dict[str, Tensor]:
+        depth = max(1, sum(name.startswith("weight.") for name in names))
+        sizes = ["n", *(f"h{i}" for i in range(1, depth)), "classes"]
+        described: dict[str, Tensor] = {}
+        for i in range(depth):
+            described[f"weight.{i}"] = Tensor(_FLOATS, (sizes[i + 1], sizes[i]), note=f"of layer {i}")
+            described[f"bias.{i}"] = Tensor(_FLOATS, (sizes[i + 1],))
+        return described
 
     @classmethod
     def fit(

@@ -11,20 +11,70 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 from torch import nn
 
+from generation_ext.probing.heads import HEADS
 from generation_ext.prompts import Task
 from peft_ext import models
+from peft_ext.file_formats import (
+    JsonFormat,
+    Tensor,
+    check_tensors,
+    list_of,
+    mapping_of,
+    number,
+    one_of,
+    record,
+    text,
+    truth,
+    whole,
+)
 from peft_ext.files import check_digests, digests, written_whole
 from peft_ext.language_model import adapters_fingerprint, base_fingerprint, other_adapters
 from peft_ext.language_model import base_name as name_of
 from peft_ext.model_card import README, Card, write_card
+from peft_ext.tensor_files import read_arrays, write_tensors
 
 
 FORMAT = 1
 JSON, ARRAYS = "palp.json", "head.safetensors"
+_AGAIN = "Fit and save the classifier again."
+PARAMS = {
+    "template": text(),
+    "head": text(*HEADS),
+    "demonstrations": text().or_missing(),
+    "separator": text().or_missing(),
+    "permutations": whole(1).or_missing(),
+    "head_params": record({}).or_null().or_missing(),
+    "layer": whole().or_missing(),
+    "pooling": text().or_missing(),
+    "overflow": text().or_missing(),
+    "max_length": whole(1).or_null().or_missing(),
+}
+_CLASS = one_of(text(), number(), truth())
+FILE = JsonFormat(
+    JSON,
+    {
+        "base_model": record(
+            {
+                "name": text().or_null().or_missing(),
+                "fingerprint": text().or_null().or_missing(),
+                "adapters": text().or_null().or_missing(),
+            }
+        ).means("the language model that it was fitted on; empty for an extractor of one's own"),
+        "params": record(PARAMS).means("the constructor's arguments"),
+        "classes": list_of(_CLASS, least=2).means("in the order of the scores"),
+        "words": list_of(text(), least=2).means("what stands for them in demonstrations"),
+        "demonstrations": list_of(list_of(one_of(mapping_of(text()), _CLASS), length=2)).means("text and class"),
+    },
+    format=FORMAT,
+    way_out=_AGAIN,
+)
+# Of `ARRAYS`, beside the head's, whose names begin with "head.".
+STANDARDISATION = {
+    "mean": Tensor(("F64", "F32"), ("n",), note="of the features"),
+    "scale": Tensor(("F64", "F32"), ("n",), least=1e-300, note="their deviation"),
+}
 
 
 def write(folder: Path, model: Any, content: Mapping[str, Any], arrays: Mapping[str, np.ndarray], card: Card) -> None:
@@ -45,9 +95,10 @@ def write(folder: Path, model: Any, content: Mapping[str, Any], arrays: Mapping[
         raise FileExistsError(f"folder={str(folder)!r} holds something else; choose another one.")
     with written_whole(folder, keep=True) as partial:
         partial.mkdir()
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial / ARRAYS)
+        write_tensors(partial / ARRAYS, arrays)
         whole = {"format": FORMAT, "base_model": base, **content, "files": digests(partial)}
         text = json.dumps(whole, indent=1, ensure_ascii=False, default=_plain)
+        FILE.check_written(json.loads(text))
         (partial / JSON).write_text(text + "\n", encoding="utf-8")
         if (folder / README).is_file():
             shutil.copy(folder / README, partial)
@@ -63,15 +114,31 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """
     if not (folder / JSON).is_file():
         raise FileNotFoundError(f"folder={str(folder)!r}: there is no {JSON}, as save_pretrained writes it.")
-    try:
-        content = json.loads((folder / JSON).read_text(encoding="utf-8"))
-        version = content["format"]
-        check_digests(folder, content.get("files"), JSON)
-        arrays = load_file(folder / ARRAYS)
-    except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
-        raise ValueError(f"{str(folder)!r} is damaged ({error}); fit and save the classifier again.") from error
-    if version != FORMAT:
-        raise ValueError(f"{str(folder)!r} has format {version}, this version reads {FORMAT}; update peft-ext.")
+    content = FILE.read(folder / JSON)
+    classes = content["classes"]
+    for name, problem in (
+        ("words", len(content["words"]) != len(classes)),
+        ("classes", len({(type(each), each) for each in classes}) < len(classes)),
+    ):
+        if problem:
+            raise ValueError(f"{str(folder / JSON)!r}: {name} doesn't have one entry for each class. {_AGAIN}")
+    if not (folder / ARRAYS).is_file():
+        raise FileNotFoundError(f"{str(folder)!r} has no {ARRAYS}, as save_pretrained writes it. {_AGAIN}")
+    unknown = sorted(set(content["params"]) - set(PARAMS))
+    if unknown:
+        raise ValueError(
+            f"{str(folder / JSON)!r}: params has {unknown[0]!r}, which this version doesn't know. {_AGAIN}"
+        )
+    if content["base_model"] and not content["base_model"].get("fingerprint"):
+        raise ValueError(f"{str(folder / JSON)!r}: base_model.fingerprint is missing. {_AGAIN}")
+    check_digests(folder, content.get("files"), JSON)
+    arrays = read_arrays(folder / ARRAYS)
+    own = [name.removeprefix("head.") for name in arrays if name.startswith("head.")]
+    head = HEADS[content["params"]["head"]]
+    described = {**STANDARDISATION, **{f"head.{name}": each for name, each in head.tensors(own).items()}}
+    where = repr(str(folder / ARRAYS))
+    check_tensors(arrays, described, where, {"classes": len(classes)}, _AGAIN)
+    head({name: arrays[f"head.{name}"] for name in own}).check(len(classes), where)
     return content, arrays
 
 

@@ -26,6 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from peft_ext.checkpoint.files import TensorHeader, tensors_of
 from peft_ext.checkpoint.pack_quantized import CODES_AT_ONCE
+from peft_ext.checkpoint.soundness import check_quantization
 from peft_ext.checkpoint.stored_layer import StoredLayer, StoredLayersHfQuantizer, check_stored, release_pages
 from peft_ext.quant.conversion import weight_of
 from peft_ext.quant.linear import PackedLinear
@@ -63,6 +64,7 @@ class PackedAwqConfig(QuantizationConfigMixin):
     ) -> None:
         self.quant_method = quant_method
         self.bits, self.group_size, self.zero_point = bits, group_size, zero_point
+        check_quantization(vars(self))
         self.version = str(version or kwargs.get("format") or kwargs.get("checkpoint_format") or "gemm").lower()
         if kwargs.get("backend") == "llm-awq":
             self.version = "llm-awq"

@@ -38,7 +38,9 @@ from peft_ext.checkpoint.files import (
     unfuse_stored,
     without_merging,
 )
+from peft_ext.checkpoint.soundness import check_complete, check_numbers, check_quantization
 from peft_ext.checkpoint.tied_weights import untie
+from peft_ext.file_formats import FLOATS, Tensor
 from peft_ext.quant.conversion import (
     LINEAR_LAYERS,
     check_layer,
@@ -55,10 +57,13 @@ from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.packing import TILE_ROWS
 from peft_ext.quant.replaceable import acts_linearly
 from peft_ext.routers import routers
+from peft_ext.tensor_files import PLACEHOLDER
 
 
 QUANT_METHOD = "bcq"
 FORMATS = ("binary", "uniform")
+# By tensor of a layer the types that it may have.
+TENSORS = {"planes": ("U8",), "scale": FLOATS, "zero_point": ("U8",), "bias": FLOATS}
 # Counts up when the layout of the tensors changes.
 FORMAT_VERSION = 1
 
@@ -103,14 +108,20 @@ class BcqConfig(QuantizationConfigMixin):
         modules_to_not_convert: Optional[list[str]] = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = QUANT_METHOD,
+        **others: Any,
     ) -> None:
+        if others:
+            raise ValueError(
+                f"quantization_config of bcq has {min(others)!r}, which this peft-ext doesn't know; leave it out, or pip install "
+                "-U peft-ext."
+            )
         self.quant_method = quant_method
         self.bits, self.group_size, self.sym = bits, group_size, sym
         self.number_format = number_format
-        self.bits_pattern = dict(bits_pattern or {})
-        self.group_size_pattern = dict(group_size_pattern or {})
+        self.bits_pattern, self.group_size_pattern = bits_pattern or {}, group_size_pattern or {}
         self.modules_to_not_convert = modules_to_not_convert
         self.format_version = format_version
+        check_quantization({key: value for key, value in vars(self).items() if value is not None})
         if format_version != FORMAT_VERSION:
             raise ValueError(
                 f"format_version={format_version!r} of bcq is unknown; this peft-ext reads {FORMAT_VERSION}. The checkpoint "
@@ -160,7 +171,7 @@ class BcqHfQuantizer(HfQuantizer):
         """The model's own state dict is what is stored; only the config has to agree with it."""
         # the layers may have changed since the model was loaded
         self.quantization_config = describe(model)
-        return None, {}
+        return None, dict(PLACEHOLDER)
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Optional[list[str]] = None, **kwargs: Any
@@ -231,13 +242,12 @@ class BcqHfQuantizer(HfQuantizer):
                 number_format = _checked(key, headers, name, module, config)
             shape, conv1d = weight_of(module).shape, isinstance(module, Conv1D)
             empty = PackedLinear.empty(number_format, shape, module.weight.dtype, module.bias, conv1d)
-            if headers is not None and headers[f"{key}.planes"].shape != empty.planes.shape:
-                raise ValueError(
-                    f"layer {key!r}: planes of shape {list(headers[f'{key}.planes'].shape)} aren't those of a weight of "
-                    f"{list(shape)}, which the model has there; one of config.json and the weights isn't this checkpoint's."
-                )
+            if headers is not None:
+                _check_tensors(key, headers, empty, list(shape))  # type: ignore[arg-type]  # it is stored
             replace_layer(model, name, empty)
         untie(model, packed_layers(model))
+        if headers is not None:
+            check_complete(model, headers, "planes", ("scale", "zero_point"), packed_layers(model))
         if stored and not in_file:
             raise ValueError(
                 f"the checkpoint's packed layers ({stored[0]!r} and others) are not in {type(model).__name__}; "
@@ -248,6 +258,8 @@ class BcqHfQuantizer(HfQuantizer):
         return without_merging(super().update_weight_conversions(weight_conversions, model), model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.pre_quantized:
+            check_numbers(model)
         for layer in packed_layers(model).values():
             layer.freeze()
         model.config.quantization_config = self.quantization_config = describe(model)
@@ -337,6 +349,25 @@ def stored_format(headers: dict[str, TensorHeader], name: str) -> NumberFormat:
         )
     group_size = group_size_of(8 * planes[1], scale.shape[1])
     return BinaryCoding(planes[2], group_size) if zero_point is None else Uniform(planes[2], group_size)
+
+
+def _check_tensors(key: str, headers: dict[str, TensorHeader], empty: PackedLinear, shape: list[int]) -> None:
+    """Refuse a layer whose tensors aren't of the types and shapes that the model's layer has.
+
+    Raises:
+        ValueError: Names the layer, the tensor, what it is and what it must be.
+    """
+    for part, dtypes in TENSORS.items():
+        own = getattr(empty, part)
+        header = headers.get(f"{key}.{part}")
+        if own is None or header is None:  # the loader reports what is missing or too much
+            continue
+        problem = Tensor(dtypes, tuple(own.shape)).problem(header, {}, header_only=True)
+        if problem:
+            raise ValueError(
+                f"layer {key!r}: {part} {problem}, of a weight of {shape}, which the model has there; one of config.json and "
+                "the weights isn't this checkpoint's. Save or download both again."
+            )
 
 
 def _checked(key: str, headers: dict[str, TensorHeader], name: str, module: Any, config: BcqConfig) -> NumberFormat:

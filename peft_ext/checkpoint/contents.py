@@ -14,6 +14,7 @@ from peft_ext.checkpoint.awq import BITS, ORDER
 from peft_ext.checkpoint.bcq import BcqConfig, stored_format
 from peft_ext.checkpoint.files import TensorHeader, read_headers, read_json, read_tensor, stored_layers, weight_files
 from peft_ext.checkpoint.gptq import QUANTIZE_CONFIG, read_quantize_config
+from peft_ext.checkpoint.pack_quantized import OWN_BITS, own_bits_of
 from peft_ext.quant.formats import group_size_of
 
 
@@ -123,7 +124,7 @@ def _pack_quantized(
         bits = groups[0]["weights"]["num_bits"]
     else:
         bits = headers[f"{name}.weight_packed"].shape[-1] * 32 // in_features
-    own_bits = (config.get("packed_bits") or {}).get(name, bits)
+    own_bits = own_bits_of(config.get(OWN_BITS)).get(name, bits)
     group_size = group_size_of(in_features, scale.shape[-1] if len(scale.shape) > 1 else 1)
     return "uniform integers", own_bits, group_size, (out_features, in_features)
 

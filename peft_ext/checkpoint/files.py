@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Union
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -24,7 +22,20 @@ from transformers.core_model_loading import (
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from peft_ext.file_formats import JsonFormat, check_fields, mapping_of, record, text
+from peft_ext.files import read_json  # noqa: F401 (under this name for those who read checkpoints)
 from peft_ext.quant.experts import future_layers, merges_experts, unfuse_experts, unfused_experts
+from peft_ext.tensor_files import open_tensors
+
+
+INDEX = JsonFormat(
+    SAFE_WEIGHTS_INDEX_NAME,
+    {
+        "metadata": record({}).means("such as the size of all tensors"),
+        "weight_map": mapping_of(text(empty=False)).means("which file has a tensor; inside the folder"),
+    },
+    way_out="Download or save the checkpoint again.",
+)
 
 
 class TensorHeader(NamedTuple):
@@ -45,15 +56,41 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: If the index names a file that isn't there.
+        ValueError: If the index is damaged, or names a file outside of the folder.
     """
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():
         return sorted(folder.glob("*.safetensors"))
-    names = sorted(set(read_json(index)["weight_map"].values()))
+    names = sorted(set(read_index(index).values()))
     for name in names:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{str(folder)!r} lacks {name}, which its index names; download or save it again.")
     return [folder / name for name in names]
+
+
+def check_config(path: Path) -> None:
+    """Refuse a model's config.json that is damaged where transformers wouldn't say so in a sentence.
+
+    Raises:
+        ValueError: If it is no JSON object, or its quantization_config is none; names it.
+    """
+    check_fields(read_json(path), {"quantization_config": record({}).or_null().or_missing()}, f"{str(path)!r}")
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The files that an index of shards names, by tensor.
+
+    Raises:
+        ValueError: If it is damaged, or names a file outside of its folder; names it.
+    """
+    names: dict[str, str] = INDEX.read(path)["weight_map"]
+    for tensor, name in names.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(
+                f"{str(path)!r}: weight_map[{tensor!r}] is {name!r}, a file outside of the folder, which no checkpoint that was "
+                "saved has; download it again from where you trust it."
+            )
+    return names
 
 
 def read_headers(files: Iterable[Union[str, PathLike]]) -> dict[str, TensorHeader]:
@@ -64,39 +101,22 @@ def read_headers(files: Iterable[Union[str, PathLike]]) -> dict[str, TensorHeade
     """
     headers: dict[str, TensorHeader] = {}
     for path in map(str, files):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():
-                    part = file.get_slice(key)
-                    headers[key] = TensorHeader(tuple(part.get_shape()), part.get_dtype(), path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path!r} is truncated, damaged or no safetensors file ({error}); download or save it again."
-            ) from error
+        with open_tensors(path) as file:
+            for key in file.keys():
+                part = file.get_slice(key)
+                headers[key] = TensorHeader(tuple(part.get_shape()), part.get_dtype(), path)
     return headers
 
 
 def read_tensor(header: TensorHeader, key: str) -> torch.Tensor:
     """A stored tensor, read from its file alone."""
-    with safe_open(header.file, framework="pt") as file:
+    with open_tensors(header.file) as file:
         return file.get_tensor(key)
 
 
 def tensors_of(headers: Mapping[str, TensorHeader], layer: str, parts: Iterable[str]) -> dict[str, TensorHeader]:
     """Those parts of a layer that are stored, such as `"planes"`."""
     return {part: headers[f"{layer}.{part}"] for part in parts if f"{layer}.{part}" in headers}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A checkpoint's file of settings.
-
-    Raises:
-        ValueError: If it is damaged; names it.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is no JSON ({error}); download or save it again.") from error
 
 
 def stored_layers(headers: Iterable[str], tensor: str) -> list[str]:

@@ -32,6 +32,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from peft_ext.checkpoint.files import TensorHeader, read_json, read_tensor, tensors_of
 from peft_ext.checkpoint.pack_quantized import CODES_AT_ONCE, unpack_words
+from peft_ext.checkpoint.soundness import check_quantization
 from peft_ext.checkpoint.stored_layer import StoredLayer, StoredLayersHfQuantizer, check_stored, release_pages
 from peft_ext.quant.conversion import weight_of
 from peft_ext.quant.linear import PackedLinear
@@ -84,6 +85,14 @@ class PackedGptqConfig(QuantizationConfigMixin):
         self.bits, self.group_size, self.sym = bits, group_size, sym
         self.checkpoint_format = checkpoint_format or kwargs.get("format") or "gptq"
         self.meta, self.dynamic, self.pack_dtype = meta or {}, dynamic or {}, pack_dtype
+        check_quantization(vars(self))
+        for pattern in self.dynamic:
+            try:
+                re.compile(pattern.removeprefix("+:").removeprefix("-:"))
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(
+                    f"quantization_config: dynamic has {pattern!r}, which is no pattern ({error})."
+                ) from None
         if self.checkpoint_format not in VERSIONS:
             raise ValueError(
                 f"checkpoint_format={self.checkpoint_format!r} is a layout that is unknown here; {tuple(VERSIONS)} can be "
@@ -111,7 +120,7 @@ class PackedGptqConfig(QuantizationConfigMixin):
 class PackedGptqHfQuantizer(StoredLayersHfQuantizer):
     """Reads GPTQ checkpoints."""
 
-    format_name = "GPTQ"
+    format_name, parts = "GPTQ", ("qzeros", "g_idx", "scales")
     quantization_config: PackedGptqConfig
 
     def stored_layer(self, key: str, headers: Mapping[str, TensorHeader], layer: Any) -> StoredLayer:

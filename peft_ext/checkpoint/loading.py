@@ -10,12 +10,15 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
 from typing import Any, Optional
 
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from peft_ext.checkpoint import awq, bcq, gptq, pack_quantized_loading
+from peft_ext.checkpoint.files import check_config
 from peft_ext.checkpoint.pack_quantized import OWN_BITS
 
 
@@ -86,6 +89,8 @@ def stored_quantization(pretrained_model_name_or_path: Any, **kwargs: Any) -> Op
 def _config(name: Any, kwargs: dict[str, Any]) -> tuple[PretrainedConfig, dict[str, Any]]:
     """A checkpoint's config with the changes that keyword arguments ask for, and what is left of these for the model."""
     kwargs = dict(kwargs)
+    if isinstance(name, (str, PathLike)) and Path(name, "config.json").is_file():
+        check_config(Path(name, "config.json"))
     given = kwargs.pop("config", None)
     if isinstance(given, PretrainedConfig):
         return copy.deepcopy(given), kwargs

@@ -27,6 +27,7 @@ from peft_ext.checkpoint.pack_quantized import OWN_BITS, StoredConfig, compress,
 from peft_ext.quant.conversion import packed_layers, replace_layer
 from peft_ext.quant.formats import Uniform
 from peft_ext.quant.linear import PackedLinear
+from peft_ext.tensor_files import PLACEHOLDER
 
 
 def kept_layers(model: nn.Module) -> dict[str, Any]:
@@ -89,7 +90,7 @@ class MixedPrecisionWriter(HfQuantizer):
             _put(state_dict, name, ("planes", "scale", "zero_point"), tensors)
         for name, module in _compressed(model).items():
             _put(state_dict, name, module.state_dict(), _stored(module))
-        return state_dict, {}
+        return state_dict, dict(PLACEHOLDER)
 
 
 def let_gradients_through(model: nn.Module) -> None:

@@ -43,12 +43,14 @@ from peft_ext.checkpoint.files import (
     weight_files,
 )
 from peft_ext.checkpoint.stock_loading import is_rebuilt, is_unfused_by_stock, loads_without_weights
+from peft_ext.file_formats import check_fields, mapping_of, one_number_of
 from peft_ext.quant.conversion import dequantize_layers, float_layers, packed_layers, replace_layer
 from peft_ext.quant.experts import fused_experts, merges_experts, unfused_experts
 from peft_ext.quant.formats import Uniform
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.replaceable import acts_linearly
 from peft_ext.quant.uniform import UNIFORM_BITS, Quantized
+from peft_ext.tensor_files import PLACEHOLDER
 
 
 # What vLLM's mixed-precision kernels (Marlin and its fallbacks) take.
@@ -96,7 +98,7 @@ class PackQuantizedWriter(HfQuantizer):
                 state_dict.pop(f"{name}.{key}")
             tensors = compress(layer, weights.num_bits, bool(weights.symmetric))
             state_dict.update({f"{name}.{key}": tensor for key, tensor in tensors.items()})
-        return state_dict, {}
+        return state_dict, dict(PLACEHOLDER)
 
 
 class StoredConfig(CompressedTensorsConfig):
@@ -197,7 +199,7 @@ def restore(model: nn.Module) -> None:
     """
     if not isinstance(model, PreTrainedModel):
         return
-    own_bits = getattr(model.config, OWN_BITS, None) or {}
+    own_bits = own_bits_of(getattr(model.config, OWN_BITS, None))
     in_config = names_in_model(model, own_bits)
     for name, module in model.named_modules():
         if is_compressed(module):
@@ -209,7 +211,7 @@ def restore(model: nn.Module) -> None:
         return
     config, headers = source
     scheme = next(iter(config["quantization_config"]["config_groups"].values()))["weights"]
-    own_bits, changed = config.get(OWN_BITS) or {}, []
+    own_bits, changed = own_bits_of(config.get(OWN_BITS)), []
     stored = stored_layers(headers, "weight_packed")
     unfuse_stored(model, stored)
     for name, key in names_in_model(model, stored).items():
@@ -220,6 +222,10 @@ def restore(model: nn.Module) -> None:
             continue
         found = tensors_of(headers, key, TENSORS)
         tensors = {part: read_tensor(header, f"{key}.{part}") for part, header in found.items()}
+        missing = [part for part in ("weight_packed", "weight_scale", "weight_shape") if part not in tensors]
+        if missing:
+            raise ValueError(f"layer {key!r}: the checkpoint has no {missing[0]}; save or download it again.")
+        check_shape(key, tensors["weight_shape"], tuple(module.weight.shape))
         packed = expand(tensors, scheme["num_bits"], own_bits.get(key, scheme["num_bits"]), module.bias, name)
         packed.to(module.weight.device).compute_dtype = module.weight.dtype
         if torch.equal(packed.weight, module.weight):
@@ -232,6 +238,31 @@ def restore(model: nn.Module) -> None:
             "trained, adapters merged into them, or rounded to another dtype): they stay float. Load the checkpoint again to "
             "have them packed.",
             stacklevel=2,
+        )
+
+
+def own_bits_of(stored: Any) -> dict[str, int]:
+    """The layers' own widths by name, as a model's config keeps them; none for None.
+
+    Raises:
+        ValueError: If they are no widths; names the entry.
+    """
+    stored = stored or {}
+    fields = {OWN_BITS: mapping_of(one_number_of(*UNIFORM_BITS))}
+    check_fields({OWN_BITS: stored}, fields, "config.json", "Save or download the checkpoint again.")
+    return stored
+
+
+def check_shape(name: str, stored: torch.Tensor, expected: tuple[int, ...]) -> None:
+    """Refuse a layer whose `weight_shape` says something else than the model.
+
+    Raises:
+        ValueError: Names the layer and both.
+    """
+    if tuple(stored.tolist()) != expected:
+        raise ValueError(
+            f"layer {name!r}: weight_shape holds {stored.tolist()}, and the model has a weight of {list(expected)} there; the "
+            "checkpoint is damaged, or its config is another's."
         )
 
 

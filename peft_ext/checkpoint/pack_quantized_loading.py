@@ -36,8 +36,9 @@ from peft_ext.checkpoint.files import (
     without_merging,
 )
 from peft_ext.checkpoint.mixed_precision import let_gradients_through
-from peft_ext.checkpoint.pack_quantized import OWN_BITS, TENSORS, expand
+from peft_ext.checkpoint.pack_quantized import OWN_BITS, TENSORS, check_shape, expand, own_bits_of
 from peft_ext.checkpoint.saving import make_saveable
+from peft_ext.checkpoint.soundness import check_complete, check_numbers
 from peft_ext.checkpoint.stored_layer import (
     StoredLayer,
     linear_layers_of,
@@ -107,8 +108,9 @@ class PackedTensorsHfQuantizer(CompressedTensorsHfQuantizer):
         in_file, modules = linear_layers_of(model, stored), dict(model.named_modules())
         # stock transformers can't load zero points otherwise; we can
         self.quantization_config.dequantize = False
-        own_bits = getattr(model.config, OWN_BITS, None) or {}
+        own_bits = own_bits_of(getattr(model.config, OWN_BITS, None))
         untie(model, in_file)
+        check_complete(model, headers, "weight_packed", ("weight_shape", "weight_zero_point"), in_file)
         for name, key in in_file.items():
             scheme = scheme_of(schemes, (key, name), modules[name])
             if is_kept(scheme, schemes.format):  # found by its name in the model only
@@ -132,6 +134,7 @@ class PackedTensorsHfQuantizer(CompressedTensorsHfQuantizer):
         if not self.packs:
             return super()._process_model_after_weight_loading(model, **kwargs)
         pack_stored_layers(model)
+        check_numbers(model)
         let_gradients_through(model)
         make_saveable(model)
         return model
@@ -209,6 +212,11 @@ class _StoredIntegers(StoredLayer):
         # scales are float32 here, so that loading in bfloat16 doesn't round them
         super().__init__(tensors, layer, {"weight_scale": torch.float32})
         self.container_bits, self.bits = weights.num_bits, bits
+        if bits > weights.num_bits:
+            raise ValueError(
+                f"layer {name!r}: {OWN_BITS} of config.json says {bits} bits, and its num_bits that codes are stored in "
+                f"{weights.num_bits}; one of the two isn't this checkpoint's. Save or download it again."
+            )
         if order is not None:
             _check_order(name, read_tensor(order, f"{name}.weight_g_idx"), self.in_features, weights)
 
@@ -217,6 +225,7 @@ class _StoredIntegers(StoredLayer):
         tensors: dict[str, torch.Tensor] = {
             part: getattr(self, part).data for part in TENSORS if isinstance(getattr(self, part, None), torch.Tensor)
         }
+        check_shape(name, tensors["weight_shape"], (self.out_features, self.in_features))
         zero_point = tensors.get("weight_zero_point")
         if zero_point is not None and zero_point.dtype == torch.int8:
             tensors["weight_zero_point"] = pack_to_int32(zero_point, self.container_bits, packed_dim=0)

@@ -25,6 +25,7 @@ from peft_ext.checkpoint.files import (
     without_merging,
 )
 from peft_ext.checkpoint.saving import make_saveable
+from peft_ext.checkpoint.soundness import check_complete, check_numbers
 from peft_ext.checkpoint.tied_weights import untie
 from peft_ext.quant.conversion import LINEAR_LAYERS, replace_layer, weight_of
 from peft_ext.quant.linear import PackedLinear
@@ -87,6 +88,8 @@ class StoredLayersHfQuantizer(HfQuantizer, ABC):
     quantization_config: Any
     # The tensor that every packed layer has, and whose format it is.
     tensor, format_name = "qweight", ""
+    # What only packed layers have beside it.
+    parts: tuple[str, ...] = ("qzeros",)
 
     @abstractmethod
     def stored_layer(self, key: str, headers: Mapping[str, TensorHeader], layer: Any) -> StoredLayer:
@@ -116,6 +119,7 @@ class StoredLayersHfQuantizer(HfQuantizer, ABC):
         unfuse_stored(model, stored)
         in_file, modules = linear_layers_of(model, stored), dict(model.named_modules())
         untie(model, in_file)
+        check_complete(model, headers, self.tensor, self.parts, in_file)
         for name, key in in_file.items():
             model.set_submodule(name, self.stored_layer(key, headers, modules[name]))
 
@@ -124,6 +128,7 @@ class StoredLayersHfQuantizer(HfQuantizer, ABC):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         pack_stored_layers(model)
+        check_numbers(model)
         make_saveable(model)
         return model
 

@@ -16,6 +16,7 @@ from typing import Any, Optional
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from peft_ext.command_line import parse, show
+from peft_ext.files import read_json
 from peft_ext.hub import is_hub_id
 from peft_ext.model_card import README, pushed_card
 from peft_ext.models import DEFAULT_MODEL
@@ -94,7 +95,7 @@ def _check(folder: Path, repo_id: str, args: PushArguments) -> None:
     """
     if not (folder / ADAPTER_CONFIG).is_file() or args.base_repo_id:
         return
-    base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if base is None or (base != DEFAULT_MODEL and Path(base).expanduser().exists()):
         raise ValueError(
             f"the adapter's base is {base!r}, which nobody else finds: push it first (peft-ext push {base} --repo_id "
@@ -108,7 +109,7 @@ def _push(folder: Path, repo_id: str, args: PushArguments) -> str:
     repo_id = api.create_repo(repo_id, private=args.private, exist_ok=True).repo_id
     config: dict[str, Any] = {}
     if (folder / ADAPTER_CONFIG).is_file():
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        config = read_json(folder / ADAPTER_CONFIG)
     base = args.base_repo_id if config else None
     contents: dict[str, Any] = {
         path.relative_to(folder).as_posix(): path

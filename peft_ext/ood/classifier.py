@@ -13,12 +13,13 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from peft_ext.language_model import is_causal_config, unwrapped
 from peft_ext.models import load, load_config
+from peft_ext.sealing import OwnFiles
 
 
 POOLINGS = ("last", "mean", "first")
 
 
-class PooledClassifier(PreTrainedModel):
+class PooledClassifier(OwnFiles, PreTrainedModel):
     """`score(pool(backbone(tokens)))`: one architecture for causal models and encoders, as in the study.
 
     Args:
@@ -33,8 +34,9 @@ class PooledClassifier(PreTrainedModel):
 
     def __init__(self, config: PretrainedConfig, backbone: Optional[PreTrainedModel] = None) -> None:
         super().__init__(config)
-        if config.pooling not in POOLINGS:
-            raise ValueError(f"pooling={config.pooling!r} is unknown; choose one of {POOLINGS}.")
+        pooling = getattr(config, "pooling", None)
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling={pooling!r} is unknown; choose one of {POOLINGS}.")
         self.backbone = AutoModel.from_config(config) if backbone is None else backbone
         if isinstance(getattr(self.backbone, "pooler", None), nn.Module):
             self.backbone.pooler = None  # ours takes its place; it must be neither packed nor counted

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,21 +15,36 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import PushToHubMixin
 
-from peft_ext.files import check_digests, digests, write_json, written_whole
+from peft_ext.file_formats import JsonFormat, list_of, number, one_of, text, truth, whole
+from peft_ext.files import check_digests, digests, written_whole
 from peft_ext.hub import fetched
 from peft_ext.language_model import unwrapped
 from peft_ext.model_card import README, Card, note_measured, write_card
 from peft_ext.models import load
 from peft_ext.ood.card import ood_card
-from peft_ext.ood.classifier import PooledClassifier
+from peft_ext.ood.classifier import POOLINGS, PooledClassifier
 from peft_ext.ood.detectors import Detector, load_detector, make_detector
 from peft_ext.ood.features import extract
 from peft_ext.ood.metrics import threshold_for_recall
 
 
 _CONFIG = "ood_pipeline.json"
-_FORMAT = 1
 _PARTS = ("model", "tokenizer", "detector")  # a folder for each
+FILE = JsonFormat(
+    _CONFIG,
+    {
+        "threshold": number().means("scores from here on are in-distribution"),
+        "labels": list_of(one_of(text(), whole()), least=1).means("the classes' names, in the order of the logits"),
+        "max_length": whole(1).means("tokens of a text at most"),
+        "batch_size": whole(1).means("texts at a time"),
+        "adapter": truth().means("whether `model/` holds an adapter alone"),
+        "classifier": text("pooled", "transformers"),
+        "pooling": text(*POOLINGS).or_null(),
+        "layers": whole(1).or_null(),
+    },
+    format=1,
+    way_out="Save the pipeline again.",
+)
 
 
 class Prediction(NamedTuple):
@@ -67,6 +81,8 @@ class OODPipeline(PushToHubMixin):
     ) -> None:
         self.model, self.tokenizer, self.detector = model.eval(), tokenizer, detector
         self.threshold, self.max_length, self.batch_size = float(threshold), max_length, batch_size
+        if not np.isfinite(self.threshold):
+            raise ValueError(f"threshold={threshold!r} must be a finite number.")
         self.label_names = list(label_names) if label_names is not None else _config_labels(model)
 
     @classmethod
@@ -158,7 +174,6 @@ class OODPipeline(PushToHubMixin):
         base = unwrapped(self.model)
         pooled = isinstance(base, PooledClassifier)
         config = {
-            "format": _FORMAT,
             "threshold": self.threshold,
             "labels": self.label_names,
             "max_length": self.max_length,
@@ -174,7 +189,7 @@ class OODPipeline(PushToHubMixin):
         if (before / README).is_file():
             shutil.copy(before / README, folder)
         write_card(self.model_card(), folder)
-        write_json(folder / _CONFIG, {**config, "files": files})
+        FILE.write(folder / _CONFIG, {**config, "files": files})
 
     def model_card(self, token: Any = None, online: bool = False) -> Card:
         """What `save_pretrained` and `push_to_hub` write into README.md; see `peft_ext.model_card`."""
@@ -198,14 +213,16 @@ class OODPipeline(PushToHubMixin):
         folder = fetched(name_or_path, **kwargs)
         if not (folder / _CONFIG).is_file():
             raise FileNotFoundError(f"{str(folder)!r} has no {_CONFIG}, as OODPipeline.save_pretrained writes it.")
-        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-        if config.get("format") != _FORMAT:
-            raise ValueError(
-                f"{str(folder / _CONFIG)!r} has format {config.get('format')!r}; install a newer peft-ext."
-            )
+        config = FILE.read(folder / _CONFIG)
         check_digests(folder, config.get("files"), _CONFIG)
         model, tokenizer = _load(folder / "model", config, model), AutoTokenizer.from_pretrained(folder / "tokenizer")
         padding = unwrapped(model).config
+        count = len(config["labels"])
+        if padding.num_labels != count:
+            raise ValueError(
+                f"{str(folder / _CONFIG)!r}: labels has {count} names, and the model beside it {padding.num_labels} classes; the "
+                "folder is damaged, or was put together from two. Save the pipeline again."
+            )
         if padding.pad_token_id is None:  # an adapter's files don't say what was set on its base
             padding.pad_token_id = tokenizer.pad_token_id
         return cls(

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import Any, Optional, Union
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
 
-from peft_ext.files import check_digests, digests, written_whole
+from peft_ext.file_formats import Field, JsonFormat, Tensor, check_tensors, record, text, whole
+from peft_ext.files import check_digests, digests, read_json, written_whole
+from peft_ext.tensor_files import read_arrays, write_tensors
 
 
 Array = Union[np.ndarray, torch.Tensor]
@@ -34,6 +34,9 @@ class Detector:
     name: str  # in configs and files
     needs_features = True
     needs_logits = True
+    # of the files: the constructor's arguments, and what is learned (`n`: the size of the features)
+    params: Mapping[str, Field] = {}
+    tensors: Mapping[str, Tensor] = {}
 
     state_: dict[str, np.ndarray]
     n_features_: Optional[int]
@@ -118,17 +121,32 @@ class Detector:
         folder = Path(save_directory)
         folder.parent.mkdir(parents=True, exist_ok=True)
         config = {
-            "format": _FORMAT,
             "detector": self.name,
             "params": self.get_params(),
             "n_features": self.n_features_,
             "n_logits": self.n_logits_,
         }
+        type(self).file_format().check_written({"format": _FORMAT, **config})
         with written_whole(folder, keep=True) as partial:
             partial.mkdir()
-            save_file({name: np.ascontiguousarray(value) for name, value in self.state_.items()}, partial / _WEIGHTS)
-            config["files"] = digests(partial)
-            (partial / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            write_tensors(partial / _WEIGHTS, self.state_)
+            type(self).file_format().write(partial / _CONFIG, {**config, "files": digests(partial)})
+
+    @classmethod
+    def file_format(cls) -> JsonFormat:
+        """What `detector.json` holds for a detector of this class."""
+        size = whole(1)
+        return JsonFormat(
+            _CONFIG,
+            {
+                "detector": text(cls.name).means("which detector"),
+                "params": record(cls.params).means("the constructor's arguments"),
+                "n_features": (size if cls.needs_features else size.or_null()).means("size of the features"),
+                "n_logits": (size if cls.needs_logits else size.or_null()).means("number of classes"),
+            },
+            format=_FORMAT,
+            way_out="Fit and save the detector again.",
+        )
 
     @classmethod
     def from_pretrained(cls, folder: Union[str, os.PathLike]) -> Detector:
@@ -140,6 +158,9 @@ class Detector:
 
     def _check_params(self) -> None:
         """Refuse bad constructor arguments."""
+
+    def _check_sizes(self, sizes: Mapping[str, int], where: str) -> None:
+        """Refuse sizes of a file's tensors that don't go with the arguments; `where`: the file, for messages."""
 
     def _fit(
         self, features: Optional[np.ndarray], logits: Optional[np.ndarray], labels: Optional[np.ndarray]
@@ -197,16 +218,23 @@ def load_detector(folder: Union[str, os.PathLike]) -> Detector:
     path = Path(folder)
     if not (path / _CONFIG).is_file() or not (path / _WEIGHTS).is_file():
         raise FileNotFoundError(f"{str(folder)!r} has no {_CONFIG} and {_WEIGHTS}, as save_pretrained writes them.")
+    config = read_json(path / _CONFIG)
+    known = {"detector": text(*sorted(_DETECTORS))}
+    JsonFormat(_CONFIG, known, _FORMAT, "Fit and save the detector again.").check(config, path / _CONFIG)
+    kind = _DETECTORS[config["detector"]]
+    kind.file_format().check(config, path / _CONFIG)
     try:
-        config = json.loads((path / _CONFIG).read_text(encoding="utf-8"))
-        if config["format"] != _FORMAT:
-            raise ValueError(f"format {config['format']!r} is of another version of peft-ext")
         detector = make_detector({"name": config["detector"], **config["params"]})
-        detector.n_features_, detector.n_logits_ = config["n_features"], config["n_logits"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{str(path / _CONFIG)!r} can't be read as a detector: {error}.") from error
+        detector._check_params()
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{str(path / _CONFIG)!r}: params: {error} Fit and save the detector again.") from error
+    detector.n_features_, detector.n_logits_ = config["n_features"], config["n_logits"]
     check_digests(path, config.get("files"), _CONFIG)
-    detector.state_ = load_file(path / _WEIGHTS)
+    detector.state_ = read_arrays(path / _WEIGHTS)
+    sizes = {} if detector.n_features_ is None else {"n": detector.n_features_}
+    where = repr(str(path / _WEIGHTS))
+    sizes = check_tensors(detector.state_, kind.tensors, where, sizes, "Fit and save the detector again.")
+    detector._check_sizes(sizes, where)
     return detector
 
 

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any, Optional
 
 import numpy as np
 from scipy.linalg import eigh
 from sklearn.covariance import empirical_covariance, ledoit_wolf
 
+from peft_ext.file_formats import Field, Tensor, text, truth
 from peft_ext.ood.detectors.base import Detector
 
 
@@ -28,6 +30,11 @@ class Mahalanobis(Detector):
 
     name = "mahalanobis"
     needs_logits = False
+    params: Mapping[str, Field] = {"covariance": text(*COVARIANCES), "normalize": truth()}
+    tensors: Mapping[str, Tensor] = {
+        "whitening": Tensor(("F64",), ("n", "n"), note="to features whose covariance is the identity"),
+        "means": Tensor(("F64",), ("classes", "n"), note="the classes' means there"),
+    }
 
     def __init__(self, covariance: str = "ledoit_wolf", normalize: bool = True) -> None:
         self.covariance, self.normalize = covariance, normalize
@@ -70,6 +77,11 @@ class RelativeMahalanobis(Mahalanobis):
     """
 
     name = "relative_mahalanobis"
+    tensors = {
+        **Mahalanobis.tensors,
+        "background_whitening": Tensor(("F64",), ("n", "n"), note="the same for all examples together"),
+        "background_mean": Tensor(("F64",), (1, "n")),
+    }
 
     def _fit(self, features, logits, labels) -> dict[str, np.ndarray]:
         state = super()._fit(features, logits, labels)

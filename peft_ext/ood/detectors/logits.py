@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.special import logsumexp
 
+from peft_ext.file_formats import number
 from peft_ext.ood.detectors.base import Detector
 
 
@@ -28,13 +29,14 @@ class Energy(Detector):
 
     name = "energy"
     needs_features = False
+    params = {"temperature": number(above=0)}
 
     def __init__(self, temperature: float = 1.0) -> None:
         self.temperature = temperature
 
     def _check_params(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature!r} must be greater than 0.")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature!r} must be a finite number greater than 0.")
 
     def _score(self, features, logits) -> np.ndarray:
         return self.temperature * logsumexp(logits / self.temperature, axis=1)

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
+from peft_ext.file_formats import Tensor, truth, whole
 from peft_ext.ood.detectors.base import Detector
 from peft_ext.ood.detectors.gaussian import unit_length
 
@@ -24,6 +27,8 @@ class KNN(Detector):
 
     name = "knn"
     needs_logits = False
+    params = {"k": whole(1), "normalize": truth()}
+    tensors = {"examples": Tensor(("F64",), ("examples", "n"), note="features of the training set")}
 
     def __init__(self, k: int = 10, normalize: bool = True) -> None:
         self.k, self.normalize = k, normalize
@@ -31,6 +36,12 @@ class KNN(Detector):
     def _check_params(self) -> None:
         if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
             raise ValueError(f"k={self.k!r} must be a whole number of at least 1.")
+
+    def _check_sizes(self, sizes: Mapping[str, int], where: str) -> None:
+        if self.k > sizes["examples"]:
+            raise ValueError(
+                f"{where}: examples has {sizes['examples']} rows, fewer than k={self.k}; fit and save the detector again."
+            )
 
     def _fit(self, features, logits, labels) -> dict[str, np.ndarray]:
         if self.k > len(features):
@@ -56,6 +67,7 @@ class MaxCosine(Detector):
 
     name = "cosine"
     needs_logits = False
+    tensors = {"examples": Tensor(("F64",), ("examples", "n"), note="features of the training set, of length 1")}
 
     def _fit(self, features, logits, labels) -> dict[str, np.ndarray]:
         return {"examples": unit_length(features)}

@@ -9,6 +9,7 @@ import numpy as np
 from scipy.linalg import eigh
 from scipy.special import logsumexp
 
+from peft_ext.file_formats import Tensor, whole
 from peft_ext.ood.detectors.base import Detector
 
 
@@ -25,6 +26,12 @@ class ViM(Detector):
     """
 
     name = "vim"
+    params = {"dim": whole(1).or_null()}
+    tensors = {
+        "origin": Tensor(("F64",), ("n",), note="where the head's logits are zero"),
+        "residual": Tensor(("F64",), ("n", "r"), note="what spans the outside of the principal space"),
+        "alpha": Tensor(("F64",), (1,)),
+    }
 
     def __init__(self, dim: Optional[int] = None) -> None:
         self.dim = dim

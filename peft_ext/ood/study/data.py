@@ -4,7 +4,6 @@ selected by."""
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
+from peft_ext.file_formats import check_fields, list_of, text
+from peft_ext.files import read_json
 from peft_ext.rows import read_rows
 
 
@@ -198,7 +199,11 @@ def _from_folder(folder: Path, columns: Sequence[str]) -> Splits:
 
 def _domains(folder: Path) -> dict[str, list[str]]:
     path = folder / "domains.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    domains = read_json(path)
+    check_fields(domains, dict.fromkeys(domains, list_of(text())), repr(str(path)), "A domain has a list of labels.")
+    return domains
 
 
 def _from_hub(source: Source) -> Splits:

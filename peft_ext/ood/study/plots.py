@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
-from safetensors.numpy import load_file
 
 from peft_ext.files import written_whole
 from peft_ext.ood.detectors import make_detector
@@ -16,6 +15,7 @@ from peft_ext.ood.study.answers import DETECTOR
 from peft_ext.ood.study.grid import StudyConfig
 from peft_ext.ood.study.methods import METHODS
 from peft_ext.ood.study.results import CellResult, scores_path
+from peft_ext.tensor_files import read_arrays
 
 
 def draw(config: StudyConfig, finished: Sequence[CellResult], folder: Path) -> list[Path]:
@@ -47,7 +47,7 @@ def draw(config: StudyConfig, finished: Sequence[CellResult], folder: Path) -> l
         example = _example(config, rows)
         if example is None:
             continue
-        scores = load_file(scores_path(config, example.cell))
+        scores = read_arrays(scores_path(config, example.cell))
         caption = f"{name}, {example.cell.model.name}, {METHODS[example.cell.method].title}"
         paths.append(_histograms(scores, names, caption, folder / f"scores_{name}.png"))
         paths.append(_roc(scores, names, caption, folder / f"roc_{name}.png"))

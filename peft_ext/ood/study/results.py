@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
-from safetensors.numpy import save_file
 
-from peft_ext.files import written_whole
+from peft_ext.files import read_json, written_whole
 from peft_ext.ood.study.grid import Cell, StudyConfig
+from peft_ext.tensor_files import write_tensors
 
 
 RESULT, SCORES, FEATURES = "result.json", "scores.safetensors", "features.safetensors"
@@ -37,7 +37,7 @@ def finished_cells(config: StudyConfig) -> list[CellResult]:
 def result_of(config: StudyConfig, cell: Cell) -> Optional[dict[str, Any]]:
     """The stored result of a finished cell."""
     path = _folder(config, cell) / RESULT
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def scores_path(config: StudyConfig, cell: Cell) -> Path:
@@ -52,8 +52,7 @@ def write_result(
     folder = _folder(config, cell)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in tensors.items():
-        with written_whole(folder / name) as path:
-            save_file(dict(content), path)
+        write_tensors(folder / name, content)
     with written_whole(folder / RESULT) as path:
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from peft_ext.files import read_json
 from peft_ext.rows import read_rows
 from trl_ext.almost.prompts.chat import ASSISTANT, HUMAN, Messages, Prompt, as_messages, before_marks, request_text
 from trl_ext.almost.prompts.demonstrations import (
@@ -64,7 +64,7 @@ def load_style(name: str) -> Style:
     if path.suffix != ".json" or not path.is_file():
         raise ValueError(f"prompt={name!r} is unknown; choose one of {tuple(STYLES)} or a JSON file of your own.")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path, "mend it")
         return Style(str(value["preamble"]), tuple((str(q), str(a)) for q, a in value["demonstrations"]))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
