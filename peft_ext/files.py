@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any, Optional
 
 
+# Whether digests are compared when something is loaded.
+VERIFY_VARIABLE = "PEFT_EXT_VERIFY_DIGESTS"
 # In the name of what is being written.
 _PARTIAL = "-partial-"
 # Where an older version waits that couldn't change places with the new one in one step.
@@ -143,6 +145,18 @@ def digests(folder: Path, names: Optional[Iterable[str]] = None) -> dict[str, st
     return {name: file_digest(folder / name) for name in names}
 
 
+def verifies() -> bool:
+    """Whether digests are compared; `PEFT_EXT_VERIFY_DIGESTS=0` turns it off.
+
+    Raises:
+        ValueError: If the variable has another value than 0 and 1.
+    """
+    value = os.environ.get(VERIFY_VARIABLE, "1")
+    if value not in ("0", "1"):
+        raise ValueError(f"{VERIFY_VARIABLE}={value!r} is unknown; set 1 (the default) or 0.")
+    return value == "1"
+
+
 def check_digests(folder: Path, stored: Any, kept_in: str) -> None:
     """Refuse a folder whose files aren't those that were saved together.
 
@@ -154,7 +168,7 @@ def check_digests(folder: Path, stored: Any, kept_in: str) -> None:
     Raises:
         ValueError: If a file is missing or another one; names it.
     """
-    if stored is None:
+    if stored is None or not verifies():
         return
     if not isinstance(stored, Mapping):
         raise ValueError(f"{str(folder / kept_in)!r}: files is {stored!r}, not a mapping of names to digests.")

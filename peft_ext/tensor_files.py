@@ -30,10 +30,9 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from peft_ext.files import written_whole
+from peft_ext.files import VERIFY_VARIABLE, verifies, written_whole
 
 
-VERIFY_VARIABLE = "PEFT_EXT_VERIFY_DIGESTS"
 DIGEST = "peft_ext_digest"
 _SCHEME = "sha256-8m:"
 # Stands in a file from its writing until its digest is known; such a file is taken for one without.
@@ -251,14 +250,6 @@ def _contiguous(tensor: Any) -> Any:
     if isinstance(tensor, np.ndarray):  # numpy would give a single number a dimension
         return tensor if tensor.flags.c_contiguous else np.ascontiguousarray(tensor)
     return tensor.contiguous()
-
-
-def verifies() -> bool:
-    """Whether digests are compared."""
-    value = os.environ.get(VERIFY_VARIABLE, "1")
-    if value not in ("0", "1"):
-        raise ValueError(f"{VERIFY_VARIABLE}={value!r} is unknown; set 1 (the default) or 0.")
-    return value == "1"
 
 
 def _damaged(path: PathLike, error: Union[str, Exception]) -> str:

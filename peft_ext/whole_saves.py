@@ -21,7 +21,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
-from peft_ext.files import check_digests, digests, written_whole
+from peft_ext.files import check_digests, digests, read_json, written_whole
 from peft_ext.model_card import README
 from peft_ext.quant.conversion import packed_layers
 
@@ -70,12 +70,8 @@ def check_saved(folder: Any) -> None:
     """
     path = Path(folder) / CONFIG_NAME
     if path.is_file():
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{str(path)!r} is damaged ({error}); copy or save the folder again.") from None
-        if isinstance(config, dict):
-            check_digests(Path(folder), config.get(_FILES), CONFIG_NAME)
+        config = read_json(path, "copy or save the folder again")
+        check_digests(Path(folder), config.get(_FILES), CONFIG_NAME)
 
 
 def on_adapter_saving(is_ours: Callable[[PeftModel], bool]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -57,6 +57,7 @@ SEAMS = {
         "_upload_modified_files(working_dir, repo_id)": "peft_ext.packed_cards: writes the card before it is uploaded",
     },
     "transformers.PreTrainedModel": {
+        "_load_pretrained_model(model, state_dict, checkpoint_files, load_config)": "peft_ext.sealing: compares digests before",
         "_can_set_attn_implementation": "shared_prefix: attention goes through transformers' interface",
         "_supports_attention_backend": "generation_ext.shared_prefix: masks of our own reach the layers",
         "_no_split_modules": "peft_ext.memory: the blocks that FSDP wraps",
@@ -146,6 +147,12 @@ SEAMS = {
     "trl.GRPOTrainer": {
         "_generate_single_turn(prompt_ids, images, multimodal_fields)": "trl_ext.almost: a merged copy writes",
         "_tokenizer": "trl_ext.almost: the tokenizer under a processor",
+    },
+    "transformers.PreTrainedConfig": {
+        "_dict_from_json_file(json_file)": "peft_ext.sealing: a config that is no object is told with its file",
+    },
+    "transformers.modeling_utils": {
+        "get_checkpoint_shard_files(index_filename)": "peft_ext.sealing: an index names files of its folder alone",
     },
     "peft.config.PeftConfigMixin": {
         "from_json_file(path_json_file)": "peft_ext.adapter_files: checks adapter_config.json where PEFT reads it",

@@ -203,7 +203,7 @@ def restore(model: nn.Module) -> None:
     in_config = names_in_model(model, own_bits)
     for name, module in model.named_modules():
         if is_compressed(module):
-            module.own_bits = own_bits.get(in_config.get(name), module.quantization_scheme.weights.num_bits)
+            module.own_bits = own_bits.get(in_config.get(name, ""), module.quantization_scheme.weights.num_bits)
     # where stock transformers leaves layers compressed, it still makes floats of fused experts
     complete = any(map(is_packed, model.modules())) and not fused_experts(model)
     source = None if complete else _checkpoint(model)

@@ -69,7 +69,7 @@ class PooledClassifier(OwnFiles, PreTrainedModel):
         return cls(config, backbone)
 
     @classmethod
-    def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> PooledClassifier:
+    def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> PooledClassifier:  # type: ignore[override]
         """Read a classifier that `save_pretrained` wrote."""
         kwargs.setdefault("config", AutoConfig.from_pretrained(folder))
         return super().from_pretrained(folder, *args, **kwargs)
