@@ -246,13 +246,13 @@ class BcqHfQuantizer(HfQuantizer):
                 _check_tensors(key, headers, empty, list(shape))  # type: ignore[arg-type]  # it is stored
             replace_layer(model, name, empty)
         untie(model, packed_layers(model))
-        if headers is not None:
-            check_complete(model, headers, "planes", ("scale", "zero_point"), packed_layers(model))
         if stored and not in_file:
             raise ValueError(
                 f"the checkpoint's packed layers ({stored[0]!r} and others) are not in {type(model).__name__}; "
                 "load it with the class that it was saved from."
             )
+        if headers is not None:
+            check_complete(model, headers, "planes", ("scale", "zero_point"), packed_layers(model))
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         return without_merging(super().update_weight_conversions(weight_conversions, model), model)

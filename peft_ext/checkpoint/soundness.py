@@ -17,18 +17,18 @@ from peft_ext.quant.conversion import LINEAR_LAYERS, packed_layers
 
 
 _AGAIN = "The checkpoint is damaged, or its config.json is another's; download or save it again."
-# What config.json says of quantisations, as far as we read it; a missing one has a default.
+# What config.json says of quantisations, as far as we read it; a missing one has a default, ranges are the formats'.
 QUANTIZATION: dict[str, Field] = {
     name: each.or_missing()
     for name, each in {
-        "bits": whole(1, 8),
-        "group_size": whole(-1),
+        "bits": whole(),
+        "group_size": whole(),
         "sym": truth(),
         "zero_point": truth(),
         "number_format": text(),
         "init_method": text(),
-        "bits_pattern": mapping_of(whole(1, 8)).or_null(),
-        "group_size_pattern": mapping_of(whole(-1)).or_null(),
+        "bits_pattern": mapping_of(whole()).or_null(),
+        "group_size_pattern": mapping_of(whole()).or_null(),
         "dynamic": mapping_of(one_of(mapping_of(one_of(whole(), number(), truth(), text())))).or_null(),
         "pack_dtype": text(),
         "checkpoint_format": text().or_null(),
