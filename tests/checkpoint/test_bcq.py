@@ -262,7 +262,9 @@ def test_dequantize(tmp_path):
 
 @pytest.mark.parametrize("bits", [0, 9, 5, -1, 2.5])
 def test_bits(bits):
-    with pytest.raises(ValueError, match=f"bits(={bits} is not supported; choose one of| is {bits}; it must be a whole)"):
+    with pytest.raises(
+        ValueError, match=f"bits(={bits} is not supported; choose one of| is {bits}; it must be a whole)"
+    ):
         BcqConfig(bits=bits)
 
 

@@ -16,7 +16,7 @@ from peft_ext import AlphaTuningConfig, PeqaConfig, load, load_packed
 from peft_ext.checkpoint.contents import read_contents
 from peft_ext.checkpoint.saving import make_saveable
 from peft_ext.tensor_files import carries_digest, read_header
-from tests.checkpoint.gptq_files import save_gptq
+from tests.checkpoint.gptq_files import gptq_layer, save_gptq
 from tests.tiny.models import inputs, tiny
 
 
@@ -78,7 +78,12 @@ def test_swapped_and_changed_tensors_are_refused(folder, monkeypatch):
             twin = name.replace(LAYER, other)
             tensors[name], tensors[twin] = tensors[twin], tensors[name]
 
-    changes = [swap, lambda t, own: t[scale].neg_(), lambda t, own: t[scale].zero_(), lambda t, own: t.pop("lm_head.weight")]
+    changes = [
+        swap,
+        lambda t, own: t[scale].neg_(),
+        lambda t, own: t[scale].zero_(),
+        lambda t, own: t.pop("lm_head.weight"),
+    ]
     content = (folder / WEIGHTS).read_bytes()
     for change in changes:
         (folder / WEIGHTS).write_bytes(content)
@@ -129,7 +134,9 @@ def test_scales_that_no_weight_has_name_the_layer(folder, change):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("change", [{"quantization_config": None}, {"quantization_config": {"quant_method": "nothing"}}])
+@pytest.mark.parametrize(
+    "change", [{"quantization_config": None}, {"quantization_config": {"quant_method": "nothing"}}]
+)
 def test_packed_layers_that_no_config_reads_are_refused(folder, change):
     configured(folder, **change)
     with pytest.raises(ValueError, match="holds packed layers|Unknown quantization type"):
@@ -152,7 +159,9 @@ def test_widths_in_the_config(tmp_path, value):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("field, value", [("bits", "4"), ("bits", True), ("group_size", float("nan")), ("bits_pattern", [1])])
+@pytest.mark.parametrize(
+    "field, value", [("bits", "4"), ("bits", True), ("group_size", float("nan")), ("bits_pattern", [1])]
+)
 def test_fields_of_bcq(tmp_path, field, value):
     get_peft_model(tiny("llama"), KINDS["bcq"][0]).unload().save_pretrained(tmp_path)
     quantization = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
@@ -190,8 +199,14 @@ def test_an_index_names_files_of_its_folder_alone(sharded, name):
 
 
 def test_a_gptq_layer_without_its_words(tmp_path):
-    save_gptq(tiny("llama"), tmp_path, bits=4, group_size=8)
+    codes = torch.randint(0, 16, (32, 64))
+    layer = gptq_layer(codes, torch.ones(32, 8), torch.full((32, 8), 8), bits=4)
+    save_gptq(tiny("llama"), {LAYER: layer}, tmp_path, bits=4, group_size=8, sym=True, checkpoint_format="gptq")
     load_packed(tmp_path)
-    rewrite(tmp_path, lambda tensors, own: tensors.pop(f"{LAYER}.qweight"))
-    with pytest.raises(ValueError, match=rf"layer '{LAYER}': the checkpoint has \w+ but no qweight"):
+    other = LAYER.replace("layers.0", "layers.1")
+    rewrite(
+        tmp_path,
+        lambda tensors, own: tensors.update({f"{other}.qzeros": layer["qzeros"]}) or tensors.pop(f"{other}.weight"),
+    )
+    with pytest.raises(ValueError, match=rf"layer '{other}': the checkpoint has qzeros but no qweight"):
         load_packed(tmp_path)
