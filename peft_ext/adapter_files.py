@@ -43,7 +43,6 @@ from peft_ext.tensor_files import check_digest, read_tensors, seal
 LARGEST = 1e30
 _NAMES = one_of(text(), list_of(text())).or_null()
 _COMMON: dict[str, Field] = {
-    "peft_type": text(*TUNERS),
     "base_model_name_or_path": text().or_null(),
     "task_type": text().or_null(),
     "inference_mode": truth(),
@@ -65,17 +64,18 @@ _SCALES: dict[str, Field] = {
 }
 
 
-def _format(**fields: Field) -> JsonFormat:
+def _format(kind: str, **fields: Field) -> JsonFormat:
     # a later version's fields are PEFT's to warn of, an earlier version's lack to be filled with defaults
-    known = {name: each if name == "peft_type" else each.or_missing() for name, each in {**_COMMON, **fields}.items()}
-    return JsonFormat(CONFIG_NAME, known)
+    known = {name: each.or_missing() for name, each in {**_COMMON, **fields}.items()}
+    return JsonFormat(CONFIG_NAME, {"peft_type": text(kind), **known})
 
 
 # By `peft_type`.
 CONFIGS: dict[str, JsonFormat] = {
-    "PEQA": _format(**_SCALES, sym=truth().or_null(), keep_product=truth()),
-    "ALPHATUNING": _format(**_SCALES, trained_alphas=text()),
+    "PEQA": _format("PEQA", **_SCALES, sym=truth().or_null(), keep_product=truth()),
+    "ALPHATUNING": _format("ALPHATUNING", **_SCALES, trained_alphas=text()),
     "BOTTLENECK": _format(
+        "BOTTLENECK",
         bottleneck_dim=whole(1).or_null(),
         reduction_factor=whole(1).or_null(),
         placement=text(),

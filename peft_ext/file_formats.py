@@ -93,7 +93,8 @@ def whole(least: Optional[int] = None, most: Optional[int] = None) -> Field:
 
 def one_number_of(*choices: int) -> Field:
     """One of some whole numbers."""
-    return _of(f"one of {', '.join(map(str, choices))}", lambda v: type(v) is int and v in choices)
+    shown = ", ".join(map(str, choices))
+    return _of(f"one of {shown}" if len(choices) > 1 else shown, lambda v: type(v) is int and v in choices)
 
 
 def number(least: Optional[float] = None, most: Optional[float] = None, above: Optional[float] = None) -> Field:
@@ -227,12 +228,8 @@ class JsonFormat:
 
     def table(self) -> str:
         """The fields as a table in Markdown."""
-        rows = [("`format`", f"{self.format}", "")] if self.format is not None else []
-        rows += [
-            (f"`{name}`", each.words + (" (may be missing)" if each.missing else ""), each.note)
-            for name, each in self.fields.items()
-        ]
-        return _table(("Field", "Type and range", ""), rows)
+        version = {} if self.format is None else {"format": one_number_of(self.format)}
+        return field_table({**version, **self.fields})
 
 
 def check_fields(value: Mapping[str, Any], fields: Mapping[str, Field], where: str, way_out: str = SAVE_AGAIN) -> None:
@@ -373,6 +370,15 @@ def dtype_name(value: Any) -> str:
     if dtype.kind == "b":
         return "BOOL"
     return f"{_NUMPY_NAMES[dtype.kind]}{8 * dtype.itemsize}" if dtype.kind in _NUMPY_NAMES else str(dtype)
+
+
+def field_table(fields: Mapping[str, Field]) -> str:
+    """Described fields as a table in Markdown."""
+    rows = [
+        (f"`{name}`", each.words + (" (may be missing)" if each.missing else ""), each.note)
+        for name, each in fields.items()
+    ]
+    return _table(("Field", "Type and range", ""), rows)
 
 
 def tensor_table(described: Mapping[str, Tensor]) -> str:

@@ -36,7 +36,7 @@ PathLike = Union[str, os.PathLike]
 _FORMAT = 1
 
 
-_MANIFEST = JsonFormat(
+MANIFEST = JsonFormat(
     "manifest/<stage>.json",
     {
         "stage": text().or_missing(),
@@ -266,7 +266,7 @@ class StagedRun:
         path = self._manifest(stage)
         value = read_settings(path)
         if value is not None:
-            _MANIFEST.check(value, path)
+            MANIFEST.check(value, path)
         return value
 
     def check(self, stage: str, config: Mapping[str, Any]) -> None:

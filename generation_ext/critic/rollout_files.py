@@ -18,7 +18,7 @@ from peft_ext.rows import Row, append_rows, keep_rows, read_json_lines
 
 _WAY_OUT = "Take the row out, or mend it."
 # A reward is null where the reward function had nothing to say.
-_FIELDS = {
+FIELDS = {
     "prompt": text(),
     "completion": text(),
     "prompt_ids": list_of(whole(0)),
@@ -44,7 +44,7 @@ class RolloutWriter:
 
     def write(self, rollouts: Iterable[Rollout]) -> None:
         """Append roll-outs, and wait until the system has them on disk."""
-        rows = ({name: getattr(rollout, name) for name in _FIELDS} for rollout in rollouts)
+        rows = ({name: getattr(rollout, name) for name in FIELDS} for rollout in rollouts)
         append_rows(self.path, rows, checked=True)
 
 
@@ -73,7 +73,7 @@ def _read(file: Path) -> list[Rollout]:
 
 
 def _rollout(entry: Row, where: str) -> Rollout:
-    check_fields(entry, _FIELDS, where, _WAY_OUT)
+    check_fields(entry, FIELDS, where, _WAY_OUT)
     if not entry["prompt_ids"]:
         raise ValueError(f"{where}: prompt_ids is empty; a roll-out begins with a token.")
-    return Rollout(**{name: entry[name] for name in _FIELDS if name in entry})
+    return Rollout(**{name: entry[name] for name in FIELDS if name in entry})

@@ -22,8 +22,8 @@ from peft_ext.runs import differences, plain
 
 _FORMAT = 2
 _WAY_OUT = "Choose another file, or take the row out: it is generated again."
-_HEADER = {"format": whole(), "settings": record({})}
-_POOL = {"index": whole(0), "example": mapping_of(text()), "samples": mapping_of(list_of(text()))}
+HEADER = {"format": whole(), "settings": record({})}
+POOL = {"index": whole(0), "example": mapping_of(text()), "samples": mapping_of(list_of(text()))}
 
 
 class Pool(NamedTuple):
@@ -124,9 +124,9 @@ class PoolFile:
     def _read(self, path: Path) -> None:
         try:
             header, *rows = read_grown_rows(path)
-            check_fields(header, _HEADER, f"{str(path)!r}, line 1", _WAY_OUT)
+            check_fields(header, HEADER, f"{str(path)!r}, line 1", _WAY_OUT)
             for number, row in enumerate(rows, start=2):
-                check_fields(row, _POOL, f"{str(path)!r}, row {number}", _WAY_OUT)
+                check_fields(row, POOL, f"{str(path)!r}, row {number}", _WAY_OUT)
                 self._take(row, f"{str(path)!r}, row {number}")
         except ValueError as error:
             raise ValueError(f"{str(path)!r} is no file of pools, or damaged: {error}") from error

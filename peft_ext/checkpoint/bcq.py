@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 from typing import Any, Optional
 
 import torch
@@ -62,8 +63,15 @@ from peft_ext.tensor_files import PLACEHOLDER
 
 QUANT_METHOD = "bcq"
 FORMATS = ("binary", "uniform")
-# By tensor of a layer the types that it may have.
-TENSORS = {"planes": ("U8",), "scale": FLOATS, "zero_point": ("U8",), "bias": FLOATS}
+# The tensors of a layer; their sizes follow from the weight's.
+LAYER = {
+    "planes": Tensor(
+        ("U8",), ("tiles", "input bytes", "bits", TILE_ROWS), note="bit-planes, as the CPU kernel reads them"
+    ),
+    "scale": Tensor(FLOATS, ("out", "groups", "bits, of alphas alone"), note="alphas, or scales of integers"),
+    "zero_point": Tensor(("U8",), ("out", "groups"), optional=True, note="of integers"),
+    "bias": Tensor(FLOATS, ("out",), optional=True, note="where the layer has one"),
+}
 # Counts up when the layout of the tensors changes.
 FORMAT_VERSION = 1
 
@@ -357,12 +365,12 @@ def _check_tensors(key: str, headers: dict[str, TensorHeader], empty: PackedLine
     Raises:
         ValueError: Names the layer, the tensor, what it is and what it must be.
     """
-    for part, dtypes in TENSORS.items():
+    for part, described in LAYER.items():
         own = getattr(empty, part)
         header = headers.get(f"{key}.{part}")
         if own is None or header is None:  # the loader reports what is missing or too much
             continue
-        problem = Tensor(dtypes, tuple(own.shape)).problem(header, {}, header_only=True)
+        problem = replace(described, shape=tuple(own.shape)).problem(header, {}, header_only=True)
         if problem:
             raise ValueError(
                 f"layer {key!r}: {part} {problem}, of a weight of {shape}, which the model has there; one of config.json and "
