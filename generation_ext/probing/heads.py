@@ -171,7 +171,7 @@ class MLP(Head):
 
     @classmethod
     def tensors(cls, names: Collection[str]) -> dict[str, Tensor]:
-        depth = max(1, sum(name.startswith("weight.") for name in names))
+        depth = max(1, *(sum(name.startswith(part) for name in names) for part in ("weight.", "bias.")))
         sizes = ["n", *(f"h{i}" for i in range(1, depth)), "classes"]
         described: dict[str, Tensor] = {}
         for i in range(depth):

@@ -116,12 +116,11 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise FileNotFoundError(f"folder={str(folder)!r}: there is no {JSON}, as save_pretrained writes it.")
     content = FILE.read(folder / JSON)
     classes = content["classes"]
-    for name, problem in (
-        ("words", len(content["words"]) != len(classes)),
-        ("classes", len({(type(each), each) for each in classes}) < len(classes)),
-    ):
-        if problem:
-            raise ValueError(f"{str(folder / JSON)!r}: {name} doesn't have one entry for each class. {_AGAIN}")
+    if len(content["words"]) != len(classes) or len({(type(each), each) for each in classes}) < len(classes):
+        raise ValueError(
+            f"{str(folder / JSON)!r}: classes is {classes}, words {content['words']}; they must be different classes, and "
+            f"words for each. {_AGAIN}"
+        )
     if not (folder / ARRAYS).is_file():
         raise FileNotFoundError(f"{str(folder)!r} has no {ARRAYS}, as save_pretrained writes it. {_AGAIN}")
     unknown = sorted(set(content["params"]) - set(PARAMS))

@@ -176,7 +176,10 @@ def test_files_of_another_kind(data, tmp_path):
     with pytest.raises(ValueError, match="holds a KNN, not a MSP"):
         MSP.from_pretrained(tmp_path)
     config = json.loads((tmp_path / "detector.json").read_text())
-    for change, match in (({"format": 2}, "another version"), ({"detector": "odin"}, "'odin' is unknown.*'knn'")):
+    for change, match in (
+        ({"format": 2}, "later version"),
+        ({"detector": "odin"}, "'odin'; it must be one of .*'knn'"),
+    ):
         (tmp_path / "detector.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(ValueError, match=match):
             load_detector(tmp_path)

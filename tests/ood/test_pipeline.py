@@ -159,7 +159,7 @@ def test_bad_input(data, bert_folder, tmp_path):
     pipeline.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "ood_pipeline.json").read_text())
     (tmp_path / "ood_pipeline.json").write_text(json.dumps({**config, "format": 9}))
-    with pytest.raises(ValueError, match="format 9.*newer"):
+    with pytest.raises(ValueError, match="format is 9.*later version"):
         OODPipeline.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="id_recall|recall=0"):
         _pipeline(MODELS["pooled"](bert_folder), data, id_recall=0)

@@ -356,10 +356,11 @@ def test_damaged_and_missing_folders(tmp_path):
     fitted.save_pretrained(tmp_path / "palp")
     content = json.loads((tmp_path / "palp" / "palp.json").read_text())
     (tmp_path / "palp" / "palp.json").write_text(json.dumps({**content, "format": 9}))
-    with pytest.raises(ValueError, match="has format 9"):
+    with pytest.raises(ValueError, match="format is 9"):
         PALPClassifier.from_pretrained(tmp_path / "palp", model("llama"), tokenizer_for("llama"))
+    (tmp_path / "palp" / "palp.json").write_text(json.dumps({key: content[key] for key in content if key != "files"}))
     (tmp_path / "palp" / "head.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match=r"head\.safetensors' is truncated, damaged"):
         PALPClassifier.from_pretrained(tmp_path / "palp", model("llama"), tokenizer_for("llama"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
