@@ -16,6 +16,7 @@ from tests.documents.pages import OUTPUT, PAGES, ROOT, Block, blocks, commands
 # installs and long targets are what CI itself does
 _NOT_OURS = ("pip ", "make ", "git ", "cd ", "docker ", "export ")
 _RUNNERS = {"peft-ext": ["-m", "peft_ext.cli"], "python": [], "python3": []}
+_PARTS = ("How it works", "Use", "Options", "Measured", "Paper against ours", "Limits")
 _LINK = re.compile(r"\]\((?!https?:|mailto:)([^)#\s]*)(#[^)\s]*)?\)")
 
 
@@ -84,3 +85,17 @@ def test_links_lead_somewhere(page):
 def _anchors(page: Path) -> set[str]:
     headings = re.findall(r"^#+ +(.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "methods").glob("*.md")), ids=lambda page: page.stem)
+def test_a_methods_page_is_whole(page):
+    """What it is for, a drawing, an example with its output, options, figures, paper, limits; each figure stands in the results."""
+    text = page.read_text(encoding="utf-8")
+    headings = re.findall(r"^## (.+)$", text, flags=re.MULTILINE)
+    assert [name for name in headings if name in _PARTS] == list(_PARTS)
+    assert "| Take it | Don't |" in text and re.search(r"!\[[^\]]+\]\(\.\./assets/[^)]+\.svg\)", text)
+    measured = text.partition("## Measured")[2].partition("\n## ")[0]
+    linked = [(page.parent / path).resolve() for path, _ in _LINK.findall(measured)]
+    figures = "".join(each.read_text(encoding="utf-8") for each in (*linked, ROOT / "docs" / "results.md"))
+    numbers = re.findall(r"(?<![\w-])\d[\d,]*\.\d+", re.sub(r"[A-Z]\w+-[\d.]+B", "", measured))
+    assert [number for number in numbers if number not in figures] == []
