@@ -89,7 +89,7 @@ def _anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs" / "methods").glob("*.md")), ids=lambda page: page.stem)
 def test_a_methods_page_is_whole(page):
-    """What it is for, a drawing, an example with its output, options, figures, paper, limits; each figure stands in the results."""
+    """What it is for, a drawing, an example, options, figures that stand in the results, paper, limits."""
     text = page.read_text(encoding="utf-8")
     headings = re.findall(r"^## (.+)$", text, flags=re.MULTILINE)
     assert [name for name in headings if name in _PARTS] == list(_PARTS)
