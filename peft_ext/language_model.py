@@ -6,6 +6,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
+import threading
+import weakref
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, Optional
@@ -26,6 +28,9 @@ _TAKES_MASKS = ("sdpa", "eager")
 # Of the embeddings, for the fingerprint; of every tensor of the base, for the identity.
 _SAMPLED_ROWS, _SAMPLED_NUMBERS = 64, 1024
 _NO_ADAPTER = "none"
+# Modules that are in evaluation mode for the time of some blocks -> how many.
+_modes: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+_modes_lock = threading.Lock()
 
 
 def unwrapped(model: Any) -> Any:
@@ -93,15 +98,23 @@ def device_of(model: nn.Module) -> torch.device:
 
 @contextlib.contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no gradients; every module's own mode comes back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    """Evaluation mode, and no gradients; every module's own mode comes back afterwards, when the last thread is through."""
+    with _modes_lock:
+        # also of a model that is in evaluation mode, if another thread's block has put it there
+        held = [module for module in model.modules() if module.training or module in _modes]
+        for module in held:
+            _modes[module] = _modes.get(module, 0) + 1
+        model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for module in training:
-            module.training = True
+        with _modes_lock:
+            for module in held:
+                _modes[module] -= 1
+                if not _modes[module]:
+                    del _modes[module]
+                    module.training = True
 
 
 def start_token(model: nn.Module) -> int:

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -14,6 +15,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from peft_ext.quant.experts import Place, places
+from peft_ext.threads import PerCall
+
+
+# what a call hands each layer, from the layer's input
+_GIVEN: PerCall[dict[nn.Module, Callable[[Any], dict[str, Any]]]] = PerCall("peft_ext_adapter_names")
+_hooking = threading.Lock()
 
 
 class MixedBatches:
@@ -30,7 +37,8 @@ class MixedBatches:
 
     @contextmanager
     def _enable_peft_forward_hooks(self: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """For the time of a forward, or of a whole `generate`, hand every tuner layer the name of each sample's adapter.
+        """For the time of a forward, or of a whole `generate`, hand every tuner layer the name of each sample's adapter, in this
+        thread: others may run the model with other names, or none, at the same time.
 
         Args:
             **kwargs: Of the forward. `adapter_names`: one for each sample, `"__base__"` for none; None: nothing is handed
@@ -50,28 +58,33 @@ class MixedBatches:
         # an encoder sees the batch before it is repeated for each beam
         in_encoder = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
         arguments = {False: self._layer_arguments(expanded), True: self._layer_arguments(adapter_names)}
-        handles = []
+        of_layers: dict[nn.Module, Callable[[torch.Tensor], dict[str, Any]]] = {}
         in_blocks = places(self.model)
         for module in self.modules():
             if isinstance(module, self.tuner_layer_cls) and module in in_blocks:
                 rows = partial(self._row_arguments, arguments[False])
-                more_of = partial(_more_of_rows, in_blocks[module], len(expanded), rows, arguments[False])
-                handles.append(
-                    module.register_forward_pre_hook(partial(_pass_rows, more_of=more_of), with_kwargs=True)
-                )
-                continue
-            if isinstance(module, self.tuner_layer_cls):
-                more = arguments[module in in_encoder]
+                of_layers[module] = partial(_of_rows, in_blocks[module], len(expanded), rows, arguments[False])
+            elif isinstance(module, self.tuner_layer_cls):
+                of_layers[module] = partial(_of_all, arguments[module in in_encoder])
             elif isinstance(module, AuxiliaryTrainingWrapper):
-                more = {"adapter_names": adapter_names if module in in_encoder else expanded}
-            else:
-                continue
-            handles.append(module.register_forward_pre_hook(partial(_pass, more=more), with_kwargs=True))
-        try:
+                of_layers[module] = partial(
+                    _of_all, {"adapter_names": adapter_names if module in in_encoder else expanded}
+                )
+                _hand_names_to(module)
+        with _GIVEN.block(of_layers):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
+
+
+def mixed_forward(layer: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> Optional[torch.Tensor]:
+    """A tuner layer's output with what `adapter_names=` says of it in this call; None where it says nothing."""
+    return _GIVEN.apply(_mixed_forward, layer, x, args, kwargs)
+
+
+def _mixed_forward(
+    of_layers: dict[nn.Module, Any], layer: nn.Module, x: torch.Tensor, args: tuple, kwargs: dict[str, Any]
+) -> Optional[torch.Tensor]:
+    more = of_layers.get(layer)
+    return None if more is None else type(layer).forward(layer, x, *args, **kwargs, **more(x))
 
 
 def check_length(names: int, samples: int) -> None:
@@ -93,11 +106,11 @@ def _check_adapter_names(tuner: BaseTuner, adapter_names: list[str]) -> None:
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
 
 
-def _pass(module: nn.Module, args: tuple, kwargs: dict, more: dict[str, Any]) -> tuple[tuple, dict]:
-    return args, {**kwargs, **more}
+def _of_all(arguments: dict[str, Any], x: torch.Tensor) -> dict[str, Any]:
+    return arguments
 
 
-def _more_of_rows(
+def _of_rows(
     place: Place,
     count: int,
     rows: Callable[[torch.Tensor], dict[str, Any]],
@@ -108,7 +121,19 @@ def _more_of_rows(
     return arguments if samples is None else rows(samples)
 
 
-def _pass_rows(
-    module: nn.Module, args: tuple, kwargs: dict, more_of: Callable[[torch.Tensor], dict[str, Any]]
-) -> tuple[tuple, dict]:
-    return args, {**kwargs, **more_of(args[0])}
+def _hand_names_to(wrapper: nn.Module) -> None:
+    """PEFT's own wrapper takes the names as an argument: from a hook, which stays, and reads what the call has."""
+    with _hooking:
+        if _names_of_call not in wrapper._forward_pre_hooks.values():
+            wrapper.register_forward_pre_hook(_names_of_call, with_kwargs=True)
+
+
+def _names_of_call(module: nn.Module, args: tuple, kwargs: Optional[dict[str, Any]] = None) -> Any:
+    if kwargs is None:  # torch registers in two steps, and another thread, which has no names, came between them
+        return None
+    return _GIVEN.apply(_with_names, module, args, kwargs)
+
+
+def _with_names(of_layers: dict[nn.Module, Any], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    more = of_layers.get(module)
+    return None if more is None else (args, {**kwargs, **more(args[0] if args else None)})

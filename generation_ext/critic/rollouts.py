@@ -33,6 +33,7 @@ from peft_ext.language_model import (
     start_token,
     unwrapped,
 )
+from peft_ext.threads import hooks_of_this_thread
 
 
 @dataclass
@@ -363,12 +364,8 @@ def _recording(model: nn.Module, wanted: bool) -> Iterator[list[torch.Tensor]]:
     def keep(module: nn.Module, args: Any, output: Any) -> None:
         steps.append(output[0][:, -1].detach())
 
-    handle = backbone(model).register_forward_hook(keep) if wanted else None
-    try:
+    with hooks_of_this_thread([(backbone(model), keep)] if wanted else []):
         yield steps
-    finally:
-        if handle is not None:
-            handle.remove()
 
 
 @contextmanager

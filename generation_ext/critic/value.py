@@ -31,6 +31,7 @@ from peft_ext.language_model import (
 )
 from peft_ext.model_card import Card
 from peft_ext.sealing import OwnFiles
+from peft_ext.threads import hooks_of_this_thread
 from peft_ext.whole_saves import check_saved
 
 
@@ -355,7 +356,7 @@ class Critic(OwnFiles, PreTrainedModel):
 
     @contextlib.contextmanager
     def adapted(self, model: nn.Module) -> Iterator[None]:
-        """Within it, the language model computes the hidden states that this critic reads.
+        """Within it, the language model computes the hidden states that this critic reads, in this thread.
 
         Without a LoRA, these are the language model's own, and nothing happens. With one, its layers add the LoRA's
         output to theirs; afterwards the language model is byte for byte as it was. A backward pass through
@@ -369,16 +370,12 @@ class Critic(OwnFiles, PreTrainedModel):
             return
         modules = dict(backbone(model).named_modules())
         scale = self.config.lora_alpha / self.config.lora_rank
-        handles = []
-        try:
-            for name, down, up in zip(self.config.lora_layers, self.lora_a, self.lora_b):
-                if name not in modules:
-                    raise ValueError(f"the critic has a LoRA for the layer {name!r}, which this model doesn't have.")
-                handles.append(modules[name].register_forward_hook(_lora_hook(down, up, scale)))
+        layers = zip(self.config.lora_layers, self.lora_a, self.lora_b)
+        for name in self.config.lora_layers:
+            if name not in modules:
+                raise ValueError(f"the critic has a LoRA for the layer {name!r}, which this model doesn't have.")
+        with hooks_of_this_thread((modules[name], _lora_hook(down, up, scale)) for name, down, up in layers):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def control_prompt(self, prompt: str, code: str) -> str:
         """Put a control code before a prompt, by the config's template; also one that training never saw.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,12 +29,17 @@ from generation_ext.granularity.biased import biased_attention
 from generation_ext.granularity.cache import past_granularities
 from generation_ext.granularity.masks import check_mode, granularity_bias, granularity_mask
 from peft_ext.language_model import CACHE_NAMES
+from peft_ext.threads import PerCall
 
 
 PREFIX = "granularity_"
 KNOWN = ("eager", "sdpa")
 LINKS = ("sigmoid", "rectified")
 PLACEMENTS = ("before", "after")
+# what the hook found for the attention function that runs next in this thread
+_local = threading.local()
+# where granularities are recorded, and under which names
+_RECORDS: PerCall[tuple[dict[str, torch.Tensor], dict[nn.Module, str]]] = PerCall("granularities")
 
 
 @dataclass
@@ -176,7 +182,7 @@ class GranularityAttention(nn.Module):
             attention_mask = attention_mask[:, None, None].bool()
         cross = key_value_states is not None
         z = self.granularity(hidden_states)
-        self._tokens = Tokens(z, self.granularity(others) if cross else z, None if cross else 0)
+        _local.tokens = Tokens(z, self.granularity(others) if cross else z, None if cross else 0)
         output, _ = _sdpa(self, query, key, value, attention_mask, dropout=self.dropout * self.training)
         return self.out_proj(output.flatten(2))
 
@@ -204,16 +210,11 @@ def add_granularity(attention: nn.Module, size: int, config: GranularityConfig, 
 
 @contextmanager
 def recorded(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """Granularities of the passes inside the block: name of the attention -> z of the queries `[batch, tokens]`."""
+    """Granularities of this thread's passes inside the block: name of the attention -> z of the queries `[batch, tokens]`."""
     granularities: dict[str, torch.Tensor] = {}
     heads = {name: module for name, module in model.named_modules() if hasattr(module, "granularity")}
-    for name, module in heads.items():
-        module._record_granularities = (granularities, name)
-    try:
+    with _RECORDS.block((granularities, {module: name for name, module in heads.items()})):
         yield granularities
-    finally:
-        for module in heads.values():
-            del module._record_granularities
 
 
 def check_implementation(name: Optional[str]) -> str:
@@ -247,14 +248,18 @@ def _find_granularities(module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     head: Any = module.granularity
     z = head(hidden)
     if others is not None:
-        module._tokens = Tokens(z, head(others), None)  # type: ignore[assignment]
+        _local.tokens = Tokens(z, head(others), None)
     else:
         cache = next((named[name] for name in CACHE_NAMES if name in named), None)
         keys, past = past_granularities(cache, module, z)
-        module._tokens = Tokens(z, keys, past)  # type: ignore[assignment]
-    record = getattr(module, "_record_granularities", None)
-    if record is not None:
-        granularities, name = record
+        _local.tokens = Tokens(z, keys, past)
+    _RECORDS.apply(_record, module, z)
+
+
+def _record(records: tuple[dict[str, torch.Tensor], dict[nn.Module, str]], module: nn.Module, z: torch.Tensor) -> None:
+    granularities, names = records
+    if module in names:
+        name = names[module]
         granularities[name] = torch.cat([granularities[name], z], 1) if name in granularities else z
 
 
@@ -310,7 +315,7 @@ def _eager(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
     """The model's own eager attention on biased scores."""
-    after, bias = _mask(module.granularity, _tokens_of(module, key), attention_mask, query.dtype)
+    after, bias = _mask(module.granularity, _tokens_of(key), attention_mask, query.dtype)
     plain = sys.modules[type(module).__module__].eager_attention_forward
     if after is None:
         return plain(module, query, key, value, bias, **kwargs)
@@ -333,7 +338,7 @@ def _sdpa(
     """torch's scaled_dot_product_attention with the bias as its mask."""
     if module.granularity.config.placement == "after":
         return _eager(module, query, key, value, attention_mask, **kwargs)
-    _, bias = _mask(module.granularity, _tokens_of(module, key), attention_mask, query.dtype)
+    _, bias = _mask(module.granularity, _tokens_of(key), attention_mask, query.dtype)
     if _learns(bias, kwargs.get("dropout", 0.0)) and kwargs.get("position_bias") is None:
         groups = query.shape[1] // key.shape[1]
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
@@ -353,11 +358,11 @@ def _learns(bias: torch.Tensor, dropout: float) -> bool:
     )
 
 
-def _tokens_of(module: Any, key: torch.Tensor) -> Tokens:
+def _tokens_of(key: torch.Tensor) -> Tokens:
     """What the hook found, as long as the keys are: a sliding window drops the first ones."""
-    tokens: Any = module._tokens
+    tokens: Any = getattr(_local, "tokens", None)
     # not kept: it would hold the graph of the last pass
-    module._tokens = None
+    _local.tokens = None
     count = key.shape[2]
     dropped = tokens.keys.shape[1] - count
     if dropped > 0:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from transformers.modeling_outputs import BaseModelOutput
 
-from generation_ext.shared_prefix.cache import NarrowedHead, encode_whole
+from generation_ext.shared_prefix.cache import encode_whole, narrowed_head
 from generation_ext.shared_prefix.encoding import LabelTokens
 from generation_ext.shared_prefix.token_tree import TokenTree, unfold
 from peft_ext.language_model import LanguageModel, start_tokens
@@ -35,7 +35,7 @@ def read_label_logits(model: LanguageModel, texts: Sequence[Sequence[int]], labe
     count, branches = len(texts), len(rows.tokens)
     places = rows.places.repeat(count, 1)
     places[:, 0] += torch.arange(count).repeat_interleave(len(rows.places)) * branches
-    with NarrowedHead(model, places):
+    with narrowed_head(model, places):
         decoded = model.base(
             encoder_outputs=BaseModelOutput(last_hidden_state=output[0].repeat_interleave(branches, dim=0)),
             attention_mask=mask.repeat_interleave(branches, dim=0),

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, Optional
 
@@ -12,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from generation_ext.shared_prefix.token_tree import PackedRows, TokenTree, pack, unfold
 from peft_ext.language_model import ENCODER_DECODER, LanguageModel
+from peft_ext.threads import hooks_of_this_thread
 
 
 class SharedPrefix(NamedTuple):
@@ -103,37 +105,35 @@ def encode_whole(model: LanguageModel, rows: PackedRows, **kwargs: Any) -> tuple
 def read_logits(model: LanguageModel, rows: PackedRows, prefix: SharedPrefix) -> torch.Tensor:
     """Logits `[N, vocabulary]` at `rows.places`; the output head sees these tokens alone."""
     places = rows.places.to(model.device)
-    with NarrowedHead(model, places):
+    with narrowed_head(model, places):
         output = model.base(**_inputs(model, rows, prefix, None))
     return output.logits[0]
 
 
-class NarrowedHead:
-    """While it is entered, a model's output head computes chosen places only.
+@contextmanager
+def narrowed_head(model: LanguageModel, places: torch.Tensor) -> Iterator[None]:
+    """Inside, a model's output head computes chosen places only, in this thread.
 
     A hook on the head, not a call of it, because models scale or cap what it gives in ways of their own.
 
     Args:
         model: The model.
         places: int64 `[N, 2]`: rows and columns; the model's logits become `[1, N, vocabulary]`.
+
+    Raises:
+        TypeError: If the model has no output head.
     """
+    head = model.base.get_output_embeddings()
+    if head is None:
+        raise TypeError(f"model ({type(model.base).__name__}) has no output head; load it as a language model.")
 
-    def __init__(self, model: LanguageModel, places: torch.Tensor) -> None:
-        self.head = model.base.get_output_embeddings()
-        if self.head is None:
-            raise TypeError(f"model ({type(model.base).__name__}) has no output head; load it as a language model.")
-        self.places = places
-
-    def __enter__(self) -> None:
-        self.handle = self.head.register_forward_pre_hook(self._narrow)
-
-    def __exit__(self, *exception: Any) -> None:
-        self.handle.remove()
-
-    def _narrow(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def narrow(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden = args[0]
-        places = self.places.to(hidden.device)
-        return (hidden[places[:, 0], places[:, 1]][None], *args[1:])
+        of_hidden = places.to(hidden.device)
+        return (hidden[of_hidden[:, 0], of_hidden[:, 1]][None], *args[1:])
+
+    with hooks_of_this_thread([(head, narrow)], before=True):
+        yield
 
 
 class PrefixLayer(DynamicLayer):

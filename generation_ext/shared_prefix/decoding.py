@@ -8,8 +8,10 @@ Attention over a prefix and over a row's own tokens are computed apart and joine
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import math
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, Optional
@@ -35,6 +37,9 @@ _LIVE_SHARE = 0.75
 # The rows' own keys and values get room for so many more tokens at once.
 _BUFFER_STEP = 64
 _CACHE: ContextVar[Optional[Cache]] = ContextVar("almost_cache", default=None)
+# By their ids, configs of models that decode at the moment: in how many threads, and the class that they have otherwise.
+_configs: dict[int, tuple[int, Any]] = {}
+_configs_lock = threading.Lock()
 
 
 class DecodingBatch:
@@ -213,15 +218,33 @@ def _prefix_layers(
 
 @contextlib.contextmanager
 def _attention(model: LanguageModel, cache: Cache) -> Iterator[None]:
-    """For one forward pass, the model's attention is ours."""
-    config = model.config
-    before, token = config._attn_implementation, _CACHE.set(cache)
-    config._attn_implementation = ATTENTION
+    """For one forward pass, the model's attention is ours; other threads' passes go on with the model's own."""
+    config, token = model.config, _CACHE.set(cache)
+    with _configs_lock:
+        count, kind = _configs.get(id(config), (0, type(config)))
+        _configs[id(config)] = (count + 1, kind)
+        config.__class__ = _choosing(kind)
     try:
         yield
     finally:
-        config._attn_implementation = before
+        with _configs_lock:
+            count, kind = _configs.pop(id(config))
+            if count > 1:
+                _configs[id(config)] = (count - 1, kind)
+            else:
+                config.__class__ = kind
         _CACHE.reset(token)
+
+
+@functools.cache
+def _choosing(kind: Any) -> Any:
+    """A config's class whose attention is ours where a call has a cache of ours, and else what it says."""
+    usual = kind._attn_implementation
+
+    def implementation(self: Any) -> Any:
+        return usual.fget(self) if _CACHE.get() is None else ATTENTION
+
+    return type(kind.__name__, (kind,), {"_attn_implementation": property(implementation, usual.fset)})
 
 
 def _shared_attention(

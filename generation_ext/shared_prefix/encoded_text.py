@@ -46,10 +46,12 @@ class ForwardRecorder:
         self._local = threading.local()
         this = weakref.ref(self)
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
             recorder = this()
-            if recorder is not None and not is_running() and not torch.compiler.is_compiling():
-                recorder._record(args, kwargs, output)
+            # torch registers and removes in two steps; between them another thread's pass comes without its kwargs
+            if recorder is None or len(rest) != 2 or is_running() or torch.compiler.is_compiling():
+                return
+            recorder._record(args, *rest)
 
         handle = model.backbone.register_forward_hook(hook, with_kwargs=True)
         self._finalizer = weakref.finalize(self, handle.remove)
@@ -166,13 +168,27 @@ class PrefixEncoder:
         self.model = model
         self.prompt_mask = prompt_mask
         self.pad_token_id = pad_token_id
-        self._last: Optional[Prefix] = None
-        self._ids: Optional[torch.Tensor] = None
-        self._prompts: Optional[torch.Tensor] = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Each thread has a last text of its own."""
+        self._local = threading.local()
+
+    @property
+    def _last(self) -> Optional[Prefix]:
+        return getattr(self._local, "last", None)
+
+    @property
+    def _ids(self) -> Optional[torch.Tensor]:
+        return getattr(self._local, "ids", None)
+
+    @property
+    def _prompts(self) -> Optional[torch.Tensor]:
+        return getattr(self._local, "prompts", None)
 
     def reset(self) -> None:
         """Forget the last text, and free its cache."""
-        self._last = self._ids = self._prompts = None
+        self._begin()
 
     def __call__(self, input_ids: torch.Tensor, cross: Optional[dict[str, Any]] = None) -> Prefix:
         """Encode texts `[batch, tokens]` (for an encoder-decoder: the decoder's), with an encoder's states in `cross`.
@@ -185,11 +201,11 @@ class PrefixEncoder:
         cross = cross or {}
         rows = self._rows(input_ids, cross)
         if rows is None or self._last is None:
-            self._last = self._encoded(input_ids, cross)
+            last = self._encoded(input_ids, cross)
         else:
-            self._last = self._continued(self._last, rows, input_ids)
-        self._ids = input_ids
-        return self._last
+            last = self._continued(self._last, rows, input_ids)
+        self._local.last, self._local.ids = last, input_ids
+        return last
 
     def _rows(self, input_ids: torch.Tensor, cross: dict[str, Any]) -> Optional[torch.Tensor]:
         """Which row of the last texts each text goes on; None if some goes on none."""
@@ -216,7 +232,7 @@ class PrefixEncoder:
         if cross:
             cache = EncoderDecoderCache(cache, DynamicCache(config=self.model.config))
             states = cross[_CROSS[0]]
-            self._prompts = torch.unique(states.flatten(1), dim=0, return_inverse=True)[1].unsqueeze(-1)
+            self._local.prompts = torch.unique(states.flatten(1), dim=0, return_inverse=True)[1].unsqueeze(-1)
         mask, positions = self._prompt_mask(input_ids), None
         if self.model.takes_positions:
             real = torch.ones_like(input_ids) if mask is None else mask.long()

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from peft_ext.bottleneck.config import BottleneckConfig
-from peft_ext.mixed_batches import check_length
+from peft_ext.mixed_batches import check_length, mixed_forward
 
 
 CANNOT_MERGE = (
@@ -135,6 +135,10 @@ class BottleneckLinear(nn.Module, BaseTunerLayer):
         self, x: torch.Tensor, *args: Any, adapter_names: Optional[list[str]] = None, **kwargs: Any
     ) -> torch.Tensor:
         """`[..., in] -> [..., out]`; `adapter_names` gives each sample of the batch its own adapter (inference)."""
+        if adapter_names is None:
+            found = mixed_forward(self, x, args, kwargs)
+            if found is not None:
+                return found
         output = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return output

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from peft_ext.language_model import check_tokens, device_of, inference, unwrapped
+from peft_ext.threads import hooks_of_this_thread
 
 
 class Features(NamedTuple):
@@ -83,12 +84,8 @@ def _head_recorded(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
         recorded["input"], recorded["output"] = args[0], output
 
     heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == labels]
-    handles = [head.register_forward_hook(record) for head in heads]
-    try:
+    with hooks_of_this_thread((head, record) for head in heads):
         yield recorded
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _num_labels(model: nn.Module) -> int:

@@ -9,6 +9,7 @@ and no checkpoint format knows such parameters by layer. [`unfuse_experts`] puts
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Optional, cast
 
@@ -20,6 +21,9 @@ from transformers.core_model_loading import WeightConverter
 from transformers.integrations.moe import _default_apply_gate
 
 
+# while an expert's layers run, in the thread that runs them: whose, the tokens that their rows are, and how many tokens there
+# are in all
+_rows = threading.local()
 _GATE_UP, _UP, _DOWN = "gate_up_proj", "up_proj", "down_proj"
 
 
@@ -60,9 +64,6 @@ class UnfusedExperts(nn.Module):
         self._fused = (experts,)
         self.names = names
         self.num_experts: int = experts.num_experts  # type: ignore[assignment]
-        # while an expert's layers run: the tokens that their rows are, and how many tokens there are in all
-        self.tokens: Optional[torch.Tensor] = None
-        self.token_count = 0
         self.pairing: Optional[Pairing] = None
         for name, child in experts.named_children():  # the activation, a norm behind each expert
             self.add_module(name, child)
@@ -172,7 +173,7 @@ class UnfusedExperts(nn.Module):
         """One expert on its rows `[n, hidden]`, which are these tokens."""
         module: Any = self._modules[str(expert)]
         layers, fused = module._modules, self.fused
-        self.tokens, self.token_count = tokens, token_count
+        _rows.now = (self, tokens, token_count)
         try:
             up = layers[self.names.up](rows)
             if self.names.gate is None:
@@ -181,7 +182,7 @@ class UnfusedExperts(nn.Module):
                 inner = self._gated(layers[self.names.gate](rows), up)
             output = layers[self.names.down](inner)
         finally:
-            self.tokens = None
+            _rows.now = None
         norm = getattr(self, "post_expert_norm", None)
         return output if norm is None else norm(output)
 
@@ -382,7 +383,8 @@ class Place(NamedTuple):
             ValueError: If the rows don't divide into so many samples.
         """
         if self.inside:
-            tokens, total = self.experts.tokens, self.experts.token_count
+            experts, tokens, total = getattr(_rows, "now", None) or (None, None, 0)
+            tokens = tokens if experts is self.experts else None
         else:
             if x.dim() != 2:
                 return None

@@ -9,6 +9,7 @@ from typing import Optional, Union
 import torch
 from torch import nn
 
+from peft_ext.quant import chosen_scales
 from peft_ext.quant.binary import BinaryQuantized, dequantize_binary
 from peft_ext.quant.formats import BinaryCoding, NumberFormat, Uniform, empty_quantized, group_size_of
 from peft_ext.quant.functional import PackedWeight, mixed_packed_linear, packed_linear
@@ -225,7 +226,12 @@ class PackedLinear(nn.Linear):
         keep_product: bool = False,
         trained_planes: Optional[int] = None,
     ) -> torch.Tensor:
-        """`[..., in] -> [..., out]`; `scale` (a tuner's) stands in for the layer's own. See `packed_linear`."""
+        """`[..., in] -> [..., out]`; `scale` (a tuner's) stands in for the layer's own, and where there is none, what this
+        call has chosen (see `chosen_scales.py`). See `packed_linear`."""
+        if scale is None:
+            found = chosen_scales.product(self, x)
+            if found is not None:
+                return found
         planes, own_scale, zero_point, bias = self._tensors()
         weight = (planes, zero_point, self.out_features, self.in_features)  # quicker made than a PackedWeight
         scale = own_scale if scale is None else scale

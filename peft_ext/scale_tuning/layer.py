@@ -12,7 +12,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
-from peft_ext.mixed_batches import check_length
+from peft_ext.mixed_batches import check_length, mixed_forward
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.scale_tuning.config import ScaleTuningConfig
 
@@ -270,6 +270,9 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
             mixture = Mixture(adapter_names)
         if mixture is not None:
             return self._mixed_batch_forward(x, mixture)
+        found = mixed_forward(self, x, args, kwargs)
+        if found is not None:
+            return found
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged:

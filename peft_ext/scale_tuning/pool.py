@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from typing import NamedTuple, Optional, Union
 
 import torch
@@ -15,8 +16,9 @@ from peft.utils import load_peft_weights
 from torch import nn
 
 from peft_ext.checkpoint.saving import make_saveable, take_over
+from peft_ext.quant import chosen_scales
 from peft_ext.quant.conversion import packed_layers
-from peft_ext.quant.experts import Place, places
+from peft_ext.quant.experts import places
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.scale_tuning.adapter_file import plain_scales
 from peft_ext.scale_tuning.config import ScaleTuningConfig
@@ -43,6 +45,10 @@ class AdapterPool:
     Raises:
         ValueError: If the model has no packed layers, has tuner layers, or its scales don't share a device and dtype.
 
+    A pool serves many threads at once, each with its own choice: `mixed` is of the calls of its block, and `activate` of the
+    thread that calls it (and of threads that never chose). A thread begins without a choice, so choose inside of it. What a
+    thread has chosen it goes on with until it chooses again, also when the adapter is loaded anew or removed elsewhere.
+
     Example:
 
     ```py
@@ -65,10 +71,10 @@ class AdapterPool:
         if not self._layers:
             raise ValueError("model has no packed layers; load a packed checkpoint, or quantise it (see PeqaConfig).")
         make_saveable(model)
-        places = {(layer.scale.device, layer.scale.dtype) for layer in self._layers.values()}
-        if len(places) > 1:
+        kinds = {(layer.scale.device, layer.scale.dtype) for layer in self._layers.values()}
+        if len(kinds) > 1:
             raise ValueError(
-                f"the scales of model must share a device and dtype, but lie in {sorted(map(str, places))}."
+                f"the scales of model must share a device and dtype, but lie in {sorted(map(str, kinds))}."
             )
         self._base = torch.cat([layer.scale.detach().flatten() for layer in self._layers.values()])
         self._scales = self._base.clone()
@@ -78,7 +84,10 @@ class AdapterPool:
         self._adapters: dict[str, _Adapter] = {}
         self._positions_by_shapes: dict[tuple, Optional[torch.Tensor]] = {}
         self._fingerprints: dict[str, int] = {}
-        self._active: Optional[str] = None
+        self._places = {layer: self._spans[name] for name, layer in self._layers.items()}
+        self._in_blocks = places(model)
+        self._lock = threading.Lock()
+        self._last: Optional[_Active] = None  # what the buffer holds; None: the base
 
     @property
     def names(self) -> list[str]:
@@ -87,8 +96,9 @@ class AdapterPool:
 
     @property
     def active(self) -> Optional[str]:
-        """The adapter that the model computes with; None for the base."""
-        return self._active
+        """The adapter that the model computes with in this thread; None for the base."""
+        choice = self._choice() or self._last
+        return None if choice is None else choice.name
 
     @property
     def nbytes(self) -> int:
@@ -129,26 +139,36 @@ class AdapterPool:
         if shapes not in self._positions_by_shapes:
             self._positions_by_shapes[shapes] = self._positions(scales)
         self._adapters[name] = _Adapter(values, self._positions_by_shapes[shapes])
-        if name == self._active:
+        if name == self.active:
             self.activate(name)
         return name
 
     def remove(self, name: str) -> None:
         """Forget an adapter; the model goes back to the base if it was active."""
         self._find(name)
-        if name == self._active:
+        if name == self.active:
             self.activate(None)
         del self._adapters[name]
 
     def activate(self, name: Optional[str]) -> None:
-        """Let the model compute with an adapter, or with the base for None.
+        """Let the model compute with an adapter, or with the base for None, in this thread from now on.
+
+        Threads that never chose compute with what was activated last, by whichever thread; don't activate while one of them
+        runs the model.
 
         Raises:
             ValueError: If there is no such adapter, or the model was moved or cast since the pool was made.
         """
         self._check_in_place()
-        self._scales.copy_(self._whole(name))
-        self._active = name
+        choice = _Active(self, name, self._whole(name))
+        mine = self._choice()
+        with self._lock:
+            # compiled graphs read the buffer as long as it holds what everybody has chosen
+            alone = self._last is None or self._last is mine
+            self._scales.copy_(choice.whole)
+            self._last = choice
+        others = tuple(one for one in chosen_scales.KEPT.get() or () if one is not mine)
+        chosen_scales.KEPT.keep((choice, *others), for_compilers=not alone)
 
     @contextmanager
     def mixed(self, names: Sequence[Optional[str]]) -> Iterator[None]:
@@ -162,7 +182,8 @@ class AdapterPool:
                 the pool was made; inside the block, if a batch isn't a multiple of `names`.
         """
         self._check_in_place()
-        if any("forward" in vars(layer) for layer in self._layers.values()):
+        others = chosen_scales.BLOCK.get() or ()
+        if any(isinstance(one, _Mixed) and one.pool is self for one in others):
             raise ValueError("mixed can't be used within itself: one block names the adapters of all samples.")
         if isinstance(names, str) or not names:
             raise ValueError(f"names={names!r} must be a list with an adapter's name, or None, for each sample.")
@@ -171,20 +192,21 @@ class AdapterPool:
         # one large copy here is cheaper than one in each layer, unless groups make scales as many as weights
         stacked = torch.stack(wholes) if len(wholes) * self._base.nbytes <= _STACKED_BYTES else None
         choice = torch.tensor([distinct.index(name) for name in names], device=self._base.device)
-        in_blocks = places(self.model)
-        for name, layer in self._layers.items():
-            span = self._spans[name]
-            parts = [whole[span] for whole in wholes] if stacked is None else stacked[:, span].contiguous()
-            mixed = partial(_forward_mixed, layer, parts, choice, in_blocks.get(layer))
-            layer.forward = mixed  # type: ignore[method-assign]
-        try:
+        with chosen_scales.BLOCK.block((_Mixed(self, wholes if stacked is None else stacked, choice), *others)):
             yield
-        finally:
-            for layer in self._layers.values():
-                del layer.forward
+
+    def _choice(self) -> Optional[_Active]:
+        """What this thread has activated."""
+        kept = chosen_scales.KEPT.get() or ()
+        return next((one for one in kept if isinstance(one, _Active) and one.pool is self), None)
+
+    def _holds(self, layer: PackedLinear) -> bool:
+        """Whether the layer's scales are still a view of the pool's."""
+        first = self._places[layer].start * self._scales.element_size()
+        return layer.scale.data_ptr() == self._scales.data_ptr() + first
 
     def __repr__(self) -> str:
-        return f"AdapterPool({len(self._adapters)} adapters, {self.nbytes / 1e6:.1f} MB, active={self._active!r})"
+        return f"AdapterPool({len(self._adapters)} adapters, {self.nbytes / 1e6:.1f} MB, active={self.active!r})"
 
     def _check_in_place(self) -> None:
         first = next(iter(self._layers.values()))
@@ -246,24 +268,68 @@ class _Adapter(NamedTuple):
     positions: Optional[torch.Tensor]
 
 
-def _forward_mixed(
-    layer: PackedLinear,
-    parts: Union[torch.Tensor, list[torch.Tensor]],
-    choice: torch.Tensor,
-    place: Optional[Place],
-    x: torch.Tensor,
-) -> torch.Tensor:
-    """`parts`: the layer's scales under each adapter, flat; together or one by one. `place`: in a block with experts."""
-    samples = None if place is None else place.samples(x, len(choice))
-    choice = choice if samples is None else choice[samples]
-    repeats, rest = divmod(len(x), len(choice))
-    if rest or (repeats != 1 and x.dim() < 3):  # rows of two dimensions may be tokens of anything
-        raise ValueError(
-            f"mixed: {len(choice)} names for a batch of {len(x)}; pass one name for each sample. (A model that reshapes "
-            "its batch before a layer can't mix adapters in it.)"
+class _Active:
+    """One adapter for all samples.
+
+    Args:
+        pool: Whose.
+        name: The adapter's; None: the base.
+        whole: All its scales, flat like the pool's buffer; not changed by anybody.
+    """
+
+    def __init__(self, pool: AdapterPool, name: Optional[str], whole: torch.Tensor) -> None:
+        self.pool, self.name, self.whole = pool, name, whole
+        self._views: dict[PackedLinear, torch.Tensor] = {}
+
+    def product(self, layer: PackedLinear, x: torch.Tensor) -> Optional[torch.Tensor]:
+        span = self.pool._places.get(layer)
+        if span is None or not self.pool._holds(layer):  # moved or cast: it computes with what it was given then
+            return None
+        scale = self._views.get(layer)
+        if scale is None:
+            scale = self._views[layer] = self.whole[span].view(layer.scale.shape)
+        return PackedLinear.forward(layer, x, scale)
+
+
+class _Mixed:
+    """An adapter for each sample.
+
+    Args:
+        pool: Whose.
+        wholes: All scales under each adapter, flat; together or one by one.
+        choice: int64, for each sample which of them.
+    """
+
+    def __init__(
+        self, pool: AdapterPool, wholes: Union[torch.Tensor, list[torch.Tensor]], choice: torch.Tensor
+    ) -> None:
+        self.pool, self.wholes, self.choice = pool, wholes, choice
+        self._parts: dict[PackedLinear, torch.Tensor] = {}
+
+    def product(self, layer: PackedLinear, x: torch.Tensor) -> Optional[torch.Tensor]:
+        if layer not in self.pool._places:
+            return None
+        choice, place = self.choice, self.pool._in_blocks.get(layer)
+        samples = None if place is None else place.samples(x, len(choice))
+        choice = choice if samples is None else choice[samples]
+        repeats, rest = divmod(len(x), len(choice))
+        if rest or (repeats != 1 and x.dim() < 3):  # rows of two dimensions may be tokens of anything
+            raise ValueError(
+                f"mixed: {len(choice)} names for a batch of {len(x)}; pass one name for each sample. (A model that "
+                "reshapes its batch before a layer can't mix adapters in it.)"
+            )
+        return layer.forward_mixed(
+            x, self._scales(layer), choice if repeats == 1 else choice.repeat_interleave(repeats)
         )
-    scales = (parts if isinstance(parts, torch.Tensor) else torch.stack(parts)).view(-1, *layer.scale.shape)
-    return layer.forward_mixed(x, scales, choice if repeats == 1 else choice.repeat_interleave(repeats))
+
+    def _scales(self, layer: PackedLinear) -> torch.Tensor:
+        """The layer's scales under each adapter `[n, out, groups(, bits)]`."""
+        span = self.pool._places[layer]
+        if not isinstance(self.wholes, torch.Tensor):
+            return torch.stack([whole[span] for whole in self.wholes]).view(-1, *layer.scale.shape)
+        if layer not in self._parts:
+            self._parts[layer] = self.wholes[:, span].contiguous().view(-1, *layer.scale.shape)
+        return self._parts[layer]
 
 
 def _spans(sizes: Iterable[int]) -> list[slice]:
