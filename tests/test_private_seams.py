@@ -241,13 +241,15 @@ SEAMS = {
     },
     "torch._C": {
         "_disabled_torch_function_impl": "peft_ext.quant: a weight that is a view of codes",
+        "_current_graph_task_id()": "peft_ext.threads: whether a backward pass runs a forward pass again",
         "_len_torch_dispatch_stack": "peft_ext.quant: whether someone traces a kernel's call",
     },
     "torch.Tensor": {
         "_make_wrapper_subclass": "peft_ext.quant: a weight that is a view of codes",
     },
     "torch.nn.Module": {
-        "forward": "critic (of a backbone that has run), scale_tuning's pools, ALMoST (accelerate's): swapped on instances",
+        "forward": "critic (of a backbone that has run), ALMoST (accelerate's): swapped on instances",
+        "_forward_pre_hooks": "peft_ext.mixed_batches: whether a wrapper has our hook already",
         "_parameters": "peft_ext.quant: a packed layer's tensors without a module's slow look-up",
         "_modules": "peft_ext.quant: an expert's layers without it",
         "_apply(fn)": "peft_ext.quant: codes keep their type when a model is cast",
@@ -267,8 +269,6 @@ NOT_ALWAYS_INSTALLED = ("lm_eval",)
 OPTIONAL = {"_linear_pointwise"}
 # Private by its underscore alone: named tuples, enums and exit codes are documented so.
 DOCUMENTED = {"_asdict", "_fields", "_replace", "_exit", "_name_", "_value_", "_sort_order_", "_C"}
-# Our own, on others' modules.
-OURS = {"_record_granularities"}
 
 
 def missing(owner: str, seam: str) -> str:
