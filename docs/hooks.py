@@ -8,7 +8,9 @@ import re
 from pathlib import Path
 
 
-_OUTSIDE = re.compile(r"\]\((?:\.\./)+((?:benchmarks|examples|notebooks|CONTRIBUTING|CHANGELOG|trl_ext)[^)]*)\)")
+_OUTSIDE = re.compile(
+    r"\]\((?:\.\./)+((?:benchmarks|examples|notebooks|CONTRIBUTING|CHANGELOG|SECURITY|trl_ext)[^)]*)\)"
+)
 _OUTPUT = re.compile(r"^<!-- output (?P<date>[^,\n]+), (?P<commit>[0-9a-f]+)[^\n]* -->$", re.MULTILINE)
 _ADDRESS = re.compile(r'^Repository = "([^"]+)"', re.MULTILINE)
 
