@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -172,6 +173,29 @@ def test_another_config_is_refused_before_anything_runs(base, tmp_path):
         Pipeline(recipe(base, tmp_path / "run", queries=changed))
     # what later stages are to do may still change
     Pipeline(recipe(base, tmp_path / "run", comparisons={"heldout_share": 0.3}))
+
+
+def test_another_base_is_refused_also_where_its_path_begins_as_the_runs(base, tmp_path):
+    """The fault: paths were compared as texts, so that `run-base` was taken for something in `run`."""
+    shutil.copytree(base, tmp_path / "run-base")
+    Pipeline(recipe(str(tmp_path / "run-base"), tmp_path / "run", until="queries")).run()
+    with pytest.raises(ValueError, match=r"queries.model_name_or_path: was .*run-base\", is .*base"):
+        Pipeline(recipe(base, tmp_path / "run"))
+    pipeline = Pipeline(recipe(base, tmp_path / "other"))
+    assert "model_name_or_path" in pipeline.settings("sft") and "model_name_or_path" not in pipeline.settings("rlsf")
+
+
+def test_what_a_finished_stage_wrote_is_compared(base, tmp_path):
+    Pipeline(recipe(base, tmp_path / "run", until="queries")).run()
+    path = tmp_path / "run" / "queries.jsonl"
+    lines = path.read_text().splitlines(True)
+    path.write_text("".join(lines[:3]))
+    with pytest.raises(
+        ValueError, match="stage 'queries' .* is done, but what it wrote has changed since: queries.jsonl"
+    ):
+        Pipeline(recipe(base, tmp_path / "run", until="rlsf_queries")).run()
+    path.write_text("".join(lines))
+    Pipeline(recipe(base, tmp_path / "run", until="rlsf_queries")).run()
 
 
 def test_two_processes_do_not_share_a_run(base, tmp_path):

@@ -70,6 +70,28 @@ def test_round_trip(kind, data, bert_folder, tmp_path):
         assert new["score"] == pytest.approx(old["score"], rel=1e-3)
 
 
+def test_saved_over_another_one(data, bert_folder, tmp_path):
+    """An adapter over a whole model: nothing of the older save stays, and what isn't ours does."""
+    folder = tmp_path / "pipeline"
+    _pipeline(MODELS["pooled"](bert_folder), data, "knn").save_pretrained(folder)
+    weights = (folder / "model" / "model.safetensors").read_bytes()
+    (folder / "notes.txt").write_text("mine")
+    pipeline = _pipeline(MODELS["pooled-lora"](bert_folder), data)
+    pipeline.save_pretrained(folder)
+    names = {path.name for path in (folder / "model").iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors"}
+    assert (folder / "notes.txt").read_text() == "mine" and sorted(path.name for path in tmp_path.iterdir()) == [
+        "pipeline"
+    ]
+    assert type(OODPipeline.from_pretrained(folder).detector) is Mahalanobis
+    _pipeline(MODELS["pooled"](bert_folder), data, "knn").save_pretrained(folder)
+    (folder / "model" / "model.safetensors").write_bytes(weights[:-4] + bytes(4))
+    with pytest.raises(
+        ValueError, match="model/model.safetensors' isn't the file that was saved with ood_pipeline.json"
+    ):
+        OODPipeline.from_pretrained(folder)
+
+
 def test_labels_scores_and_the_threshold(data, bert_folder):
     model = PooledClassifier.from_backbone(bert_folder, 6)
     trained = train(
