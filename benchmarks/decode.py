@@ -346,8 +346,7 @@ def tables(run: Run) -> dict[str, str]:
         ]
         for title, figures in run.rows[-1]["result"].items()
     ]
-    title = f"{run.prompt_tokens} tokens in, {run.new_tokens} out, greedy, batch of 1, medians of {run.rounds} rounds"
-    return {f"{run.model}: {title}": markdown_table(header, lines)}
+    return {"Generation": markdown_table(header, lines)}
 
 
 def speed(run: Run, contender: Contender) -> Optional[float]:

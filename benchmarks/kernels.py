@@ -253,11 +253,10 @@ def tables(runs: Runs) -> dict[str, str]:
                 of_model.sort(key=lambda row: row["key"]["rows"])
                 if not of_model:
                     continue
-                shape = of_model[0]["key"]["shape"]
                 names = list(of_model[0]["result"]["milliseconds"])
                 header = ["", *(f"{row['key']['rows']} rows" for row in of_model)]
                 lines = [[name, *(f"{row['result']['milliseconds'][name]:.3f}" for row in of_model)] for name in names]
-                found[f"{model}, {shape[0]} x {shape[1]}, {capability}: milliseconds"] = markdown_table(header, lines)
+                found[f"{model}, {capability}: milliseconds"] = markdown_table(header, lines)
         errors = [row for row in run.rows if row["key"].get("part") == "rounding"]
         lines = [
             [row["key"]["capability"], *(f"{100 * row['result'][name]:.2f} %" for name in ("mean", "largest"))]

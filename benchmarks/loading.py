@@ -137,7 +137,7 @@ def tables(run: Run) -> dict[str, str]:
                 f"{figures['tokens_per_second']:.1f}",
             ]
         table.append(cells)
-    return {f"{run.model}, 4 bits per channel, medians of {run.repeats} processes": markdown_table(header, table)}
+    return {"Loading": markdown_table(header, table)}
 
 
 def claims(run: Run) -> list[Claim]:

@@ -168,7 +168,7 @@ def tables(run: Run) -> dict[str, str]:
         sizes = [figures[key] for key in ("file_bytes", "model_bytes", "load_peak_bytes", "peak_bytes")]
         lines.append([name, *[f"{size / MB:,.0f}" for size in sizes], f"{sizes[3] / sizes[0]:.2f}"])
     header = ["", "file, MB", "model, MB", "peak of loading, MB", "peak after a forward pass, MB", "over its file"]
-    return {f"{run.model}, 4 bits, asymmetric, groups of {GROUP}": markdown_table(header, lines)}
+    return {"Loading": markdown_table(header, lines)}
 
 
 def claims(run: Run) -> list[Claim]:

@@ -314,8 +314,9 @@ def find_split(folder: Path, name: str) -> Path:
 
 def tables(run: Run) -> dict[str, str]:
     """What is measured so far."""
-    found = [(row, find(run, row)) for row in rows_of(run)]
-    headers = ["Model", "Test perplexity", "Python's documentation", "Trained parameters", "Learning rate"]
+    rows = sorted(rows_of(run), key=lambda row: (-row.bits if row.bits else -32, -row.group_size))
+    found = [(row, find(run, row)) for row in rows]
+    headers = ["Model", "Test perplexity", "Python's documentation", "Trained numbers", "Learning rate"]
     lines = []
     for row, result in found:
         if result is None or "skipped" in result:
@@ -323,15 +324,14 @@ def tables(run: Run) -> dict[str, str]:
             continue
         lines.append(
             [
-                row.title,
+                f"**{row.title}**" if row in PEQA.values() else row.title,
                 _number(result["test"]),
                 _number(result["other"]),
                 f"{result['trained']:,}" if row.tuned else "0",
                 f"{result['learning_rate']:g}" if row.tuned else None,
             ]
         )
-    budget = f"{run.steps} steps of {run.batch_size} x {run.block_size} tokens, {run.test_blocks} test blocks"
-    return {f"Perplexity after tuning: {budget}": markdown_table(headers, lines)}
+    return {"Perplexity after tuning": markdown_table(headers, lines)}
 
 
 def _number(value: float) -> str:

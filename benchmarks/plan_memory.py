@@ -196,8 +196,7 @@ def tables(run: Run) -> dict[str, str]:
             cells += [f"{found[name] / MB:,.0f}" if found else None for name in numbers]
             cells.append(f"{found['ratio']:.3f}" if found else None)
         lines.append(cells)
-    shape = f"{run.batch_size} x {run.block_size} tokens trained, {run.batch_size} x {run.context} served"
-    return {f"{run.model}, {shape}": markdown_table(headers, lines)}
+    return {"Predicted and measured": markdown_table(headers, lines)}
 
 
 def differences(run: Run, malloc: str) -> list[float]:

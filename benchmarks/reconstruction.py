@@ -102,8 +102,10 @@ def tables(run: Run) -> dict[str, str]:
             four = run.find(Row(kind, method, 4)._asdict())
             lines.append([Row(kind, method, 4).title, *cells, None if four is None else f"{four['seconds']:.0f} s"])
     plain = (run.find(FLOAT._asdict()) or {}).get("perplexity", math.nan)
-    title = f"Relative error of the weights / perplexity before tuning; float: {plain:.1f}"
-    return {title: markdown_table(headers, lines)}
+    table = markdown_table(headers, lines)
+    return {
+        "Starts": f"{table}\n\nRelative error of the weights / perplexity before tuning; of the float model: {plain:.1f}."
+    }
 
 
 def _number(value: float) -> str:

@@ -19,7 +19,7 @@ from peft_ext.text import PYTHON_DOCS, load_text
 SMOKE_VOCAB = 256  # bytes
 # Models and data of the smaller sizes: random weights, weights trained for a while on Python's documentation; bytes as tokens.
 TINY, SMALL, BYTES = "tiny random Llama", "small trained Llama", "bytes of Python's documentation"
-_SMALL_STEPS = 150
+_SMALL_STEPS = 80
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
