@@ -60,14 +60,22 @@ def build(model: str, seed: int) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(LlamaConfig(**BILLION_CONFIG), dtype=torch.bfloat16)
 
 
-def prepare(model: str, folder: Path, seed: int) -> None:
-    """Write the float checkpoint and both packed ones (4 bits, a scale and a zero point for each channel), once."""
+def chosen(run: Run) -> list[Contender]:
+    """The contenders of an experiment, by their titles; all if it names none."""
+    # what the float model takes while it is packed is no question of loading
+    wanted = [each for each in CONTENDERS if run.what == "time" or each != NEVER_SAVED]
+    return [each for each in wanted if not run.contenders or each.title in run.contenders]
+
+
+def prepare(run: Run, folder: Path) -> None:
+    """Write the float checkpoint and the packed ones that are loaded (4 bits, a scale and a zero point for each channel)."""
+    model, wanted = run.model, {FLOAT, *(each.checkpoint for each in chosen(run))}
     for name in (FLOAT, SAVED, BCQ):
-        if (folder / name).is_dir():
+        if name not in wanted:
             continue
         log(f"{model}: writing {name}")
         if name == FLOAT:
-            loaded = build(model, seed)
+            loaded = build(model, run.seed)
         else:
             loaded = AutoModelForCausalLM.from_pretrained(folder / FLOAT)
             loaded = get_peft_model(loaded, PeqaConfig(bits=4)).merge_and_unload()
@@ -80,8 +88,7 @@ def prepare(model: str, folder: Path, seed: int) -> None:
 
 def measure_all(run: Run, folder: Path) -> dict[str, dict[str, Any]]:
     """All contenders, `repeats` times in turn: medians, and all values, by title."""
-    # what the float model takes while it is packed is no question of loading
-    contenders = [each for each in CONTENDERS if run.what == "time" or each != NEVER_SAVED]
+    contenders = chosen(run)
     repeats: dict[str, list[dict[str, Any]]] = {contender.title: [] for contender in contenders}
     for number in range(run.repeats):
         for contender in contenders:
@@ -108,7 +115,7 @@ def measure(run: Run) -> None:
     if run.rows:
         return
     with tempfile.TemporaryDirectory() as temporary:
-        prepare(run.model, Path(temporary), run.seed)
+        prepare(run, Path(temporary))
         run.add({}, measure_all(run, Path(temporary)))
 
 

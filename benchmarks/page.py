@@ -41,7 +41,6 @@ KNOWN_DIRTY: Mapping[str, Sequence[str]] = {
     "peqa_quality": ("wikitext2",),
     "peqa_training": ("billion", "smollm2"),
     "peqa_learning_rate": ("five_models",),
-    "alphatuning_sizes": ("papers_models",),
     "decode": ("billion", "billion_compiled", "smollm2", "smollm2_compiled"),
     "harness_speed": ("sentences",),
     "kernels": ("three_shapes",),

@@ -261,7 +261,7 @@ def _in_child(sender: Any, name: str, entry: Entry, arguments: Arguments, config
         sender.send((f"not possible here: {error}", False))
     except Exception as error:
         traceback.print_exc()
-        sender.send((f"failed: {(str(error) or repr(error)).splitlines()[0]}", True))
+        sender.send((f"failed: {(str(error) or repr(error)).splitlines()[0][:500]}", True))
 
 
 def _end(process: Any) -> None:
