@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from generation_ext.probing.feature_file import FeatureFile, digest_of_texts
+from generation_ext.probing.inner_states import inner_state, layers_of
 from generation_ext.shared_prefix.batching import BatchPlanner, check_memory_limit, run_in_batches
 from generation_ext.shared_prefix.cache import (
     EMPTY,
@@ -27,7 +28,7 @@ from generation_ext.shared_prefix.cache import (
 )
 from generation_ext.shared_prefix.encoding import TextEncoder
 from generation_ext.shared_prefix.token_tree import PackedRows, TokenTree
-from peft_ext.language_model import CAUSAL, identity, inference, language_model
+from peft_ext.language_model import CAUSAL, ENCODER_DECODER, identity, inference, language_model
 
 
 POOLING = ("last", "mean")
@@ -45,7 +46,7 @@ class FeatureExtractor:
             or without output head, or a `PeftModel` of one; packed models too. Not changed.
         tokenizer: Its tokenizer; needs no padding token.
         layer: Index among the hidden states: 0 the embeddings, n those after layer n, -1 the last ones (which come
-            after the model's final normalisation).
+            after the model's final normalisation). Layers after it aren't run.
         pooling: `"last"`: of the last token (PALP); `"mean"`: over the text's tokens, those of the prefix left out.
         overflow: What to do with a text that is too long behind its prefix: `"error"`, `"truncate_start"` (of the text,
             so that the end of a template stays), or `"truncate_end"`. A warning says how often it was done.
@@ -95,6 +96,9 @@ class FeatureExtractor:
         self.memory_limit, self.progressbar = memory_limit, progressbar
         self.encoder = TextEncoder(tokenizer, self.language_model.kind, model)
         self.max_length = self.language_model.length_limit(max_length)
+        base = self.language_model
+        stack = base.base.get_encoder() if base.kind == ENCODER_DECODER else base.backbone
+        self._layers = layers_of(stack, layers)
 
     def extract(
         self, texts: Sequence[str], prefix: str = "", output: Optional[Union[str, os.PathLike]] = None
@@ -139,7 +143,7 @@ class FeatureExtractor:
             shared = self._shared([tokens[index] for index in wanted], [starts[index] for index in wanted])
             encoded = encode_prefix(self.language_model, shared)
             trees = [self._tree(text, start, len(shared)) for text, start in zip(tokens, starts)]
-            kept = self.layers if self.layer != -1 else 0
+            kept = 0 if self.layer == -1 or self._layers else self.layers
             planner = BatchPlanner(self.language_model, self.memory_limit, len(shared), kept_states=kept)
 
             def run(indices: list[int], rows: list[list[int]]) -> np.ndarray:
@@ -212,12 +216,15 @@ class FeatureExtractor:
         return (sums / counts[:, None]).cpu().numpy()
 
     def _hidden(self, rows: PackedRows, prefix: SharedPrefix) -> torch.Tensor:
-        kwargs: dict[str, Any] = {} if self.layer == -1 else {"output_hidden_states": True}
-        if self.language_model.kind == CAUSAL:
-            output = run_backbone(self.language_model, rows, prefix, **kwargs)
-        else:
-            output, _ = encode_whole(self.language_model, rows, **kwargs)
-        return output.last_hidden_state if self.layer == -1 else output.hidden_states[self.layer]
+        def run(**kwargs: Any) -> Any:
+            if self.language_model.kind == CAUSAL:
+                return run_backbone(self.language_model, rows, prefix, **kwargs)
+            return encode_whole(self.language_model, rows, **kwargs)[0]
+
+        if self.layer == -1:
+            return run().last_hidden_state
+        state = inner_state(self._layers, self.layer + self.layers + 1, run) if self._layers else None
+        return run(output_hidden_states=True).hidden_states[self.layer] if state is None else state
 
     def _size(self) -> int:
         """Width of the features, from a pass over one token: a model may project its last hidden states."""

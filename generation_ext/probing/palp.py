@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional, Protocol, Union
@@ -64,7 +65,8 @@ class PALPClassifier(ClassifierMixin, PushToHubMixin, BaseEstimator):
             `"Sentence 1: {text}\\nLabel:"`.
         demonstrations: `"none"` or `"per-class"`.
         label_words: Classes -> the words that stand for them in demonstrations, with the space before them; None: a
-            space and the class's name.
+            space and the class's name. Inside an ensemble that numbers the classes (`VotingClassifier`,
+            `StackingClassifier`), the words of the classes' names are taken in their sorted order, with a warning.
         separator: After each demonstration.
         permutations: Most orders of the demonstrations for training texts (the paper's code: 20); all of them if
             there are fewer.
@@ -313,6 +315,7 @@ class PALPClassifier(ClassifierMixin, PushToHubMixin, BaseEstimator):
         words = self.label_words
         if words is None:
             words = {name: f" {name}" for name in self.classes_.tolist()}
+        words = self._of_numbered(words)
         missing = [name for name in self.classes_.tolist() if name not in words]
         if missing:
             raise ValueError(f"label_words={dict(words)!r} has no words for the class {missing[0]!r} of y.")
@@ -320,6 +323,20 @@ class PALPClassifier(ClassifierMixin, PushToHubMixin, BaseEstimator):
         if empty and self.demonstrations == PER_CLASS:
             raise ValueError(f"label_words has the class {empty[0]!r}, but y has no sample of it.")
         return Task(self.template, {n: words[n] for n in self.classes_.tolist()}, separator=self.separator)
+
+    def _of_numbered(self, words: Mapping[Any, str]) -> Mapping[Any, str]:
+        """Words by the numbers that scikit-learn's `LabelEncoder` gives sorted classes, as its ensembles pass them on."""
+        classes = self.classes_.tolist()
+        numbered = all(isinstance(name, str) for name in words) and classes == list(range(len(words)))
+        if not numbered:
+            return words
+        names = sorted(words)
+        warnings.warn(
+            f"y has the classes {classes}, label_words {names}: taken in this order, as the ensembles of scikit-learn number "
+            "classes.",
+            stacklevel=4,
+        )
+        return {number: words[name] for number, name in enumerate(names)}
 
     def _examples(self, X: Any) -> list[Any]:
         if isinstance(X, (str, bytes)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import warnings
 
 import numpy as np
@@ -15,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 
 pytest.importorskip("sklearn", reason="PALPClassifier is an estimator of scikit-learn")
 from sklearn.base import clone  # noqa: E402
+from sklearn.ensemble import VotingClassifier  # noqa: E402
 from sklearn.exceptions import NotFittedError  # noqa: E402
 from sklearn.model_selection import GridSearchCV, cross_val_score  # noqa: E402
 from sklearn.pipeline import Pipeline  # noqa: E402
@@ -395,3 +397,28 @@ def test_finds_the_default_model_again(tmp_path, monkeypatch):
     fitted.save_pretrained(tmp_path / "palp")
     back = PALPClassifier.from_pretrained(tmp_path / "palp")
     np.testing.assert_array_equal(back.predict_proba(TEXTS), fitted.predict_proba(TEXTS))
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+def test_workers_are_given_inner_layers(name):
+    """(transformers' own hooks can't be pickled, and stay in the model once hidden states were asked for.)"""
+    fitted = PALPClassifier(copy.deepcopy(model(name)), tokenizer_for(name), layer=1).fit(TEXTS, LABELS)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(fitted)).transform(TEXTS), fitted.transform(TEXTS))
+    if name == "llama":  # workers take a while to start
+        alone = cross_val_score(fitted, TEXTS, LABELS, cv=2)
+        np.testing.assert_array_equal(cross_val_score(fitted, TEXTS, LABELS, cv=2, n_jobs=2), alone)
+
+
+def test_label_words_in_an_ensemble():
+    """It numbers the classes, in sorted order."""
+    words = {"good": " good", "bad": " bad"}
+    options = {"template": "In: {text}\nOut:", "demonstrations": "per-class", "label_words": words, "random_state": 0}
+    single = PALPClassifier(model("llama"), tokenizer_for("llama"), **options)
+    with pytest.warns(
+        UserWarning, match=r"y has the classes \[0, 1\], label_words \['bad', 'good'\]: taken in this order"
+    ):
+        voting = VotingClassifier([("palp", single)], voting="soft").fit(TEXTS, LABELS)
+    assert voting.estimators_[0].task_.labels == {0: " bad", 1: " good"}
+    np.testing.assert_array_equal(voting.predict(TEXTS), single.fit(TEXTS, LABELS).predict(TEXTS))
+    with pytest.raises(ValueError, match="no words for the class 'new'"):
+        single.fit(TEXTS, ["new" if name == "bad" else name for name in LABELS])
