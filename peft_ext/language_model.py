@@ -43,6 +43,15 @@ def text_config(model: nn.Module) -> PretrainedConfig:
     return unwrapped(model).config.get_text_config(decoder=True)
 
 
+def _decoder(base: Any) -> Optional[nn.Module]:
+    """What transformers calls the decoder; of a model with a head that it takes for its own decoder (Llama 4's of text
+    alone), the model below the head."""
+    decoder = base.get_decoder()
+    if decoder is base and base.get_output_embeddings() is not None:
+        return next((child for child in base.children() if isinstance(child, PreTrainedModel)), base)
+    return decoder
+
+
 def backbone(model: nn.Module) -> nn.Module:
     """The module whose forward gives the last hidden state that the output head reads: of a causal model everything
     below its head, of an encoder-decoder model the decoder. PEFT's wrappers are looked through.
@@ -53,7 +62,7 @@ def backbone(model: nn.Module) -> nn.Module:
     base = unwrapped(model)
     if not hasattr(base, "get_decoder"):
         raise TypeError(f"model is a {type(base).__name__}; it must be a language model of transformers.")
-    decoder = base.get_decoder()
+    decoder = _decoder(base)
     if decoder is None or decoder is base:
         raise TypeError(
             f"model is a {type(base).__name__} without an output head above it; load it as a language model, such as "
@@ -236,13 +245,19 @@ class LanguageModel:
         self.base: PreTrainedModel = base
         self.kind = ENCODER_DECODER if base.config.is_encoder_decoder else CAUSAL if is_causal(base) else ENCODER
         # a model without an output head is its own
-        self.backbone: nn.Module = (None if self.kind == ENCODER else base.get_decoder()) or base.base_model
+        self.backbone: nn.Module = (None if self.kind == ENCODER else _decoder(base)) or base.base_model
         self.config: Any = text_config(self.backbone)
         self.parameters = [
             name for name in inspect.signature(type(self.backbone).forward).parameters if name != "self"
         ]
         self.cache_argument = cache_name(self.parameters) or CACHE_NAMES[-1]
         self.takes_positions = "position_ids" in self.parameters
+
+    @property
+    def keeps_state_itself(self) -> bool:
+        """Whether the model's own modules keep the state of a text, instead of a cache that can be copied (RecurrentGemma)."""
+        states = ("recurrent_states", "conv1d_state")
+        return any(name in vars(module) for module in self.backbone.modules() for name in states)
 
     @property
     def device(self) -> torch.device:

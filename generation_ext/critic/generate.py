@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any, Optional, Union
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput, logits_process
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from generation_ext.critic.processor import CriticLogitsProcessor
 from generation_ext.critic.value import Critic, backbone
@@ -193,7 +194,10 @@ class _Steps:
         """Get the logits after the tokens that were chosen: from the candidates' forward pass where all of them were
         among the candidates (of a finished row, any is as good), from an ordinary one otherwise."""
         branches = self.branches
-        if branches is not None and branches.prefix.cache is self._cache():
+        # of padded texts, chunks begin elsewhere in each row, which a cache that was branched doesn't tell
+        chunked = "chunked_attention" in self.processor.language_model.other_layers
+        padded_chunks = chunked and branches is not None and branches.prefix.mask is not None
+        if branches is not None and branches.prefix.cache is self._cache() and not padded_chunks:
             chosen: torch.Tensor = self.candidates == input_ids[:, -1:]
             if bool((chosen.any(dim=-1) | (unfinished == 0)).all()):
                 self.prefix = branches.chosen(chosen.int().argmax(dim=-1))
@@ -233,26 +237,28 @@ class _Steps:
             }
             if self.model_kwargs.get("attention_mask") is not None:
                 inputs["attention_mask"] = self.model_kwargs["attention_mask"]
-        with _answering(self.processor.language_model.backbone, hidden.unsqueeze(1)):
+        with _kept_positions(self.model), _answering(self.processor.language_model.backbone, hidden.unsqueeze(1)):
             return self.model(**inputs, use_cache=False, return_dict=True).logits[:, -1]
 
 
-class _Answer:
-    """An output of a backbone that has last hidden states, and nothing else."""
-
-    def __init__(self, hidden: torch.Tensor) -> None:
-        self.last_hidden_state = hidden
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return (self.last_hidden_state,)[index]
-
-    def __len__(self) -> int:
-        return 1
+class _Answer(BaseModelOutputWithPast):
+    """An output of a backbone that has last hidden states, and nothing else, whatever a family's has."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
             raise AttributeError(name)
         return None
+
+
+@contextlib.contextmanager
+def _kept_positions(model: nn.Module) -> Iterator[None]:
+    """Qwen's models that see keep where their text goes on, and would take a call without a cache for a new prompt."""
+    kept = [(module, module.rope_deltas) for module in model.modules() if "rope_deltas" in vars(module)]
+    try:
+        yield
+    finally:
+        for module, deltas in kept:
+            module.rope_deltas = deltas
 
 
 @contextlib.contextmanager
@@ -263,7 +269,7 @@ def _answering(module: nn.Module, hidden: torch.Tensor) -> Any:
     has_own = "forward" in vars(module)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return _Answer(hidden) if threading.get_ident() == owner else usual(*args, **kwargs)
+        return _Answer(last_hidden_state=hidden) if threading.get_ident() == owner else usual(*args, **kwargs)
 
     with _head_lock, unrecorded():
         module.forward = forward

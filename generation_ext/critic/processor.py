@@ -82,6 +82,11 @@ class CriticLogitsProcessor(LogitsProcessor):
         self.top_k = top_k
         self.mode = mode
         self.mask_others = mask_others
+        if self.language_model.keeps_state_itself:
+            raise ValueError(
+                f"model ({type(self.language_model.base).__name__}) keeps the state of a text in its own modules, where every "
+                "forward pass of the critic's would change it; a critic can't steer it."
+            )
         self.recorder = ForwardRecorder(self.language_model)
         # a critic with a LoRA reads its own encoding; all others share the language model's
         pad_token_id = _pad_token_id(model)
@@ -201,13 +206,13 @@ class CriticLogitsProcessor(LogitsProcessor):
         """An encoder's states, which only `generate`'s own forward pass knows."""
         if self.language_model.kind != ENCODER_DECODER:
             return {}
-        recorded = self.recorder.recorded
-        if recorded is None or not recorded.cross or len(recorded.hidden) != len(input_ids):
+        cross = self.recorder.cross
+        if not cross or len(next(iter(cross.values()))) != len(input_ids):
             raise ValueError(
                 "the processor hasn't seen the encoder's states for this text: call an encoder-decoder's processor "
                 "within generate, or right after a forward pass of the model."
             )
-        return recorded.cross
+        return cross
 
 
 def _log_ratio(critic: Critic, state: torch.Tensor, states: torch.Tensor) -> torch.Tensor:

@@ -86,11 +86,11 @@ class Branches:
 
 
 class PreallocatedCache:
-    """Keys and values of all layers in one tensor with free slots, which a cache of plain dynamic layers is moved into:
-    candidates are then written behind the text, and nothing of the text is copied."""
+    """Keys of all layers in one tensor with free slots, and their values in another, which a cache of plain dynamic layers
+    is moved into: candidates are then written behind the text, and nothing of the text is copied."""
 
     def __init__(self) -> None:
-        self.states = torch.empty(0)  # [layers, keys or values, batch, heads, slots, size]
+        self.states: list[torch.Tensor] = []  # keys and values, [layers, batch, heads, slots, size]
         self.slots: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._given: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -99,7 +99,7 @@ class PreallocatedCache:
         if type(cache) is not DynamicCache or cache.offloading:
             return False
         layers: list[Any] = cache.layers
-        if len(layers) != len(self.slots) or self.states.shape[-2] < length + count:
+        if len(layers) != len(self.slots) or self.states[0].shape[-2] < length + count:
             if not self._allocate(layers, length, count):
                 return False
         elif all(layer.keys is keys and layer.values is values for layer, (keys, values) in zip(layers, self._given)):
@@ -115,9 +115,10 @@ class PreallocatedCache:
     def append(self, prefix: Prefix, choice: torch.Tensor) -> None:
         """Put one of the new tokens of each row, `[batch]`, into the prefix's cache, which was moved in."""
         rows = torch.arange(len(choice), device=choice.device)
-        # rows come first: [batch, layers, 2, heads, size]
-        chosen = self.states[:, :, rows, :, prefix.length + choice]
-        self.states.select(-2, prefix.length).copy_(chosen.movedim(0, 2))
+        for states in self.states:
+            # rows come first: [batch, layers, heads, size]
+            chosen = states[:, rows, :, prefix.length + choice]
+            states.select(-2, prefix.length).copy_(chosen.movedim(0, 1))
         self._give(prefix.cache, prefix.length + 1)
 
     def _give(self, cache: Cache, length: int) -> None:
@@ -127,24 +128,26 @@ class PreallocatedCache:
             layer.keys, layer.values = keys, values
 
     def _allocate(self, layers: list[Any], length: int, count: int) -> bool:
-        first = layers[0].keys
         # more by half each time, so that a text is copied a few times at most
         slots = length + count + max(64, length // 2)
-        self.states = first.new_empty((len(layers), 2, *first.shape[:2], slots, first.shape[-1]))
-        self.slots = [(pair[0], pair[1]) for pair in self.states]
+        # keys and values may differ in width (DeepSeek's latent attention)
+        self.states = [
+            first.new_empty((len(layers), *first.shape[:2], slots, first.shape[-1]))
+            for first in (layers[0].keys, layers[0].values)
+        ]
+        self.slots = list(zip(*self.states))
         return self._alike(layers)
 
     def _alike(self, layers: list[Any]) -> bool:
         """Whether all layers' keys and values fit into the slots."""
-        free = self.states
         return all(
             type(layer) is DynamicLayer
-            and states.shape[:2] == free.shape[2:4]
+            and states.shape[:2] == free.shape[1:3]
             and states.shape[-1] == free.shape[-1]
             and states.device == free.device
             and states.dtype == free.dtype
             for layer in layers
-            for states in (layer.keys, layer.values)
+            for states, free in zip((layer.keys, layer.values), self.states)
         )
 
 
@@ -191,6 +194,16 @@ def can_branch(cache: Cache) -> bool:
     return not isinstance(own, QuantizedCache) and all(
         type(layer) in _STATIC_LAYERS or not isinstance(layer, StaticLayer) for layer in own.layers
     )
+
+
+def counts_tokens(cache: Cache) -> bool:
+    """Whether a cache knows how many tokens it holds. One of recurrent layers alone doesn't; such a model takes the mask of a
+    whole prompt, and none with the tokens after it."""
+    try:
+        cache.get_seq_length()
+    except ValueError:
+        return False
+    return True
 
 
 def is_running() -> bool:
@@ -297,7 +310,7 @@ def _expanded(model: LanguageModel, prefix: Prefix, candidates: torch.Tensor) ->
     cache = _copied(prefix.cache, prefix.length)
     cache.reorder_cache(rows)
     kwargs = {name: _rows_of(value, rows, batch) for name, value in prefix.cross.items()}
-    if prefix.mask is not None:
+    if prefix.mask is not None and counts_tokens(prefix.cache):
         kwargs["attention_mask"] = nn.functional.pad(prefix.mask, (0, 1), value=True)[rows].long()
     if prefix.positions is not None and model.takes_positions:
         positions = prefix.positions

@@ -14,10 +14,12 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 
-from generation_ext.shared_prefix.candidates import Prefix, can_branch, is_running, run_unrecorded
-from peft_ext.language_model import CACHE_NAMES, FULL, LanguageModel
+from generation_ext.shared_prefix.candidates import Prefix, can_branch, counts_tokens, is_running, run_unrecorded
+from peft_ext.language_model import CACHE_NAMES, CAUSAL, FULL, LanguageModel
 
 
+# Forward passes of one step that are looked at: generate's own, and those of other processors (classifier-free guidance).
+_KEPT = 4
 _CROSS = ("encoder_hidden_states", "encoder_attention_mask")
 
 
@@ -53,31 +55,50 @@ class ForwardRecorder:
                 return
             recorder._record(args, *rest)
 
-        handle = model.backbone.register_forward_hook(hook, with_kwargs=True)
-        self._finalizer = weakref.finalize(self, handle.remove)
+        def outer_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            recorder = this()
+            if recorder is not None and not is_running() and not torch.compiler.is_compiling():
+                recorder._local.outer = kwargs.get("input_ids", args[0] if args else None)
+
+        handles = [model.backbone.register_forward_hook(hook, with_kwargs=True)]
+        if model.kind == CAUSAL and model.base is not model.backbone:
+            # a model that also sees embeds its tokens itself, and its backbone isn't given them
+            handles.append(model.base.register_forward_pre_hook(outer_hook, with_kwargs=True))
+        self._finalizer = weakref.finalize(self, _remove, handles)
 
     def close(self) -> None:
-        """Take the hook off. Harmless when repeated."""
+        """Take the hooks off. Harmless when repeated."""
         self._finalizer()
+        self._local.cross = {}
 
     @property
     def recorded(self) -> Optional[RecordedForward]:
         """The last forward pass, unless it was dropped."""
-        return getattr(self._local, "recorded", None)
+        return self._recent[0] if self._recent else None
+
+    @property
+    def cross(self) -> dict[str, Any]:
+        """An encoder's states and mask, as the last forward pass took them; also after it was dropped, since drafted tokens
+        (assisted decoding) are scored one by one after a single pass."""
+        return getattr(self._local, "cross", {})
+
+    @property
+    def _recent(self) -> list[RecordedForward]:
+        """The last forward passes since they were dropped, the last first."""
+        return getattr(self._local, "recent", [])
 
     def drop(self) -> None:
-        """Forget the last forward pass."""
-        self._local.recorded = None
+        """Forget the last forward passes."""
+        self._local.recent = []
 
     def prefix(self, input_ids: torch.Tensor) -> Optional[Prefix]:
-        """The last forward pass as the encoding of `input_ids`, or None if it wasn't that.
+        """One of the last forward passes as the encoding of `input_ids`, or None if none was that.
 
         Args:
             input_ids: The text so far, `[batch, tokens]`.
         """
-        recorded = self.recorded
-        cache = None if recorded is None else recorded.cache()
-        if recorded is None or cache is None or not can_branch(cache) or not self._is_of(recorded, cache, input_ids):
+        recorded, cache = self._of(input_ids)
+        if recorded is None or cache is None or not can_branch(cache):
             return None
         mask = self._mask(recorded, cache)
         if mask is not None and mask.shape != (len(recorded.hidden), recorded.length):
@@ -86,16 +107,26 @@ class ForwardRecorder:
         return Prefix(cache, recorded.length, recorded.hidden, mask, positions, recorded.cross)
 
     def hidden(self, input_ids: torch.Tensor) -> Optional[torch.Tensor]:
-        """The last hidden states `[batch, hidden]` after `input_ids`, if the last forward pass gave them."""
-        recorded = self.recorded
-        if recorded is None or len(recorded.hidden) != len(input_ids):
-            return None
-        cache = recorded.cache()
-        if cache is None:
-            same = recorded.input_ids is not None and _equal(recorded.input_ids, input_ids)
-        else:
-            same = self._is_of(recorded, cache, input_ids)
-        return recorded.hidden if same else None
+        """The last hidden states `[batch, hidden]` after `input_ids`, if one of the last forward passes gave them."""
+        recorded, _ = self._of(input_ids)
+        return None if recorded is None else recorded.hidden
+
+    def _of(self, input_ids: torch.Tensor) -> tuple[Optional[RecordedForward], Optional[Cache]]:
+        """The forward pass that encoded this text, and its cache; the one on the cache that generation began with before
+        those of other processors, which go on with the same tokens behind another prompt."""
+        begun = getattr(self._local, "more", (lambda: None, 0))[0]()
+        passes = [(recorded, recorded.cache()) for recorded in self._recent]
+        passes.sort(key=lambda each: begun is None or each[1] is not begun)  # stable: the last first
+        for recorded, cache in passes:
+            if len(recorded.hidden) != len(input_ids):
+                continue
+            if cache is None:
+                same = recorded.input_ids is not None and _equal(recorded.input_ids, input_ids)
+            else:
+                same = self._is_of(recorded, cache, input_ids)
+            if same:
+                return recorded, cache
+        return None, None
 
     def _is_of(self, recorded: RecordedForward, cache: Cache, input_ids: torch.Tensor) -> bool:
         """Whether rows and last tokens are the same, and the cache has as many more tokens than `input_ids` (an
@@ -107,31 +138,64 @@ class ForwardRecorder:
         if recorded.input_ids is not None:
             if fed > input_ids.shape[1] or not _equal(recorded.input_ids, input_ids[:, input_ids.shape[1] - fed :]):
                 return False
+        begun, more_then = getattr(self._local, "more", (None, 0))
+        goes_on = begun is not None and begun() is cache
+        if goes_on and more != more_then and cache in self._first and self._began_with(cache, input_ids):
+            return False  # drafted tokens were fed, of which this text has some, and they are all alike
         if fed == input_ids.shape[1]:
             self._local.more = (weakref.ref(cache), more)
             return True
-        begun, more_then = getattr(self._local, "more", (None, 0))
-        return more == (more_then if begun is not None and begun() is cache else 0)
+        if goes_on:
+            return more == more_then
+        return more == 0 and self._began_with(cache, input_ids)
+
+    def _began_with(self, cache: Cache, input_ids: torch.Tensor) -> bool:
+        """Whether the first tokens that a cache was fed are those of the text, as far as that was seen."""
+        first = self._first.get(cache)
+        if first is None:
+            return True
+        if len(input_ids) % len(first):
+            return False
+        rows = first.repeat_interleave(len(input_ids) // len(first), dim=0)
+        return _equal(rows, input_ids[:, : first.shape[1]])
+
+    @property
+    def _first(self) -> weakref.WeakKeyDictionary[Cache, torch.Tensor]:
+        """The tokens of the pass that filled an empty cache."""
+        if not hasattr(self._local, "first"):
+            self._local.first = weakref.WeakKeyDictionary()
+        return self._local.first
 
     def _record(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         given = {**dict(zip(self.model.parameters, args)), **kwargs}
         hidden = output[0]
+        input_ids, outer = given.get("input_ids"), getattr(self._local, "outer", None)
+        self._local.outer = None
+        if input_ids is None and isinstance(outer, torch.Tensor) and outer.shape == hidden.shape[:2]:
+            input_ids = outer
         cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
         if cache is None:
             cache = next(
                 (given_back for name in CACHE_NAMES if (given_back := getattr(output, name, None)) is not None), None
             )
         cache = cache if isinstance(cache, Cache) else None
-        self._local.recorded = RecordedForward(
-            input_ids=given.get("input_ids"),
+        length = hidden.shape[1] if cache is None else _length(cache, hidden.shape[1])
+        if cache is not None and length == hidden.shape[1]:
+            self._first.pop(cache, None)
+            if input_ids is not None:
+                self._first[cache] = input_ids
+        recorded = RecordedForward(
+            input_ids=input_ids,
             mask=given.get("attention_mask"),
             positions=given.get("position_ids"),
             cache=(lambda: None) if cache is None else weakref.ref(cache),
-            length=hidden.shape[1] if cache is None else _length(cache, hidden.shape[1]),
+            length=length,
             hidden=hidden[:, -1].clone(),
             tokens=hidden.shape[1],
             cross={name: given[name] for name in _CROSS if given.get(name) is not None},
         )
+        self._local.cross = recorded.cross
+        self._local.recent = [recorded, *self._recent[: _KEPT - 1]]
 
     def _mask(self, recorded: RecordedForward, cache: Cache) -> Optional[torch.Tensor]:
         """Which tokens are real, bool `[batch, length]`, from whatever mask the forward pass took."""
@@ -230,7 +294,7 @@ class PrefixEncoder:
     def _encoded(self, input_ids: torch.Tensor, cross: dict[str, Any]) -> Prefix:
         cache: Cache = DynamicCache(config=self.model.config)
         if cross:
-            cache = EncoderDecoderCache(cache, DynamicCache(config=self.model.config))
+            cache = EncoderDecoderCache(cache, DynamicCache())  # an encoder's states have no window
             states = cross[_CROSS[0]]
             self._local.prompts = torch.unique(states.flatten(1), dim=0, return_inverse=True)[1].unsqueeze(-1)
         mask, positions = self._prompt_mask(input_ids), None
@@ -255,7 +319,7 @@ class PrefixEncoder:
         kwargs = dict(whole.cross)
         if whole.positions is not None:
             kwargs["position_ids"] = whole.positions
-        if whole.mask is not None:
+        if whole.mask is not None and (counts_tokens(whole.cache) or whole.mask.shape == new.shape):
             kwargs["attention_mask"] = whole.mask.long()
         hidden = run_unrecorded(self.model, new, whole.cache, **kwargs)[:, -1].clone()
         positions = None if whole.positions is None else whole.positions[:, -1:] + 1
@@ -277,6 +341,11 @@ class PrefixEncoder:
         else:
             return None
         return None if bool(mask.all()) else mask
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
