@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import inspect
 import threading
+import warnings
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
@@ -293,11 +294,30 @@ class LanguageModel:
         return others
 
     @cached_property
-    def trees(self) -> bool:
-        """Whether positions and a 4D mask can be given, so that several texts fit into one row.
+    def unshareable(self) -> Optional[str]:
+        """Why texts can't share what a prefix left in the model's layers; None if they can."""
+        if self.other_layers:
+            return f"it has layers whose past can't be shared as keys and values: {self.other_layers}"
+        if self.keeps_state_itself:
+            return "it keeps the state of a text in its own modules"
+        if not takes_masks(self.config):
+            name = attention_implementation(self.config)
+            return (
+                f"it computes attention with {name!r}, which takes no mask of its own; load it with "
+                "attn_implementation='sdpa' (or model.set_attn_implementation('sdpa')) to share"
+            )
+        if not self._places_texts and SLIDING in self.windows:
+            return "it has sliding attention but takes no positions"
+        return None
 
-        Not where positions follow from a 2D mask (ALiBi), or the causal mask lies in the layers (GPT-Neo).
-        """
+    @cached_property
+    def trees(self) -> bool:
+        """Whether positions and a 4D mask can be given, so that several texts fit into one row."""
+        return self._places_texts and self.unshareable is None
+
+    @cached_property
+    def _places_texts(self) -> bool:
+        """Not where positions follow from a 2D mask (ALiBi), or the causal mask lies in the layers (GPT-Neo)."""
         own_masks = any(
             buffer.ndim == 4 and buffer.shape[-1] == buffer.shape[-2] > 1 and not buffer.is_floating_point()
             for buffer in self.base.buffers()
@@ -328,7 +348,8 @@ class LanguageModel:
     @cached_property
     def widths(self) -> Widths:
         """What a token costs."""
-        hidden, heads = self.config.hidden_size, self.config.num_attention_heads
+        # a recurrent model may have none
+        hidden, heads = self.config.hidden_size, getattr(self.config, "num_attention_heads", None) or 1
         head = getattr(self.config, "head_dim", None) or getattr(self.config, "d_kv", None) or hidden // heads
         outer = {id(self.base.get_input_embeddings()), id(self.base.get_output_embeddings())}
         matrices = [module.weight for module in self.base.modules() if id(module) not in outer and _is_product(module)]
@@ -348,16 +369,18 @@ class Widths(NamedTuple):
     vocabulary: int
 
 
-def language_model(model: nn.Module) -> LanguageModel:
-    """A model whose texts can share a prefix; an encoder or an encoder-decoder, which share nothing, too.
+def language_model(model: nn.Module, must_share: bool = False) -> LanguageModel:
+    """A model as the shared prefixes need it: one whose texts can share a prefix, or one that reads every text by itself
+    (an encoder, an encoder-decoder, a causal model with recurrent or chunked layers or with flash attention). A causal one
+    that doesn't share says so in a warning.
 
     Args:
         model: A transformers model, or a `PeftModel` of one.
+        must_share: Refuse a causal model that can't share.
 
     Raises:
         TypeError: If it is no transformers model.
-        ValueError: If it has attention that a prefix can't be shared in (recurrent or chunked layers, flash attention,
-            PEFT's prompt learning); the message names the way out.
+        ValueError: If it has PEFT's prompt learning, or can't share and must; the message names the way out.
     """
     configs = getattr(model, "peft_config", None)
     if isinstance(configs, dict) and any(getattr(config, "is_prompt_learning", False) for config in configs.values()):
@@ -366,27 +389,12 @@ def language_model(model: nn.Module) -> LanguageModel:
             "tuner of weights (LoRA, PEQA, ...)."
         )
     inspected = LanguageModel(model)
-    if inspected.kind == CAUSAL:
-        _check_attention(inspected)
+    if inspected.kind == CAUSAL and inspected.unshareable is not None:
+        why = f"model ({type(inspected.base).__name__}) can't share a prefix between texts: {inspected.unshareable}"
+        if must_share:
+            raise ValueError(f"{why}. Use a model with full or sliding attention.")
+        warnings.warn(f"{why}. Every text runs by itself, which is slower.", stacklevel=3)
     return inspected
-
-
-def _check_attention(model: LanguageModel) -> None:
-    name = type(model.base).__name__
-    if model.other_layers:
-        raise ValueError(
-            f"model ({name}) has layers whose past can't be shared as keys and values: {model.other_layers}; use a "
-            "model with full or sliding attention."
-        )
-    if not takes_masks(model.config):
-        raise ValueError(
-            f"model computes attention with {attention_implementation(model.config)!r}, which takes no mask of its own; "
-            "load it with attn_implementation='sdpa' (or model.set_attn_implementation('sdpa'))."
-        )
-    if not model.trees and SLIDING in model.windows:
-        raise ValueError(
-            f"model ({name}) has sliding attention but takes no positions, so that a prefix can't be shared."
-        )
 
 
 def _is_product(module: nn.Module) -> bool:

@@ -96,7 +96,7 @@ class SharedPrefixLM(HFLM):
             reason = "mixed_precision_dtype is set"
         else:
             try:
-                return language_model(self.model)
+                return language_model(self.model, must_share=True)
             except ValueError as error:
                 reason = str(error)
         logger.warning("--model peft_ext scores as --model hf does, nothing shared: %s", reason)

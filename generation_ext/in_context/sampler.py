@@ -151,7 +151,7 @@ class Sampler:
 
     def _past(self, ids: torch.Tensor, mask: torch.Tensor, samples: int) -> dict[str, Any]:
         """Keys and values of the prompts but their last tokens, for all samples."""
-        if self.model.kind == ENCODER_DECODER or ids.shape[1] < 2:
+        if self.model.kind == ENCODER_DECODER or ids.shape[1] < 2 or self.model.unshareable:
             return {}
         cache = DynamicCache(config=self.model.base.config)
         inputs: dict[str, Any] = {"input_ids": ids[:, :-1], "attention_mask": mask[:, :-1], "use_cache": True}

@@ -218,7 +218,8 @@ class LabelScorer:
         small = [group for group in groups if len(group) < _OWN_PREFIX]
         for group in groups:
             if len(group) >= _OWN_PREFIX:
-                prefix = common_prefix([texts[index].tokens for index in group])
+                shares = self.language_model.unshareable is None
+                prefix = common_prefix([texts[index].tokens for index in group]) if shares else []
                 yield from self._tree_passes(texts, [[index] for index in group], prefix)
         if small:
             yield from self._tree_passes(texts, small, [])

@@ -193,7 +193,7 @@ class FeatureExtractor:
 
     def _shared(self, texts: list[list[int]], starts: list[int]) -> list[int]:
         """The beginning that runs once."""
-        if self.language_model.kind != CAUSAL or len(texts) < 2:
+        if self.language_model.kind != CAUSAL or len(texts) < 2 or self.language_model.unshareable:
             return []
         shared = common_prefix(texts)
         # a mean needs the hidden states of all tokens of the text

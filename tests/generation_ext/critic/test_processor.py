@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from generation_ext.critic import Critic, CriticLogitsProcessor, backbone
+from generation_ext.critic import Critic, CriticLogitsProcessor, backbone, critic_generate
 from generation_ext.shared_prefix import candidates
 from tests.generation_ext.critic.reference import (
     ENCODER_DECODERS,
@@ -104,6 +104,25 @@ def test_beams_with_other_caches(name, cache):
 def test_prompts_of_one_token(name):
     model = shared(name)
     compare(model, [random_critic(model)], torch.tensor([[5], [9]]))
+
+
+@pytest.mark.parametrize("way", ["processor", "critic_generate"])
+def test_beside_classifier_free_guidance(way):
+    """Its negative prompt has the prompt's length, and goes on with the same tokens in a cache of its own: the critic read
+    that cache from the second step on."""
+    model = shared("llama")
+    critic, prompts, negative = random_critic(model), PADDED[1:2], torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
+    options = {"negative_prompt_ids": negative, "guidance_scale": 1.7}
+    expected = generate(model, [SlowProcessor(model, [critic], [STRENGTH], TOP_K)], prompts, **options)
+    if way == "processor":
+        with CriticLogitsProcessor(model, critic, TOP_K, STRENGTH) as processor:
+            found = generate(model, [processor], prompts, **options)
+    else:
+        own = {"custom_generate": critic_generate, "critic": critic, "strength": STRENGTH, "critic_top_k": TOP_K}
+        found = generate(model, [], prompts, **own, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    for ours, theirs in zip(found.scores, expected.scores):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
 def test_windows_longer_and_shorter_than_the_text():

@@ -16,6 +16,7 @@ from generation_ext.in_context import scoring
 from generation_ext.in_context.scoring import CONTENT_FREE, LabelScorer
 from generation_ext.prompts import Task
 from generation_ext.shared_prefix import batching
+from peft_ext.language_model import language_model
 from tests.tiny.byte_models import CAUSAL, LENGTH, model, naive_log_prob
 from tests.tiny.tokenizers import tokenizer, tokenizer_for
 
@@ -299,15 +300,19 @@ def test_models_that_cannot_be_scored():
         LabelScorer(damaged, tokenizer(), TASK).score(TEXTS)
 
 
-def test_recurrent_and_chunked_models():
+def test_models_that_share_no_prefix_say_so():
+    """(tests/families/test_reading.py compares their scores.)"""
     import transformers
 
     config = transformers.MambaConfig(vocab_size=260, hidden_size=16, num_hidden_layers=1, state_size=4)
-    with pytest.raises(ValueError):
-        LabelScorer(transformers.AutoModelForCausalLM.from_config(config), tokenizer(), TASK)
+    recurrent = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.warns(UserWarning, match=r"model \(MambaForCausalLM\) can't share a prefix .*Every text runs by itself"):
+        LabelScorer(recurrent, tokenizer(), TASK)
+    with pytest.raises(ValueError, match="Use a model with full or sliding attention"):
+        language_model(recurrent, must_share=True)
     other = copy.deepcopy(model("llama"))
     other.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
+    with pytest.warns(UserWarning, match="attn_implementation='sdpa'"):
         LabelScorer(other, tokenizer(), TASK)
 
 

@@ -74,7 +74,7 @@ class TransformersBackend(Backend):
     """
 
     def __init__(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32) -> None:
-        self.language_model = language_model(model)
+        self.language_model = language_model(model, must_share=True)
         if self.language_model.kind != CAUSAL:
             raise TypeError(f"model ({type(self.language_model.base).__name__}) is no causal language model.")
         if batch_size < 1:
