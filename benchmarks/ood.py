@@ -19,7 +19,7 @@ import numpy as np
 from transformers.utils import logging
 
 from benchmarks.core.claims import Claim, Headline, unless
-from benchmarks.core.experiments import EXPERIMENTS
+from benchmarks.core.experiments import EXPERIMENTS, QUICK
 from benchmarks.core.run import Run, data_folder, log
 from benchmarks.core.task import Runs, Task, run_named
 from benchmarks.fast_linear import fast_linear
@@ -140,7 +140,9 @@ def claims(runs: Runs) -> list[Claim]:
         return max((value for value in values if value is not None), default=None)
 
     lora, peqa = auroc("lora"), auroc("peqa_4bit")
-    full, tuned = (mean(method, "validation_accuracy") for method in ("full", "lora"))
+    # from so few texts a class detectors tell texts apart, but classifiers aren't right as often
+    learnt = run is not None and run.size != QUICK
+    full, tuned = (mean(method, "validation_accuracy") if learnt else None for method in ("full", "lora"))
     return [
         Claim("validation accuracy, full fine-tuning, CLINC150", full, 0.93, at_least=True),
         Claim("validation accuracy, LoRA, CLINC150", tuned, 0.93, at_least=True),
