@@ -16,7 +16,7 @@ from typing import Any, Optional
 from benchmarks.core import environment
 from benchmarks.core.environment import ROOT
 from benchmarks.core.experiments import FULL, SMOKE
-from peft_ext.files import written_whole
+from peft_ext.files import write_json, written_whole
 from peft_ext.runs import differences, plain
 
 
@@ -133,9 +133,14 @@ class Run:
 
     @property
     def work(self) -> Path:
-        """A folder for what rows hand to later rows; made."""
+        """A folder for what rows hand to later rows; made, and emptied of what was made under other settings."""
         folder = self.path.with_suffix(".work")
-        folder.mkdir(parents=True, exist_ok=True)
+        record = folder / "settings.json"
+        if record.is_file() and json.loads(record.read_text(encoding="utf-8")) != self.settings:
+            shutil.rmtree(folder)
+        if not record.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(record, self.settings)
         return folder
 
     @property

@@ -258,3 +258,10 @@ def test_what_only_the_full_size_has_is_said(configs, tmp_path, capsys, monkeypa
     assert _main(["all", "--quick", "--output_dir", str(tmp_path / "out")], configs, "steps") == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "two: value" in line]
     assert "| full size only | at most 5 | - |" in line and "not measured" not in line
+
+
+def test_what_was_made_under_other_settings_is_not_taken(tmp_path):
+    run = Run("steps", "one", {"steps": 2}, folder=tmp_path)
+    (run.work / "critic").write_text("of two steps")
+    assert (Run("steps", "one", {"steps": 2}, folder=tmp_path).work / "critic").is_file()
+    assert not (Run("steps", "one", {"steps": 3}, folder=tmp_path).work / "critic").exists()
