@@ -116,6 +116,10 @@ def main(argv: Sequence[str], tasks: Tasks, configs: Path = experiments.EXPERIME
         return _run_all(arguments, tasks, configs)
     task = tasks[names[0]].load()
     runs = open_runs(names[0], arguments.experiments, arguments.size, arguments.folder, arguments.seed, configs)
+    if not runs:
+        raise ValueError(
+            f"{names[0]} has no experiment of {arguments.size} size; leave the flag out for the full one."
+        )
     try:
         if not arguments.table:
             measure(task, runs, arguments.dirty_again)

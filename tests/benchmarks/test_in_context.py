@@ -64,13 +64,18 @@ def test_sgicl_goes_on_after_a_kill(tmp_path, monkeypatch):
     assert sorted(pools.read_text().splitlines()) == sorted(lines.splitlines())
 
 
-@pytest.mark.parametrize("task", ["scoring", "sgicl", "palp", "paraphrase", "critic_control", "ood"])
+@pytest.mark.parametrize("task", ["scoring", "palp", "paraphrase", "critic_control", "ood"])
 def test_without_data(task, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PEFT_EXT_DATA", str(tmp_path))
     monkeypatch.setattr("benchmarks.sentence_encoder.SentenceEncoder", None)
     assert main([task, "--quick", "--output_dir", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert f"PEFT_EXT_DATA={str(tmp_path)!r} has no folder " in said and "Traceback" not in said
+
+
+def test_sgicl_says_that_it_has_no_quick_size(tmp_path, capsys):
+    assert main(["sgicl", "--quick", "--output_dir", str(tmp_path / "out")]) == 2
+    assert "sgicl has no experiment of quick size" in capsys.readouterr().err
 
 
 def test_worth():
