@@ -14,6 +14,7 @@ import contextlib
 import gc
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -227,7 +228,7 @@ def _judged(use: Callable[[Path], np.ndarray], folder: Path, expected: np.ndarra
         return {"outcome": NAMELESS, "error": repr(error)}
     except BaseException as error:
         text = str(error)
-        named = type(error).__name__ not in _RAW and _names(text, done)
+        named = type(error).__name__ not in _RAW and _names(text, done, folder)
         report = {
             "outcome": NAMED if named else NAMELESS,
             "error": f"{type(error).__name__}: {text}",
@@ -242,9 +243,11 @@ def _judged(use: Callable[[Path], np.ndarray], folder: Path, expected: np.ndarra
     return {"outcome": SILENT, "error": f"the answer is off by {np.abs(answer - expected).max():.3g}"}
 
 
-def _names(text: str, done: Damage) -> bool:
-    """Whether a message names the file, a field or a tensor, or the layer that the tensor is of."""
-    if Path(done.file).name in text:
+def _names(text: str, done: Damage, folder: Path) -> bool:
+    """Whether a message names a file in the folder, a field or a tensor, or the layer that the tensor is of."""
+    if Path(done.file).name in text or re.search(
+        re.escape(f"{folder}/") + r"\S*\.(safetensors|json|jsonl|npy)\b", text
+    ):
         return True
     for name in done.fields:
         if len(name) > 1 and name in text:

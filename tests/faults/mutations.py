@@ -430,7 +430,7 @@ def _tensor_list(path: Path, random: Random, room: Room) -> Any:
     if how == "removed":
         del tensors[name]
     elif how == "all removed":
-        tensors = {}
+        tensors, fields = {}, sorted(tensors)
     elif how == "added":
         new = random.choice(("unknown", f"{name}_", name.replace("0", "7"), "model.layers.99.mlp.down_proj.weight"))
         if new in tensors:
@@ -451,11 +451,12 @@ def _tensor_list(path: Path, random: Random, room: Room) -> Any:
         ]
         if not alike:
             raise Unfit
-        other = random.choice(alike)
-        tensors[name], tensors[other] = tensors[other], tensors[name]
-        fields, payload = [name, other], True
+        second = random.choice(alike)
+        tensors[name], tensors[second] = tensors[second], tensors[name]
+        fields, payload = [name, second], True
     write_safetensors(path, tensors, metadata)
-    return f"{name}: {how} {fields[-1] if fields[-1] != name else ''}".strip(), fields, {"payload": payload}
+    other = fields[-1] if how in ("added", "renamed", "swapped") else ""
+    return f"{name}: {how} {other}".strip(), fields, {"payload": payload}
 
 
 def _tensor_values(path: Path, random: Random, room: Room) -> Any:
@@ -522,6 +523,7 @@ def _tensor_form(path: Path, random: Random, room: Room) -> Any:
     tensors, metadata = read_safetensors(path)
     name = _any(tensors, random)
     old = tensors[name]
+    payload = False
     how = random.choice(
         ("cast", "cast", "relabelled", "broadcasts", "broadcasts", "transposed", "flat", "longer", "leading", "scalar")
     )
@@ -535,6 +537,7 @@ def _tensor_form(path: Path, random: Random, room: Room) -> Any:
         if not alike:
             raise Unfit
         tensors[name] = old._replace(dtype=random.choice(alike))
+        payload = {old.dtype, tensors[name].dtype} <= {"F16", "BF16", "F32", "F64"}
         how = f"bytes taken for {tensors[name].dtype}"
     else:
         array = old.array
@@ -562,7 +565,7 @@ def _tensor_form(path: Path, random: Random, room: Room) -> Any:
         tensors[name] = old.holding(array)
         how = f"{how}: {list(array.shape)} for {list(old.shape)}"
     write_safetensors(path, tensors, metadata)
-    return f"{name}: {how}", [name]
+    return f"{name}: {how}", [name], {"payload": payload}
 
 
 def _header_lies(path: Path, random: Random, room: Room) -> Any:
