@@ -42,7 +42,7 @@ from peft_ext.checkpoint.saving import make_saveable, take_over
 from peft_ext.ood.classifier import PooledClassifier
 from peft_ext.ood.detectors import load_detector, make_detector
 from peft_ext.ood.pipeline import OODPipeline
-from peft_ext.rows import read_rows
+from peft_ext.rows import RowFile, read_rows
 from tests.cases import move_adapter
 from tests.checkpoint.foreign_files import awq_layer, compressed_tensors_layer, random_layer, save_foreign
 from tests.checkpoint.gptq_files import gptq_layer
@@ -446,8 +446,9 @@ def _write_killed_pipeline(folder: Path) -> None:
     path = folder / "manifest" / "responses.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "done": False, "outputs": {}, "counts": {}}))
     (folder / "manifest" / "comparisons.json").unlink()
-    lines = (folder / "responses.jsonl").read_text().splitlines(True)
-    (folder / "responses.jsonl").write_text("".join(lines[: len(lines) // 2]))
+    rows = read_rows(folder / "responses.jsonl")
+    (folder / "responses.jsonl").unlink()
+    RowFile(folder / "responses.jsonl").append(rows[: len(rows) // 2])
     for name in _STAGES[-2:]:
         (folder / name).unlink()
 
