@@ -46,11 +46,12 @@ class OwnFiles:
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
         except (AttributeError, KeyError, RuntimeError, TypeError, ZeroDivisionError) as error:
-            if (
-                args or kwargs.keys() - {"config"} or isinstance(error, torch.OutOfMemoryError)
-            ):  # not the folder's fault
+            if isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise ValueError(f"{where}: its config.json makes no {cls.__name__} ({error}). {SAVE_AGAIN}") from error
+            others = " or the arguments" if args or kwargs.keys() - {"config"} else ""
+            raise ValueError(
+                f"{where}: its config.json{others} can't make a {cls.__name__} ({error}). {SAVE_AGAIN}"
+            ) from error
         # packed layers are their quantizer's, which has looked at them
         for key, said in (("missing_keys", "is missing"), ("unexpected_keys", "belongs to nothing there")):
             names = sorted(info[key]) if getattr(model, "hf_quantizer", None) is None else []
@@ -65,7 +66,7 @@ class OwnFiles:
 
 def seal_saved(model: Any, folder: Path) -> None:
     """Give the files that `save_pretrained` has just written their digest, if the model is one of ours."""
-    packed = type(getattr(model, "hf_quantizer", None)).__module__.startswith("peft_ext.")
+    packed = _is_ours(getattr(model, "hf_quantizer", None))
     if not isinstance(model, PreTrainedModel) or not (packed or getattr(model, SEALED, False)):
         return
     for file in folder.glob("*.safetensors"):
@@ -118,20 +119,27 @@ def _files_checked(original: Callable[..., Any]) -> Callable[..., Any]:
         for file in checkpoint_files or ():
             if str(file).endswith(".safetensors"):
                 check_digest(file)
-                if load_config.hf_quantizer is None:
+                quantizer = load_config.hf_quantizer
+                if quantizer is None:
                     _refuse_packed(file)
-                    if getattr(model, SEALED, False) and not load_config.ignore_mismatched_sizes:
-                        _check_types(model, file)
+                ours = getattr(model, SEALED, False) if quantizer is None else _is_ours(quantizer)
+                if ours and not load_config.ignore_mismatched_sizes and load_config.device_mesh is None:
+                    _check_types(model, file)
         return original(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
     return _load_pretrained_model
+
+
+def _is_ours(quantizer: Any) -> bool:
+    return type(quantizer).__module__.startswith("peft_ext.")
 
 
 def _check_types(model: Any, file: Any) -> None:
     """Refuse integers where a model of ours has floats, which transformers would convert, and other shapes."""
     own = model.state_dict()
     for name, header in read_header(file).tensors.items():
-        if name not in own:
+        # a packed layer's tensors are its quantizer's
+        if name not in own or not name.endswith((".weight", ".bias")) and not getattr(model, SEALED, False):
             continue
         if own[name].is_floating_point() and header["dtype"] not in FLOATS:
             raise ValueError(f"{str(file)!r}: {name} is {header['dtype']}; it must be a float. {SAVE_AGAIN}")

@@ -126,6 +126,10 @@ class AdapterPool:
             raise ValueError(
                 f"adapter {name!r} is of type {config.peft_type}; the pool holds adapters of scales only."
             )
+        if config.target_modules is None:
+            raise ValueError(
+                f"adapter {name!r}: its adapter_config.json has no target_modules, the layers that it is for; save it again."
+            )
         if config.modules_to_save:
             raise ValueError(
                 f"adapter {name!r} has modules_to_save={config.modules_to_save}, which the pool has no room for; load "
