@@ -141,12 +141,31 @@ def test_only_safetensors_are_taken(folder):
         load(folder)
 
 
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_folder_without_its_file_is_not_looked_for_on_the_hub(folder, offline, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"has no {WEIGHTS}"):
+        load(folder)
+
+
+def test_bytes_that_no_tensor_has(folder):
+    with open(folder / WEIGHTS, "ab") as file:
+        file.write(b"more")
+    with pytest.raises(ValueError, match=rf"{WEIGHTS}' is truncated, damaged or no safetensors file"):
+        load(folder)
+
+
 def test_the_pool_names_layers_that_the_file_lacks(tmp_path):
     model = get_peft_model(tiny("llama"), copy.deepcopy(CONFIGS["peqa"]))
     model.save_pretrained(tmp_path)
     rewrite(tmp_path, lambda tensors, name: [tensors.pop(name), tensors.pop(name.replace("_scale", "_codes"))])
     pool = AdapterPool(model.unload())
     with pytest.raises(ValueError, match=r"no scales of 1 layers.*'model\.layers\.0\.mlp\.down_proj'"):
+        pool.load(tmp_path, "one")
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**config, "target_modules": None}))
+    with pytest.raises(ValueError, match=rf"{CONFIG} has no target_modules"):
         pool.load(tmp_path, "one")
     assert pool.names == []
 

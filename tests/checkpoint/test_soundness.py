@@ -210,3 +210,16 @@ def test_a_gptq_layer_without_its_words(tmp_path):
     )
     with pytest.raises(ValueError, match=rf"layer '{other}': the checkpoint has qzeros but no qweight"):
         load_packed(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [(torch.ones(32, dtype=torch.int16), "is I16; it must be a float"), (torch.ones(1), r"has the shape \[1\]")],
+)
+def test_other_tensors_of_a_gptq_checkpoint(tensor, message, tmp_path):
+    codes = torch.randint(0, 16, (32, 64))
+    layer = gptq_layer(codes, torch.ones(32, 8), torch.full((32, 8), 8), bits=4)
+    save_gptq(tiny("llama"), {LAYER: layer}, tmp_path, bits=4, group_size=8, sym=True, checkpoint_format="gptq")
+    rewrite(tmp_path, lambda tensors, own: tensors.update({"model.norm.weight": tensor}))
+    with pytest.raises(ValueError, match=rf"{WEIGHTS}': model.norm.weight {message}"):
+        load_packed(tmp_path)

@@ -55,6 +55,16 @@ _RAW = (
 _MARKS = ("<!-- fuzz -->", "<!-- /fuzz -->")
 
 
+_LEGEND = f"""\
+*{SAME}*: the damage doesn't matter (a removed default, bytes that nobody reads), or what was lost is made again.
+*{NAMED}*: an error whose text names the file, the field, the tensor or its layer. *{SILENT}*: another answer
+without a word, or NaN. *{FOREIGN}*: well-formed numbers in files that other tools wrote, which carry no digest.
+*{EDITED}*: a valid value in place of another in a JSON file, which a person may have put there, or one of
+transformers' own settings in `config.json`. *{HANG}*: {_SECONDS} seconds, or {_CPU_SECONDS} of computing;
+*{GROWTH}*: {_MEGABYTES} MB more than the whole folder takes. Each case is loaded and used in a process of its own;
+whether a pickle was run, a file outside was read through an index, or one was written outside is watched, too."""
+
+
 class Case(NamedTuple):
     """A damaged folder and what became of it."""
 
@@ -332,6 +342,12 @@ def failures(cases: Iterable[Case]) -> list[Case]:
     return [case for case in cases if case.outcome in NEVER]
 
 
+def nameless(cases: Iterable[Case]) -> tuple[list[Case], int]:
+    """Errors that name neither file nor field, and how many errors there are in all."""
+    refused = [case for case in cases if case.outcome in (NAMED, NAMELESS)]
+    return [case for case in refused if case.outcome == NAMELESS], len(refused)
+
+
 def _in_workers(options: argparse.Namespace, room: Path) -> Iterable[Case]:
     each = -(-options.count // len(options.kinds or kinds()))
     shares = [(each * n // options.workers, each * (n + 1) // options.workers) for n in range(options.workers)]
@@ -387,17 +403,14 @@ def _into_page(page: Path, text: str) -> None:
 
 
 def _summary(cases: list[Case], seconds: float) -> str:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    nameless = sum(case.outcome == NAMELESS for case in cases)
-    refused = nameless + sum(case.outcome == NAMED for case in cases)
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    without_name, refused = nameless(cases)
     line = (
-        f"{len(cases):,} damaged folders (commit {commit.stdout.strip() or 'unknown'}, {seconds / 60:.0f} minutes): "
-        f"{len(failures(cases))} that must not be; {nameless} of {refused:,} errors ({nameless / max(refused, 1):.1%}) name "
-        "neither file nor field."
+        f"{len(cases):,} damaged folders (commit {commit}, {seconds / 60:.0f} minutes): {len(failures(cases))} that must not be; "
+        f"{len(without_name)} of {refused:,} errors ({len(without_name) / max(refused, 1):.1%}) name neither file nor field."
     )
-    return f"{line}\n\n{table(cases)}"
+    return f"{line}\n\n{table(cases)}\n\n{_LEGEND}"
 
 
 def main() -> int:
@@ -432,9 +445,8 @@ def main() -> int:
     print(summary)
     if options.table:
         _into_page(options.table, summary)
-    nameless = sum(case.outcome == NAMELESS for case in cases)
-    refused = nameless + sum(case.outcome == NAMED for case in cases)
-    return int(bool(failures(cases)) or nameless > NAMELESS_SHARE * refused)
+    without_name, refused = nameless(cases)
+    return int(bool(failures(cases)) or len(without_name) > NAMELESS_SHARE * refused)
 
 
 if __name__ == "__main__":
