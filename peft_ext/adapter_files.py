@@ -76,7 +76,7 @@ CONFIGS: dict[str, JsonFormat] = {
     "ALPHATUNING": _format("ALPHATUNING", **_SCALES, trained_alphas=text()),
     "BOTTLENECK": _format(
         "BOTTLENECK",
-        bottleneck_dim=whole(1).or_null(),
+        bottleneck_dim=whole(1, 1 << 16).or_null(),
         reduction_factor=whole(1).or_null(),
         placement=text(),
         non_linearity=text(),

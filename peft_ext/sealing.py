@@ -106,9 +106,26 @@ def _config_checked(original: Callable[..., Any]) -> Callable[..., Any]:
             raise OSError(f"{str(json_file)!r} holds no object, as a config does; download or save it again.")
         if not isinstance(found.get("quantization_config") or {}, dict):
             raise ValueError(f"{str(json_file)!r}: quantization_config must be an object; download or save it again.")
+        if found.keys() & _OWN_KEYS or found.get("model_type") in _OWN_TYPES:
+            _check_depth(found, json_file)
         return found
 
     return _dict_from_json_file
+
+
+# What tells configs of packed models and of models of ours from those that are transformers' alone.
+_OWN_KEYS, _OWN_TYPES = {"quantization_config", "packed_bits", "granularity"}, ("cdnpg", "critic")
+_LAYERS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"}
+_MOST_LAYERS = 10_000
+
+
+def _check_depth(config: dict[str, Any], file: Any) -> None:
+    """Refuse layers beyond counting: transformers would make them until the memory is full."""
+    for name in config.keys() & _LAYERS:
+        if isinstance(config[name], (int, float)) and config[name] > _MOST_LAYERS:
+            raise ValueError(
+                f"{str(file)!r}: {name} is {config[name]:.6g}; no model has more than {_MOST_LAYERS} layers. {SAVE_AGAIN}"
+            )
 
 
 def _files_checked(original: Callable[..., Any]) -> Callable[..., Any]:

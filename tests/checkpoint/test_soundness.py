@@ -223,3 +223,12 @@ def test_other_tensors_of_a_gptq_checkpoint(tensor, message, tmp_path):
     rewrite(tmp_path, lambda tensors, own: tensors.update({"model.norm.weight": tensor}))
     with pytest.raises(ValueError, match=rf"{WEIGHTS}': model.norm.weight {message}"):
         load_packed(tmp_path)
+
+
+@pytest.mark.parametrize("layers", [2**31, 1e300])
+def test_layers_beyond_counting(layers, folder):
+    configured(folder, num_hidden_layers=layers)
+    with pytest.raises(
+        ValueError, match=r"config.json': num_hidden_layers is .*; no model has more than 10000 layers"
+    ):
+        AutoModelForCausalLM.from_pretrained(folder)

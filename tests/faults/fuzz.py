@@ -32,7 +32,7 @@ from typing import Any, NamedTuple, Optional
 
 import numpy as np
 
-from tests.faults.mutations import Damage, damage
+from tests.faults.mutations import LINK, Damage, damage
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,7 +134,7 @@ class Fuzzer:
         done = damage(folder, random, variant.skip, outside, str(marker))
         if done.outside:
             shutil.copytree(self._whole(kind, number), outside, dirs_exist_ok=True)
-        before = _listing(self.room)
+        before = _listing(self.room, done)
         expected = self._answers[kind, number]
         found = _in_fork(lambda: _judged(variant.use, folder, expected, done), self.room / "log", loud)
         outcome = found.ended or _weighed(found.report["outcome"], done, variant.foreign)
@@ -144,7 +144,7 @@ class Fuzzer:
         if marker.exists():
             marker.unlink()
             outcome = RAN
-        elif _listing(self.room) != before:
+        elif _listing(self.room, done) != before:
             outcome = WROTE
         error, where = found.report.get("error", ""), found.report.get("where", "")
         return Case(kind, seed, number, done.file, done.what, outcome, error, where, found.seconds, growth)
@@ -300,10 +300,10 @@ def _weighed(outcome: str, done: Damage, foreign: bool) -> str:
     return FOREIGN if foreign and done.payload and path.suffix == ".safetensors" else SILENT
 
 
-def _listing(room: Path) -> list[tuple[str, int, int]]:
-    """All files beside the case's own."""
+def _listing(room: Path, done: Damage) -> list[tuple[str, int, int]]:
+    """All files beside the case's own; what a link in it points to is its own."""
     found = []
-    for path in sorted([*room.iterdir(), *(room / "outside").rglob("*")]):
+    for path in sorted([*room.iterdir(), *([] if done.what == LINK else (room / "outside").rglob("*"))]):
         if path.is_file() and path.name != "log":
             stat = path.stat()
             found.append((str(path), stat.st_size, stat.st_mtime_ns))

@@ -20,6 +20,9 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 
 
+LINK = "a link to the same file outside"
+
+
 class Damage(NamedTuple):
     """What was done to a folder.
 
@@ -137,7 +140,7 @@ def _link_outside(path: Path, random: Random, room: Room) -> Any:
     room.outside.mkdir(exist_ok=True)
     shutil.move(path, room.outside / path.name)
     path.symlink_to(room.outside / path.name)
-    return "a link to the same file outside"
+    return LINK
 
 
 def _link_to_nowhere(path: Path, random: Random, room: Room) -> str:
