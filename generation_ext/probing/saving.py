@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import warnings
@@ -33,12 +34,13 @@ from peft_ext.files import check_digests, digests, written_whole
 from peft_ext.language_model import adapters_fingerprint, base_fingerprint, other_adapters
 from peft_ext.language_model import base_name as name_of
 from peft_ext.model_card import README, Card, write_card
-from peft_ext.tensor_files import read_arrays, write_tensors
+from peft_ext.tensor_files import read_arrays, verifies, write_tensors
 
 
 FORMAT = 1
 JSON, ARRAYS = "palp.json", "head.safetensors"
 _AGAIN = "Fit and save the classifier again."
+_FITTED = ("params", "classes", "words", "demonstrations")
 PARAMS = {
     "template": text(),
     "head": text(*HEADS),
@@ -66,6 +68,7 @@ FILE = JsonFormat(
         "classes": list_of(_CLASS, least=2).means("in the order of the scores"),
         "words": list_of(text(), least=2).means("what stands for them in demonstrations"),
         "demonstrations": list_of(list_of(one_of(mapping_of(text()), _CLASS), length=2)).means("text and class"),
+        "state": text().or_missing().means("sha256 of all that was fitted: params, classes, words, demonstrations"),
     },
     format=FORMAT,
     way_out=_AGAIN,
@@ -98,6 +101,7 @@ def write(folder: Path, model: Any, content: Mapping[str, Any], arrays: Mapping[
         write_tensors(partial / ARRAYS, arrays)
         whole = {"format": FORMAT, "base_model": base, **content, "files": digests(partial)}
         text = json.dumps(whole, indent=1, ensure_ascii=False, default=_plain)
+        text = json.dumps({**whole, "state": _state(json.loads(text))}, indent=1, ensure_ascii=False, default=_plain)
         FILE.check_written(json.loads(text))
         (partial / JSON).write_text(text + "\n", encoding="utf-8")
         if (folder / README).is_file():
@@ -130,6 +134,11 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         )
     if content["base_model"] and not content["base_model"].get("fingerprint"):
         raise ValueError(f"{str(folder / JSON)!r}: base_model.fingerprint is missing. {_AGAIN}")
+    if content.get("state", _state(content)) != _state(content) and verifies():
+        raise ValueError(
+            f"{str(folder / JSON)!r}: {', '.join(_FITTED)} aren't all as they were saved (state tells). {_AGAIN} To keep an "
+            "edit, take the line 'state' out."
+        )
     check_digests(folder, content.get("files"), JSON)
     arrays = read_arrays(folder / ARRAYS)
     own = [name.removeprefix("head.") for name in arrays if name.startswith("head.")]
@@ -139,6 +148,11 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     check_tensors(arrays, described, where, {"classes": len(classes)}, _AGAIN)
     head({name: arrays[f"head.{name}"] for name in own}).check(len(classes), where)
     return content, arrays
+
+
+def _state(content: Mapping[str, Any]) -> str:
+    fitted = json.dumps([content[name] for name in _FITTED], sort_keys=True)
+    return hashlib.sha256(fitted.encode()).hexdigest()
 
 
 def base_name(folder: Path) -> Optional[str]:

@@ -360,6 +360,15 @@ def test_damaged_and_missing_folders(tmp_path):
     (tmp_path / "palp" / "palp.json").write_text(json.dumps({**content, "format": 9}))
     with pytest.raises(ValueError, match="format is 9"):
         PALPClassifier.from_pretrained(tmp_path / "palp", model("llama"), tokenizer_for("llama"))
+    content["demonstrations"] = [[{"text": ""}, "good"]]
+    (tmp_path / "palp" / "palp.json").write_text(json.dumps(content))
+    with pytest.raises(
+        ValueError, match=r"palp\.json': params, classes, words, demonstrations aren't all as they were"
+    ):
+        PALPClassifier.from_pretrained(tmp_path / "palp", model("llama"), tokenizer_for("llama"))
+    del content["state"]
+    (tmp_path / "palp" / "palp.json").write_text(json.dumps(content))
+    PALPClassifier.from_pretrained(tmp_path / "palp", model("llama"), tokenizer_for("llama"))
     (tmp_path / "palp" / "palp.json").write_text(json.dumps({key: content[key] for key in content if key != "files"}))
     (tmp_path / "palp" / "head.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"head\.safetensors' is truncated, damaged"):
