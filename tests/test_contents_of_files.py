@@ -248,7 +248,9 @@ def test_a_value_that_a_field_cannot_have_names_it(name, tmp_path):
     build, load, _, settings = KINDS[name]
     build(tmp_path / "saved")
     path = tmp_path / "saved" / settings
-    content = path.read_text()
+    content = json.loads(path.read_text())
+    content.pop("state", None)  # as an earlier version's, so that nothing but the fields tells
+    content = json.dumps(content)
     for field, values in VALUES[name].items():
         outer, _, inner = field.rpartition(".")
         for value in values:
