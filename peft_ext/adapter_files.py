@@ -162,8 +162,6 @@ def install() -> None:
     extend_class_method(peft.config.PeftConfigMixin, "_get_peft_type", _type_there)
     extend_method(peft.utils.save_and_load, "safe_load_file", _tensors_checked)
     extend_method(peft.utils.save_and_load, "torch_load", _pickle_refused)
-    for name in ("file_exists", "hf_hub_download"):
-        extend_method(peft.utils.save_and_load, name, _not_of_a_folder)
     extend_method(peft.peft_model, "set_peft_model_state_dict", _all_there)
 
 
@@ -228,19 +226,6 @@ def _pickle_refused(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(filename, *args, **kwargs)
 
     return torch_load
-
-
-def _not_of_a_folder(original: Callable[..., Any]) -> Callable[..., Any]:
-    """PEFT looks on the hub for what a folder lacks."""
-
-    @functools.wraps(original)
-    def wrapper(repo_id: Any, *args: Any, **kwargs: Any) -> Any:
-        folder = Path(repo_id) / (kwargs.get("subfolder") or "")
-        if type_of(folder) is not None:
-            raise FileNotFoundError(f"{str(folder)!r} has no {SAFETENSORS_WEIGHTS_NAME}. {SAVE_AGAIN}")
-        return original(repo_id, *args, **kwargs)
-
-    return wrapper
 
 
 def _all_there(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -141,14 +141,6 @@ def test_only_safetensors_are_taken(folder):
         load(folder)
 
 
-@pytest.mark.parametrize("offline", [True, False])
-def test_a_folder_without_its_file_is_not_looked_for_on_the_hub(folder, offline, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
-    (folder / WEIGHTS).unlink()
-    with pytest.raises(FileNotFoundError, match=rf"has no {WEIGHTS}"):
-        load(folder)
-
-
 def test_bytes_that_no_tensor_has(folder):
     with open(folder / WEIGHTS, "ab") as file:
         file.write(b"more")

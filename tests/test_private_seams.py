@@ -161,8 +161,6 @@ SEAMS = {
     "peft.utils.save_and_load": {
         "safe_load_file(filename, device)": "peft_ext.adapter_files: checks an adapter's tensors where PEFT reads them",
         "torch_load": "peft_ext.adapter_files: refuses an adapter that is a pickle",
-        "file_exists(repo_id)": "peft_ext.adapter_files: a folder that lacks its file isn't looked for on the hub",
-        "hf_hub_download(repo_id)": "peft_ext.adapter_files: the same, offline",
     },
     "peft.peft_model": {
         "set_peft_model_state_dict(model, adapter_name)": "peft_ext.adapter_files: names what a file lacks",

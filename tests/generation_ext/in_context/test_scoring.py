@@ -306,7 +306,9 @@ def test_models_that_share_no_prefix_say_so():
 
     config = transformers.MambaConfig(vocab_size=260, hidden_size=16, num_hidden_layers=1, state_size=4)
     recurrent = transformers.AutoModelForCausalLM.from_config(config)
-    with pytest.warns(UserWarning, match=r"model \(MambaForCausalLM\) can't share a prefix .*Every text runs by itself"):
+    with pytest.warns(
+        UserWarning, match=r"model \(MambaForCausalLM\) can't share a prefix .*Every text runs by itself"
+    ):
         LabelScorer(recurrent, tokenizer(), TASK)
     with pytest.raises(ValueError, match="Use a model with full or sliding attention"):
         language_model(recurrent, must_share=True)
