@@ -16,7 +16,7 @@ import torch
 import transformers.modeling_utils
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from peft_ext.checkpoint.files import read_index
+from peft_ext.checkpoint.files import read_index, seal_index
 from peft_ext.file_formats import FLOATS, SAVE_AGAIN, values_problem
 from peft_ext.registration import extend_class_method, extend_method, extend_static_method
 from peft_ext.tensor_files import PLACEHOLDER, carries_digest, check_digest, read_header, seal
@@ -73,6 +73,8 @@ def seal_saved(model: Any, folder: Path) -> None:
         digest = read_header(file).metadata
         if digest.items() >= PLACEHOLDER.items() or (not packed and not digest.keys() & PLACEHOLDER.keys()):
             seal(file)
+    for index in folder.glob("*.safetensors.index.json"):
+        seal_index(index)
 
 
 def install() -> None:

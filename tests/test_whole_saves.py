@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM
 
 from generation_ext.critic import Critic
 from generation_ext.granularity import CDNPGForConditionalGeneration, convert_to_granularity_attention
-from peft_ext import AlphaTuningConfig, PeqaConfig
+from peft_ext import AlphaTuningConfig, PeqaConfig, load_packed
 from peft_ext.checkpoint.saving import make_saveable
 from peft_ext.model_card import README
 from peft_ext.ood.detectors import load_detector, make_detector
+from peft_ext.quant.conversion import packed_layers
 from tests.cases import move_adapter
 from tests.tiny.models import HIDDEN, inputs, logits_of, tiny
 
@@ -174,6 +175,21 @@ MIXED = {
     "C-DNPG": (paraphrasers, CDNPGForConditionalGeneration.from_pretrained, "model.safetensors"),
     "detector": (detectors, load_detector, "detector.safetensors"),
 }
+
+
+@pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, load_packed])
+def test_a_mixture_of_shards_is_refused(load, tmp_path):
+    for name, seed in (("old", 1), ("new", 2)):
+        model = base(PACKED)
+        for layer in packed_layers(model).values():
+            layer.scale.mul_(seed)
+        model.save_pretrained(tmp_path / name, max_shard_size="20KB")
+        load(tmp_path / name)
+    shards = sorted(path.name for path in (tmp_path / "new").glob("*.safetensors"))
+    assert shards == sorted(path.name for path in (tmp_path / "old").glob("*.safetensors")) and len(shards) > 1
+    shutil.copy(tmp_path / "old" / shards[-1], tmp_path / "new" / shards[-1])
+    with pytest.raises(ValueError, match=f"{shards[-1]}' isn't the shard that was saved with model.safetensors.index"):
+        load(tmp_path / "new")
 
 
 @pytest.mark.parametrize("kind", MIXED)

@@ -23,11 +23,13 @@ from transformers.core_model_loading import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from peft_ext.file_formats import JsonFormat, check_fields, mapping_of, record, text
-from peft_ext.files import read_json  # noqa: F401 (under this name for those who read checkpoints)
+from peft_ext.files import read_json, verifies, write_json
 from peft_ext.quant.experts import future_layers, merges_experts, unfuse_experts, unfused_experts
-from peft_ext.tensor_files import open_tensors
+from peft_ext.tensor_files import DIGEST, open_tensors, read_header
 
 
+# In the metadata of an index of ours: its shards' digests.
+SHARDS = "peft_ext_digests"
 INDEX = JsonFormat(
     SAFE_WEIGHTS_INDEX_NAME,
     {
@@ -81,16 +83,38 @@ def read_index(path: Path) -> dict[str, str]:
     """The files that an index of shards names, by tensor.
 
     Raises:
-        ValueError: If it is damaged, or names a file outside of its folder; names it.
+        ValueError: If it is damaged, names a file outside of its folder, or a shard is of another save; names it.
     """
-    names: dict[str, str] = INDEX.read(path)["weight_map"]
+    index = INDEX.read(path)
+    names: dict[str, str] = index["weight_map"]
     for tensor, name in names.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(
                 f"{str(path)!r}: weight_map[{tensor!r}] is {name!r}, a file outside of the folder, which no checkpoint that was "
                 "saved has; download it again from where you trust it."
             )
+    _check_shards(path, (index.get("metadata") or {}).get(SHARDS))
     return names
+
+
+def seal_index(path: Path) -> None:
+    """Write the shards' digests into their index, since shards of two saves may have the same shapes."""
+    index = read_json(path)
+    found = {name: read_header(path.parent / name).metadata.get(DIGEST) for name in set(index["weight_map"].values())}
+    index["metadata"] = {**(index.get("metadata") or {}), SHARDS: {name: each for name, each in found.items() if each}}
+    write_json(path, index)
+
+
+def _check_shards(path: Path, stored: Any) -> None:
+    """Compare the digests in shards' headers with those in their index; a shard without one is another tool's."""
+    for name, digest in stored.items() if isinstance(stored, dict) and verifies() else ():
+        shard = path.parent / name
+        found = read_header(shard).metadata.get(DIGEST) if shard.is_file() else None
+        if found is not None and found != digest:
+            raise ValueError(
+                f"{str(shard)!r} isn't the shard that was saved with {path.name}: it is of another save. Copy or save the whole "
+                "folder again."
+            )
 
 
 def read_headers(files: Iterable[Union[str, PathLike]]) -> dict[str, TensorHeader]:

@@ -265,7 +265,13 @@ def _almost(shared: Path) -> dict[str, Operation]:
             folder.mkdir(parents=True, exist_ok=True)
             script.main([*policy, *flags, "--output_dir", str(folder / "run"), *common])
 
-        return Operation(work, skip=("settings.json", "adapter_config.json", "training_args.bin"))
+        paths = ("settings.json", "adapter_config.json")
+        if "--peqa_bits" not in flags:
+            return Operation(work, skip=paths)
+        # as of `tune`: a checkpoint holds scales
+        rounded = ("training.json", "config.json", ".safetensors")
+        numbers = _numbers_in("adapter/adapter_model.safetensors")
+        return Operation(work, use=numbers, skip=(*paths, *rounded), tolerance=1e-5)
 
     scorer = data / "scorer"
     if not scorer.exists():
