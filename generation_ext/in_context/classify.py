@@ -52,6 +52,10 @@ class ClassifyArguments(DataArguments, ModelArguments):
         default=False, metadata={"help": "Drop demonstrations that the model labels otherwise."}
     )
     calibrate: bool = field(default=False, metadata={"help": "Contextual calibration."})
+    chat: bool = field(
+        default=False,
+        metadata={"help": "By the tokenizer's chat template: the user asks, the assistant answers the label."},
+    )
     pool_file: Optional[str] = field(default=None, metadata={"help": "Keeps generated demonstrations (.jsonl)."})
     normalization: str = field(default="mean", metadata={"help": "sum or mean over the tokens of a label."})
     overflow: str = field(default=DROP, metadata={"help": f"For what is too long: {', '.join(OVERFLOW)}."})
@@ -77,7 +81,9 @@ def main(argv: Sequence[str]) -> None:
     shown = _demonstrations(args, task, columns)
     check_writable(Path(args.output), "output")
     model, tokenizer = args.load("auto")
-    options = {name: getattr(args, name) for name in ("normalization", "overflow", "max_length", "memory_limit")}
+    options = {
+        name: getattr(args, name) for name in ("chat", "normalization", "overflow", "max_length", "memory_limit")
+    }
     options["progressbar"] = sys.stderr.isatty()
     if args.method == SG_ICL:
         names = ("shots", "samples", "balanced", "self_consistent", "calibrate", "seed")

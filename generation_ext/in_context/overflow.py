@@ -49,7 +49,7 @@ def fit(
     task = encoder.task
 
     def encode(*texts: tuple[Example, Sequence[Demonstration]]) -> list[tuple[list[int], LabelTokens]]:
-        return encoder([task.context(*text) for text in texts])
+        return encoder([encoder.context(*text) for text in texts])
 
     def fits(tokens: list[int], labels: LabelTokens) -> bool:
         return max_length is None or len(tokens) <= max_length - encoder.behind(labels)

@@ -73,6 +73,8 @@ class LabelScorer:
         model: A causal or encoder-decoder language model, or a `PeftModel` of one; packed models too. Not changed.
         tokenizer: Its tokenizer; needs no padding token.
         task: Templates and labels.
+        chat: The task as a conversation, for instruction-tuned models: an example is what the user says, its label what the
+            assistant answers, demonstrations are earlier turns. By the tokenizer's chat template.
         normalization: `"sum"` of the log-probabilities of a label's tokens, or their `"mean"` (as SG-ICL's code).
         overflow: What to do with an input that is too long for the model with its demonstrations: `"error"`,
             `"drop_demonstrations"` (the first ones go first), `"truncate_input"` (the ends of its longest fields), or
@@ -102,6 +104,7 @@ class LabelScorer:
         tokenizer: PreTrainedTokenizerBase,
         task: Task,
         *,
+        chat: bool = False,
         normalization: str = "sum",
         overflow: str = "error",
         max_length: Optional[int] = None,
@@ -123,7 +126,7 @@ class LabelScorer:
         self.normalization, self.overflow, self.memory_limit = normalization, overflow, memory_limit
         self.progressbar = progressbar
         self.encoder = TextEncoder(tokenizer, self.language_model.kind, model)
-        self.labels = LabelEncoder(task, self.encoder, self.language_model.kind)
+        self.labels = LabelEncoder(task, self.encoder, self.language_model.kind, chat)
         self.max_length = self.language_model.length_limit(max_length)
         behind = self.labels.behind(self.labels.usual)
         self.max_tokens = None if self.max_length is None else self.max_length - behind

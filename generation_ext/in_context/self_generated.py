@@ -39,6 +39,7 @@ class SelfGeneratedICL:
         balanced: Draw as many demonstrations of each class as possible instead of uniformly.
         self_consistent: Only draw demonstrations that the model itself, without demonstrations and with contextual
             calibration, labels as intended. Not in the paper. Fewer than `shots` may be left, or none.
+        chat: Classify by the tokenizer's chat template, see [`LabelScorer`]; demonstrations are written by plain prompts.
         calibrate: Calibrate the classification too, see [`LabelScorer.score`]. Not in the paper.
         decoding: How to sample.
         normalization, overflow, max_length, memory_limit: As for [`LabelScorer`]. The paper's code drops from the left
@@ -71,6 +72,7 @@ class SelfGeneratedICL:
         self_consistent: bool = False,
         calibrate: bool = False,
         decoding: Optional[Decoding] = None,
+        chat: bool = False,
         normalization: str = "mean",
         overflow: str = DROP,
         max_length: Optional[int] = None,
@@ -87,6 +89,7 @@ class SelfGeneratedICL:
             model,
             tokenizer,
             task,
+            chat=chat,
             normalization=normalization,
             overflow=overflow,
             max_length=max_length,

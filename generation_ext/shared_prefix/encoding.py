@@ -9,8 +9,9 @@ from typing import NamedTuple, Optional
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from generation_ext.prompts import Task
+from generation_ext.prompts import Example, Task
 from generation_ext.shared_prefix.token_tree import ROOT, TokenTree
+from peft_ext.chat_format import chat_prompt
 from peft_ext.language_model import CAUSAL, ENCODER_DECODER, check_tokens
 
 
@@ -129,24 +130,37 @@ class LabelEncoder:
         task: Its labels.
         encoder: How texts become tokens.
         kind: The kind of model, see `LanguageModel.kind`; of an encoder-decoder model, labels don't follow the input.
+        chat: Whether inputs are what a user says, and labels what the assistant answers, by the tokenizer's chat template;
+            demonstrations are earlier turns.
 
     Raises:
-        ValueError: If a label has no tokens, or the same ones as another.
+        ValueError: If a label has no tokens, or the same ones as another; if there is no chat template.
     """
 
-    def __init__(self, task: Task, encoder: TextEncoder, kind: str) -> None:
-        self.task, self.encoder, self.kind = task, encoder, kind
+    def __init__(self, task: Task, encoder: TextEncoder, kind: str, chat: bool = False) -> None:
+        self.task, self.encoder, self.kind, self.chat = task, encoder, kind, chat
+        # an answer begins its turn, where no space stands before it
+        self.words = [word.strip() for word in task.words] if chat or kind == ENCODER_DECODER else task.words
         self._known: dict[tuple[tuple[int, ...], ...], LabelTokens] = {}
-        if kind == ENCODER_DECODER:
-            self.usual = self._labels(encoder.pieces([word.strip() for word in task.words]))
-        else:
-            _, self.usual = self._split(task.text(dict.fromkeys(task.fields, _PROBE)))
+        context = self.context(dict.fromkeys(task.fields, _PROBE))
+        self.usual = self._labels(encoder.pieces(self.words)) if kind == ENCODER_DECODER else self._split(context)[1]
+
+    def context(self, example: Example, demonstrations: Sequence[tuple[Example, str]] = ()) -> str:
+        """An input behind its demonstrations, up to where the label goes."""
+        if not self.chat:
+            return self.task.context(example, demonstrations)
+        messages = []
+        for shown, label in demonstrations:
+            messages.append({"role": "user", "content": self.task.text(shown)})
+            messages.append({"role": "assistant", "content": self.task.word(label).strip()})
+        messages.append({"role": "user", "content": self.task.text(example)})
+        return chat_prompt(self.encoder.tokenizer, messages)
 
     def __call__(self, contexts: Sequence[str]) -> list[tuple[list[int], LabelTokens]]:
         """Each input's own tokens, special ones included, and what follows them.
 
         Args:
-            contexts: Inputs with what stands before them, up to where the label goes.
+            contexts: See [`context`].
         """
         if self.kind == ENCODER_DECODER:
             return [(tokens, self.usual) for tokens in self.encoder(contexts)]
@@ -157,7 +171,7 @@ class LabelEncoder:
         return 0 if self.kind == ENCODER_DECODER else labels.longest
 
     def _split(self, context: str) -> tuple[list[int], LabelTokens]:
-        own, *wholes = self.encoder.pieces([context, *(context + word for word in self.task.words)])
+        own, *wholes = self.encoder.pieces([context, *(context + word for word in self.words)])
         shared = len(own)
         for whole in wholes:
             same = next((i for i, (a, b) in enumerate(zip(own, whole)) if a != b), min(len(own), len(whole)))

@@ -18,7 +18,7 @@ from generation_ext.prompts import Task
 from generation_ext.shared_prefix import batching
 from peft_ext.language_model import language_model
 from tests.tiny.byte_models import CAUSAL, LENGTH, model, naive_log_prob
-from tests.tiny.tokenizers import tokenizer, tokenizer_for
+from tests.tiny.tokenizers import chat_tokenizer, tokenizer, tokenizer_for
 
 
 TASK = Task("In: {text}\nOut:", {"neg": " bad", "pos": " good", "very": " goodness", "other": " x"})
@@ -377,6 +377,33 @@ def test_a_start_token_that_is_written_out_is_not_put_there_again():
     start = words.convert_ids_to_tokens(words("x")["input_ids"][:1])[0]
     written = LabelScorer(model("llama"), words, Task(start + TASK.template, TASK.labels)).score(TEXTS)
     np.testing.assert_array_equal(written.log_probs, LabelScorer(model("llama"), words, TASK).score(TEXTS).log_probs)
+
+
+@pytest.mark.parametrize("shown", [[], SHOWN], ids=["zero-shot", "demonstrations"])
+def test_a_conversation(shown):
+    """The user shows the example, the assistant says the label; demonstrations are earlier turns."""
+    words = chat_tokenizer()
+    scores = LabelScorer(model("gpt2"), words, TASK, chat=True).score(TEXTS, shown)
+    rows = []
+    for text in TEXTS:
+        talk = [{"role": "user", "content": TASK.text(text)}]
+        for example, label in reversed(shown):
+            talk = [
+                {"role": "user", "content": TASK.text(example)},
+                {"role": "assistant", "content": TASK.word(label).strip()},
+                *talk,
+            ]
+        before = words.apply_chat_template(talk, tokenize=True, add_generation_prompt=True, return_dict=False)
+        row = []
+        for word in TASK.words:
+            label = words(word.strip(), add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                logits = model("gpt2")(torch.tensor([before + label])).logits[0].log_softmax(-1)
+            row.append(sum(logits[len(before) - 1 + i, token].item() for i, token in enumerate(label)))
+        rows.append(row)
+    close(scores.log_probs, np.array(rows))
+    with pytest.raises(ValueError, match="has no chat template"):
+        LabelScorer(model("gpt2"), tokenizer(), TASK, chat=True)
 
 
 def test_white_space_that_is_joined_with_the_label():
