@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from generation_ext.critic import CriticLogitsProcessor
+from generation_ext.critic import CriticLogitsProcessor, generate
 from generation_ext.critic.rollouts import _recording
 from generation_ext.granularity import convert_to_granularity_attention, recorded
 from generation_ext.in_context import LabelScorer
@@ -297,6 +297,38 @@ def test_a_critic_with_a_lora_beside_plain_passes():
     with meeting(last_layer(model), 2):
         found, beside = at_once(adapted, lambda: logits(model))
     assert torch.equal(found, alone) and torch.equal(beside, plain)
+
+
+def test_two_threads_that_ask_for_the_head_alone(monkeypatch):
+    """The second comes while the first has put its states in place of a pass, and leaves the model as both found it."""
+    model = tiny("llama")
+    backbone, lock, waits = model.get_decoder(), threading.Lock(), threading.Event()
+    states = [torch.randn(1, 1, 32), torch.randn(1, 1, 32)]
+
+    class Lock:
+        def __enter__(self):
+            if lock.locked():
+                waits.set()
+            lock.acquire()
+
+        def __exit__(self, *error):
+            lock.release()
+
+    monkeypatch.setattr(generate, "_head_lock", Lock())
+
+    def ask(hidden):
+        with generate._answering(backbone, hidden):
+            return backbone(torch.tensor([[4]])).last_hidden_state
+
+    plain = logits(model)
+    with generate._answering(backbone, states[0]):
+        second = threading.Thread(target=ask, args=states[1:])
+        second.start()
+        assert waits.wait(TIMEOUT)
+        assert backbone(torch.tensor([[4]])).last_hidden_state is states[0]
+    second.join(TIMEOUT)
+    assert "forward" not in vars(backbone)
+    assert torch.equal(logits(model), plain)
 
 
 def test_recorded_states_are_the_threads_own():

@@ -265,13 +265,14 @@ def _kept_positions(model: nn.Module) -> Iterator[None]:
 def _answering(module: nn.Module, hidden: torch.Tensor) -> Any:
     """Within it, a module's forward pass in this thread gives these states at once. There is no other way to call what
     a model does after its backbone (scaling, soft caps, biases) without running that."""
-    owner, usual = threading.get_ident(), module.forward
-    has_own = "forward" in vars(module)
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return _Answer(last_hidden_state=hidden) if threading.get_ident() == owner else usual(*args, **kwargs)
-
+    owner = threading.get_ident()
     with _head_lock, unrecorded():
+        # asked for here: outside of the lock it could be another thread's, which would come back for good
+        usual, has_own = module.forward, "forward" in vars(module)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return _Answer(last_hidden_state=hidden) if threading.get_ident() == owner else usual(*args, **kwargs)
+
         module.forward = forward
         try:
             yield
