@@ -35,7 +35,8 @@ class PerCall(Generic[T]):
         name: Of the context variable.
 
     Attributes:
-        in_use: Whether some thread may have a value; what compilers guard on.
+        ever: Whether some thread ever had one. Layers ask for every token, and most processes never have one.
+        in_use: Whether some thread may have a value that compiled graphs don't know of; what compilers guard on.
     """
 
     def __init__(self, name: str) -> None:
@@ -43,7 +44,7 @@ class PerCall(Generic[T]):
         self._lock = threading.Lock()
         self._blocks = 0
         self._kept = False
-        self.in_use = False
+        self.ever = self.in_use = False
 
     def get(self) -> Optional[T]:
         """The value of this call. Not for what a compiler traces."""
@@ -51,6 +52,8 @@ class PerCall(Generic[T]):
 
     def apply(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(value, *args)`; None without a value."""
+        if not self.ever:
+            return None
         if torch.compiler.is_compiling():
             return _outside_of_graphs(self, function, args) if self.in_use else None
         value = self._value.get()
@@ -75,6 +78,7 @@ class PerCall(Generic[T]):
             value: What they see.
             for_compilers: Whether compiled graphs have to read it; they needn't where the model has the same on itself.
         """
+        self.ever = True
         self._value.set(value)
         if for_compilers and not self._kept:
             with self._lock:
@@ -83,6 +87,7 @@ class PerCall(Generic[T]):
     def _count(self, more: int) -> None:
         with self._lock:
             self._blocks += more
+            self.ever = True
             self.in_use = self._kept or self._blocks > 0
 
 

@@ -24,6 +24,8 @@ KEPT: PerCall[tuple[ChosenScales, ...]] = PerCall("peft_ext_scales_kept")
 
 def product(layer: Any, x: torch.Tensor) -> Optional[torch.Tensor]:
     """A packed layer's product with the scales that this call has chosen for it; None if it has chosen none."""
+    if not (BLOCK.ever or KEPT.ever):
+        return None
     found = BLOCK.apply(_product, layer, x)
     return KEPT.apply(_product, layer, x) if found is None else found
 

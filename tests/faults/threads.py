@@ -19,13 +19,16 @@ from typing import Any
 import torch
 from peft import get_peft_model
 
+from generation_ext.critic import CriticLogitsProcessor, critic_generate
 from generation_ext.in_context import LabelScorer
 from generation_ext.prompts import Task
 from peft_ext import AdapterPool, PeqaConfig
+from peft_ext.ood.features import extract
 from tests.cases import move_adapter
+from tests.generation_ext.critic.reference import random_critic
 from tests.tiny import byte_models
 from tests.tiny.models import inputs, tiny
-from tests.tiny.tokenizers import tokenizer
+from tests.tiny.tokenizers import tiny_tokenizer, tokenizer
 
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -110,6 +113,27 @@ def main(argv: list[str] | None = None) -> int:
         else:
             jobs.append(lambda index=index: scorer.score([f"text {index}", "it"]).log_probs.tolist())  # type: ignore[misc]
     good.append(compare("`LabelScorer.score` and generate", jobs, args.calls))
+    language_model = tiny("llama")
+    critic = random_critic(language_model)
+
+    def steered(token: int, custom: bool) -> Any:
+        text = torch.tensor([[token, 9, 3]])
+        given = {"attention_mask": torch.ones_like(text), "min_new_tokens": 8, **OPTIONS}
+        if custom:
+            return language_model.generate(text, custom_generate=critic_generate, critic=critic, **given).tolist()
+        with CriticLogitsProcessor(language_model, critic, strength=4.0) as processor:
+            return language_model.generate(text, logits_processor=[processor], **given).tolist()
+
+    both = [lambda index=index: steered(5 + index, index % 4 == 0) for index in range(args.threads)]
+    good.append(compare("`CriticLogitsProcessor`, entered and left, and `critic_generate`", both, args.calls))
+    classifier, words = tiny("bert"), tiny_tokenizer()
+
+    def features(index: int) -> Any:
+        texts = [f"w{5 + index} w6", "w7 " * (index + 1)]
+        return [part.tolist() for part in extract(classifier, words, texts)]
+
+    jobs = [lambda index=index: features(index) for index in range(args.threads)]
+    good.append(compare("features for OOD detection", jobs, args.calls))
     return 0 if all(good) else 1
 
 
