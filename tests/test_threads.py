@@ -262,9 +262,10 @@ def test_a_processor_is_entered_and_left_while_another_thread_runs_the_model():
             super().__delitem__(key)
 
     backbone._forward_hooks_with_kwargs = Between()
+    model._forward_pre_hooks_with_kwargs = Between()
     with CriticLogitsProcessor(model, random_critic(model)):
         pass
-    assert len(seen) == 2 and all(torch.equal(one, plain) for one in seen)
+    assert len(seen) == 4 and all(torch.equal(one, plain) for one in seen)
 
 
 def test_one_processor_in_several_threads():

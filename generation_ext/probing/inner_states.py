@@ -7,12 +7,14 @@ in the model that can't be pickled, so that no worker of joblib can be given the
 
 from __future__ import annotations
 
-import threading
+import contextlib
 from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
 from torch import nn
+
+from peft_ext.threads import hooks_of_this_thread
 
 
 class _Reached(Exception):
@@ -36,23 +38,20 @@ def inner_state(layers: nn.ModuleList, index: int, run: Callable[[], Any]) -> Op
     Returns:
         The state; None if the layer is handed it in a way that isn't seen.
     """
-    owner, found = threading.get_ident(), []
+    found: list[torch.Tensor] = []
 
-    def reached(state: Any) -> None:
-        if threading.get_ident() == owner:
-            found.append(state)
-            raise _Reached
+    def reached(state: torch.Tensor) -> None:
+        found.append(state)
+        raise _Reached
 
-    if index:
-        handle = layers[index - 1].register_forward_hook(
-            lambda layer, args, output: reached(output if isinstance(output, torch.Tensor) else output[0])
-        )
-    else:
-        handle = layers[0].register_forward_pre_hook(lambda layer, args: reached(args[0]) if args else None)
-    try:
+    def behind(layer: nn.Module, args: tuple, output: Any) -> None:
+        reached(output if isinstance(output, torch.Tensor) else output[0])
+
+    def ahead(layer: nn.Module, args: tuple) -> None:
+        if args:
+            reached(args[0])
+
+    hook = (layers[index - 1], behind) if index else (layers[0], ahead)
+    with contextlib.suppress(_Reached), hooks_of_this_thread([hook], before=not index):
         run()
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
     return found[0] if found else None

@@ -55,9 +55,9 @@ class ForwardRecorder:
                 return
             recorder._record(args, *rest)
 
-        def outer_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def outer_hook(module: nn.Module, args: tuple[Any, ...], kwargs: Optional[dict[str, Any]] = None) -> None:
             recorder = this()
-            if recorder is not None and not is_running() and not torch.compiler.is_compiling():
+            if recorder is not None and kwargs is not None and not is_running() and not torch.compiler.is_compiling():
                 recorder._local.outer = kwargs.get("input_ids", args[0] if args else None)
 
         handles = [model.backbone.register_forward_hook(hook, with_kwargs=True)]
