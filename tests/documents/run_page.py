@@ -30,6 +30,9 @@ def _command_runner() -> Callable[[list[str]], int]:
         os.close(requests[1])
         with os.fdopen(requests[0]) as lines:
             for line in lines:
+                import trl.trainer.grpo_trainer  # noqa: F401 (seconds, once instead of in every command's process)
+                import trl.trainer.sft_trainer  # noqa: F401
+
                 os.write(answers[1], b"%d\n" % _run_module(line.rstrip("\n").split("\0")))
         os._exit(0)
     os.close(requests[0])
