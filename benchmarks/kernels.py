@@ -42,7 +42,7 @@ ATEN_GROUP = 128
 
 
 def contenders(
-    out_features: int, in_features: int, rows: int
+    out_features: int, in_features: int, rows: int, peers: bool
 ) -> dict[str, tuple[Callable[[Any], Any], list[Any], int]]:
     """By name: a function of a weight, weights that it rotates through, and the bytes of one."""
     x = torch.randn(rows, in_features)
@@ -108,7 +108,7 @@ def contenders(
     }
     if in_features % ATEN_GROUP == 0:
         found["aten int4"] = int4()
-        for name, quantize in _peers().items():
+        for name, quantize in (_peers() if peers else {}).items():
             found[name] = module(torch.bfloat16, quantize)
     for bits in (4, 3, 2):
         found[f"ours, {bits} bits"] = packed(bits, 1)
@@ -143,7 +143,9 @@ def _peers() -> dict[str, Callable[[nn.Module], None]]:
 
 
 @torch.no_grad()
-def product(out_features: int, in_features: int, rows: int, rounds: int, seconds: float) -> dict[str, Any]:
+def product(
+    out_features: int, in_features: int, rows: int, rounds: int, seconds: float, peers: bool
+) -> dict[str, Any]:
     """Median milliseconds of each contender and median gigabytes per second of a plain read.
 
     Args:
@@ -152,9 +154,10 @@ def product(out_features: int, in_features: int, rows: int, rounds: int, seconds
         rows: Of the activations.
         rounds: In which each contender has a turn.
         seconds: Of a turn.
+        peers: Whether other libraries' 4-bit layers take part.
     """
     torch.manual_seed(0)
-    who = contenders(out_features, in_features, rows)
+    who = contenders(out_features, in_features, rows, peers)
     memory = torch.ones(BEYOND_CACHE // 4)
     milliseconds: dict[str, list[float]] = {name: [] for name in who}
     bandwidth = []
@@ -231,7 +234,7 @@ def measure(run: Run) -> None:
             if run.find(key) is None:
                 log(f"{capability}: {model}, {rows} rows")
                 arguments = dict(zip(("out_features", "in_features"), shape))
-                arguments = {**arguments, "rows": rows, "rounds": run.rounds, "seconds": run.seconds}
+                arguments |= {"rows": rows, **{name: run.settings[name] for name in ("rounds", "seconds", "peers")}}
                 run.add(key, fresh_process(product, arguments, f"{model} on {capability}", held))
         key = {"part": "rounding", "capability": capability}
         if run.find(key) is None:
