@@ -56,7 +56,9 @@ class OwnFiles:
         for key, said in (("missing_keys", "is missing"), ("unexpected_keys", "belongs to nothing there")):
             names = sorted(info[key]) if getattr(model, "hf_quantizer", None) is None else []
             if names:
-                raise ValueError(f"{where}: {names[0]} {said} ({len(names)} such tensors). {SAVE_AGAIN}")
+                raise ValueError(
+                    f"{where}: by its config.json, {names[0]} {said} ({len(names)} such tensors). {SAVE_AGAIN}"
+                )
         for name, tensor in model.state_dict().items():
             problem = values_problem(tensor) if tensor.device.type != "meta" else None
             if problem:

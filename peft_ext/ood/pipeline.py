@@ -252,4 +252,13 @@ def _load(folder: Path, config: Mapping[str, Any], base: Optional[nn.Module]) ->
         else:
             # the head comes with the adapter
             base = load(name, kind="classifier", num_labels=count, ignore_mismatched_sizes=True)
-    return PeftModel.from_pretrained(base, folder)
+    try:
+        return PeftModel.from_pretrained(base, folder)
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        mismatch = str(error).splitlines()[-1].strip().rstrip(".")
+        raise ValueError(
+            f"{str(folder.parent / _CONFIG)!r}: labels has {count} classes, pooling is {config['pooling']!r}, layers is "
+            f"{config['layers']!r}, but the adapter beside it doesn't fit such a model ({mismatch}). Save the pipeline again."
+        ) from error

@@ -190,3 +190,14 @@ def test_bad_input(data, bert_folder, tmp_path):
     other = Mahalanobis().fit(torch.randn(10, 7), labels=[0, 1] * 5)
     with pytest.raises(ValueError, match="size 32.*fitted on features of size 7"):
         OODPipeline(pipeline.model, tiny_tokenizer(), other, 0.0, data.labels)("w5")
+
+
+def test_labels_that_the_adapter_does_not_have(data, bert_folder, tmp_path):
+    _pipeline(MODELS["pooled-lora"](bert_folder), data).save_pretrained(tmp_path)
+    path = tmp_path / "ood_pipeline.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "labels": config["labels"][1:]}))
+    with pytest.raises(
+        ValueError, match=r"ood_pipeline.json': labels has 5 classes.*doesn't fit such a model \(size mismatch"
+    ):
+        OODPipeline.from_pretrained(tmp_path)
