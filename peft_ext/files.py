@@ -49,7 +49,11 @@ def written_whole(
         keep: Of a folder that is replaced, keep the entries that the new one lacks, since they are someone else's.
         stale: Of such an entry, by its path in the folder: whether it belongs to the old version and goes with it.
     """
-    target = Path(os.path.realpath(target))
+    link, target = target, Path(os.path.realpath(target))
+    if link.is_symlink() and not target.parent.is_dir():
+        raise FileNotFoundError(
+            f"{str(link)!r} is a link to {str(target)!r}, whose folder does not exist; remove the link."
+        )
     _sweep(target.parent, f".{target.name}{_PARTIAL}*")
     inside = _has_to_stay(target)
     with _partial(target, target if inside else target.parent) as partial:

@@ -194,11 +194,16 @@ def append_rows(path: PathLike, rows: Iterable[Mapping[str, Any]], checked: bool
 
 
 def keep_rows(path: PathLike, count: Optional[int]) -> None:
-    """Cut a file off after its first `count` whole lines; None: after its last whole line."""
+    """Cut a file off after its first `count` whole rows; None: after its last whole line."""
     path = Path(path)
     if path.is_file():
-        whole = path.read_bytes().split(b"\n")[:-1][:count]
-        os.truncate(path, sum(len(line) + 1 for line in whole))
+        size, rows = 0, 0
+        for line in path.read_bytes().split(b"\n")[:-1]:
+            if rows == count:
+                break
+            size += len(line) + 1
+            rows += bool(line.strip())
+        os.truncate(path, size)
 
 
 def json_line(row: Mapping[str, Any]) -> str:

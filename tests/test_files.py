@@ -238,3 +238,9 @@ def test_a_full_disk_is_noticed_before_a_file_is_mapped(tmp_path, monkeypatch):
     monkeypatch.delattr(os, "posix_fallocate")
     allocate(tmp_path / "c", 5000)
     assert (tmp_path / "c").stat().st_size == 5000
+
+
+def test_a_link_to_nowhere(tmp_path):
+    (tmp_path / "a.json").symlink_to(tmp_path / "gone" / "b.json")
+    with pytest.raises(FileNotFoundError, match="a.json' is a link to '.*gone/b.json', whose folder does not exist"):
+        files.write_json(tmp_path / "a.json", {})

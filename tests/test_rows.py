@@ -98,6 +98,19 @@ def test_rows_of_before_get_no_check_and_later_ones_do(tmp_path):
     assert path.read_text() == '{"id": 1}\n{"id": 2}\n'
 
 
+def test_blank_lines_are_no_rows_that_are_kept(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for count, kept in (
+        (0, b""),
+        (1, b'{"a": 1}\n'),
+        (2, b'{"a": 1}\n\n{"a": 2}\n'),
+        (None, b'{"a": 1}\n\n{"a": 2}\n\n'),
+    ):
+        path.write_bytes(b'{"a": 1}\n\n{"a": 2}\n\n{"a"')
+        keep_rows(path, count)
+        assert path.read_bytes() == kept
+
+
 def test_fields_of_rows(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"id": 1, "query": "a"}\n{"id": 2, "query": 3}\n')
