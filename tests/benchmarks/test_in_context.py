@@ -64,7 +64,7 @@ def test_sgicl_goes_on_after_a_kill(tmp_path, monkeypatch):
     assert sorted(pools.read_text().splitlines()) == sorted(lines.splitlines())
 
 
-@pytest.mark.parametrize("task", ["scoring", "palp", "paraphrase", "critic_control", "ood"])
+@pytest.mark.parametrize("task", ["scoring", "palp", "paraphrase", "ood"])
 def test_without_data(task, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PEFT_EXT_DATA", str(tmp_path))
     monkeypatch.setattr("benchmarks.sentence_encoder.SentenceEncoder", None)
