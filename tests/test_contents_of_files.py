@@ -221,6 +221,7 @@ VALUES = {
         "params.permutations": [0, True, "1"],
         "params.max_length": [0, "9"],
         "params.strange": [1],
+        "params.template": ["x", "{", 3],
         "base_model": [3, None, {"name": "x"}],
     },
     "critic": {

@@ -115,7 +115,10 @@ class CriticModelConfig(PretrainedConfig):
 
     def _check(self) -> None:
         check_fields({name: getattr(self, name) for name in FIELDS}, FIELDS, "a critic's config", "Mend it.")
-        fields = {field for _, field, _, _ in string.Formatter().parse(self.prompt_template) if field is not None}
+        try:
+            fields = {field for _, field, _, _ in string.Formatter().parse(self.prompt_template) if field is not None}
+        except ValueError as error:
+            raise ValueError(f"prompt_template={self.prompt_template!r} is no template: {error}.") from error
         if fields != _PLACEHOLDERS:
             raise ValueError(
                 f"prompt_template={self.prompt_template!r} must have the places {{code}} and {{prompt}}, and no other."
