@@ -16,7 +16,8 @@ import peft.peft_model
 import peft.utils.save_and_load
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError
 
 from peft_ext import saved_adapters
 from peft_ext.file_formats import (
@@ -36,7 +37,7 @@ from peft_ext.file_formats import (
 )
 from peft_ext.files import read_json
 from peft_ext.registration import TUNERS, extend_class_method, extend_method
-from peft_ext.tensor_files import check_digest, read_tensors, seal
+from peft_ext.tensor_files import check_digest, damaged, read_tensors, seal
 
 
 # No weight or scale of a model comes near it, and a product with larger ones overflows.
@@ -162,6 +163,7 @@ def install() -> None:
     extend_class_method(peft.config.PeftConfigMixin, "_get_peft_type", _type_there)
     extend_method(peft.utils.save_and_load, "safe_load_file", _tensors_checked)
     extend_method(peft.utils.save_and_load, "torch_load", _pickle_refused)
+    extend_method(peft.peft_model, "load_peft_weights", _weights_there)
     extend_method(peft.peft_model, "set_peft_model_state_dict", _all_there)
 
 
@@ -207,11 +209,36 @@ def _tensors_checked(original: Callable[..., Any]) -> Callable[..., Any]:
         if kind is None:
             return original(filename, device=device)
         check_digest(filename)
-        tensors = original(filename, device=device)
+        try:
+            tensors = original(filename, device=device)
+        except SafetensorError as error:
+            raise ValueError(damaged(filename, error)) from error
         check_adapter(tensors, kind, repr(str(filename)))
         return tensors
 
     return safe_load_file
+
+
+def check_there(folder: Path) -> None:
+    """Refuse a folder of an adapter of ours without its tensors, which PEFT would look for on the hub.
+
+    Raises:
+        FileNotFoundError: Names the folder and the file.
+    """
+    names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+    if folder.is_dir() and type_of(folder) is not None and not any((folder / name).is_file() for name in names):
+        raise FileNotFoundError(
+            f"{str(folder)!r} has no {SAFETENSORS_WEIGHTS_NAME}, as save_pretrained writes it; copy or save the adapter again."
+        )
+
+
+def _weights_there(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_peft_weights(model_id: Any, *args: Any, **kwargs: Any) -> Any:
+        check_there(Path(model_id, kwargs.get("subfolder") or ""))
+        return original(model_id, *args, **kwargs)
+
+    return load_peft_weights
 
 
 def _pickle_refused(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -63,7 +63,7 @@ def open_tensors(path: PathLike) -> Iterator[Any]:
     except FileNotFoundError:
         raise
     except (SafetensorError, OSError) as error:
-        raise ValueError(_damaged(path, error)) from error
+        raise ValueError(damaged(path, error)) from error
 
 
 def read_tensors(path: PathLike, device: str = "cpu") -> dict[str, torch.Tensor]:
@@ -171,18 +171,24 @@ def read_header(path: PathLike) -> _Header:
             if size > _MOST_HEADER:
                 raise ValueError("the header is too long")
             text = file.read(size)
+            length = file.seek(0, os.SEEK_END)
         if len(text) < size:
             raise ValueError("the header is cut off")
         tensors = json.loads(text.decode("utf-8"))
         metadata = tensors.pop("__metadata__", None) or {}
-        if not isinstance(metadata, dict) or not all(_is_entry(each) for each in tensors.values()):
+        if not isinstance(metadata, dict) or not all(isinstance(each, str) for each in metadata.values()):
+            raise ValueError("the header's metadata are no texts")
+        if not all(_is_entry(each) for each in tensors.values()):
             raise ValueError("the header's entries are no tensors")
+        end = 8 + size + max((each["data_offsets"][1] for each in tensors.values()), default=0)
+        if length != end:
+            raise ValueError(f"it has {length} bytes, its header tells of {end}")
     except FileNotFoundError:
         raise
     except RecursionError:
-        raise ValueError(_damaged(path, "the header is nested")) from None
+        raise ValueError(damaged(path, "the header is nested")) from None
     except (ValueError, AttributeError, OSError, TypeError) as error:
-        raise ValueError(_damaged(path, error)) from error
+        raise ValueError(damaged(path, error)) from error
     return _Header(tensors, metadata, 8 + size)
 
 
@@ -242,7 +248,7 @@ def _hashes_of_part(path: PathLike, pieces: list[tuple[int, int]]) -> list[str]:
             while done < length:
                 count = file.readinto(view[done:])
                 if not count:
-                    raise ValueError(_damaged(path, "it ends within a tensor"))
+                    raise ValueError(damaged(path, "it ends within a tensor"))
                 done += count
             found.append(hashlib.sha256(view).hexdigest())
     return found
@@ -254,5 +260,6 @@ def _contiguous(tensor: Any) -> Any:
     return tensor.contiguous()
 
 
-def _damaged(path: PathLike, error: Union[str, Exception]) -> str:
+def damaged(path: PathLike, error: Union[str, Exception]) -> str:
+    """The message of a file that can't be read; `error`: why."""
     return f"{os.fspath(path)!r} is truncated, damaged or no safetensors file ({error}); download or save it again."

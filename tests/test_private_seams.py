@@ -163,6 +163,7 @@ SEAMS = {
         "torch_load": "peft_ext.adapter_files: refuses an adapter that is a pickle",
     },
     "peft.peft_model": {
+        "load_peft_weights(model_id)": "peft_ext.adapter_files: a folder without weights is no hub id",
         "set_peft_model_state_dict(model, adapter_name)": "peft_ext.adapter_files: names what a file lacks",
     },
     "peft.utils.PeftType": {

@@ -221,7 +221,7 @@ after = snapshot()
 changed = [key for key, value in before.items() if after.get(key) is not value]
 changed = [key for key in changed if key[1:] != ("PeftModel", "save_pretrained")]  # ours are written whole
 looked_into = [("peft.utils.save_and_load", "safe_load_file"), ("peft.utils.save_and_load", "torch_load"),
-               ("peft.peft_model", "set_peft_model_state_dict")]
+               ("peft.peft_model", "set_peft_model_state_dict"), ("peft.peft_model", "load_peft_weights")]
 assert sorted(changed) == sorted(looked_into), changed
 for name, table in maps.items():
     assert {k: v for k, v in getattr(mapping, name).items() if k not in ("PEQA", "ALPHATUNING", "BOTTLENECK")} == table, name

@@ -18,6 +18,7 @@ from generation_ext.granularity.attention import (
     check_implementation,
     recorded,
 )
+from peft_ext.file_formats import check_fields, number
 from peft_ext.model_card import SOURCE, Card, measured_of
 from peft_ext.sealing import OwnFiles
 from peft_ext.whole_saves import check_saved
@@ -75,6 +76,8 @@ class CDNPGConfig(BartConfig):
         """
         if self.granularity_mode is None:
             return None
+        initial = {"initial_granularity": self.initial_granularity}
+        check_fields(initial, {"initial_granularity": number(0, 1)}, "a C-DNPG model's config", "Mend it.")
         return GranularityConfig(
             mode=self.granularity_mode,
             placement=self.granularity_placement,

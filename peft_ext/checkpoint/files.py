@@ -64,9 +64,7 @@ def weight_files(folder: Path) -> list[Path]:
     if not index.is_file():
         return sorted(folder.glob("*.safetensors"))
     names = sorted(set(read_index(index).values()))
-    for name in names:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{str(folder)!r} lacks {name}, which its index names; download or save it again.")
+    check_shards_there(index, names)
     return [folder / name for name in names]
 
 
@@ -114,6 +112,19 @@ def _check_shards(path: Path, stored: Any) -> None:
             raise ValueError(
                 f"{str(shard)!r} isn't the shard that was saved with {path.name}: it is of another save. Copy or save the whole "
                 "folder again."
+            )
+
+
+def check_shards_there(index: Path, names: Iterable[str]) -> None:
+    """Refuse an index that names files which aren't there.
+
+    Raises:
+        FileNotFoundError: Names the folder, the file and the index.
+    """
+    for name in sorted(names):
+        if not (index.parent / name).is_file():
+            raise FileNotFoundError(
+                f"{str(index.parent)!r} lacks {name}, which its index names ({index.name}); download or save it again."
             )
 
 

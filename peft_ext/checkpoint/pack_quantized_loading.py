@@ -75,6 +75,11 @@ class PackedTensorsHfQuantizer(CompressedTensorsHfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: Optional[list[str]] = None, **kwargs: Any
     ) -> None:
         marked = self.takes_all or hasattr(model.config, OWN_BITS)
+        if marked and self.quantization_config.quantization_config is None:
+            raise ValueError(
+                "config.json: quantization_config.config_groups is missing or empty, so nothing tells how the layers are packed; "
+                "save or download the checkpoint again."
+            )
         headers = read_headers(checkpoint_files or []) if marked else {}
         self.packs = marked and self._make_room(model, headers)
         if not self.packs or self._keep_the_rest():

@@ -75,7 +75,8 @@ def check_complete(
         if lost:
             key = next(iter(lost.values()))
             raise ValueError(
-                f"layer {key!r}: the checkpoint has {part} but no {tensor} of it ({len(lost)} such layers). {_AGAIN}"
+                f"layer {key!r}: the checkpoint has {part} ({headers[f'{key}.{part}'].file!r}) but no {tensor} of it "
+                f"({len(lost)} such layers). {_AGAIN}"
             )
     others = dict.fromkeys(key.rpartition(".")[0] for key in headers if not key.endswith(".bias"))
     floats = names_in_model(model, others)

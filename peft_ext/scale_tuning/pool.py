@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple, Optional, Union
 
 import torch
@@ -15,6 +16,7 @@ from peft import PeftConfig
 from peft.utils import load_peft_weights
 from torch import nn
 
+from peft_ext.adapter_files import check_there
 from peft_ext.checkpoint.saving import make_saveable, take_over
 from peft_ext.quant import chosen_scales
 from peft_ext.quant.conversion import packed_layers
@@ -135,6 +137,7 @@ class AdapterPool:
                 f"adapter {name!r} has modules_to_save={config.modules_to_save}, which the pool has no room for; load "
                 "it through PeftModel.from_pretrained."
             )
+        check_there(Path(path))
         tensors = load_peft_weights(path, device="cpu")
         scales = plain_scales(tensors, self._base_scales, self._fingerprint, config, name)
         self._refuse_missing(set(scales), config, name)
