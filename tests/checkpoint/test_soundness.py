@@ -208,7 +208,7 @@ def test_a_gptq_layer_without_its_words(tmp_path):
         tmp_path,
         lambda tensors, own: tensors.update({f"{other}.qzeros": layer["qzeros"]}) or tensors.pop(f"{other}.weight"),
     )
-    with pytest.raises(ValueError, match=rf"layer '{other}': the checkpoint has qzeros but no qweight"):
+    with pytest.raises(ValueError, match=rf"layer '{other}': the checkpoint has qzeros .*but no qweight"):
         load_packed(tmp_path)
 
 
