@@ -59,7 +59,7 @@ def load_packed(
             f"{str(pretrained_model_name_or_path)!r} is not packed: neither its config.json nor a {gptq.QUANTIZE_CONFIG} has "
             "a quantization. Load it with from_pretrained, then quantise it (peft-ext quantize, or get_peft_model)."
         )
-    if method not in _READERS:
+    if not isinstance(method, str) or method not in _READERS:
         raise ValueError(
             f"{str(pretrained_model_name_or_path)!r} is packed as {method!r}, which can't be read into packed layers; "
             f"{_READABLE} can. Load it with from_pretrained, or start from the float model."

@@ -262,7 +262,7 @@ def check_shape(name: str, stored: torch.Tensor, expected: tuple[int, ...]) -> N
     if tuple(stored.tolist()) != expected:
         raise ValueError(
             f"layer {name!r}: weight_shape holds {stored.tolist()}, and the model has a weight of {list(expected)} there; the "
-            "checkpoint is damaged, or its config is another's."
+            "checkpoint is damaged, or its config.json is another's."
         )
 
 

@@ -279,7 +279,7 @@ def _check_tensors(
             raise ValueError(
                 f"layer {name!r}: {part} is {found[0]} {list(found[1])}; a weight of [{out_features}, {in_features}] at "
                 f"{weights.num_bits} bits per {weights.strategy} has {fitting[0][0]} {list(fitting[0][1])}. The checkpoint is "
-                "damaged, or its config is another's."
+                "damaged, or its config.json is another's."
             )
 
 

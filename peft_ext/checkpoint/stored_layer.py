@@ -8,6 +8,7 @@ import mmap
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
@@ -113,8 +114,10 @@ class StoredLayersHfQuantizer(HfQuantizer, ABC):
         headers = read_headers(checkpoint_files or [])
         stored = stored_layers(headers, self.tensor)
         if not stored:
+            files = ", ".join(Path(file).name for file in checkpoint_files or ())
             raise ValueError(
-                f"the checkpoint has no {self.tensor}, as {self.format_name}'s layers do; it is damaged or of another format."
+                f"the checkpoint ({files}) has no {self.tensor}, as {self.format_name}'s layers do; it is damaged or of another "
+                "format."
             )
         unfuse_stored(model, stored)
         in_file, modules = linear_layers_of(model, stored), dict(model.named_modules())
@@ -158,7 +161,7 @@ def check_stored(
         if header.shape != shape or header.dtype not in dtypes:
             raise ValueError(
                 f"layer {name!r}: {part} is {header.dtype} {list(header.shape)}; {weight} has {dtypes[0]} {list(shape)}. The "
-                "checkpoint is damaged, or its config is another's."
+                "checkpoint is damaged, or its config.json is another's."
             )
 
 
@@ -176,7 +179,7 @@ def linear_layers_of(model: PreTrainedModel, stored: list[str]) -> dict[str, str
     if lost:
         raise ValueError(
             f"the checkpoint's layer {min(lost)!r} ({len(lost)} such) is no linear layer of {type(model).__name__}. Load it "
-            "with the class that it was made from (auto_class=)."
+            "with the class that it was made from (auto_class=), and with its own config.json."
         )
     return linear
 
