@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from generation_ext.critic import Critic
 from generation_ext.granularity import CDNPGForConditionalGeneration
@@ -66,6 +67,7 @@ def operations(room: Path) -> dict[str, Operation]:
     """Those of `NAMES`; models and data that they share are written into `room`."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a tokenizer's training breaks ties at random on several threads
     os.environ["RAYON_NUM_THREADS"] = "1"
+    tqdm.monitor_interval = 0  # a thread of the process that forks, whose locks would stay locked in a fork
     shared = room / "shared"
     shared.mkdir(parents=True, exist_ok=True)
     saved.set_room(shared)
