@@ -9,7 +9,7 @@ extern "C" {
 #endif
 
 // Counts up whenever this file changes; the Python side refuses a kernel of another version.
-#define PEFT_EXT_KERNEL_VERSION 1
+#define PEFT_EXT_KERNEL_VERSION 2
 
 enum peft_ext_dtype { PEFT_EXT_FLOAT32 = 0, PEFT_EXT_BFLOAT16 = 1, PEFT_EXT_FLOAT16 = 2 };
 
