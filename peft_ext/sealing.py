@@ -17,7 +17,7 @@ import transformers.modeling_utils
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from peft_ext.checkpoint.files import read_index, seal_index
-from peft_ext.file_formats import FLOATS, SAVE_AGAIN, values_problem
+from peft_ext.file_formats import SAVE_AGAIN, values_problem
 from peft_ext.registration import extend_class_method, extend_method, extend_static_method
 from peft_ext.tensor_files import PLACEHOLDER, carries_digest, check_digest, read_header, seal
 
@@ -162,7 +162,7 @@ def _check_types(model: Any, file: Any) -> None:
         # a packed layer's tensors are its quantizer's
         if name not in own or not name.endswith((".weight", ".bias")) and not getattr(model, SEALED, False):
             continue
-        if own[name].is_floating_point() and header["dtype"] not in FLOATS:
+        if own[name].is_floating_point() and not header["dtype"].startswith(("F", "BF")):
             raise ValueError(f"{str(file)!r}: {name} is {header['dtype']}; it must be a float. {SAVE_AGAIN}")
         if header["shape"] != list(own[name].shape):
             raise ValueError(

@@ -332,7 +332,7 @@ def test_a_damaged_run(finished, tmp_path, capsys):
     adapter = run / "adapter" / "adapter_model.safetensors"
     adapter.write_bytes(adapter.read_bytes()[:-10])
     assert main(["generate", str(run), "--prompt", "x"]) == 2
-    assert "a file is damaged" in capsys.readouterr().err
+    assert "truncated, damaged" in capsys.readouterr().err
     assert main(["generate", str(run), "--prompt", ""]) == 2
     assert "empty" in capsys.readouterr().err
 

@@ -8,6 +8,7 @@ in the model that can't be pickled, so that no worker of joblib can be given the
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 from typing import Any, Optional
 
@@ -55,3 +56,24 @@ def inner_state(layers: nn.ModuleList, index: int, run: Callable[[], Any]) -> Op
     with contextlib.suppress(_Reached), hooks_of_this_thread([hook], before=not index):
         run()
     return found[0] if found else None
+
+
+def without_capturing_hooks(model: nn.Module) -> nn.Module:
+    """The model, or, where transformers has left hooks in it (whoever asked it for `output_hidden_states` once), a copy
+    without them that shares all tensors. The hooks are local functions, which can't be pickled; transformers installs them
+    again when they are needed."""
+    if not any(_of_transformers(hook) for module in model.modules() for hook in module._forward_hooks.values()):
+        return model
+    tensors = (*model.parameters(), *model.buffers())
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    for module in twin.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if _of_transformers(hook):
+                del module._forward_hooks[key]
+        if "_output_capturing_hooks_installed" in vars(module):
+            vars(module)["_output_capturing_hooks_installed"] = False
+    return twin
+
+
+def _of_transformers(hook: Any) -> bool:
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"

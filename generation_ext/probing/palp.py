@@ -20,6 +20,7 @@ from generation_ext.probing import saving
 from generation_ext.probing.card import palp_card
 from generation_ext.probing.features import FeatureExtractor, digest_of_texts
 from generation_ext.probing.heads import HEADS, Head
+from generation_ext.probing.inner_states import without_capturing_hooks
 from generation_ext.prompts import Example, Task
 from peft_ext.hub import fetched
 from peft_ext.language_model import identity
@@ -196,6 +197,13 @@ class PALPClassifier(ClassifierMixin, PushToHubMixin, BaseEstimator):
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "head_")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For workers and pickles: of the model without hooks that can't be pickled."""
+        state = dict(super().__getstate__())
+        if isinstance(state.get("model"), nn.Module):
+            state["model"] = without_capturing_hooks(state["model"])
+        return state
 
     def __sklearn_clone__(self) -> PALPClassifier:
         """The model is shared: copies of it would fill the memory, and nothing here changes it."""

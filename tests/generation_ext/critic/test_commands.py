@@ -228,7 +228,7 @@ def test_adapter_of_the_language_model(place, run, tmp_path, capsys):
         ({"model": "./nowhere"}, "./nowhere"),
         ({"adapter": "./nowhere"}, "adapter='./nowhere'"),
         ({"dtype": "int8"}, "dtype='int8'"),
-        ({"head": "round"}, "head='round'"),
+        ({"head": "round"}, "head is 'round'; it must be one of"),
         ({"lam": 2}, "lam=2.0"),
         ({"temperature": 0}, "temperature=0.0"),
     ],
