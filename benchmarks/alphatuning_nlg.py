@@ -322,7 +322,8 @@ def claims(run: Run) -> list[Claim]:
 
     def below(name: str, row: Row, other: Row) -> Optional[float]:
         one, two = bleu(run, row, name), bleu(run, other, name)
-        return None if one is None or two is None else two - one
+        # texts without a phrase in common with the references, as a quick run's, compare nothing
+        return None if one is None or two is None or max(one, two) < 1 else two - one
 
     found = []
     for name in run.data:
