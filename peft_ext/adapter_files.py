@@ -65,9 +65,10 @@ _SCALES: dict[str, Field] = {
 }
 
 
-def _format(kind: str, **fields: Field) -> JsonFormat:
-    # a later version's fields are PEFT's to warn of, an earlier version's lack to be filled with defaults
-    known = {name: each.or_missing() for name, each in {**_COMMON, **fields}.items()}
+def _format(kind: str, always: tuple[str, ...] = (), **fields: Field) -> JsonFormat:
+    # a later version's fields are PEFT's to warn of, an earlier version's lack to be filled with defaults; not what every
+    # version has written, and no tensor tells
+    known = {name: each if name in always else each.or_missing() for name, each in {**_COMMON, **fields}.items()}
     return JsonFormat(CONFIG_NAME, {"peft_type": text(kind), **known})
 
 
@@ -77,6 +78,7 @@ CONFIGS: dict[str, JsonFormat] = {
     "ALPHATUNING": _format("ALPHATUNING", **_SCALES, trained_alphas=text()),
     "BOTTLENECK": _format(
         "BOTTLENECK",
+        ("non_linearity",),
         bottleneck_dim=whole(1, 1 << 16).or_null(),
         reduction_factor=whole(1).or_null(),
         placement=text(),

@@ -126,6 +126,19 @@ def test_a_config_that_is_no_object_names_the_file(folder, content):
         load(folder)
 
 
+def test_an_activation_that_no_tensor_tells_is_not_guessed(tmp_path):
+    """(Without it, the default's answers came, another's than that of training.)"""
+    model = get_peft_model(
+        tiny("llama"), BottleneckConfig(bottleneck_dim=2, non_linearity="gelu", task_type="CAUSAL_LM")
+    )
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    del config["non_linearity"]
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="non_linearity is missing"):
+        load(tmp_path)
+
+
 def test_without_a_type(folder):
     config = json.loads((folder / CONFIG).read_text())
     del config["peft_type"]

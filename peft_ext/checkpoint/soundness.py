@@ -81,15 +81,19 @@ def check_complete(
     others = dict.fromkeys(key.rpartition(".")[0] for key in headers if not key.endswith(".bias"))
     floats = names_in_model(model, others)
     tied = {name.rpartition(".")[0] for name in getattr(model, "all_tied_weights_keys", None) or ()}
-    bare = sorted(name for name in linear - set(packed) - set(floats) - tied if _in_a_block(name))
+    head = model.get_output_embeddings()
+    heads = {name for name, module in model.named_modules() if module is head}
+    bare = sorted(name for name in linear - set(packed) - set(floats) - tied if _in_a_block(name) or name in heads)
     if bare:
         raise ValueError(
-            f"layer {bare[0]!r}: the checkpoint has neither {tensor} nor weight of it ({len(bare)} such layers). {_AGAIN}"
+            f"layer {bare[0]!r}: the checkpoint has neither {bare[0]}.{tensor} nor {bare[0]}.weight ({len(bare)} such layers). "
+            f"{_AGAIN}"
         )
 
 
 def _in_a_block(name: str) -> bool:
-    """Whether a layer lies in a model's numbered blocks; heads outside of them may be new."""
+    """Whether a layer lies in a model's numbered blocks; heads outside of them may be new, but for the one that writes
+    tokens."""
     return any(part.isdigit() for part in name.split("."))
 
 

@@ -88,7 +88,7 @@ def test_swapped_and_changed_tensors_are_refused(folder, monkeypatch):
     for change in changes:
         (folder / WEIGHTS).write_bytes(content)
         rewrite(folder, change, keep_digest=True)
-        with pytest.raises(ValueError, match=rf"{WEIGHTS}'.*aren't those that were written"):
+        with pytest.raises(ValueError, match=rf"{WEIGHTS}'.*aren't those that were written|layer 'lm_head'"):
             AutoModelForCausalLM.from_pretrained(folder)
     monkeypatch.setenv("PEFT_EXT_VERIFY_DIGESTS", "0")
     (folder / WEIGHTS).write_bytes(content)
@@ -112,7 +112,7 @@ def test_a_layer_without_codes_is_no_random_float_layer(folder, missing):
     parts = [name for name in load_file(folder / WEIGHTS) if name.startswith(LAYER)]
     codes = [name for name in parts if name.endswith(("planes", "weight_packed"))]
     rewrite(folder, lambda tensors, own: [tensors.pop(name) for name in (parts if missing == "all" else codes)])
-    with pytest.raises(ValueError, match=rf"layer '{LAYER}': the checkpoint has .* of it"):
+    with pytest.raises(ValueError, match=rf"layer '{LAYER}': the checkpoint has (neither|.* of it)"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
@@ -209,6 +209,17 @@ def test_a_gptq_layer_without_its_words(tmp_path):
         lambda tensors, own: tensors.update({f"{other}.qzeros": layer["qzeros"]}) or tensors.pop(f"{other}.weight"),
     )
     with pytest.raises(ValueError, match=rf"layer '{other}': the checkpoint has qzeros .*but no qweight"):
+        load_packed(tmp_path)
+
+
+def test_a_head_that_writes_tokens_is_no_random_one(tmp_path):
+    codes = torch.randint(0, 16, (32, 64))
+    layer = gptq_layer(codes, torch.ones(32, 8), torch.full((32, 8), 8), bits=4)
+    save_gptq(tiny("llama"), {LAYER: layer}, tmp_path, bits=4, group_size=8, sym=True, checkpoint_format="gptq")
+    rewrite(tmp_path, lambda tensors, own: tensors.pop("lm_head.weight"))
+    with pytest.raises(
+        ValueError, match="layer 'lm_head': the checkpoint has neither lm_head.qweight nor lm_head.weight"
+    ):
         load_packed(tmp_path)
 
 
