@@ -65,7 +65,7 @@ _SCALES: dict[str, Field] = {
 }
 
 
-def _format(kind: str, always: tuple[str, ...] = (), **fields: Field) -> JsonFormat:
+def _format(kind: str, always: tuple[str, ...], /, **fields: Field) -> JsonFormat:
     # a later version's fields are PEFT's to warn of, an earlier version's lack to be filled with defaults; not what every
     # version has written, and no tensor tells
     known = {name: each if name in always else each.or_missing() for name, each in {**_COMMON, **fields}.items()}
@@ -74,8 +74,8 @@ def _format(kind: str, always: tuple[str, ...] = (), **fields: Field) -> JsonFor
 
 # By `peft_type`.
 CONFIGS: dict[str, JsonFormat] = {
-    "PEQA": _format("PEQA", **_SCALES, sym=truth().or_null(), keep_product=truth()),
-    "ALPHATUNING": _format("ALPHATUNING", **_SCALES, trained_alphas=text()),
+    "PEQA": _format("PEQA", (), **_SCALES, sym=truth().or_null(), keep_product=truth()),
+    "ALPHATUNING": _format("ALPHATUNING", (), **_SCALES, trained_alphas=text()),
     "BOTTLENECK": _format(
         "BOTTLENECK",
         ("non_linearity",),
