@@ -250,6 +250,7 @@ SEAMS = {
     },
     "torch.nn.Module": {
         "forward": "critic (of a backbone that has run), ALMoST (accelerate's): swapped on instances",
+        "_forward_hooks": "generation_ext.probing: whether transformers left hooks that can't be pickled",
         "_forward_pre_hooks": "peft_ext.mixed_batches: whether a wrapper has our hook already",
         "_parameters": "peft_ext.quant: a packed layer's tensors without a module's slow look-up",
         "_modules": "peft_ext.quant: an expert's layers without it",

@@ -136,7 +136,7 @@ def test_nlg(smoke):
     found = smoke("alphatuning_nlg")
     for row in alphatuning_nlg.all_rows():
         assert f"| {row.title} |" in found.shown
-    assert "not measured" not in found.shown and "BLEU below full fine-tuning" in found.shown
+    assert "not measured" not in found.shown  # nothing is claimed of texts that share nothing with their references
     trained = {
         row["key"]["method"]: row["result"]["trained"] for row in found.rows["e2e_webnlg"] if "BLEU" in row["result"]
     }
