@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from peft_ext.adapter_files import LARGEST
 from peft_ext.checkpoint.files import TensorHeader, names_in_model, stored_layers
 from peft_ext.file_formats import Field, check_fields, mapping_of, number, one_of, text, truth, values_problem, whole
+from peft_ext.language_model import is_causal_config
 from peft_ext.quant.conversion import LINEAR_LAYERS, packed_layers
 
 
@@ -81,8 +82,9 @@ def check_complete(
     others = dict.fromkeys(key.rpartition(".")[0] for key in headers if not key.endswith(".bias"))
     floats = names_in_model(model, others)
     tied = {name.rpartition(".")[0] for name in getattr(model, "all_tied_weights_keys", None) or ()}
-    head = model.get_output_embeddings()
-    heads = {name for name, module in model.named_modules() if module is head}
+    # a body alone may have been saved, and gets a new head
+    head = model.get_output_embeddings() if is_causal_config(model.config) else None
+    heads = {name for name, module in model.named_modules() if head is not None and module is head}
     bare = sorted(name for name in linear - set(packed) - set(floats) - tied if _in_a_block(name) or name in heads)
     if bare:
         raise ValueError(
