@@ -112,15 +112,15 @@ def seal(path: PathLike) -> None:
     file is written anew, whole or not at all."""
     header = read_header(path)
     digest = _SCHEME + _digest(path, header)
-    place = json.dumps(PLACEHOLDER[DIGEST]).encode()
-    if header.metadata.get(DIGEST) == PLACEHOLDER[DIGEST]:
-        with open(path, "r+b") as file:
-            at = file.read(header.start).index(place)
-            file.seek(at)
-            file.write(json.dumps(digest).encode())
-        return
-    metadata = {**header.metadata, DIGEST: digest}
+    # sorted, since safetensors writes metadata in any order, and the same tensors are to be the same bytes
+    metadata = dict(sorted({**header.metadata, DIGEST: digest}.items()))
     text = json.dumps({"__metadata__": metadata, **header.tensors}, separators=(",", ":"), ensure_ascii=False).encode()
+    room = header.start - 8
+    if header.metadata.get(DIGEST) == PLACEHOLDER[DIGEST] and len(text) <= room:
+        with open(path, "r+b") as file:
+            file.seek(8)
+            file.write(text.ljust(room))
+        return
     text += b" " * (-len(text) % 8)
     with written_whole(Path(path)) as partial, open(path, "rb") as old, open(partial, "wb") as new:
         new.write(len(text).to_bytes(8, "little") + text)
