@@ -20,6 +20,7 @@ from peft_ext.checkpoint.files import read_index, seal_index
 from peft_ext.file_formats import SAVE_AGAIN, values_problem
 from peft_ext.registration import extend_class_method, extend_method, extend_static_method
 from peft_ext.tensor_files import PLACEHOLDER, carries_digest, check_digest, read_header, seal
+from peft_ext.whole_saves import check_saved
 
 
 # Set on a model, or its class, that is written whole and whose files get a digest, though nothing of it is packed.
@@ -36,8 +37,10 @@ class OwnFiles:
         """As transformers' own.
 
         Raises:
-            ValueError: If the files lack a tensor, have one that the model doesn't, or numbers that aren't finite; names both.
+            ValueError: If the weights in the folder aren't those that were saved with its config; if the files lack a
+                tensor, have one that the model doesn't, or numbers that aren't finite; names both.
         """
+        check_saved(pretrained_model_name_or_path)
         asked = kwargs.pop("output_loading_info", False)
         parent: Any = super()
         where = repr(str(pretrained_model_name_or_path))

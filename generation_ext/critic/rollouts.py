@@ -228,7 +228,8 @@ class RolloutSampler:
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         pieces = self.encoder.pieces([prompt])[0]
-        tokens = self.encoder([prompt])[0] if pieces or self.encoder.lead else []
+        found = bool(pieces or self.encoder.lead)
+        tokens = [*self.encoder.begun(pieces, prompt), *self.encoder.tail] if found else []
         if not tokens:
             raise ValueError(
                 f"the prompt {prompt!r} has no tokens; start it with a word, or with the tokenizer's bos_token."

@@ -32,7 +32,6 @@ from peft_ext.language_model import (
 from peft_ext.model_card import Card
 from peft_ext.sealing import OwnFiles
 from peft_ext.threads import hooks_of_this_thread
-from peft_ext.whole_saves import check_saved
 
 
 HEADS = ("linear", "mlp")
@@ -342,16 +341,6 @@ class Critic(OwnFiles, PreTrainedModel):
         self.check_model(model)
         self._embedding = [token_embedding(model)]
         return self
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' own.
-
-        Raises:
-            ValueError: If the weights in the folder aren't those that were saved with its config.
-        """
-        check_saved(pretrained_model_name_or_path)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def model_card(self, token: Any = None, online: bool = False) -> Card:
         """What `save_pretrained` and `push_to_hub` write into README.md; see `peft_ext.model_card`."""

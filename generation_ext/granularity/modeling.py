@@ -21,7 +21,6 @@ from generation_ext.granularity.attention import (
 from peft_ext.file_formats import check_fields, number
 from peft_ext.model_card import SOURCE, Card, measured_of
 from peft_ext.sealing import OwnFiles
-from peft_ext.whole_saves import check_saved
 
 
 _SNIPPET = f"""
@@ -130,16 +129,6 @@ class CDNPGForConditionalGeneration(OwnFiles, BartForConditionalGeneration):
             if granularity.cross_attention:
                 add_granularity(layer.encoder_attn, size, granularity, is_causal=False)
         self.config._attn_implementation = check_implementation(self.config._attn_implementation)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' own.
-
-        Raises:
-            ValueError: If the weights in the folder aren't those that were saved with its config.
-        """
-        check_saved(pretrained_model_name_or_path)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def model_card(self, token: Any = None, online: bool = False) -> Card:
         """What `save_pretrained` and `push_to_hub` write into README.md; see `peft_ext.model_card`."""
