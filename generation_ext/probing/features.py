@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from generation_ext.probing.feature_file import FeatureFile, digest_of_texts
-from generation_ext.probing.inner_states import inner_state, layers_of
 from generation_ext.shared_prefix.batching import BatchPlanner, check_memory_limit, run_in_batches
 from generation_ext.shared_prefix.cache import (
     EMPTY,
@@ -27,6 +26,7 @@ from generation_ext.shared_prefix.cache import (
     run_backbone,
 )
 from generation_ext.shared_prefix.encoding import TextEncoder
+from generation_ext.shared_prefix.inner_states import inner_state, layers_of
 from generation_ext.shared_prefix.token_tree import PackedRows, TokenTree
 from peft_ext.language_model import CAUSAL, ENCODER_DECODER, identity, inference, language_model
 

@@ -20,8 +20,8 @@ from generation_ext.probing import saving
 from generation_ext.probing.card import palp_card
 from generation_ext.probing.features import FeatureExtractor, digest_of_texts
 from generation_ext.probing.heads import HEADS, Head
-from generation_ext.probing.inner_states import without_capturing_hooks
 from generation_ext.prompts import Example, Task
+from generation_ext.shared_prefix.inner_states import without_capturing_hooks
 from peft_ext.hub import fetched
 from peft_ext.language_model import identity
 from peft_ext.model_card import Card
