@@ -30,7 +30,7 @@ from benchmarks.paraphrase_data import as_decoded, split_pairs
 from benchmarks.paraphrase_lora import LORAS, lora_paraphrases
 from benchmarks.paraphrase_pictures import bars_and_granularities, sentence_picture
 from generation_ext.granularity import CDNPGConfig, CDNPGForConditionalGeneration
-from generation_ext.granularity.metrics import paraphrase_metrics
+from generation_ext.granularity.metrics import PAPERS_IBLEU, paraphrase_metrics
 from generation_ext.granularity.pictures import sentence_granularities
 from generation_ext.granularity.tokenizer import train_tokenizer
 from generation_ext.granularity.training import paraphrase, paraphrase_trainer
@@ -38,12 +38,14 @@ from peft_ext.files import written_whole
 
 
 TRANSFORMER = "Transformer"
-GAIN, TIME = 2.0, 1.3
+# Points over the Transformer that are wanted, by the paper's measure and by iBLEU as defined.
+GAINS = {PAPERS_IBLEU: 2.0, "iBLEU": 1.0}
+TIME = 1.3
 SCRATCH, TUNED = "from_scratch", "smollm2_lora"  # experiments
 # Whose granularities are drawn.
 SENTENCE = "what is the best way to learn a language in a short time?"
 TITLES = {"quora": "Quora", "twitter": "Twitter URL"}
-MEASURES = ("BLEU-2", "BLEU-4", "iBLEU", "ROUGE-L", "METEOR", "corpus BLEU")
+MEASURES = ("BLEU-2", "BLEU-4", PAPERS_IBLEU, "iBLEU", "copies", "ROUGE-L", "METEOR", "corpus BLEU")
 
 
 class Row(NamedTuple):
@@ -223,7 +225,9 @@ def tables(runs: Runs) -> dict[str, str]:
     for data in sets_of(runs):
         lines = []
         for mode, rows in stored(runs, data).items():
-            cells = [_spread([row["metrics"][name] for row in rows]) for name in MEASURES]
+            # texts of earlier rows weren't kept, so what they lack can't be told
+            found = {name: [row["metrics"][name] for row in rows if name in row["metrics"]] for name in MEASURES}
+            cells = [_spread(values) if len(values) == len(rows) else "" for values in found.values()]
             seconds = statistics.mean(row["seconds"] for row in rows)
             loss = "" if mode in LORAS else f"{statistics.mean(row['loss'] for row in rows):.2f}"
             lines.append([title(mode), *cells, loss, f"{seconds / 60:.1f}", len(rows)])
@@ -236,25 +240,21 @@ def claims(runs: Runs) -> list[Claim]:
     run, lines = run_named(runs, SCRATCH), []
     for data in ("quora", "twitter"):
         found = {} if run is None else stored([run], data)
-        ours, plain = (
-            [row["metrics"]["iBLEU"] for row in found.get(mode, [])] for mode in (run and best(run), TRANSFORMER)
-        )
+        ours, plain = (found.get(mode, []) for mode in (run and best(run), TRANSFORMER))
         known = bool(ours and plain)
         told = known and run.size != QUICK  # so few steps say nothing about what is learnt
+        for measure_, gain in GAINS.items():
+            means, worst = _above(ours, plain, measure_) if told else (None, None)
+            lines += [
+                Claim(f"{data}: mean {measure_} above the Transformer's", means, gain, " points", at_least=True),
+                Claim(f"{data}: {measure_}, worst seed above its best", worst, 0, " points", at_least=True),
+            ]
         lines += [
             Claim(
-                f"{data}: mean iBLEU of C-DNPG above the Transformer's",
-                statistics.mean(ours) - statistics.mean(plain) if told else None,
-                GAIN,
-                " points",
-                at_least=True,
-            ),
-            Claim(
-                f"{data}: its worst seed above the Transformer's best",
-                min(ours) - max(plain) if told else None,
+                f"{data}: share of copies above the Transformer's",
+                _above(ours, plain, "copies")[0] if told else None,
                 0,
                 " points",
-                at_least=True,
             ),
             Claim(
                 f"{data}: CPU time of training over the Transformer's, slowest variant",
@@ -264,6 +264,16 @@ def claims(runs: Runs) -> list[Claim]:
             ),
         ]
     return lines
+
+
+def _above(
+    ours: Sequence[dict[str, Any]], plain: Sequence[dict[str, Any]], name: str
+) -> tuple[Optional[float], Optional[float]]:
+    """By how much the mean, and the worst seed over the best, are above the Transformer's; None where a row lacks it."""
+    if not all(name in row["metrics"] for row in (*ours, *plain)):
+        return None, None
+    one, other = ([row["metrics"][name] for row in rows] for rows in (ours, plain))
+    return statistics.mean(one) - statistics.mean(other), min(one) - max(other)
 
 
 def _seconds(rows: Sequence[dict[str, Any]]) -> float:
@@ -292,13 +302,16 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def headlines(runs: Runs) -> list[Headline]:
-    """Gains on both sets."""
-    gains = [claim.value for claim in claims(runs) if "mean iBLEU" in claim.name]
-    if None in gains:
-        return []
-    shown = f"{gains[0]:+.1f} on Quora, {gains[1]:+.1f} on Twitter"
-    what, page = "C-DNPG against a Transformer of its size, iBLEU", "../benchmarks/granularity.md"
-    return [Headline("Writing", what, shown, unless(min(gains) >= GAIN, f"+{GAIN:g}"), page)]
+    """Gains on both sets, by each measure."""
+    shown, all_claims = [], claims(runs)
+    for name, wanted in GAINS.items():
+        values = [claim.value for claim in all_claims if f"mean {name} above" in claim.name]
+        gains = [value for value in values if value is not None]
+        if len(gains) == 2:
+            what, page = f"C-DNPG against a Transformer of its size, {name}", "../benchmarks/granularity.md"
+            figures = f"{gains[0]:+.1f} on Quora, {gains[1]:+.1f} on Twitter"
+            shown.append(Headline("Writing", what, figures, unless(min(gains) >= wanted, f"+{wanted:g}"), page))
+    return shown
 
 
 TASK = Task(measure, tables, claims, headlines, draw)

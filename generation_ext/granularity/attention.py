@@ -55,6 +55,9 @@ class GranularityConfig:
             be exactly 0 and still learns from there.
         initial: z at the start, by the head's bias; 0 with `"rectified"` alone.
         cross_attention: Whether cross-attention gets resonance too.
+        mask_floor: The share of its weight that a key out of scope keeps before the softmax: 0, as in equations 7 to 9. A
+            query for which no key is in scope (in cross-attention, or a padding token) attends as without granularities.
+            Models saved before this setting have 1e-6, which is what they were trained with.
 
     Raises:
         ValueError: If a value is unknown or out of its range.
@@ -66,9 +69,12 @@ class GranularityConfig:
     link: str = "sigmoid"
     initial: float = 0.5
     cross_attention: bool = True
+    mask_floor: float = 0.0
 
     def __post_init__(self) -> None:
         check_mode(self.mode, self.max_length)
+        if not 0 <= self.mask_floor < 1:
+            raise ValueError(f"mask_floor={self.mask_floor} must be in [0, 1): the weight that is left out of scope.")
         for name, choices in (("placement", PLACEMENTS), ("link", LINKS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {choices}.")
@@ -285,24 +291,30 @@ def _mask(
         size, device = tokens.queries.shape[1], tokens.queries.device
         offsets = (torch.arange(size, device=device) + tokens.past)[:, None] - torch.arange(count, device=device)
     distances = None if offsets is None else offsets.abs()
+    lowest = torch.finfo(dtype).min
     after = None
     if config.placement == "after":
         after = granularity_mask(tokens.queries, tokens.keys, distances, config.mode, config.max_length)[:, None]
-        bias = torch.zeros_like(after)
+        bias = torch.zeros_like(after, dtype=dtype)
     else:
         # from z = 0, scope alone would never move
         leak = float(config.mode == "S" and config.link == "rectified")
-        bias = granularity_bias(tokens.queries, tokens.keys, distances, config.mode, config.max_length, leak)[:, None]
-    bias = bias.to(dtype)
-    lowest = torch.finfo(dtype).min
-    if attention_mask is None:
-        if head.is_causal and offsets is not None and bias.shape[2] > 1:
-            bias = bias.masked_fill(offsets < 0, lowest)
-    elif attention_mask.dtype == torch.bool:
-        bias = bias.masked_fill(~attention_mask[..., :count], lowest)
-    else:
-        # a sum could leave the range
-        bias = (bias + attention_mask[..., :count].to(dtype)).clamp(min=lowest)
+        bias = granularity_bias(
+            tokens.queries, tokens.keys, distances, config.mode, config.max_length, leak, config.mask_floor
+        )
+        bias = bias[:, None].to(dtype)
+    plain = torch.zeros((), dtype=dtype, device=bias.device)  # what is added without granularities
+    if attention_mask is not None:
+        attention_mask = attention_mask[..., :count]
+        plain = plain.masked_fill(~attention_mask, lowest) if attention_mask.dtype == torch.bool else attention_mask
+        plain = plain.to(dtype).clamp(min=lowest)
+    elif head.is_causal and offsets is not None and bias.shape[2] > 1:
+        plain = plain.masked_fill(offsets < 0, lowest)
+    bias = (bias + plain).clamp(min=lowest)  # a sum could leave the range
+    if after is None and not config.mask_floor:
+        # without a key that is left, a softmax would be over nothing: plain attention stands in
+        out_of_scope = max(lowest, torch.finfo(tokens.queries.dtype).min) / 2
+        bias = torch.where(bias.detach().amax(-1, keepdim=True) > out_of_scope, bias, plain)
     return (None if after is None else after.to(dtype)), bias
 
 

@@ -17,6 +17,7 @@ from generation_ext.granularity.attention import (
     add_granularity,
     check_implementation,
 )
+from generation_ext.granularity.masks import EARLIER_FLOOR
 from peft_ext.file_formats import FLOATS, Tensor, check_tensors
 from peft_ext.files import read_json
 from peft_ext.tensor_files import check_digest, open_tensors
@@ -104,16 +105,22 @@ def granularity_parameters(model: nn.Module) -> list[nn.Parameter]:
 def load_granularities(model: Model, folder: Union[str, os.PathLike]) -> Model:
     """Load the heads that `save_pretrained` of a converted model wrote into a folder; converts the model if need be.
 
+    A model that is converted already takes over the folder's `mask_floor`, which folders of earlier versions don't name.
+
     Raises:
         FileNotFoundError: If the folder has no config.
-        ValueError: If it is not of a converted model, or lacks a head.
+        ValueError: If it is not of a converted model, or lacks a head; if the model was converted with other settings.
     """
     folder = Path(folder)
     settings = read_json(folder / "config.json").get("granularity")
     if settings is None:
         raise ValueError(f"folder={str(folder)!r} is not of a converted model: its config has no 'granularity'.")
-    if not any(isinstance(module, GranularityHead) for module in model.modules()):
-        convert_to_granularity_attention(model, _config_of(settings, folder / "config.json"))
+    stored = _config_of(settings, folder / "config.json")
+    heads_of_model = [module for module in model.modules() if isinstance(module, GranularityHead)]
+    if heads_of_model:
+        _take_over(model, heads_of_model, stored, folder)
+    else:
+        convert_to_granularity_attention(model, stored)
     names = {name for name in model.state_dict() if f".{HEAD}." in name}
     heads: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -134,9 +141,24 @@ def load_granularities(model: Model, folder: Union[str, os.PathLike]) -> Model:
 
 def _config_of(settings: Any, path: Path) -> GranularityConfig:
     try:
-        return GranularityConfig(**settings)
+        # a folder that was saved before there was a choice was trained with that floor
+        return GranularityConfig(**{"mask_floor": EARLIER_FLOOR, **settings})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{str(path)!r}: granularity is {settings!r}, which is no such config ({error}).") from error
+
+
+def _take_over(model: Any, heads: list[GranularityHead], stored: GranularityConfig, folder: Path) -> None:
+    """Give a converted model's heads the config that a folder's were trained with, if only the floor differs."""
+    own = {**asdict(heads[0].config), "initial": stored.initial, "mask_floor": stored.mask_floor}
+    other = [f"{name}={value!r}" for name, value in asdict(stored).items() if own[name] != value]
+    if other:
+        raise ValueError(
+            f"folder={str(folder)!r} was converted with {', '.join(other)}, this model otherwise; convert it alike, or pass it "
+            "as it was before."
+        )
+    for head in heads:
+        head.config = stored
+    model.config.granularity = asdict(stored)
 
 
 def _is_cross(name: str, module: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from generation_ext.granularity.metrics import METEOR_NOTE, paraphrase_metrics
 
 
 class ParaphraseMetric(evaluate.Metric):
-    """BLEU-2, BLEU-4, iBLEU, ROUGE-L, METEOR and corpus BLEU.
+    """BLEU-2, BLEU-4, iBLEU as defined and as the paper's code, ROUGE-L, METEOR, corpus BLEU and the share of copies.
 
     Args:
         name: One of them alone, as `config_name` of `evaluate.load`; None: all.

@@ -15,9 +15,11 @@ import torch
 
 MODES = ("R", "S", "R*S", "R+S")
 EPSILON = 2  # of eq. 8
-# What a mask of zero counts as: a key's weight shrinks by this factor, and keeps a finite logarithm in every dtype. A row
-# that is zero all over is plain attention, since the factor cancels.
-FLOOR = 1e-6
+# What a mask of zero counted as once: a key out of scope kept a millionth of its weight, which a high score made good. Models
+# that were saved then were trained with it, and keep it as their `mask_floor`.
+EARLIER_FLOOR = 1e-6
+# The bias moves by `1 / mask` for a step of the mask, at most by the inverse of this: a mask near 0 doesn't throw a step far.
+STEEPEST = 1e-6
 
 
 def resonance(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -79,18 +81,29 @@ def granularity_bias(
     mode: str,
     max_length: int,
     leak: float = 0.0,
+    floor: float = 0.0,
 ) -> torch.Tensor:
-    """`log(max(mask, FLOOR))` of [`granularity_mask`], to be added to the scores before the softmax, `[batch, q, k]`.
+    """`log(max(mask, floor))` of [`granularity_mask`], to be added to the scores before the softmax, `[batch, q, k]`.
 
-    The backward works the mask out again, so that nothing of that size is kept but the result.
+    Where that is log(0), it is the dtype's lowest number: no score makes up for it, and nothing becomes nan. The backward
+    works the mask out again, so that nothing of that size is kept but the result.
 
     Eq. 8's clamp has no gradient where it is saturated, and at z = 0 it is saturated for all pairs of a text shorter than
     `max_length`. With `leak`, such a pair has one that asks to leave saturation, `leak / (1 + tokens to the scope's edge)` of
-    the full one: a surrogate, not the derivative. (Compiled graphs don't have it.)
+    the full one: a surrogate, not the derivative. (Compiled graphs don't have it.) A key out of scope can ask only under a
+    `floor` that leaves it a weight.
     """
     if torch.compiler.is_compiling() or not (queries.requires_grad or keys.requires_grad):
-        return granularity_mask(queries, keys, distances, mode, max_length).clamp_(min=FLOOR).log_()
-    return _Bias.apply(queries, keys, distances, mode, max_length, leak)
+        return _log(granularity_mask(queries, keys, distances, mode, max_length), floor)
+    return _Bias.apply(queries, keys, distances, mode, max_length, leak, floor)
+
+
+def _log(mask: torch.Tensor, floor: float) -> torch.Tensor:
+    if floor:
+        return mask.clamp(min=floor).log()
+    limits = torch.finfo(mask.dtype)
+    # in this order, since log(0) has a gradient of nan even where it isn't taken
+    return mask.clamp(min=limits.tiny).log().masked_fill(mask <= 0, limits.min)
 
 
 class _Bias(torch.autograd.Function):
@@ -103,10 +116,11 @@ class _Bias(torch.autograd.Function):
         mode: str,
         max_length: int,
         leak: float,
+        floor: float,
     ) -> torch.Tensor:
         ctx.save_for_backward(queries, keys, distances)
-        ctx.mode, ctx.max_length, ctx.leak = mode, max_length, leak
-        return granularity_mask(queries, keys, distances, mode, max_length).clamp_(min=FLOOR).log_()
+        ctx.mode, ctx.max_length, ctx.leak, ctx.floor = mode, max_length, leak, floor
+        return _log(granularity_mask(queries, keys, distances, mode, max_length), floor)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Optional[torch.Tensor], ...]:
@@ -126,9 +140,10 @@ class _Bias(torch.autograd.Function):
         mask: Any = near if alike is None else alike
         if mode in ("R*S", "R+S"):
             mask = alike * near if mode == "R*S" else (alike + near) / 2
-        rises = gradient / mask.clamp(min=FLOOR)
+        rises = gradient / mask.clamp(min=STEEPEST)
         # where the floor holds, the bias doesn't move; but a leak asks
-        gradient = rises if ctx.leak else torch.where(mask >= FLOOR, rises, torch.zeros_like(gradient))
+        moving = mask >= ctx.floor if ctx.floor else mask > 0
+        gradient = rises if ctx.leak else torch.where(moving, rises, torch.zeros_like(gradient))
         of_queries: Any = 0
         of_keys = torch.zeros_like(keys)
         if alike is not None:
@@ -149,7 +164,7 @@ class _Bias(torch.autograd.Function):
                 moves = torch.where(outside, ctx.leak / (1 - room.clamp(max=0)), moves)
             rate = -math.log(ctx.max_length - EPSILON) * (width - EPSILON)
             of_queries = of_queries + through * moves * rate
-        return of_queries.sum(2), of_keys, None, None, None, None
+        return of_queries.sum(2), of_keys, None, None, None, None, None
 
 
 def _width(queries: torch.Tensor, max_length: int) -> torch.Tensor:

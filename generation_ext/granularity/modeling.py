@@ -18,6 +18,7 @@ from generation_ext.granularity.attention import (
     check_implementation,
     recorded,
 )
+from generation_ext.granularity.masks import EARLIER_FLOOR
 from peft_ext.file_formats import check_fields, number
 from peft_ext.model_card import SOURCE, Card, measured_of
 from peft_ext.sealing import OwnFiles
@@ -41,7 +42,10 @@ class CDNPGConfig(BartConfig):
     Args:
         granularity_mode: `"R"`, `"S"`, `"R*S"`, `"R+S"`, or None: a plain Transformer of the same size.
         granularity_placement: `"before"` the softmax or `"after"` it, see [`GranularityConfig`].
+        granularity_cross_attention: Whether cross-attention gets resonance too.
         initial_granularity: z of all tokens before training.
+        mask_floor: The weight that keys out of scope keep, see [`GranularityConfig`]: 0. A saved config that doesn't say is of a
+            model that was trained with 1e-6, and keeps that.
         max_position_embeddings: Most tokens of a text, which is also N of eq. 8.
         kwargs: Those of `BartConfig`.
     """
@@ -65,7 +69,20 @@ class CDNPGConfig(BartConfig):
     forced_eos_token_id: int | list[int] | None = None
     granularity_mode: str | None = "R*S"
     granularity_placement: str = "before"
+    granularity_cross_attention: bool = True
     initial_granularity: float = 0.5
+    mask_floor: float = 0.0
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As any config of transformers; what was saved before `mask_floor` keeps the floor that it was trained with."""
+        if "transformers_version" in config_dict and "mask_floor" not in config_dict:
+            config_dict = {**config_dict, "mask_floor": EARLIER_FLOOR}
+        return super().from_dict(config_dict, **kwargs)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is saved: what isn't the default, and `mask_floor`, whose absence means an earlier model."""
+        return {**super().to_diff_dict(), "mask_floor": self.mask_floor}
 
     def granularity(self) -> Optional[GranularityConfig]:
         """For the attention; None for the plain Transformer.
@@ -82,6 +99,8 @@ class CDNPGConfig(BartConfig):
             placement=self.granularity_placement,
             max_length=self.max_position_embeddings,
             initial=self.initial_granularity,
+            cross_attention=self.granularity_cross_attention,
+            mask_floor=self.mask_floor,
         )
 
 

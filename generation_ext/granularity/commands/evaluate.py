@@ -37,8 +37,10 @@ def main(argv: Sequence[str]) -> None:
     model, tokenizer = args.load()
     paraphrases = paraphrase(model, tokenizer, sources, batch_size=args.batch_size, num_beams=args.num_beams)
     metrics = {"pairs": len(pairs), **paraphrase_metrics(paraphrases, targets, sources)}
+    width = max(map(len, metrics))
     lines = (
-        f"{name:>12}  {value:.2f}" if name != "pairs" else f"{name:>12}  {value}" for name, value in metrics.items()
+        f"{name:>{width}}  {value}" if name == "pairs" else f"{name:>{width}}  {value:.2f}"
+        for name, value in metrics.items()
     )
     show(metrics, "\n".join(lines))
     if args.output:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 
 import pytest
@@ -20,7 +21,7 @@ from generation_ext.granularity import (
     recorded,
 )
 from generation_ext.granularity.attention import GranularityHead
-from generation_ext.granularity.masks import FLOOR, MODES
+from generation_ext.granularity.masks import MODES
 from tests.tiny.byte_models import CONFIGS
 from tests.tiny.byte_models import model as tiny
 
@@ -105,8 +106,8 @@ def by_hand(attention, hidden, others=None, real=None):
                 part = slice(head * size, (head + 1) * size)
                 scores = torch.stack([(q[b, i, part] * k[b, j, part]).sum() / size**0.5 for j in seen])
                 if config.placement == "before":
-                    floors = torch.stack([torch.as_tensor(m, dtype=hidden.dtype).clamp(min=FLOOR) for m in masks])
-                    weights = (scores + floors.log()).softmax(0)
+                    weights = scores.exp() * torch.stack([torch.as_tensor(m, dtype=hidden.dtype) for m in masks])
+                    weights = weights / weights.sum() if weights.sum() > 0 else scores.softmax(0)
                 else:
                     weights = scores.softmax(0) * torch.stack([torch.as_tensor(m, dtype=hidden.dtype) for m in masks])
                 if not blind:
@@ -155,6 +156,100 @@ def test_rows_that_see_nothing_are_finite(dtype):
     output = attention(hidden, attention_mask=torch.zeros(2, 8))
     output.float().sum().backward()
     assert torch.isfinite(output).all() and torch.isfinite(hidden.grad).all()
+
+
+# ---- out of scope
+
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def far_scores(gap, dtype):
+    """Attention of width 2 whose scores are 0, but `gap` on the last of 8 keys; z = 1, so the first queries don't see it."""
+    attention = GranularityAttention(2, 1, GranularityConfig(mode="S", max_length=8))
+    with torch.no_grad():
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj):
+            linear.weight.copy_(torch.eye(2)), linear.bias.zero_()
+        attention.q_proj.weight.zero_(), attention.q_proj.bias.copy_(torch.tensor([gap * 2**0.5, 0.0]))
+        attention.granularity.projection.weight.zero_(), attention.granularity.projection.bias.fill_(40.0)
+    hidden = torch.zeros(1, 8, 2)
+    hidden[0, 7] = 1  # its key is what queries ask for; its value is 1
+    return attention.to(dtype), hidden.to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("gap", [12.0, 16.0, 100.0])
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32, torch.float64])
+@pytest.mark.parametrize("path", ["biased", "sdpa", "compiled sdpa"])
+def test_out_of_scope_is_no_weight(gap, dtype, path):
+    """(With a floor of a millionth, the last key has 5 % of the first query's weight at a gap of 12, three quarters at 16.)"""
+    attention, hidden = far_scores(gap, dtype)
+    if path == "biased":
+        output = attention(hidden)
+    elif path == "sdpa":
+        with torch.no_grad():
+            output = attention(hidden)
+    else:
+        output = torch.compile(attention, backend="aot_eager")(hidden)
+    assert (output[0, :5, 1] == 0).all(), "a key that is three tokens away is seen"
+    assert (output[0, 5:, 1] > 0.99).all(), "a key that is two tokens away isn't"
+    if output.requires_grad:
+        output[0, :5].sum().backward()
+        assert (hidden.grad[0, 7] == 0).all() and torch.isfinite(hidden.grad).all()
+        assert all(torch.isfinite(p.grad).all() for p in attention.parameters() if p.grad is not None)
+    attention.granularity.config.mask_floor = 1e-6
+    seen = attention(hidden)[0, 0, 1].item()
+    assert seen == pytest.approx({12.0: 0.05, 16.0: 0.75, 100.0: 1.0}[gap], abs=0.02), "the floor of earlier models"
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32, torch.float64])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@torch.no_grad()
+def test_eager_weights_out_of_scope_are_zero(pretrained, dtype, implementation):
+    """In a model of transformers, whose scores are made steep."""
+    lm = converted(pretrained, "bart", GranularityConfig(mode="S", max_length=N), implementation).to(dtype)
+    for name, parameter in lm.named_parameters():
+        if "q_proj.weight" in name:
+            parameter.mul_(30)
+        if ".granularity.projection." in name:
+            parameter.fill_(40.0 if "bias" in name else 0.0)
+    ids = inputs("bart")["input_ids"]
+    if implementation == "eager":
+        weights = torch.stack(lm(input_ids=ids, decoder_input_ids=ids, output_attentions=True).encoder_attentions)
+        far = (torch.arange(9)[:, None] - torch.arange(9)).abs() > 2
+        assert (weights[..., far] == 0).all() and torch.isfinite(weights).all()
+        return
+    other = ids.clone()
+    other[:, 8] += 1  # four layers of windows of two tokens reach no farther than the second token
+    encoder = lm.get_encoder()
+    reach = 2 * len(encoder.layers)
+    assert torch.equal(encoder(ids)[0][:, : 8 - reach], encoder(other)[0][:, : 8 - reach])
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32, torch.float64])
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_query_with_no_key_in_scope_is_plain_attention(dtype, learns):
+    """Cross-attention from details to a sentence of template words alone: C is 0 for all keys."""
+    torch.manual_seed(0)
+    attention = GranularityAttention(8, 2, GranularityConfig()).to(dtype)
+    hidden, others = torch.randn(2, 3, 8, dtype=dtype), torch.randn(2, 5, 8, dtype=dtype)
+    real = torch.ones(2, 5, dtype=torch.long)
+    real[0, 3:] = 0
+
+    def run(z_of_queries, z_of_keys):
+        head = attention.granularity
+        found = {hidden.shape[1]: z_of_queries, others.shape[1]: z_of_keys}
+        head.forward = lambda states: states.float().sum(-1) * 0 + found[states.shape[1]]
+        return attention(hidden, others, real)
+
+    hidden.requires_grad_(learns)
+    plain, blind = run(0.0, 0.0), run(1.0, 0.0)
+    torch.testing.assert_close(blind, plain)
+    some = run(1.0, torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0]))
+    torch.testing.assert_close(some[0], plain[0])  # the key in scope is padding there
+    assert not torch.allclose(some[1], plain[1], atol=1e-2)
+    if learns:
+        (blind + some).float().sum().backward()
+        assert torch.isfinite(hidden.grad).all() and hidden.grad.abs().max() > 0
 
 
 # ---- pretrained models
@@ -348,6 +443,24 @@ def test_a_converted_model_comes_back_from_its_folder(pretrained, tmp_path):
     torch.testing.assert_close(logits(back, "bart", batch), logits(lm, "bart", batch))
 
 
+@torch.no_grad()
+def test_a_folder_of_before_keeps_the_floor_it_was_trained_with(pretrained, tmp_path):
+    lm = converted(pretrained, "bart", GranularityConfig(mode="S", max_length=N, mask_floor=1e-6), spread=2.0)
+    lm.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["granularity"].pop("mask_floor") == 1e-6
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    batch, load = inputs("bart"), transformers.BartForConditionalGeneration.from_pretrained
+    right = convert_to_granularity_attention(load(tmp_path).eval(), GranularityConfig(mode="S", max_length=N))
+    for back in (load(tmp_path).eval(), right):
+        load_granularities(back, tmp_path)
+        assert back.config.granularity["mask_floor"] == 1e-6
+        torch.testing.assert_close(logits(back, "bart", batch), logits(lm, "bart", batch))
+    other = convert_to_granularity_attention(load(tmp_path).eval(), GranularityConfig(mode="R", max_length=N))
+    with pytest.raises(ValueError, match="was converted with mode='S', this model otherwise"):
+        load_granularities(other, tmp_path)
+
+
 # ---- bad input
 
 
@@ -378,6 +491,7 @@ def test_refusals(pretrained, tmp_path):
         ({"link": "relu"}, "link='relu'"),
         ({"max_length": 0}, "max_length=0"),
         ({"initial": 1.0}, "initial=1.0"),
+        ({"mask_floor": 1.0}, "mask_floor=1.0"),
         ({"initial": 0.0}, "above 0 with link='sigmoid'"),
     ],
 )

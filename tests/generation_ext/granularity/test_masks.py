@@ -8,7 +8,14 @@ import math
 import pytest
 import torch
 
-from generation_ext.granularity.masks import FLOOR, MODES, check_mode, granularity_bias, granularity_mask
+from generation_ext.granularity.masks import (
+    EARLIER_FLOOR,
+    MODES,
+    STEEPEST,
+    check_mode,
+    granularity_bias,
+    granularity_mask,
+)
 
 
 N = 9
@@ -49,7 +56,9 @@ def test_equals_the_equations(mode, cross):
         torch.testing.assert_close(found[row], torch.tensor(expected, dtype=torch.float64))
     assert found.min() >= 0 and found.max() <= 1
     bias = granularity_bias(queries, keys, distances, mode, N)
-    torch.testing.assert_close(bias, found.clamp(min=FLOOR).log())
+    torch.testing.assert_close(bias, torch.where(found > 0, found.log(), torch.finfo(found.dtype).min))
+    floored = granularity_bias(queries, keys, distances, mode, N, floor=EARLIER_FLOOR)
+    torch.testing.assert_close(floored, found.clamp(min=EARLIER_FLOOR).log())
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -83,7 +92,7 @@ def test_gradients(mode, cross, seed):
     assert torch.autograd.gradcheck(bias, (queries, keys), eps=1e-7, atol=1e-5)
     weights = torch.randn(3, 4, 6, dtype=torch.float64)
     ours = torch.autograd.grad((bias(queries, keys) * weights).sum(), (queries, keys), allow_unused=True)
-    plain = granularity_mask(queries, keys, distances, mode, N).clamp(min=FLOOR).log()
+    plain = granularity_mask(queries, keys, distances, mode, N).clamp(min=STEEPEST).log()
     theirs = torch.autograd.grad((plain * weights).sum(), (queries, keys), allow_unused=True)
     for one, two in zip(ours, theirs):
         torch.testing.assert_close(one, torch.zeros_like(one) if two is None else two)
@@ -108,18 +117,20 @@ def test_a_leak_leads_out_of_a_saturated_scope():
             (bias * sign).sum().backward()
             window = 7 ** (1 - z) + 2
             edge = [abs(window - d - (z == 0)) for d in distances]
-            floor = 1.0 if z == 0 else FLOOR
+            floor = 1.0 if z == 0 else STEEPEST
             expected = sum(0.5 / (1 + e) for e in edge) * sign * -math.log(7) * 7 ** (1 - z) / floor
             torch.testing.assert_close(queries.grad.item(), expected if sign == asks else 0.0, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_logarithms_are_finite(dtype):
-    ones = torch.ones(1, N, dtype=dtype)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("learns", [True, False])
+def test_logarithms_are_finite(dtype, learns):
+    ones = torch.ones(1, N, dtype=dtype, requires_grad=learns)
     zeros = torch.zeros(1, N, dtype=dtype)
     bias = granularity_bias(ones, zeros, None, "R", N)
-    assert torch.isfinite(bias).all() and bias.dtype == dtype
-    torch.testing.assert_close(bias, torch.full_like(bias, math.log(FLOOR)), rtol=0.2, atol=0.1)
+    assert bias.dtype == dtype and (bias == torch.finfo(dtype).min).all()
+    earlier = granularity_bias(ones, zeros, None, "R", N, floor=EARLIER_FLOOR)
+    torch.testing.assert_close(earlier, torch.full_like(bias, math.log(EARLIER_FLOOR)), rtol=0.2, atol=0.1)
 
 
 def test_compiles():
@@ -129,6 +140,9 @@ def test_compiles():
     torch.testing.assert_close(
         compiled(queries, keys, distances, "R*S", N), granularity_bias(queries, keys, distances, "R*S", N)
     )
+    queries = torch.ones(1, N, requires_grad=True)
+    compiled(queries, torch.zeros(1, N), None, "R", N).exp().sum().backward()
+    assert torch.isfinite(queries.grad).all(), "a key out of scope has a gradient of nan"
 
 
 @pytest.mark.parametrize("mode, length, message", [("X", 9, "mode='X'"), ("R", 2, "max_length=2"), ("R", 9.5, "9.5")])

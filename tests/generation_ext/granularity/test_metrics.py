@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("nltk"), pytest.importorskip("rouge_score"), pytest.importorskip("sacrebleu")
 
-from generation_ext.granularity.metrics import paraphrase_metrics, sentence_bleu, wordnet  # noqa: E402
+from generation_ext.granularity.metrics import PAPERS_IBLEU, paraphrase_metrics, sentence_bleu, wordnet  # noqa: E402
 from generation_ext.granularity.tokenizer import train_tokenizer  # noqa: E402
 from generation_ext.granularity.training import encode_pairs  # noqa: E402
 
@@ -28,6 +28,21 @@ def test_perfect_and_copied():
     expected = 0.8 * sentence_bleu(said, REFERENCE.split(), 4) - 0.2 * sentence_bleu(said, said, 4)
     assert copied["iBLEU"] == pytest.approx(100 * expected)
     assert copied["iBLEU"] < copied["BLEU-4"] < perfect["BLEU-4"]
+
+
+def test_the_papers_code_takes_the_sources_first_word_for_the_source():
+    copied = paraphrase_metrics([SOURCE], [REFERENCE], [SOURCE])
+    said = SOURCE.split()
+    expected = 0.8 * sentence_bleu(said, REFERENCE.split(), 4) - 0.2 * sentence_bleu(said, ["how"], 4)
+    assert copied[PAPERS_IBLEU] == pytest.approx(100 * expected) and copied[PAPERS_IBLEU] > copied["iBLEU"] + 10
+    otherwise = paraphrase_metrics([SOURCE], [REFERENCE], ["how come"])
+    assert otherwise[PAPERS_IBLEU] == copied[PAPERS_IBLEU], "more than the first word counts"
+
+
+def test_copies():
+    predictions = ["How can I learn  it ?", "how can i learn it", "c++", "", "x"]
+    sources = ["how can i learn it?", "how can you learn it", "c#", "how", ""]
+    assert paraphrase_metrics(predictions, ["a"] * 5, sources)["copies"] == pytest.approx(20)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +104,8 @@ def test_evaluate_metric():
 
     texts = {"predictions": [SOURCE], "references": [REFERENCE], "sources": [SOURCE]}
     assert ParaphraseMetric().compute(**texts) == pytest.approx(paraphrase_metrics([SOURCE], [REFERENCE], [SOURCE]))
-    assert list(ParaphraseMetric("iBLEU").compute(**texts)) == ["iBLEU"]
+    for name in ("iBLEU", PAPERS_IBLEU, "copies"):
+        assert list(ParaphraseMetric(name).compute(**texts)) == [name]
 
 
 def test_bad_input():

@@ -63,6 +63,34 @@ def test_folder_and_auto_classes(mode, tmp_path):
     torch.testing.assert_close(back(**batch()).loss, model(**batch()).loss)
 
 
+@torch.no_grad()
+def test_a_model_of_before_keeps_the_floor_it_was_trained_with(tmp_path):
+    """Its config doesn't name one; what is saved now does, whichever it is."""
+    earlier = make(mask_floor=1e-6, granularity_mode="S", initial_granularity=0.99)
+    for floor, named in ((1e-6, True), (1e-6, False), (0.0, True)):
+        model = make(mask_floor=floor, granularity_mode="S", initial_granularity=0.99)
+        model.save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        assert config.pop("mask_floor") == floor
+        if not named:
+            (tmp_path / "config.json").write_text(json.dumps(config))
+        back = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
+        assert (
+            back.config.mask_floor == floor
+            and back.model.encoder.layers[0].self_attn.granularity.config.mask_floor == floor
+        )
+        assert torch.equal(back(**batch()).loss, model(**batch()).loss)
+        assert torch.equal(back(**batch()).loss, earlier(**batch()).loss) == bool(floor)
+    assert CDNPGConfig.from_dict({"d_model": 36}).mask_floor == CDNPGConfig().mask_floor == 0
+
+
+def test_cross_attention_can_do_without():
+    names = [
+        name for name, _ in make(granularity_cross_attention=False).named_modules() if name.endswith(".granularity")
+    ]
+    assert len(names) == 6 and not any("encoder_attn" in name for name in names)
+
+
 def test_starts_at_the_initial_granularity():
     output = make(initial_granularity=0.2, init_std=0.02)(**batch(), output_granularities=True)
     for z in output.encoder_granularities:
