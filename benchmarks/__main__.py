@@ -46,6 +46,9 @@ TASKS = {
     "sgicl": Entry("SG-ICL against zero-shot and gold demonstrations", "benchmarks.sgicl"),
     "palp": Entry("PALP against linear probing, in-context learning and LoRA", "benchmarks.palp"),
     "ood": Entry("Out-of-distribution detection behind all tuning methods", "benchmarks.ood"),
+    "open_set": Entry(
+        "A classifier that refuses: thresholds per intent, and by examples from outside", "benchmarks.open_set"
+    ),
     "ood_detectors": Entry("Time and memory of the detectors", "benchmarks.ood_detectors"),
     "ga_attention": Entry("What GA-Attention costs, against SDPA with a float mask", "benchmarks.ga_attention"),
     "paraphrase": Entry("C-DNPG's paraphrases against a Transformer's of its size", "benchmarks.paraphrase"),

@@ -240,6 +240,9 @@ SEAMS = {
     "sklearn.base.BaseEstimator": {
         "_metadata_request": "generation_ext.probing: a clone keeps its metadata routing",
     },
+    "sklearn.utils": {
+        "_safe_indexing(X, indices)": "peft_ext.ood.open_set: rows of texts, arrays and data frames, as its splitters give them",
+    },
     "torch._C": {
         "_disabled_torch_function_impl": "peft_ext.quant: a weight that is a view of codes",
         "_current_graph_task_id()": "peft_ext.threads: whether a backward pass runs a forward pass again",

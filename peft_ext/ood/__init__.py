@@ -31,7 +31,10 @@ if TYPE_CHECKING:
         mean_interval,
         threshold_for_recall,
     )
+    from peft_ext.ood.open_set import OpenSetClassifier
     from peft_ext.ood.pipeline import OODPipeline, Prediction
+    from peft_ext.ood.text_features import TextFeatures
+    from peft_ext.ood.thresholds import best_threshold, choose_thresholds
 
 
 __all__ = [
@@ -44,14 +47,18 @@ __all__ = [
     "Mahalanobis",
     "MaxCosine",
     "OODPipeline",
+    "OpenSetClassifier",
     "PooledClassifier",
     "Prediction",
     "RelativeMahalanobis",
+    "TextFeatures",
     "ViM",
     "aupr_in",
     "aupr_out",
     "auroc",
+    "best_threshold",
     "bootstrap",
+    "choose_thresholds",
     "detection_error",
     "extract",
     "fpr_at_recall",
@@ -65,7 +72,16 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Imported when asked for: scikit-learn takes seconds, and `--help` needs none of it."""
     if name in __all__:
-        for module in ("classifier", "features", "detectors", "metrics", "pipeline"):
+        for module in (
+            "classifier",
+            "features",
+            "detectors",
+            "metrics",
+            "thresholds",
+            "pipeline",
+            "text_features",
+            "open_set",
+        ):
             home = importlib.import_module(f"{__name__}.{module}")
             if hasattr(home, name):
                 return getattr(home, name)

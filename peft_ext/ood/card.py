@@ -33,7 +33,8 @@ def ood_card(pipeline: Any, token: Any = None, online: bool = False) -> Card:
         "classes": f"{len(labels)}: {shown}",
         "classifier": f"{type(unwrapped(model)).__name__}, trained: {method}",
         "detector": type(pipeline.detector).__name__,
-        "threshold": f"{pipeline.threshold:.6g}: scores from there on are in-distribution",
+        "threshold": f"{pipeline.threshold:.6g}: scores from there on are in-distribution"
+        + ("" if pipeline.offsets is None else "; each class has its own, by `offsets`"),
     }
     kept = "In here are the adapter, its head, the tokenizer and the detector; the base is loaded by its name."
     return Card(

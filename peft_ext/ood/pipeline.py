@@ -25,7 +25,7 @@ from peft_ext.ood.card import ood_card
 from peft_ext.ood.classifier import POOLINGS, PooledClassifier
 from peft_ext.ood.detectors import Detector, load_detector, make_detector
 from peft_ext.ood.features import extract
-from peft_ext.ood.metrics import threshold_for_recall
+from peft_ext.ood.thresholds import COMMON, THRESHOLDS, Scored, Thresholds, choose_thresholds
 
 
 _CONFIG = "ood_pipeline.json"
@@ -34,6 +34,10 @@ FILE = JsonFormat(
     _CONFIG,
     {
         "threshold": number().means("scores from here on are in-distribution"),
+        "offsets": list_of(number())
+        .or_null()
+        .or_missing()
+        .means("by class, what its own threshold lies above that one; null: nothing"),
         "labels": list_of(one_of(text(), whole()), least=1).means("the classes' names, in the order of the logits"),
         "max_length": whole(1).means("tokens of a text at most"),
         "batch_size": whole(1).means("texts at a time"),
@@ -67,6 +71,11 @@ class OODPipeline(PushToHubMixin):
         label_names: The classes' names, in the order of the logits; None: the config's `id2label`.
         max_length: Tokens of a text at most.
         batch_size: Texts at a time.
+        offsets: How far each class's own threshold lies above `threshold`, in the order of the logits; None: all have this
+            one. A text is judged by the threshold of the class that it is given.
+
+    Raises:
+        ValueError: If `threshold` isn't finite, or `offsets` aren't a finite number for each class.
     """
 
     def __init__(
@@ -78,12 +87,19 @@ class OODPipeline(PushToHubMixin):
         label_names: Optional[Sequence[str]] = None,
         max_length: int = 128,
         batch_size: int = 64,
+        offsets: Optional[Sequence[float]] = None,
     ) -> None:
         self.model, self.tokenizer, self.detector = model.eval(), tokenizer, detector
         self.threshold, self.max_length, self.batch_size = float(threshold), max_length, batch_size
         if not np.isfinite(self.threshold):
             raise ValueError(f"threshold={threshold!r} must be a finite number.")
         self.label_names = list(label_names) if label_names is not None else _config_labels(model)
+        self.offsets = None if offsets is None else [float(each) for each in offsets]
+        if self.offsets is not None:
+            if len(self.offsets) != len(self.label_names) or not np.isfinite(self.offsets).all():
+                raise ValueError(
+                    f"offsets={self.offsets!r} must be a finite number for each of the {len(self.label_names)} classes."
+                )
 
     @classmethod
     def fit(
@@ -95,6 +111,11 @@ class OODPipeline(PushToHubMixin):
         validation_texts: Sequence[str],
         detector: Union[str, Mapping[str, Any], Detector] = "mahalanobis",
         id_recall: float = 0.95,
+        *,
+        thresholds: str = COMMON,
+        validation_labels: Optional[Sequence[Any]] = None,
+        outside_texts: Optional[Sequence[str]] = None,
+        outside_share: float = 0.5,
         **kwargs: Any,
     ) -> OODPipeline:
         """Fit a detector on a trained classifier's features, and choose the threshold.
@@ -106,17 +127,50 @@ class OODPipeline(PushToHubMixin):
                 examples are too high.
             detector: Name, name with arguments, or a detector.
             id_recall: Share of the validation texts that must be accepted.
+            thresholds: `"common"`: one for all classes; `"per-class"`: each class has its own, so that a class whose texts
+                score lower isn't refused more often; see [`choose_thresholds`].
+            validation_labels: The validation texts' labels, as `labels`; with `outside_texts`, texts that get a wrong class
+                then count as wrong whether they are accepted or not.
+            outside_texts: Examples from outside that were not trained on: then the threshold is the one with the most
+                right answers ([`best_threshold`]), and `id_recall` isn't used.
+            outside_share: With `outside_texts`, how many of the texts in use come from outside.
             **kwargs: As the constructor.
+
+        Raises:
+            ValueError: Names the argument that is no good.
         """
-        options = {name: kwargs[name] for name in ("max_length", "batch_size") if name in kwargs}
+        if thresholds not in THRESHOLDS:
+            raise ValueError(f"thresholds={thresholds!r} is unknown; choose one of {THRESHOLDS}.")
+        if outside_texts is None and validation_labels is not None:
+            raise ValueError("validation_labels are used beside outside_texts alone; pass these, or leave them out.")
+        if validation_labels is not None and len(validation_labels) != len(validation_texts):
+            raise ValueError(
+                f"validation_labels has {len(validation_labels)} labels for {len(validation_texts)} validation_texts."
+            )
+        options: dict[str, Any] = {name: kwargs[name] for name in ("max_length", "batch_size") if name in kwargs}
         train = extract(model, tokenizer, texts, **options)
         detector = make_detector(detector).fit(train.features, train.logits, np.asarray(labels))
-        validation = extract(model, tokenizer, validation_texts, **options)
-        scores = np.asarray(detector.score(validation.features, validation.logits))
-        threshold = threshold_for_recall(scores, id_recall)
-        pipeline = cls(model, tokenizer, detector, threshold, **kwargs)
-        accepted = float((scores >= threshold).mean())
-        note_measured(pipeline, f"share of {len(scores)} validation texts that is accepted", in_distribution=accepted)
+        inside = _scored(model, tokenizer, detector, validation_texts, options)
+        outside = None if outside_texts is None else _scored(model, tokenizer, detector, outside_texts, options)
+        if validation_labels is not None:
+            names = kwargs.get("label_names")
+            known = _indices(validation_labels, list(names) if names is not None else _config_labels(model))
+            inside = inside._replace(right=inside.classes == known)
+        chosen = choose_thresholds(
+            inside,
+            train.logits.shape[1],
+            kind=thresholds,
+            id_recall=id_recall,
+            outside=outside,
+            outside_share=outside_share,
+        )
+        offsets = None if thresholds == COMMON else chosen.offsets.tolist()
+        pipeline = cls(model, tokenizer, detector, chosen.common, offsets=offsets, **kwargs)
+        accepted = float((inside.scores >= chosen.of(inside.classes)).mean())
+        measured = {"in_distribution": accepted}
+        if outside is not None:
+            measured["outside"] = float((outside.scores >= chosen.of(outside.classes)).mean())
+        note_measured(pipeline, f"share of {len(inside.scores)} validation texts that is accepted", **measured)
         return pipeline
 
     def __call__(self, inputs: Union[str, Sequence[str]]) -> Union[dict[str, Any], list[dict[str, Any]]]:
@@ -146,8 +200,9 @@ class OODPipeline(PushToHubMixin):
         features, logits = extract(
             self.model, self.tokenizer, texts, max_length=self.max_length, batch_size=self.batch_size
         )
-        scores = np.asarray(self.detector.score(features, logits))
-        return Prediction(logits.argmax(dim=1).numpy(), scores, scores >= self.threshold)
+        scores, classes = np.asarray(self.detector.score(features, logits)), logits.argmax(dim=1).numpy()
+        offsets = np.zeros(logits.shape[1]) if self.offsets is None else np.asarray(self.offsets)
+        return Prediction(classes, scores, scores >= Thresholds(self.threshold, offsets).of(classes))
 
     def save_pretrained(
         self, save_directory: Union[str, os.PathLike], push_to_hub: bool = False, **kwargs: Any
@@ -175,6 +230,7 @@ class OODPipeline(PushToHubMixin):
         pooled = isinstance(base, PooledClassifier)
         config = {
             "threshold": self.threshold,
+            "offsets": self.offsets,
             "labels": self.label_names,
             "max_length": self.max_length,
             "batch_size": self.batch_size,
@@ -225,6 +281,12 @@ class OODPipeline(PushToHubMixin):
             )
         if padding.pad_token_id is None:  # an adapter's files don't say what was set on its base
             padding.pad_token_id = tokenizer.pad_token_id
+        offsets = config.get("offsets")
+        if offsets is not None and len(offsets) != count:
+            raise ValueError(
+                f"{str(folder / _CONFIG)!r}: offsets has {len(offsets)} numbers for {count} labels; the file is damaged or was "
+                "changed. Save the pipeline again."
+            )
         return cls(
             model,
             tokenizer,
@@ -233,7 +295,33 @@ class OODPipeline(PushToHubMixin):
             config["labels"],
             config["max_length"],
             config["batch_size"],
+            offsets,
         )
+
+
+def _scored(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    detector: Detector,
+    texts: Sequence[str],
+    options: Mapping[str, Any],
+) -> Scored:
+    features, logits = extract(model, tokenizer, texts, **options)
+    return Scored(np.asarray(detector.score(features, logits)), logits.argmax(dim=1).numpy())
+
+
+def _indices(labels: Sequence[Any], names: Sequence[str]) -> np.ndarray:
+    """Labels, names or indices of classes, as indices.
+
+    Raises:
+        ValueError: If one is neither.
+    """
+    places: dict[Any, int] = {index: index for index in range(len(names))}
+    places.update({name: index for index, name in enumerate(names)})
+    unknown = [label for label in labels if label not in places]
+    if unknown:
+        raise ValueError(f"validation_labels hold {unknown[0]!r}, which is no class: {list(names)[:5]}...")
+    return np.array([places[label] for label in labels])
 
 
 def _config_labels(model: nn.Module) -> list[str]:

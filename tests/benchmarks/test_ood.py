@@ -17,6 +17,7 @@ from benchmarks.core.run import RESULTS  # noqa: E402
 from benchmarks.core.runner import open_runs  # noqa: E402
 from peft_ext.ood.study.grid import DETECTORS  # noqa: E402
 from peft_ext.ood.study.methods import METHODS  # noqa: E402
+from tests.ood.conftest import LABELS, write_corpus  # noqa: E402
 
 
 def test_smoke(smoke, tmp_path):
@@ -66,3 +67,11 @@ def test_cells_that_chose_learning_rates_are_in_no_mean():
 def test_detectors(smoke):
     found = smoke("ood_detectors")
     assert all(f"| {name} |" in found.shown for name in DETECTORS) and "met" in found.shown
+
+
+def test_a_classifier_that_refuses(smoke, tmp_path, monkeypatch):
+    write_corpus(tmp_path / "clinc150", LABELS, outside=True)
+    monkeypatch.setenv("PEFT_EXT_DATA", str(tmp_path))
+    found = smoke("open_set")
+    assert found.shown.count("| TF-IDF, msp | per-class") == 2
+    assert all(0 <= result["right"] <= 1 for result in found.results)

@@ -21,6 +21,7 @@ from peft_ext.ood.detectors import MSP, Mahalanobis
 from peft_ext.ood.pipeline import OODPipeline
 from peft_ext.ood.study.data import load_setting, make_setting
 from peft_ext.ood.study.training import TrainingOptions, train
+from peft_ext.ood.thresholds import best_threshold
 from tests.ood.conftest import LABELS
 from tests.tiny.tokenizers import tiny_tokenizer
 
@@ -115,6 +116,45 @@ def test_labels_scores_and_the_threshold(data, bert_folder):
     one = pipeline(data.test[0][0])
     assert set(one) == {"label", "score", "in_distribution"} and one["label"] in LABELS
     assert isinstance(one["score"], float) and isinstance(one["in_distribution"], bool)
+
+
+def test_thresholds_of_each_class_and_by_examples_from_outside(data, bert_folder, tmp_path):
+    model, (texts, labels), outside = PooledClassifier.from_backbone(bert_folder, 6), data.validation, data.outside
+    plain = _pipeline(model, data)
+    own = _pipeline(model, data, thresholds="per-class")
+    assert plain.offsets is None and len(own.offsets) == 6
+    predicted = own.predict(texts)
+    expected = predicted.scores >= own.threshold + np.array(own.offsets)[predicted.classes]
+    assert (predicted.in_distribution == expected).all() and any(own.offsets)
+    own.save_pretrained(tmp_path / "own")
+    again = OODPipeline.from_pretrained(tmp_path / "own")
+    assert again.offsets == own.offsets
+    assert (again.predict(texts).in_distribution == predicted.in_distribution).all()
+
+    names = [data.labels[label] for label in labels]
+    told = _pipeline(model, data, outside_texts=outside, validation_labels=names)
+    same = _pipeline(model, data, outside_texts=outside, validation_labels=labels)
+    right = plain.predict(texts).classes == np.array(labels)
+    chosen = best_threshold(plain.predict(texts).scores, plain.predict(outside).scores, right=right)
+    assert told.threshold == same.threshold == chosen
+    wary = _pipeline(model, data, outside_texts=outside, outside_share=0.99)
+    assert wary.threshold >= told.threshold
+
+    for options, match in (
+        ({"thresholds": "each"}, "thresholds='each' is unknown"),
+        ({"validation_labels": names}, "used beside outside_texts alone"),
+        ({"validation_labels": names[1:], "outside_texts": outside}, "labels for"),
+        ({"validation_labels": ["no"] * len(names), "outside_texts": outside}, "'no', which is no class"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            _pipeline(model, data, **options)
+    with pytest.raises(ValueError, match="offsets=.*each of the 6 classes"):
+        OODPipeline(model, tiny_tokenizer(), plain.detector, 0.0, data.labels, offsets=[1.0])
+    path = tmp_path / "own" / "ood_pipeline.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "offsets": [0.0]}))
+    with pytest.raises(ValueError, match="offsets has 1 numbers for 6 labels"):
+        OODPipeline.from_pretrained(tmp_path / "own")
 
 
 def test_a_base_that_is_given(data, bert_folder, tmp_path):
