@@ -2,38 +2,39 @@
 """Paraphrases by C-DNPG and by a plain Transformer of the same size, and by SmolLM2 under LoRA with and without
 GA-Attention: Quora and Twitter URL, the same pairs, steps and learning rate for all.
 
-The order is that of worth: all variants on the first set with two seeds; then the Transformer and the variant that is best
-on its *validation* pairs, on all sets with all seeds; then SmolLM2. Nothing is chosen on test pairs: the checkpoint is the
-last one, and the learning rate is one for all. The paper trains 100,000 steps of 32 pairs at hidden size 450; what is done
-here stands on the page, and settings go up to the paper's. Predictions, references and sources are measured as the
-set's tokenizer decodes them (lower case, cut to 20 tokens), as in the paper's code. Seconds are of the CPU. Trained models
-are kept in the run's work folder.
+`from_scratch` is short: all variants on the first set with two seeds; then the Transformer and the variant that is best on its
+*validation* pairs, on all sets with all seeds. The `long_*` are one experiment, a file for each variant, so that two processes
+can share it: trained until the Transformer's validation loss is flat, weights of the lowest validation loss, Twitter URL from the
+weights of Quora; a run that is killed goes on. Nothing is chosen on test pairs. The paper trains 100,000 steps of 32 pairs at
+hidden size 450; what is done here stands on the page, and settings go up to the paper's. Predictions, references and sources are
+measured as the set's tokenizer decodes them (lower case, cut to 20 tokens), as in the paper's code. Seconds are of the CPU.
+Trained models are kept in the run's work folder.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import torch
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, Seq2SeqTrainingArguments, set_seed
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from benchmarks.core.claims import Claim, Headline, markdown_table, unless
 from benchmarks.core.experiments import QUICK
 from benchmarks.core.run import Run, log
 from benchmarks.core.task import Runs, Task, run_named
 from benchmarks.paraphrase_data import as_decoded, split_pairs
+from benchmarks.paraphrase_decoding import Candidate, candidates, chosen
 from benchmarks.paraphrase_lora import LORAS, lora_paraphrases
 from benchmarks.paraphrase_pictures import bars_and_granularities, sentence_picture
-from generation_ext.granularity import CDNPGConfig, CDNPGForConditionalGeneration
+from benchmarks.paraphrase_training import RECORD, train_model
+from generation_ext.granularity import modeling  # noqa: F401 (registers the model type)
 from generation_ext.granularity.metrics import PAPERS_IBLEU, paraphrase_metrics
 from generation_ext.granularity.pictures import sentence_granularities
 from generation_ext.granularity.tokenizer import train_tokenizer
-from generation_ext.granularity.training import paraphrase, paraphrase_trainer
 from peft_ext.files import written_whole
 
 
@@ -41,7 +42,7 @@ TRANSFORMER = "Transformer"
 # Points over the Transformer that are wanted, by the paper's measure and by iBLEU as defined.
 GAINS = {PAPERS_IBLEU: 2.0, "iBLEU": 1.0}
 TIME = 1.3
-SCRATCH, TUNED = "from_scratch", "smollm2_lora"  # experiments
+SCRATCH, TUNED, LONG = "from_scratch", "smollm2_lora", "long"  # experiments, and how the names of the last begin
 # Whose granularities are drawn.
 SENTENCE = "what is the best way to learn a language in a short time?"
 TITLES = {"quora": "Quora", "twitter": "Twitter URL"}
@@ -59,20 +60,30 @@ class Row(NamedTuple):
 def plan(run: Run) -> Iterator[Row]:
     """All rows, those of most worth first; some come twice, and the second time they are there."""
     first = run.sets[0]
+    if run.experiment.startswith(LONG):
+        yield from (Row(data, mode, seed) for data in run.sets for mode in run.modes for seed in run.seeds)
+        return
     yield from (Row(first, mode, seed) for seed in run.seeds[:2] for mode in run.modes)
-    pair = [mode for mode in run.modes if mode in (TRANSFORMER, best(run))]
+    pair = [mode for mode in run.modes if mode in (TRANSFORMER, best([run]))]
     yield from (Row(data, mode, seed) for seed in run.seeds for data in run.sets for mode in pair)
 
 
-def best(run: Run) -> Optional[str]:
-    """The variant of most iBLEU on the first set's validation pairs, over the seeds that all variants have."""
+def best(runs: Runs) -> Optional[str]:
+    """The variant of most iBLEU (the mean of both kinds) on the first set's validation pairs, over the first two seeds."""
     found = {}
-    for mode in run.modes:
-        rows = [run.find(Row(run.sets[0], mode, seed)._asdict()) for seed in run.seeds[:2]]
-        values = [row["validation iBLEU"] for row in rows if row is not None and "validation iBLEU" in row]
-        if values and mode != TRANSFORMER:
-            found[mode] = statistics.mean(values)
+    for run in runs:
+        for mode in run.modes:
+            rows = [run.find(Row(run.sets[0], mode, seed)._asdict()) for seed in run.seeds[:2]]
+            values = [_validated(row) for row in rows if row is not None and "validation iBLEU" in row]
+            if values and mode != TRANSFORMER:
+                found[mode] = statistics.mean(values)
     return max(found, key=found.__getitem__) if found else None
+
+
+def _validated(row: dict[str, Any]) -> float:
+    """iBLEU as defined alone, where that is all that is stored."""
+    values = row.get("validation", {"iBLEU": row["validation iBLEU"]})
+    return statistics.mean(values[name] for name in GAINS if name in values)
 
 
 def measure(run: Run) -> None:
@@ -98,26 +109,44 @@ class Paraphrasing:
     def measure(self, row: Row) -> dict[str, Any]:
         """Metrics on test and validation pairs, loss, CPU seconds of training, z by layer."""
         pairs = self.pairs(row.data)
-        folder, tokenizer = self._folder(row), self.tokenizer(row.data, pairs["train"])
+        folder, tokenizer = self._folder(row), self.tokenizer(row.data)
         if not folder.is_dir():
-            self._train(row, folder, tokenizer, pairs)
+            mode = None if row.mode == TRANSFORMER else row.mode
+            train_model(self.run, mode, row.seed, tokenizer, pairs, folder, self._start(row))
         model = AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
-        training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-        validation, _ = self._metrics(model, tokenizer, pairs["validation"])
-        metrics, found = self._metrics(model, tokenizer, pairs["test"])
+        training = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        found = {part: self._beams(model, tokenizer, pairs[part]) for part in ("validation", "test")}
+        measured = {part: self._measured(tokenizer, pairs[part], beams, 0.0) for part, beams in found.items()}
+        result = {
+            **training,
+            "metrics": measured["test"],
+            "validation": measured["validation"],
+            "validation iBLEU": measured["validation"]["iBLEU"],
+        }
+        if "penalties" in self.run.settings:
+            result["apart"] = self._apart(tokenizer, pairs, found)
         sources, targets = _columns(tokenizer, pairs["test"])
-        result = {**training, "metrics": metrics, "validation iBLEU": validation["iBLEU"]}
         if row.mode != TRANSFORMER:
             result["granularities"] = _granularities(model, tokenizer, sources[:64])
             tokens, z = sentence_granularities(model, tokenizer, SENTENCE)
             result["sentence"] = {"tokens": tokens, "granularities": z.tolist()}
-        self._keep_examples(row, sources, found, targets)
+        self._keep_examples(row, sources, chosen(found["test"], 0.0), targets)
         return result
+
+    def _start(self, row: Row) -> Optional[Path]:
+        """The trained model that another set's begins with; None: from scratch."""
+        first = self.run.sets[0]
+        if "transfer_steps" not in self.run.settings or row.data == first:
+            return None
+        source = row._replace(data=first)
+        if not self._folder(source).is_dir():
+            self.measure(source)
+        return self._folder(source)
 
     def measure_lora(self, row: Row) -> dict[str, Any]:
         """The same for SmolLM2."""
         pairs = self.pairs(row.data)
-        tokenizer = self.tokenizer(row.data, pairs["train"])
+        tokenizer = self.tokenizer(row.data)
         test = pairs["test"][: self.run.tested]
         raw, training = lora_paraphrases(row.mode, pairs["train"], test, self.run, row.seed)
         found = as_decoded(tokenizer, raw)
@@ -130,61 +159,35 @@ class Paraphrasing:
         path = self._folder(row).with_suffix(".examples.json")
         path.write_text(json.dumps(list(zip(*(column[:20] for column in columns))), indent=1), encoding="utf-8")
 
-    def tokenizer(self, data: str, pairs: list[dict[str, str]]) -> Any:
-        """A set's tokenizer, trained on its training pairs."""
+    def tokenizer(self, data: str) -> Any:
+        """A set's tokenizer, trained on its training pairs; where models go on from the first set's, that one's."""
+        data = self.run.sets[0] if "transfer_steps" in self.run.settings else data
         folder = self.run.work / f"{data}-tokenizer"
         if not folder.is_dir():
-            texts = (pair[name] for pair in pairs for name in ("source", "target"))
+            texts = (pair[name] for pair in self.pairs(data)["train"] for name in ("source", "target"))
             with written_whole(folder) as partial:
                 train_tokenizer(texts, self.run.vocab, max_length=self.run.max_length).save_pretrained(partial)
         return AutoTokenizer.from_pretrained(folder)
 
-    def _metrics(self, model: Any, tokenizer: Any, pairs: list[dict[str, str]]) -> tuple[dict[str, float], list[str]]:
-        sources, targets = _columns(tokenizer, pairs)
-        found = paraphrase(model, tokenizer, sources, batch_size=64, num_beams=self.run.num_beams)
-        return paraphrase_metrics(found, targets, sources), found
+    def _beams(self, model: Any, tokenizer: Any, pairs: list[dict[str, str]]) -> list[list[Candidate]]:
+        return candidates(model, tokenizer, _columns(tokenizer, pairs)[0], self.run.num_beams)
 
-    def _train(self, row: Row, folder: Path, tokenizer: Any, pairs: dict[str, list[dict[str, str]]]) -> None:
-        run = self.run
-        steps = max(1, min(run.steps, run.epochs * len(pairs["train"]) // run.batch))
-        set_seed(row.seed)
-        model = CDNPGForConditionalGeneration(
-            CDNPGConfig(
-                vocab_size=len(tokenizer),
-                d_model=run.hidden,
-                encoder_ffn_dim=run.ffn,
-                decoder_ffn_dim=run.ffn,
-                max_position_embeddings=run.max_length,
-                dropout=run.dropout,
-                attention_dropout=0.0,
-                granularity_mode=None if row.mode == TRANSFORMER else row.mode,
-            )
-        )
-        args = Seq2SeqTrainingArguments(
-            str(folder) + "-training",
-            max_steps=steps,
-            per_device_train_batch_size=run.batch,
-            per_device_eval_batch_size=128,
-            train_sampling_strategy="group_by_length",
-            learning_rate=run.learning_rate,
-            warmup_steps=steps // 10,
-            weight_decay=0.01,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=not torch.cuda.is_available(),
-            bf16=True,  # the weights stay in float32
-            seed=row.seed,
-        )
-        trainer = paraphrase_trainer(model, tokenizer, args, pairs["train"], pairs["validation"])
-        start = time.process_time()
-        trainer.train()
-        seconds = time.process_time() - start
-        training = {"seconds": seconds, "loss": trainer.evaluate()["eval_loss"], "parameters": model.num_parameters()}
-        with written_whole(folder) as partial:
-            model.save_pretrained(partial)
-            (partial / "training.json").write_text(json.dumps(training), encoding="utf-8")
+    def _measured(
+        self, tokenizer: Any, pairs: list[dict[str, str]], beams: list[list[Candidate]], penalty: float
+    ) -> dict[str, float]:
+        sources, targets = _columns(tokenizer, pairs)
+        return paraphrase_metrics(chosen(beams, penalty), targets, sources)
+
+    def _apart(
+        self, tokenizer: Any, pairs: dict[str, list[dict[str, str]]], found: dict[str, list[list[Candidate]]]
+    ) -> dict[str, Any]:
+        """Beams chosen against nearness to the source, under the penalty of most iBLEU on the validation pairs."""
+
+        def validated(penalty: float) -> float:
+            return self._measured(tokenizer, pairs["validation"], found["validation"], penalty)["iBLEU"]
+
+        penalty = max(self.run.penalties, key=validated)
+        return {"penalty": penalty, "metrics": self._measured(tokenizer, pairs["test"], found["test"], penalty)}
 
     def _folder(self, row: Row) -> Path:
         return self.run.work / f"{row.data}-{row.mode.replace('*', 'x').replace(' ', '')}-{row.seed}"
@@ -220,48 +223,75 @@ def sets_of(runs: Runs) -> list[str]:
 
 
 def tables(runs: Runs) -> dict[str, str]:
-    """Mean and deviation over seeds, a table for each set."""
+    """Mean and deviation over seeds, a table for each set, and again for the long training."""
     shown = {}
-    for data in sets_of(runs):
-        lines = []
-        for mode, rows in stored(runs, data).items():
-            # texts of earlier rows weren't kept, so what they lack can't be told
-            found = {name: [row["metrics"][name] for row in rows if name in row["metrics"]] for name in MEASURES}
-            cells = [_spread(values) if len(values) == len(rows) else "" for values in found.values()]
-            seconds = statistics.mean(row["seconds"] for row in rows)
-            loss = "" if mode in LORAS else f"{statistics.mean(row['loss'] for row in rows):.2f}"
-            lines.append([title(mode), *cells, loss, f"{seconds / 60:.1f}", len(rows)])
-        shown[data] = markdown_table([TITLES[data], *MEASURES, "validation loss", "CPU minutes", "seeds"], lines)
+    for prefix, some in (("", _short(runs)), (f"{LONG} ", _long(runs))):
+        for data in sets_of(some):
+            found = stored(some, data)
+            if not found:
+                continue
+            lines = [_line(mode, rows, "metrics") for mode, rows in found.items()]
+            shown[prefix + data] = markdown_table([TITLES[data], *MEASURES, "validation loss", *_LAST], lines)
+            apart = {mode: [row for row in rows if "apart" in row] for mode, rows in found.items()}
+            lines = [_line(mode, [row["apart"] for row in rows], "metrics") for mode, rows in apart.items() if rows]
+            if lines:
+                head = [f"{TITLES[data]}, beams chosen against nearness", *MEASURES, "penalties", "seeds"]
+                shown[f"{prefix}{data} apart"] = markdown_table(head, lines)
     return shown
+
+
+_LAST = ("CPU minutes", "seeds")
+
+
+def _line(mode: str, rows: Sequence[dict[str, Any]], name: str) -> list[Any]:
+    # texts of earlier rows weren't kept, so what they lack can't be told
+    found = {measure: [row[name][measure] for row in rows if measure in row[name]] for measure in MEASURES}
+    cells = [_spread(values) if len(values) == len(rows) else "" for values in found.values()]
+    if "penalty" in rows[0]:
+        return [title(mode), *cells, ", ".join(f"{row['penalty']:g}" for row in rows), len(rows)]
+    loss = "" if mode in LORAS else f"{statistics.mean(row['loss'] for row in rows):.2f}"
+    return [title(mode), *cells, loss, f"{_seconds(rows) / 60:.1f}", len(rows)]
+
+
+def _long(runs: Runs) -> list[Run]:
+    return [run for run in runs if run.experiment.startswith(LONG)]
+
+
+def _short(runs: Runs) -> list[Run]:
+    return [run for run in runs if not run.experiment.startswith(LONG)]
+
+
+def _judged(runs: Runs, data: str) -> tuple[list[Run], dict[str, list[dict[str, Any]]]]:
+    """The runs that claims are about, and what they have: the long ones once they have a variant beside the Transformer."""
+    scratch = run_named(runs, SCRATCH)
+    for some in (_long(runs), [scratch] if scratch else []):
+        found = stored(some, data)
+        if TRANSFORMER in found and len(found) > 1:
+            return some, found
+    return [], {}
 
 
 def claims(runs: Runs) -> list[Claim]:
     """The variant that was best on the first set's validation pairs against the Transformer."""
-    run, lines = run_named(runs, SCRATCH), []
+    lines = []
     for data in ("quora", "twitter"):
-        found = {} if run is None else stored([run], data)
-        ours, plain = (found.get(mode, []) for mode in (run and best(run), TRANSFORMER))
+        some, found = _judged(runs, data)
+        ours, plain = (found.get(mode or "", []) for mode in (best(some), TRANSFORMER))
         known = bool(ours and plain)
-        told = known and run.size != QUICK  # so few steps say nothing about what is learnt
-        for measure_, gain in GAINS.items():
-            means, worst = _above(ours, plain, measure_) if told else (None, None)
+        told = known and some[0].size != QUICK  # so few steps say nothing about what is learnt
+        for name, gain in GAINS.items():
+            mean, worst = _above(ours, plain, name) if told else (None, None)
             lines += [
-                Claim(f"{data}: mean {measure_} above the Transformer's", means, gain, " points", at_least=True),
-                Claim(f"{data}: {measure_}, worst seed above its best", worst, 0, " points", at_least=True),
+                Claim(f"{data}: mean {name} of C-DNPG above the Transformer's", mean, gain, " points", at_least=True),
+                Claim(
+                    f"{data}: {name}, its worst seed above the Transformer's best", worst, 0, " points", at_least=True
+                ),
             ]
+        copies = _above(ours, plain, "copies")[0] if told else None
+        slowest = max(_seconds(rows) for rows in found.values()) / _seconds(plain) if known else None
         lines += [
-            Claim(
-                f"{data}: share of copies above the Transformer's",
-                _above(ours, plain, "copies")[0] if told else None,
-                0,
-                " points",
-            ),
-            Claim(
-                f"{data}: CPU time of training over the Transformer's, slowest variant",
-                max(_seconds(rows) for rows in found.values()) / _seconds(found[TRANSFORMER]) if known else None,
-                TIME,
-                "x",
-            ),
+            Claim(f"{data}: share of copies above the Transformer's", copies, 0, " points"),
+            Claim(f"{data}: CPU time of training over the Transformer's, slowest variant", slowest, TIME, "x"),
         ]
     return lines
 
@@ -286,14 +316,16 @@ def title(mode: str) -> str:
 
 
 def draw(runs: Runs, folder: Path) -> None:
-    """iBLEU and z by layer, and z of one sentence in a picture of its own."""
-    found = {data: {title(mode): rows for mode, rows in stored(runs, data).items()} for data in sets_of(runs)}
-    bars_and_granularities(found, folder / "granularities.png")
-    run = run_named(runs, SCRATCH)
-    chosen = run and best(run)
-    row = run.find(Row(run.sets[0], chosen, run.seeds[0])._asdict()) if run and chosen else None
-    if row is not None:
-        sentence_picture(row["sentence"], folder / "sentence.png")
+    """iBLEU and z by layer, and z of one sentence in a picture of its own; of the long training, once it has rows."""
+    some = [run for run in _long(runs) if run.rows] or _short(runs)
+    found = {data: {title(mode): rows for mode, rows in stored(some, data).items()} for data in sets_of(some)}
+    bars_and_granularities(
+        {data: variants for data, variants in found.items() if variants}, folder / "granularities.png"
+    )
+    variant = best(some)
+    rows = stored(some, some[0].sets[0]).get(variant or "", [])
+    if rows:
+        sentence_picture(rows[0]["sentence"], folder / "sentence.png")
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -305,12 +337,16 @@ def headlines(runs: Runs) -> list[Headline]:
     """Gains on both sets, by each measure."""
     shown, all_claims = [], claims(runs)
     for name, wanted in GAINS.items():
-        values = [claim.value for claim in all_claims if f"mean {name} above" in claim.name]
-        gains = [value for value in values if value is not None]
-        if len(gains) == 2:
+        gains = {
+            TITLES[claim.name.partition(":")[0]]: claim.value
+            for claim in all_claims
+            if f"mean {name} of" in claim.name and claim.value is not None
+        }
+        if gains:
             what, page = f"C-DNPG against a Transformer of its size, {name}", "../benchmarks/granularity.md"
-            figures = f"{gains[0]:+.1f} on Quora, {gains[1]:+.1f} on Twitter"
-            shown.append(Headline("Writing", what, figures, unless(min(gains) >= wanted, f"+{wanted:g}"), page))
+            figures = ", ".join(f"{gain:+.1f} on {data}" for data, gain in gains.items())
+            met = min(gains.values()) >= wanted
+            shown.append(Headline("Writing", what, figures, unless(met, f"+{wanted:g}"), page))
     return shown
 
 

@@ -13,7 +13,8 @@ from tests.tiny.tokenizers import byte_tokenizer
 
 pytest.importorskip("nltk"), pytest.importorskip("matplotlib")
 
-from benchmarks import ga_attention, paraphrase, paraphrase_data, paraphrase_lora  # noqa: E402
+from benchmarks import ga_attention, paraphrase, paraphrase_data, paraphrase_lora, paraphrase_training  # noqa: E402
+from benchmarks.core import experiments  # noqa: E402
 from benchmarks.core.run import Run  # noqa: E402
 
 
@@ -42,13 +43,57 @@ def data(tmp_path, monkeypatch):
 
 def test_paraphrase(data, smoke, tmp_path):
     found = smoke("paraphrase")
-    for text in ("| Quora | BLEU-2 |", "| C-DNPG (R*S) |", "| SmolLM2 + GA + LoRA |", "its worst seed above"):
+    for text in (
+        "| Quora | BLEU-2 |",
+        "| Quora, beams chosen against nearness |",
+        "(as the paper's code)",
+        "| C-DNPG (R*S) |",
+        "| SmolLM2 + GA + LoRA |",
+        "its worst seed above",
+    ):
         assert text in found.shown, text
     assert "not measured" not in found.shown
     for name in ("granularities.png", "sentence.png"):
         assert (tmp_path / "paraphrase" / name).stat().st_size > 5000
     examples = list((tmp_path / "paraphrase").glob("*.work/quora-RxS-0.examples.json"))
     assert len(json.loads(examples[0].read_text())[0]) == 3, "source, paraphrase, target"
+
+
+def test_a_long_training_goes_on_where_it_was_killed(data, measured, monkeypatch):
+    """The second run trains from the checkpoint, to the same weights; its seconds are those of both."""
+    saved = paraphrase_training.Clock.on_save
+    kill = {"quora-RxS-0-training": True}
+
+    def killed(clock, args, state, control, **kwargs):
+        saved(clock, args, state, control, **kwargs)
+        if state.global_step == 2 and kill.pop(args.output_dir.rsplit("/")[-1], False):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(paraphrase_training.Clock, "on_save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        measured("paraphrase", "long_rxs")
+    steps, count = [], paraphrase_training.Clock.on_step_end
+
+    def counted(clock, args, state, control, **kwargs):
+        steps.append(state.global_step)
+        count(clock, args, state, control, **kwargs)
+
+    monkeypatch.setattr(paraphrase_training.Clock, "on_step_end", counted)
+    run = measured("paraphrase", "long_rxs")
+    assert steps == [3, 4, 1, 2], "it began again, or Twitter isn't a transfer"
+    first, second = (run.find(paraphrase.Row(name, "R*S", 0)._asdict()) for name in ("quora", "twitter"))
+    assert [step for step, _ in first["losses"]] == [2, 4] and first["loss"] == min(
+        loss for _, loss in first["losses"]
+    )
+    assert second["steps"] == 2 and second["apart"]["penalty"] in run.penalties
+    assert not list(run.work.glob("*-training"))
+
+
+def test_the_long_trainings_differ_in_the_variant_alone():
+    settings = [experiments.settings("paraphrase", name) for name in experiments.names("paraphrase") if "long" in name]
+    modes = [each.pop("modes") for each in settings]
+    assert sorted(modes) == [["R*S"], ["R+S"], ["S"], ["Transformer"]]
+    assert all(each == settings[0] for each in settings)
 
 
 def test_the_variant_for_other_sets_is_chosen_on_validation_pairs(tmp_path):
@@ -59,7 +104,7 @@ def test_the_variant_for_other_sets_is_chosen_on_validation_pairs(tmp_path):
             paraphrase.Row("quora", mode, 0)._asdict(),
             {"validation iBLEU": validation, "metrics": {"iBLEU": test}, "seconds": 1.0},
         )
-    assert paraphrase.best(run) == "S"
+    assert paraphrase.best([run]) == "S"
     assert [tuple(row) for row in paraphrase.plan(run)][5:9] == [
         ("quora", "Transformer", 0),
         ("quora", "S", 0),
