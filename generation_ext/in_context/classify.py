@@ -20,9 +20,10 @@ from typing import Any, Optional
 import numpy as np
 
 from generation_ext.columns import DataArguments, columns_of, fields_of, read_texts
+from generation_ext.in_context.calibration import BY_CONTENT_FREE, CALIBRATIONS
 from generation_ext.in_context.overflow import DROP, OVERFLOW
 from generation_ext.in_context.scoring import Demonstration, LabelScorer, LabelScores
-from generation_ext.in_context.self_generated import SelfGeneratedICL
+from generation_ext.in_context.self_generated import PRESETS, SelfGeneratedICL
 from generation_ext.prompts import TASKS, Task
 from peft_ext.command_line import ModelArguments, parse, show
 from peft_ext.files import check_writable, read_json, written_whole
@@ -47,11 +48,29 @@ class ClassifyArguments(DataArguments, ModelArguments):
     shots: int = field(default=8, metadata={"help": "Demonstrations of an input."})
     samples: int = field(default=8, metadata={"help": "Texts that are generated for each input and class."})
     class_only: bool = field(default=False, metadata={"help": "Generate without showing the input."})
+    preset: str = field(
+        default="paper", metadata={"help": f"SG-ICL's options where no flag says: one of {', '.join(PRESETS)}."}
+    )
     balanced: bool = field(default=False, metadata={"help": "Draw as many demonstrations of each class as possible."})
     self_consistent: bool = field(
         default=False, metadata={"help": "Drop demonstrations that the model labels otherwise."}
     )
-    calibrate: bool = field(default=False, metadata={"help": "Contextual calibration."})
+    keep: Optional[float] = field(
+        default=None, metadata={"help": "Share of each class's texts that are drawn from, the surest ones."}
+    )
+    shared: bool = field(default=False, metadata={"help": "The same demonstrations for all inputs."})
+    pool_inputs: Optional[int] = field(
+        default=None, metadata={"help": "Write texts for so many inputs only, with shared demonstrations."}
+    )
+    draws: Optional[int] = field(default=None, metadata={"help": "Mean over so many draws of demonstrations."})
+    calibrate: bool = field(
+        default=False, metadata={"help": "Compare labels with their prior, which --calibration says how to estimate."}
+    )
+    calibration: str = field(
+        default=BY_CONTENT_FREE,
+        metadata={"help": "content_free: after inputs without content; batch: the mean over all inputs."},
+    )
+    strength: Optional[float] = field(default=None, metadata={"help": "Of the calibration; 1 is all of it."})
     chat: bool = field(
         default=False,
         metadata={"help": "By the tokenizer's chat template: the user asks, the assistant answers the label."},
@@ -75,6 +94,10 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError(f"{name} is missing: pass --{name}.")
     if args.method not in METHODS:
         raise ValueError(f"method={args.method!r} is unknown; choose one of {', '.join(METHODS)}.")
+    if args.calibration not in CALIBRATIONS:
+        raise ValueError(f"calibration={args.calibration!r} is unknown; choose one of {', '.join(CALIBRATIONS)}.")
+    if args.calibration != BY_CONTENT_FREE and not args.calibrate:
+        raise ValueError(f"calibration={args.calibration!r} goes with --calibrate; pass that too.")
     task = read_task(args.task)
     columns = columns_of(task.fields, args.fields)
     rows, examples = read_texts(args.data, columns, limit=args.limit)
@@ -84,14 +107,19 @@ def main(argv: Sequence[str]) -> None:
     options = {
         name: getattr(args, name) for name in ("chat", "normalization", "overflow", "max_length", "memory_limit")
     }
+    calibrate = args.calibration if args.calibrate else False
     options["progressbar"] = sys.stderr.isatty()
     if args.method == SG_ICL:
-        names = ("shots", "samples", "balanced", "self_consistent", "calibrate", "seed")
-        own = {name: getattr(args, name) for name in names}
+        # a flag that isn't given leaves the preset's value
+        flags = {name: getattr(args, name) or None for name in ("balanced", "self_consistent", "shared")}
+        names = ("shots", "samples", "preset", "keep", "pool_inputs", "draws", "strength", "seed")
+        own = {name: getattr(args, name) for name in names} | flags | {"calibrate": calibrate or None}
         sg_icl = SelfGeneratedICL(model, tokenizer, task, conditioned=not args.class_only, **own, **options)
         scores = sg_icl.score(examples, args.pool_file)
     else:
-        scores = LabelScorer(model, tokenizer, task, **options).score(examples, shown, args.calibrate)
+        scores = LabelScorer(model, tokenizer, task, **options).score(
+            examples, shown, calibrate, strength=1.0 if args.strength is None else args.strength
+        )
     _write(Path(args.output), scores)
     show(*_summary(args, scores, [row.get(args.label_column) for row in rows]))
 

@@ -5,13 +5,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from generation_ext.in_context.calibration import (
+    BY_BATCH,
+    BY_CONTENT_FREE,
+    CONTENT_FREE,
+    calibration_named,
+    check_inputs,
+    check_strength,
+    mean_prior,
+    normalized,
+)
 from generation_ext.in_context.overflow import OVERFLOW, Demonstration, FittedText, fit
 from generation_ext.in_context.seq2seq import read_label_logits
 from generation_ext.prompts import Example, Task
@@ -23,8 +33,6 @@ from peft_ext.language_model import ENCODER, ENCODER_DECODER, inference, languag
 
 
 NORMALIZATIONS = ("sum", "mean")
-# What stands for "no input" (Zhao et al. 2021, section 5).
-CONTENT_FREE = ("N/A", "", "[MASK]")
 # Fewer inputs than this on the same demonstrations run in one pass with them.
 _OWN_PREFIX = 8
 
@@ -36,8 +44,8 @@ class LabelScores(NamedTuple):
         labels: The task's labels, the order of columns.
         log_probs: float32 `[n, C]`: natural logarithms of the probability of the label's tokens after the input, summed
             over tokens (or their mean, as the scorer was told).
-        prior: float32 `[n, C]`: with calibration the logarithms of the labels' probabilities without an input, relative
-            to each other; None without.
+        prior: float32 `[n, C]`: with calibration the logarithms of the labels' probabilities without an input (or their
+            mean over inputs), relative to each other, times the calibration's strength; None without.
         dropped: int `[n]`: demonstrations that were left out to make an input fit.
         truncated: int `[n]`: characters that were cut off an input to make it fit.
     """
@@ -55,7 +63,7 @@ class LabelScores(NamedTuple):
 
     def probabilities(self) -> np.ndarray:
         """float32 `[n, C]`: the labels' probabilities among each other."""
-        return np.exp(_normalized(self.scores))
+        return np.exp(normalized(self.scores))
 
     def predictions(self) -> list[str]:
         """The best label of each input."""
@@ -132,42 +140,76 @@ class LabelScorer:
         self.max_tokens = None if self.max_length is None else self.max_length - behind
 
     def score(
-        self, examples: Sequence[Example], demonstrations: Sequence[Demonstration] = (), calibrate: bool = False
+        self,
+        examples: Sequence[Example],
+        demonstrations: Sequence[Demonstration] = (),
+        calibrate: Union[bool, str] = False,
+        unlabelled: Optional[Sequence[Example]] = None,
+        strength: float = 1.0,
     ) -> LabelScores:
         """Score the labels of examples that share their demonstrations.
 
         Args:
             examples: Inputs; strings, or mappings of fields.
             demonstrations: Pairs of an example and its label, in the order in which they are shown; empty: zero-shot.
-            calibrate: Also measure the labels' probabilities after inputs without content, and compare with them
-                (contextual calibration, Zhao et al. 2021).
+            calibrate: Compare the labels' probabilities with a prior, so that no label wins by its words alone.
+                `"content_free"` (or True): with those after inputs without content (contextual calibration, Zhao et al.
+                2021). `"batch"`: with their mean over `unlabelled`, or over the examples themselves, so that a prediction
+                depends on the inputs beside it (batch calibration, Zhou et al. 2024); supposes that no label is rare
+                among them, and warns if they are few.
+            unlabelled: Inputs of which nothing is known, for `calibrate="batch"`; None: the examples.
+            strength: Of the calibration, above 0: the prior's logarithm is taken times it. Below 1 a label may be rarer
+                than others: with 1 and `"batch"`, all are chosen about equally often.
 
         Raises:
             TypeError, ValueError: If an example or a demonstration doesn't fit the task, or a text doesn't fit the
-                model and `overflow` says so.
+                model and `overflow` says so; if `calibrate` is unknown, there are no two inputs for the mean, or
+                `strength` is not above 0.
         """
-        return self.score_each(examples, [list(demonstrations)] * len(examples), calibrate)
+        return self.score_each(examples, [list(demonstrations)] * len(examples), calibrate, unlabelled, strength)
 
     def score_each(
         self,
         examples: Sequence[Example],
         demonstrations: Sequence[Sequence[Demonstration]],
-        calibrate: bool = False,
+        calibrate: Union[bool, str] = False,
+        unlabelled: Optional[Sequence[Example]] = None,
+        strength: float = 1.0,
     ) -> LabelScores:
         """As [`score`], with demonstrations of its own for every example; examples that are given the very same
-        sequence share it."""
+        sequence share it. `unlabelled` needs demonstrations that all share."""
         if isinstance(examples, (str, bytes)):
             raise TypeError("examples must be a sequence of examples, got a single string; pass [text].")
         if len(examples) != len(demonstrations):
             raise ValueError(f"{len(examples)} examples, but demonstrations for {len(demonstrations)} of them.")
+        calibration = calibration_named(calibrate)
+        shared = all(shown is demonstrations[0] for shown in demonstrations)
+        check_inputs(calibration, examples, shared, unlabelled)
+        check_strength(strength)
         if not len(examples):
             return self._result([], np.zeros((0, len(self.task.labels)), np.float32), None)
         texts = self._fit(examples, demonstrations)
         groups: dict[Any, list[int]] = {}
         for index, text in enumerate(texts):
             groups.setdefault((id(demonstrations[index]), text.dropped), []).append(index)
-        if not calibrate:
-            return self._result(texts, self._run(texts, list(groups.values())), None)
+        if calibration == BY_CONTENT_FREE:
+            return self._content_free_scores(texts, groups, strength)
+        others: list[FittedText] = []
+        if unlabelled is not None:
+            others = self._fit(unlabelled, [demonstrations[0]] * len(unlabelled))
+            for index, text in enumerate(others, start=len(texts)):
+                groups.setdefault((id(demonstrations[0]), text.dropped), []).append(index)
+        log_probs = self._run(texts + others, list(groups.values()))
+        prior = None
+        if calibration == BY_BATCH:
+            mean = mean_prior(log_probs[len(texts) :] if others else log_probs)
+            prior = np.tile(np.float32(strength) * mean, (len(texts), 1))
+        return self._result(texts, log_probs[: len(texts)], prior)
+
+    def _content_free_scores(
+        self, texts: list[FittedText], groups: dict[Any, list[int]], strength: float
+    ) -> LabelScores:
+        """With the prior that the inputs without content have behind each group's demonstrations."""
         content_free: list[FittedText] = []
         for group in groups.values():
             first = len(texts) + len(content_free)
@@ -177,7 +219,7 @@ class LabelScorer:
         prior = np.zeros((len(texts), log_probs.shape[1]), np.float32)
         for group in groups.values():
             inputs, without = group[: -len(CONTENT_FREE)], group[-len(CONTENT_FREE) :]
-            prior[inputs] = np.log(np.exp(_normalized(log_probs[without])).mean(axis=0))
+            prior[inputs] = strength * mean_prior(log_probs[without])
         return self._result(texts, log_probs[: len(texts)], prior)
 
     def _fit(self, examples: Sequence[Example], demonstrations: Sequence[Sequence[Demonstration]]) -> list[FittedText]:
@@ -292,9 +334,3 @@ def _tree(texts: Sequence[FittedText], skipped: int) -> TokenTree:
     for own, text in zip(tokens, texts):
         text.labels.grow(tree, tree.append(own[len(root) :], trunk))
     return tree
-
-
-def _normalized(scores: np.ndarray) -> np.ndarray:
-    """Log-probabilities that sum to one over the labels."""
-    top = scores.max(axis=1, keepdims=True)
-    return scores - top - np.log(np.exp(scores - top).sum(axis=1, keepdims=True))

@@ -1,11 +1,12 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""SG-ICL: the model writes its own demonstrations for every input, then classifies the input behind them."""
+"""SG-ICL: the model writes its own demonstrations, then classifies inputs behind them."""
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Optional, Union
 
@@ -14,6 +15,14 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from generation_ext.in_context.calibration import (
+    BY_BATCH,
+    FEW_INPUTS,
+    calibration_named,
+    check_strength,
+    mean_prior,
+    normalized,
+)
 from generation_ext.in_context.overflow import BOTH, DROP, TRUNCATE, Demonstration, largest_that_fits
 from generation_ext.in_context.pools import Pool, PoolFile, draw
 from generation_ext.in_context.sampler import Decoding, Sampler
@@ -22,12 +31,44 @@ from generation_ext.prompts import Example, Task
 from peft_ext.language_model import ENCODER_DECODER, identity
 
 
+# What the options are where the caller doesn't say: the paper's code, and what did best on validation texts
+# (benchmarks/in_context.md).
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "balanced": False,
+        "self_consistent": False,
+        "keep": 1.0,
+        "calibrate": False,
+        "strength": 1.0,
+        "shared": False,
+        "pool_inputs": None,
+        "draws": 1,
+    },
+    "recommended": {
+        "balanced": True,
+        "self_consistent": False,
+        "keep": 0.25,
+        "calibrate": BY_BATCH,
+        "strength": 0.5,
+        "shared": True,
+        "pool_inputs": 16,
+        "draws": 4,
+    },
+}
+# Generated texts that stand beside the inputs where these are too few for batch calibration; as many for all labels.
+_STAND_INS = 32
+
+
 class SelfGeneratedICL:
     """Self-generated in-context learning (Kim et al. 2022).
 
     For every input and class, texts are sampled from the model, which is shown the input and asked for another one of
-    the class; of these, `shots` are drawn at random and stand before the input as demonstrations. Defaults are those
-    of the paper's code.
+    the class; of these, `shots` are drawn at random and stand before the input as demonstrations. Options that aren't
+    given are those of `preset`.
+
+    Under `"recommended"` texts are written for a few of the inputs only, all inputs stand behind the same
+    demonstrations, which run once, and the labels' prior is their mean over all inputs: better and several times
+    cheaper, but a prediction depends on the inputs beside it. Where it mustn't, pass `unlabelled` to [`score`].
 
     Args:
         model: A causal or encoder-decoder language model, or a `PeftModel` of one; packed models too. Not changed.
@@ -36,11 +77,19 @@ class SelfGeneratedICL:
         shots: Demonstrations of an input (the paper's k).
         samples: Texts that are generated for each input and class.
         conditioned: Whether the model is shown the input when it generates; False is the paper's ablation.
+        preset: `"paper"` or `"recommended"`: what the eight options below are where they are None.
         balanced: Draw as many demonstrations of each class as possible instead of uniformly.
         self_consistent: Only draw demonstrations that the model itself, without demonstrations and with contextual
             calibration, labels as intended. Not in the paper. Fewer than `shots` may be left, or none.
+        keep: Share of each class's texts that are drawn from: those of which the model itself, without demonstrations and
+            compared with its mean over all texts, is surest that they are of the class. Not in the paper.
         chat: Classify by the tokenizer's chat template, see [`LabelScorer`]; demonstrations are written by plain prompts.
-        calibrate: Calibrate the classification too, see [`LabelScorer.score`]. Not in the paper.
+        calibrate: Calibrate the classification too, see [`LabelScorer.score`]. Not in the paper. With `"batch"` and
+            `shared`, generated texts stand beside the inputs where these are fewer than 16.
+        strength: Of the calibration, see [`LabelScorer.score`].
+        shared: Draw from the texts for all inputs, the same demonstrations for all of them. Not in the paper.
+        pool_inputs: Write texts for so many of the inputs only, chosen by `seed`; needs `shared`. 0: for all.
+        draws: Score behind so many draws, and take the mean of the log-probabilities. Not in the paper.
         decoding: How to sample.
         normalization, overflow, max_length, memory_limit: As for [`LabelScorer`]. The paper's code drops from the left
             what is too long, which is `overflow="drop_demonstrations"`.
@@ -68,9 +117,15 @@ class SelfGeneratedICL:
         shots: int = 8,
         samples: int = 8,
         conditioned: bool = True,
-        balanced: bool = False,
-        self_consistent: bool = False,
-        calibrate: bool = False,
+        preset: str = "paper",
+        balanced: Optional[bool] = None,
+        self_consistent: Optional[bool] = None,
+        keep: Optional[float] = None,
+        calibrate: Optional[Union[bool, str]] = None,
+        strength: Optional[float] = None,
+        shared: Optional[bool] = None,
+        pool_inputs: Optional[int] = None,
+        draws: Optional[int] = None,
         decoding: Optional[Decoding] = None,
         chat: bool = False,
         normalization: str = "mean",
@@ -80,9 +135,22 @@ class SelfGeneratedICL:
         seed: int = 13,
         progressbar: bool = False,
     ) -> None:
-        for name, value in (("shots", shots), ("samples", samples)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a positive integer.")
+        if preset not in PRESETS:
+            raise ValueError(f"preset={preset!r} is unknown; choose one of {tuple(PRESETS)}.")
+        given = {
+            "balanced": balanced,
+            "self_consistent": self_consistent,
+            "keep": keep,
+            "calibrate": calibrate,
+            "strength": strength,
+            "shared": shared,
+            "pool_inputs": pool_inputs,
+            "draws": draws,
+        }
+        options = PRESETS[preset] | {name: value for name, value in given.items() if value is not None}
+        if not options["shared"] and pool_inputs is None:
+            options["pool_inputs"] = None  # the preset's is of no use without it
+        _check(shots, samples, options)
         probe = dict.fromkeys(task.fields, "x")
         task.generation_prompt(probe, next(iter(task.labels)), conditioned)
         self.scorer = LabelScorer(
@@ -97,7 +165,9 @@ class SelfGeneratedICL:
             progressbar=progressbar,
         )
         self.task, self.shots, self.samples, self.conditioned = task, shots, samples, conditioned
-        self.balanced, self.self_consistent, self.calibrate = balanced, self_consistent, calibrate
+        self.preset, self.calibrate, self.strength = preset, options["calibrate"], options["strength"]
+        self.balanced, self.self_consistent, self.keep = (options[n] for n in ("balanced", "self_consistent", "keep"))
+        self.shared, self.pool_inputs, self.draws = (options[n] for n in ("shared", "pool_inputs", "draws"))
         self.decoding = replace(decoding or Decoding(), samples=samples, max_new_tokens=task.max_new_tokens, seed=seed)
         if self.decoding.stop:
             raise ValueError(f"decoding.stop={self.decoding.stop} is for chats; a demonstration ends with its line.")
@@ -173,47 +243,149 @@ class SelfGeneratedICL:
             kept.append(Pool(pool.example, samples))
         return kept
 
-    def draw(self, pools: Sequence[Pool], seed: Optional[int] = None) -> list[list[Demonstration]]:
+    def surest(self, pools: Sequence[Pool]) -> list[Pool]:
+        """Pools with the share `keep` of each class's texts of which the model is surest; more where `shots` are not there.
+
+        Texts are classified without demonstrations, and compared with the mean over all of them. With `shared`, the
+        share is of all pools together, else of each.
+        """
+        demonstrations = [each for pool in pools for each in pool.demonstrations(self.task)]
+        if not demonstrations:
+            return list(pools)
+        log_probs = self.scorer.score([example for example, _ in demonstrations]).log_probs
+        sure = iter(normalized(normalized(log_probs) - mean_prior(log_probs)))
+        columns = {label: column for column, label in enumerate(self.task.labels)}
+        places: dict[tuple[str, int], list[tuple[float, int, int]]] = {}
+        for index, pool in enumerate(pools):
+            for label, texts in pool.samples.items():
+                group = places.setdefault((label, 0 if self.shared else index), [])
+                group += [
+                    (-float(next(sure)[columns[label]]), index, place) for place, text in enumerate(texts) if text
+                ]
+        fewest = math.ceil(self.shots / len(columns))
+        kept: set[tuple[str, int, int]] = set()
+        for (label, _), group in places.items():
+            best = sorted(group)[: max(fewest, math.ceil(self.keep * len(group)))]
+            kept.update((label, index, place) for _, index, place in best)
+        return [
+            Pool(
+                pool.example,
+                {
+                    label: [text for place, text in enumerate(texts) if (label, index, place) in kept]
+                    for label, texts in pool.samples.items()
+                },
+            )
+            for index, pool in enumerate(pools)
+        ]
+
+    def draw(self, pools: Sequence[Pool], seed: Optional[int] = None, number: int = 0) -> list[list[Demonstration]]:
         """Draw `shots` demonstrations for every input from its pool, fewer where it has fewer; warns if so.
+
+        With `shared`, one draw from all pools, the very same list for every input.
 
         Args:
             pools: One for each input.
             seed: Of the draw; None: the seed of generation.
+            number: Which draw of this seed, of those that [`score_pools`] takes the mean of.
         """
+        seed, further = self.seed if seed is None else seed, [number] * (number > 0)
+        demonstrations = [pool.demonstrations(self.task) for pool in pools]
+        if self.shared:
+            demonstrations = [[each for group in demonstrations for each in group]] if pools else []
         drawn = []
-        for index, pool in enumerate(pools):
-            generator = np.random.default_rng([self.seed if seed is None else seed, index])
-            drawn.append(draw(pool.demonstrations(self.task), self.shots, generator, self.balanced))
+        for index, candidates in enumerate(demonstrations):
+            generator = np.random.default_rng([seed, index, *further])
+            drawn.append(draw(candidates, self.shots, generator, self.balanced))
         few = sum(len(each) < self.shots for each in drawn)
         if few:
             none = sum(not each for each in drawn)
+            whose = "all inputs have" if self.shared else f"{few} of {len(drawn)} inputs have"
             warnings.warn(
-                f"{few} of {len(drawn)} inputs have fewer than {self.shots} demonstrations to draw from"
+                f"{whose} fewer than {self.shots} demonstrations to draw from"
                 f"{f', {none} of them none (zero-shot)' if none else ''}.",
                 stacklevel=2,
             )
-        return drawn
+        return drawn * len(pools) if self.shared else drawn
 
     def score(
         self,
         examples: Sequence[Example],
         pool_file: Optional[Union[str, os.PathLike]] = None,
         seed: Optional[int] = None,
+        unlabelled: Optional[Sequence[Example]] = None,
     ) -> LabelScores:
-        """Generate demonstrations for every input, draw, and score the labels behind them.
+        """Generate demonstrations, draw, and score the labels of inputs behind them.
 
         Args:
             examples: Inputs.
-            pool_file: See [`generate`].
+            pool_file: See [`generate`]; with `shared`, of the inputs that texts are written for.
             seed: Of the draw, see [`draw`].
-        """
-        return self.score_pools(self.generate(examples, pool_file), seed)
+            unlabelled: Other texts of the kind, with `shared`: demonstrations are written like these instead of like the
+                inputs, and `calibrate="batch"` takes its mean over them, so that no prediction depends on the inputs
+                beside it.
 
-    def score_pools(self, pools: Sequence[Pool], seed: Optional[int] = None) -> LabelScores:
-        """As [`score`], from pools that are there."""
-        usable = self.consistent(pools) if self.self_consistent else pools
-        drawn = self.draw(usable, seed)
-        return self.scorer.score_each([pool.example for pool in pools], drawn, self.calibrate)
+        Raises:
+            ValueError: As [`generate`] and [`LabelScorer.score`]; if there are `unlabelled` texts without `shared`.
+        """
+        if unlabelled is not None and not self.shared:
+            raise ValueError("unlabelled texts are for shared=True; without it, every input has texts of its own.")
+        if not len(examples):
+            return self.scorer.score_each(examples, [])
+        pools = self.generate(self._sources(examples if unlabelled is None else unlabelled), pool_file)
+        return self.score_pools(pools, seed, examples if self.shared else None, unlabelled)
+
+    def score_pools(
+        self,
+        pools: Sequence[Pool],
+        seed: Optional[int] = None,
+        examples: Optional[Sequence[Example]] = None,
+        unlabelled: Optional[Sequence[Example]] = None,
+    ) -> LabelScores:
+        """As [`score`], from pools that are there.
+
+        Args:
+            pools: For the inputs that are scored, or with `shared` for any inputs.
+            seed: Of the draw.
+            examples: With `shared`, what is scored; None: the pools' inputs.
+            unlabelled: See [`score`].
+
+        Raises:
+            ValueError: If there are `examples` without `shared`; as [`score`].
+        """
+        if not self.shared and (examples is not None or unlabelled is not None):
+            raise ValueError(
+                "examples and unlabelled texts beside pools are for shared=True; without it leave them out."
+            )
+        if self.shared and not pools:
+            raise ValueError("pools is empty; generate texts for at least one input.")
+        examples = [pool.example for pool in pools] if examples is None else examples
+        usable = self.consistent(pools) if self.self_consistent else list(pools)
+        usable = self.surest(usable) if self.keep < 1 else usable
+        if calibration_named(self.calibrate) != BY_BATCH:
+            unlabelled = None  # they were for the pools alone
+        elif self.shared and unlabelled is None:
+            unlabelled = self._beside(examples, pools)
+        scores = []
+        for number in range(self.draws):
+            drawn = self.draw(usable, seed, number)
+            shown = drawn[:1] * len(examples) if self.shared else drawn
+            scores.append(self.scorer.score_each(examples, shown, self.calibrate, unlabelled, self.strength))
+        return _mean(scores)
+
+    def _sources(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """Which inputs texts are written for, in the order of the inputs."""
+        if not self.pool_inputs or self.pool_inputs >= len(examples):
+            return examples
+        chosen = np.random.default_rng([self.seed, len(examples)]).permutation(len(examples))[: self.pool_inputs]
+        return [examples[index] for index in sorted(chosen)]
+
+    def _beside(self, examples: Sequence[Example], pools: Sequence[Pool]) -> Optional[list[Example]]:
+        """What batch calibration takes its mean over where inputs are few: them, and generated texts of all labels."""
+        if len(examples) >= FEW_INPUTS:
+            return None
+        generated = [each for pool in pools for each in pool.demonstrations(self.task)]
+        chosen = draw(generated, _STAND_INS, np.random.default_rng(self.seed), balanced=True)
+        return [*examples, *(example for example, _ in chosen)]
 
     def _prompts(self, examples: Sequence[dict[str, str]]) -> list[list[list[int]]]:
         """For each input the token ids of one prompt for each label."""
@@ -246,3 +418,40 @@ class SelfGeneratedICL:
             )
         warnings.warn(f"input {index} is cut to {fitting[0]} characters for its generation prompt.", stacklevel=4)
         return fitting[1]
+
+
+def _check(shots: int, samples: int, options: Mapping[str, Any]) -> None:
+    """Whether numbers are in their range, and options go together.
+
+    Raises:
+        ValueError: If not.
+    """
+    for name, value in (("shots", shots), ("samples", samples), ("draws", options["draws"])):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a positive integer.")
+    calibration_named(options["calibrate"])
+    check_strength(options["strength"])
+    if not 0 < options["keep"] <= 1:
+        raise ValueError(f"keep={options['keep']!r} must be above 0 and at most 1.")
+    inputs = options["pool_inputs"]
+    if inputs is not None and (not isinstance(inputs, int) or inputs < 0):
+        raise ValueError(f"pool_inputs={inputs!r} must be a positive integer, or 0 for all inputs.")
+    if inputs and not options["shared"]:
+        raise ValueError(
+            f"pool_inputs={inputs} needs shared=True: without it, every input stands behind texts of its own."
+        )
+
+
+def _mean(scores: Sequence[LabelScores]) -> LabelScores:
+    """The mean over draws of log-probabilities and priors; demonstrations that were dropped are counted together."""
+    first = scores[0]
+    if len(scores) == 1:
+        return first
+    priors = [each.prior for each in scores if each.prior is not None]
+    return LabelScores(
+        first.labels,
+        np.mean([each.log_probs for each in scores], axis=0, dtype=np.float64).astype(np.float32),
+        np.mean(priors, axis=0, dtype=np.float64).astype(np.float32) if priors else None,
+        np.sum([each.dropped for each in scores], axis=0),
+        np.max([each.truncated for each in scores], axis=0),
+    )

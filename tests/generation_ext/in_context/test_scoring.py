@@ -178,6 +178,58 @@ def test_contextual_calibration(texts):
     assert scores.predictions() == [scores.labels[i] for i in expected.argmax(1)]
 
 
+@pytest.mark.filterwarnings("ignore:.*which is few")
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+@pytest.mark.parametrize("unlabelled", [None, ["another", "and one more", "third"]])
+def test_batch_calibration(unlabelled, strength):
+    scorer = LabelScorer(model("llama"), tokenizer_for("llama"), TASK)
+    scores = scorer.score(TEXTS, SHOWN, calibrate="batch", unlabelled=unlabelled, strength=strength)
+    raw = naive("llama", TASK, TEXTS, [SHOWN] * len(TEXTS))
+    close(scores.log_probs, raw)
+    others = raw if unlabelled is None else naive("llama", TASK, unlabelled, [SHOWN] * len(unlabelled))
+    mean = np.exp(others) / np.exp(others).sum(1, keepdims=True)
+    np.testing.assert_allclose(scores.prior, np.tile(strength * np.log(mean.mean(0)), (len(TEXTS), 1)), atol=1e-4)
+    np.testing.assert_allclose(scores.scores, scores.log_probs - scores.prior)
+
+
+def test_content_free_calibration_by_halves():
+    scorer = LabelScorer(model("llama"), tokenizer_for("llama"), TASK)
+    whole, half = (scorer.score(TEXTS, SHOWN, calibrate="content_free", strength=each) for each in (1.0, 0.5))
+    np.testing.assert_array_equal(whole.prior, scorer.score(TEXTS, SHOWN, calibrate=True).prior)
+    np.testing.assert_allclose(half.prior, whole.prior / 2, rtol=1e-6)
+
+
+def test_few_inputs_for_a_mean_are_warned_of():
+    scorer = LabelScorer(model("llama"), tokenizer_for("llama"), TASK)
+    with pytest.warns(UserWarning, match="takes the labels' prior from 2 inputs, which is few; pass 16 or more"):
+        scorer.score(["a", "b"], calibrate="batch")
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "message"),
+    [
+        (
+            ["a"],
+            {"calibrate": "batch"},
+            "mean over inputs, but examples has 1; pass texts without labels as unlabelled",
+        ),
+        (["a"], {"calibrate": "batch", "unlabelled": []}, "but unlabelled has 0"),
+        (["a"], {"calibrate": "btach"}, "calibrate='btach' is unknown; choose True, False or one of"),
+        (["a"], {"calibrate": True, "unlabelled": ["b"]}, "unlabelled inputs are for calibrate='batch'"),
+        (["a"], {"calibrate": True, "strength": 0}, "strength=0 of the calibration must be above 0"),
+    ],
+)
+def test_calibrations_that_are_refused(texts, options, message):
+    with pytest.raises(ValueError, match=message):
+        LabelScorer(model("llama"), tokenizer_for("llama"), TASK).score(texts, **options)
+
+
+def test_a_mean_over_others_needs_one_context():
+    scorer = LabelScorer(model("llama"), tokenizer_for("llama"), TASK)
+    with pytest.raises(ValueError, match="need demonstrations that all examples share"):
+        scorer.score_each(["a", "b"], [SHOWN[:1], SHOWN[1:]], "batch", ["c", "d"])
+
+
 def test_the_model_is_left_as_it_was():
     lm = copy.deepcopy(model("gpt2")).train()
     lm.transformer.h[0].eval()

@@ -401,3 +401,108 @@ def test_file_is_json_lines(tmp_path):
     header, row = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     assert header["settings"]["temperature"] == 0.5 and header["settings"]["seed"] == 13
     assert row["index"] == 0 and set(row["samples"]) == {"negative", "positive"}
+
+
+# presets, and what goes beyond the paper
+
+
+def test_presets():
+    paper, ours = sg_icl(), sg_icl(preset="recommended", draws=2)
+    assert (paper.balanced, paper.shared, paper.calibrate, paper.draws, paper.keep) == (False, False, False, 1, 1.0)
+    assert ours.balanced and ours.shared and ours.calibrate == "batch" and ours.draws == 2
+    alone = sg_icl(preset="recommended", shared=False)
+    assert alone.balanced and not alone.shared and alone.pool_inputs is None
+    assert sg_icl(preset="recommended", calibrate=False).calibrate is False
+
+
+def test_shared_demonstrations_are_one_draw_from_all_pools(pools):
+    ours = sg_icl(shared=True, shots=12)
+    drawn = ours.draw(pools)
+    assert len(drawn) == len(TEXTS) and all(each is drawn[0] for each in drawn)
+    every = [pair for pool in pools for pair in pool.demonstrations(TASK)]
+    assert len(drawn[0]) == 12 and all(pair in every for pair in drawn[0])
+    assert sum(any(pair in pool.demonstrations(TASK) for pair in drawn[0]) for pool in pools) > 1
+    assert ours.draw(pools, number=1)[0] != drawn[0]
+
+
+def test_scores_are_the_mean_over_draws(pools):
+    ours = sg_icl(shared=True, balanced=True, draws=3, calibrate=True, strength=0.5)
+    scores = ours.score_pools(pools, seed=7, examples=["x", "yy"])
+    scorer = LabelScorer(model("llama"), tokenizer_for("llama"), TASK, normalization="mean")
+    single = [scorer.score(["x", "yy"], ours.draw(pools, 7, number)[0], True, strength=0.5) for number in range(3)]
+    np.testing.assert_allclose(scores.log_probs, np.mean([each.log_probs for each in single], axis=0), atol=1e-5)
+    np.testing.assert_allclose(scores.prior, np.mean([each.prior for each in single], axis=0), atol=1e-5)
+    assert np.abs(single[0].log_probs - single[1].log_probs).max() > 1e-3
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_surest_texts_are_kept(pools, shared):
+    ours = sg_icl(keep=0.5, shared=shared, shots=2)
+    kept = ours.surest(pools)
+    texts = [pair for pool in pools for pair in pool.demonstrations(TASK)]
+    scorer = LabelScorer(model("llama"), tokenizer_for("llama"), TASK, normalization="mean")
+    chances = scorer.score([example for example, _ in texts]).probabilities()
+    chances /= chances.mean(0)
+    chances /= chances.sum(1, keepdims=True)
+    for column, label in enumerate(TASK.labels):
+        sure = {example["text"]: row[column] for (example, other), row in zip(texts, chances) if other == label}
+        groups = [[text for pool in pools for text in pool.samples[label]]] if shared else []
+        for group in groups or [pool.samples[label] for pool in pools]:
+            best = sorted((text for text in group if text), key=lambda text: -sure[text])
+            best = best[: -(-len(best) // 2)]
+            found = {text for pool in kept for text in pool.samples[label]}
+            assert set(best) <= found
+            assert not shared or len(found) == len(best)
+    assert [pool.example for pool in kept] == [pool.example for pool in pools]
+
+
+def test_texts_are_written_for_some_inputs(tmp_path):
+    path = tmp_path / "pools.jsonl"
+    ours = sg_icl(shared=True, pool_inputs=2)
+    scores = ours.score(TEXTS, path)
+    assert len(scores.log_probs) == len(TEXTS)
+    rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    assert len(rows) == 2 and all(row["example"]["text"] in map(str.strip, TEXTS) for row in rows)
+    np.testing.assert_array_equal(ours.score(TEXTS, path).log_probs, scores.log_probs)
+
+
+def test_with_unlabelled_texts_no_input_has_a_say_in_anothers_score():
+    ours = sg_icl(preset="recommended", pool_inputs=2, draws=2)
+    unlabelled = [f"text {number}" for number in range(16)]
+    together = ours.score(["a fine film", "so so"], unlabelled=unlabelled)
+    alone = ours.score(["a fine film"], unlabelled=unlabelled)
+    np.testing.assert_allclose(together.scores[:1], alone.scores, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_input_is_calibrated_beside_generated_texts():
+    ours = sg_icl(preset="recommended", samples=16, draws=1)
+    scores = ours.score(["a fine film"])
+    assert scores.prior.shape == (1, 2) and np.abs(scores.scores[0, 0] - scores.scores[0, 1]) > 1e-3
+    assert len(ours.score([]).log_probs) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "best"}, "preset='best' is unknown; choose one of"),
+        ({"draws": 0}, "draws=0 must be a positive integer"),
+        ({"keep": 0.0}, "keep=0.0 must be above 0 and at most 1"),
+        ({"strength": -1}, "strength=-1 of the calibration must be above 0"),
+        ({"calibrate": "batches"}, "calibrate='batches' is unknown"),
+        ({"pool_inputs": 4}, "pool_inputs=4 needs shared=True"),
+        ({"pool_inputs": -1, "shared": True}, "pool_inputs=-1 must be a positive integer, or 0"),
+    ],
+)
+def test_options_that_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        sg_icl(**options)
+
+
+def test_shared_texts_are_for_shared_demonstrations(pools):
+    with pytest.raises(ValueError, match="unlabelled texts are for shared=True"):
+        sg_icl().score(["a"], unlabelled=["b"])
+    with pytest.raises(ValueError, match="examples and unlabelled texts beside pools are for shared=True"):
+        sg_icl().score_pools(pools, examples=["a"])
+    with pytest.raises(ValueError, match="pools is empty"):
+        sg_icl(shared=True).score_pools([])
