@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from benchmarks import sgicl_recommended
 from benchmarks.core.claims import Claim, Headline, markdown_table, unless
 from benchmarks.core.run import Run, data_folder, log
 from benchmarks.core.task import Runs, run_named
@@ -42,7 +43,7 @@ from peft_ext.models import DEFAULT_MODEL, load, load_tokenizer
 
 
 ZERO_SHOT, GOLD, SG_ICL = "Zero-shot", "Gold demonstrations", "SG-ICL"
-MAIN, DEVELOPMENT = "main", "development"
+MAIN, DEVELOPMENT, RECOMMENDED = "main", "development", "recommended"
 WORTH, SHOTS = 0.5, 8
 
 
@@ -102,6 +103,9 @@ def rows_of(run: Run) -> list[Row]:
 
 def measure(run: Run) -> None:
     """Every row, set and seed that isn't stored; all sets of a row, so that averages are known early."""
+    if run.part == RECOMMENDED:
+        sgicl_recommended.measure(run, lambda: InContext(run))
+        return
     icl = None
     for row in rows_of(run):
         for name in run.sets:
@@ -141,7 +145,7 @@ class InContext:
 
     def measure(self, row: Row, name: str, seed: int) -> dict[str, Any]:
         """Accuracy of a row under one seed."""
-        task, data = self._task(name), self.data[name]
+        task, data = self.task(name), self.data[name]
         examples = data[self.run.part][: self.inputs(row)]
         fields = [example.fields for example in examples]
         with warnings.catch_warnings():
@@ -183,12 +187,13 @@ class InContext:
             "without": sum(count == 0 for count in counts),
         }
 
-    def _task(self, name: str) -> Task:
+    def task(self, name: str) -> Task:
+        """The task of a set."""
         return smoke_task(name) if self.run.smoke else task_named(name)
 
     def _data(self, name: str) -> dict[str, list[Example]]:
         """`train` for demonstrations, and the inputs of the two parts."""
-        task, seed = self._task(name), self.run.seed
+        task, seed = self.task(name), self.run.seed
         if self.run.smoke:
             return {part: smoke_examples(task, 20, seed) for seed, part in enumerate(("train", MAIN, DEVELOPMENT))}
         train, validation = (read_examples(task, split, seed) for split in ("train", "validation"))
@@ -250,12 +255,14 @@ def claims(runs: Runs) -> list[Claim]:
         Claim("average of SG-ICL over zero-shot", _minus(reached, zero), 0.0, " points", at_least=True),
         Claim("deviation of SG-ICL over that of 8 gold demonstrations", _minus(steady, shaky), 0.0, " points"),
         Claim("worth, on the averages", worth(curve, reached) if known else None, WORTH, at_least=True),
+        *sgicl_recommended.claims(run_named(runs, RECOMMENDED)),
     ]
 
 
 def tables(runs: Runs) -> dict[str, str]:
     """Accuracies, what SG-ICL is worth set by set, and what options beyond the paper change."""
-    shown = {run.part: table(run) for run in runs}
+    tables = {RECOMMENDED: sgicl_recommended.table}
+    shown = {run.part: tables.get(run.part, table)(run) for run in runs}
     run, development, own = run_named(runs, MAIN), run_named(runs, DEVELOPMENT), Row(SG_ICL, SHOTS)
     if run is not None:
         lines = []

@@ -196,6 +196,13 @@ class SelfGeneratedICL:
             **asdict(self.decoding),
         }
 
+    def sources(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """Which inputs [`score`] has texts written for: all, or `pool_inputs` of them, in their order."""
+        if not self.pool_inputs or self.pool_inputs >= len(examples):
+            return examples
+        chosen = np.random.default_rng([self.seed, len(examples)]).permutation(len(examples))[: self.pool_inputs]
+        return [examples[index] for index in sorted(chosen)]
+
     def generate(self, examples: Sequence[Example], pool_file: Optional[Union[str, os.PathLike]] = None) -> list[Pool]:
         """Sample a pool of demonstrations for every input.
 
@@ -252,7 +259,11 @@ class SelfGeneratedICL:
         demonstrations = [each for pool in pools for each in pool.demonstrations(self.task)]
         if not demonstrations:
             return list(pools)
-        log_probs = self.scorer.score([example for example, _ in demonstrations]).log_probs
+        # texts of one input share what of it is kept, as a premise: it runs once for those that are given the same list
+        contexts: list[list[Demonstration]] = [[]] * len(demonstrations)
+        if len(self.task.fields) > 1:
+            contexts = [shown for pool in pools for shown in [[]] * len(pool.demonstrations(self.task))]
+        log_probs = self.scorer.score_each([example for example, _ in demonstrations], contexts).log_probs
         sure = iter(normalized(normalized(log_probs) - mean_prior(log_probs)))
         columns = {label: column for column, label in enumerate(self.task.labels)}
         places: dict[tuple[str, int], list[tuple[float, int, int]]] = {}
@@ -331,7 +342,7 @@ class SelfGeneratedICL:
             raise ValueError("unlabelled texts are for shared=True; without it, every input has texts of its own.")
         if not len(examples):
             return self.scorer.score_each(examples, [])
-        pools = self.generate(self._sources(examples if unlabelled is None else unlabelled), pool_file)
+        pools = self.generate(self.sources(examples if unlabelled is None else unlabelled), pool_file)
         return self.score_pools(pools, seed, examples if self.shared else None, unlabelled)
 
     def score_pools(
@@ -371,13 +382,6 @@ class SelfGeneratedICL:
             shown = drawn[:1] * len(examples) if self.shared else drawn
             scores.append(self.scorer.score_each(examples, shown, self.calibrate, unlabelled, self.strength))
         return _mean(scores)
-
-    def _sources(self, examples: Sequence[Example]) -> Sequence[Example]:
-        """Which inputs texts are written for, in the order of the inputs."""
-        if not self.pool_inputs or self.pool_inputs >= len(examples):
-            return examples
-        chosen = np.random.default_rng([self.seed, len(examples)]).permutation(len(examples))[: self.pool_inputs]
-        return [examples[index] for index in sorted(chosen)]
 
     def _beside(self, examples: Sequence[Example], pools: Sequence[Pool]) -> Optional[list[Example]]:
         """What batch calibration takes its mean over where inputs are few: them, and generated texts of all labels."""

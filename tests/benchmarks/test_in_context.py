@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from benchmarks import in_context, scoring, sgicl  # noqa: E402
+from benchmarks import in_context, scoring, sgicl, sgicl_recommended  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.core import experiments  # noqa: E402
 from benchmarks.core.run import Run  # noqa: E402
@@ -42,6 +42,9 @@ def test_sgicl(smoke, tmp_path):
     for row in (*sgicl.main_rows([8, 1]), *sgicl.development_rows()):
         assert f"| {row.title} |" in found.shown
     assert "not measured" not in found.shown and "worth, on the averages" in found.shown
+    for line in sgicl_recommended.LINES:
+        assert f"| {line.title} |" in found.shown
+    assert "its share of the gain of 8 gold demonstrations, all calibrated" in found.shown
     files = {path.name for path in (tmp_path / "sgicl").glob("*.work/*.jsonl")}
     assert "sst2-input-13-4.jsonl" in files and "cb-class-13-4.jsonl" in files
 
@@ -85,6 +88,31 @@ def test_worth():
     assert sgicl.worth(curve, 80.0) == 1.0 and sgicl.worth(curve, 90.0) == 1.0
     assert sgicl.worth(curve, 40.0) == 0.0 == sgicl.worth(curve, 50.0)
     assert sgicl.worth([50.0, None, 70.0, None, 80.0], 65.0) == 1.5 / 4  # a line through what is measured
+
+
+def recommended_run(tmp_path, right, seeds=(13, 21)):
+    """As measured, of `right[method]`: a text of marks for each seed, the same with and without calibration."""
+    settings = {"sets": ["sst2"], "seeds": list(seeds)}
+    run = Run("sgicl", "recommended", settings, "smoke", tmp_path)
+    for method, marks in right.items():
+        for seed, each in zip(sgicl_recommended.seeds_of(run, method), marks):
+            key = sgicl_recommended.key_of(method, "sst2", seed)
+            run.add(key, {"right": each, "right_calibrated": each})
+    return run
+
+
+def test_recommended_sgicl_against_gold(tmp_path):
+    zero, gold, own = sgicl_recommended.METHODS
+    run = recommended_run(tmp_path, {zero: ["1100"], gold: ["1111", "1100"], own: ["1101", "0111"]})
+    values = {claim.name: claim.value for claim in sgicl_recommended.claims(run)}
+    assert values["recommended SG-ICL over zero-shot"] == 25.0
+    assert values["its share of the gain of 8 gold demonstrations"] == 1.0
+    assert values["its deviation over that of 8 gold demonstrations"] == -25.0
+    line = sgicl_recommended.Line(own, sgicl_recommended.CALIBRATED)
+    low, high = sgicl_recommended.interval(run, line, sgicl_recommended.Line(zero, sgicl_recommended.CALIBRATED))
+    assert low < 25 < high
+    less = recommended_run(tmp_path / "less", {zero: ["1100"], gold: ["1110", "1110"], own: ["1000", "1000"]})
+    assert sgicl_recommended.worth(less, sgicl_recommended.PLAIN) == -1.0
 
 
 def test_development_examples_are_no_demonstrations(tmp_path, monkeypatch):
