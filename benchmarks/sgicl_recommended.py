@@ -64,9 +64,23 @@ class Line(NamedTuple):
 LINES = [Line(method, treatment) for method in METHODS for treatment in (PLAIN, CALIBRATED)]
 
 
-def seeds_of(run: Run, method: str) -> list[int]:
+def seeds_of(method: str, seeds: Sequence[int]) -> Sequence[int]:
     """Nothing is random without demonstrations."""
-    return run.seeds[:1] if method == ZERO_SHOT else run.seeds
+    return seeds[:1] if method == ZERO_SHOT else seeds
+
+
+def measured_seeds(run: Run) -> list[int]:
+    """Those of which every set and method is there."""
+    return [
+        seed
+        for seed in run.seeds
+        if all(
+            run.find(key_of(method, name, seed)) is not None
+            for name in run.sets
+            for method in METHODS
+            if seed in seeds_of(method, run.seeds)
+        )
+    ]
 
 
 def key_of(method: str, name: str, seed: int) -> dict[str, Any]:
@@ -82,19 +96,21 @@ def measure(run: Run, start: Callable[[], Any]) -> None:
         start: Gives what has `model`, `tokenizer`, `task(name)` and `data[name]`; called if anything is missing.
     """
     setting, usable = None, {}
-    for method in METHODS:
+    # seed by seed, so that a run that was stopped has a comparison
+    for seed in run.seeds:
         for name in run.sets:
-            for seed in seeds_of(run, method):
+            for method in METHODS:
                 key = key_of(method, name, seed)
-                if run.find(key) is None:
-                    setting = setting or start()
-                    begun = time.perf_counter()
-                    with warnings.catch_warnings():
-                        warnings.simplefilter("ignore", UserWarning)  # inputs that are cut are counted
-                        result = _measure(run, setting, method, name, seed, usable)
-                    result["seconds"] = time.perf_counter() - begun
-                    run.add(key, result)
-                    log(f"{name}: {method}, seed {seed}: {result['accuracy']:.1f} %, {result['seconds']:.0f} s")
+                if seed not in seeds_of(method, run.seeds) or run.find(key) is not None:
+                    continue
+                setting = setting or start()
+                begun = time.perf_counter()
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)  # inputs that are cut are counted
+                    result = _measure(run, setting, method, name, seed, usable)
+                result["seconds"] = time.perf_counter() - begun
+                run.add(key, result)
+                log(f"{name}: {method}, seed {seed}: {result['accuracy']:.1f} %, {result['seconds']:.0f} s")
 
 
 def _measure(run: Run, setting: Any, method: str, name: str, seed: int, usable: dict[str, Any]) -> dict[str, Any]:
@@ -124,11 +140,9 @@ def _measure(run: Run, setting: Any, method: str, name: str, seed: int, usable: 
 
 
 def found(run: Run, line: Line, name: str) -> Optional[np.ndarray]:
-    """Which inputs were right, bool `[seeds, inputs]`; None if a seed is missing."""
-    results = [run.find(key_of(line.method, name, seed)) for seed in seeds_of(run, line.method)]
-    if any(result is None for result in results):
-        return None
-    return np.array([[mark == "1" for mark in result[line.treatment.field]] for result in results])
+    """Which inputs were right, bool `[measured seeds, inputs]`; None without any."""
+    results = [run.find(key_of(line.method, name, seed)) for seed in seeds_of(line.method, measured_seeds(run))]
+    return np.array([[mark == "1" for mark in each[line.treatment.field]] for each in results]) if results else None
 
 
 def accuracies(run: Run, line: Line) -> Optional[list[list[float]]]:

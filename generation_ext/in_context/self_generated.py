@@ -51,8 +51,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "calibrate": BY_BATCH,
         "strength": 0.5,
         "shared": True,
-        "pool_inputs": 16,
-        "draws": 4,
+        "pool_inputs": 8,
+        "draws": 2,
     },
 }
 # Generated texts that stand beside the inputs where these are too few for batch calibration; as many for all labels.
@@ -262,7 +262,10 @@ class SelfGeneratedICL:
         # texts of one input share what of it is kept, as a premise: it runs once for those that are given the same list
         contexts: list[list[Demonstration]] = [[]] * len(demonstrations)
         if len(self.task.fields) > 1:
-            contexts = [shown for pool in pools for shown in [[]] * len(pool.demonstrations(self.task))]
+            contexts = []
+            for pool in pools:
+                nothing: list[Demonstration] = []
+                contexts += [nothing] * len(pool.demonstrations(self.task))
         log_probs = self.scorer.score_each([example for example, _ in demonstrations], contexts).log_probs
         sure = iter(normalized(normalized(log_probs) - mean_prior(log_probs)))
         columns = {label: column for column, label in enumerate(self.task.labels)}
@@ -452,10 +455,14 @@ def _mean(scores: Sequence[LabelScores]) -> LabelScores:
     if len(scores) == 1:
         return first
     priors = [each.prior for each in scores if each.prior is not None]
+
+    def mean(parts: list[np.ndarray]) -> np.ndarray:
+        return np.asarray(np.mean(parts, axis=0, dtype=np.float64), np.float32)
+
     return LabelScores(
         first.labels,
-        np.mean([each.log_probs for each in scores], axis=0, dtype=np.float64).astype(np.float32),
-        np.mean(priors, axis=0, dtype=np.float64).astype(np.float32) if priors else None,
+        mean([each.log_probs for each in scores]),
+        mean(priors) if priors else None,
         np.sum([each.dropped for each in scores], axis=0),
         np.max([each.truncated for each in scores], axis=0),
     )

@@ -95,7 +95,7 @@ def recommended_run(tmp_path, right, seeds=(13, 21)):
     settings = {"sets": ["sst2"], "seeds": list(seeds)}
     run = Run("sgicl", "recommended", settings, "smoke", tmp_path)
     for method, marks in right.items():
-        for seed, each in zip(sgicl_recommended.seeds_of(run, method), marks):
+        for seed, each in zip(sgicl_recommended.seeds_of(method, seeds), marks):
             key = sgicl_recommended.key_of(method, "sst2", seed)
             run.add(key, {"right": each, "right_calibrated": each})
     return run

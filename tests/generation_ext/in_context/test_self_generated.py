@@ -506,3 +506,19 @@ def test_shared_texts_are_for_shared_demonstrations(pools):
         sg_icl().score_pools(pools, examples=["a"])
     with pytest.raises(ValueError, match="pools is empty"):
         sg_icl(shared=True).score_pools([])
+
+
+def test_the_surest_of_pairs_share_their_premise():
+    """Each pool's texts run behind their premise; the numbers are those of running them together."""
+    task = replace(CB, max_new_tokens=6, min_new_tokens=3)
+    ours = sg_icl(task=task, keep=0.4, shared=True, shots=3, samples=3)
+    pools = ours.generate([{"premise": f"It rains {word}.", "hypothesis": "It is wet."} for word in ("here", "there")])
+    texts = [pair for pool in pools for pair in pool.demonstrations(task)]
+    log_probs = ours.scorer.score([example for example, _ in texts]).probabilities()
+    sure = log_probs / log_probs.mean(0)
+    sure /= sure.sum(1, keepdims=True)
+    kept = [pair for pool in ours.surest(pools) for pair in pool.demonstrations(task)]
+    for column, label in enumerate(task.labels):
+        own = sorted((-row[column], str(pair)) for pair, row in zip(texts, sure) if pair[1] == label)
+        best = {text for _, text in own[: -(-2 * len(own) // 5)]}
+        assert {str(pair) for pair in kept if pair[1] == label} == best
