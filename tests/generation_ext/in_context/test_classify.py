@@ -101,6 +101,21 @@ def test_sg_icl(folder):
     assert pools.read_text() == before
 
 
+@pytest.mark.filterwarnings("ignore:.*fewer than")
+def test_presets(folder):
+    options = ["--preset", "recommended", "--shots", 3, "--samples", 2]
+    found = call(folder, *options, "--overflow", "drop_then_truncate")
+    given = {"shots": 3, "samples": 2, "overflow": "drop_then_truncate"}
+    texts = [row["text"] for row in ROWS]
+    ours = SelfGeneratedICL(model("llama"), tokenizer(), SST2, preset="recommended", **given)
+    assert [row["probabilities"] for row in found] == expected(ours.score(texts))
+    flags = ["--shared", "--pool_inputs", 2, "--draws", 3, "--calibrate", "--calibration", "batch", "--strength", 0.7]
+    found = call(folder, *options[2:], *flags, "--overflow", "drop_then_truncate")
+    flagged = {"shared": True, "pool_inputs": 2, "draws": 3, "calibrate": "batch", "strength": 0.7}
+    ours = SelfGeneratedICL(model("llama"), tokenizer(), SST2, **given, **flagged)
+    assert [row["probabilities"] for row in found] == expected(ours.score(texts))
+
+
 def test_task_of_a_file(folder):
     path = folder / "topic.json"
     path.write_text(json.dumps({"template": "{title} :", "labels": {"a": " sports", "b": " art"}}))
@@ -127,6 +142,9 @@ def test_task_of_a_file(folder):
         (["--method", "demonstrations", "--demonstrations", "data.jsonl"], "has 3 rows, fewer than --shots 8"),
         (["--method", "demonstrations", "--demonstrations", "data.jsonl", "--shots", "3"], "label=None is none of"),
         (["--shots", "0"], "shots=0 must be a positive"),
+        (["--preset", "best"], "preset='best' is unknown"),
+        (["--calibration", "batches"], "calibration='batches' is unknown; choose one of content_free, batch"),
+        (["--calibration", "batch"], "calibration='batch' goes with --calibrate; pass that too"),
     ],
 )
 def test_errors_are_one_line(folder, arguments, message, capsys, monkeypatch):
