@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_ext.ood import best_threshold, choose_thresholds, threshold_for_recall
@@ -15,6 +15,7 @@ from peft_ext.ood.thresholds import PRIOR_EXAMPLES, Scored
 NUMBERS = st.lists(st.integers(0, 8), min_size=1, max_size=12)
 
 
+@settings(max_examples=100, deadline=None)
 @given(inside=NUMBERS, outside=NUMBERS, data=st.data(), share=st.sampled_from([0.1, 0.5, 0.9]))
 def test_no_threshold_is_right_more_often(inside, outside, data, share):
     """Against every threshold that can make a difference."""
