@@ -22,7 +22,17 @@ from trl_ext.almost.evaluation.run import EvaluationArguments, load_rows
 from trl_ext.almost.evaluation.run import run as evaluate
 from trl_ext.almost.evaluation.statistics import with_interval
 from trl_ext.almost.evaluation.tasks import hhh_of_rewards
-from trl_ext.almost.recipe import COMPARISONS, EVALUATION, RESPONSES, REWARD, SCRIPTS, SELF_PLAY, SFT, AlmostConfig
+from trl_ext.almost.recipe import (
+    COMPARISONS,
+    EVALUATION,
+    RESPONSES,
+    REWARD,
+    RLSF,
+    SCRIPTS,
+    SELF_PLAY,
+    SFT,
+    AlmostConfig,
+)
 from trl_ext.almost.rewards import RewardModel
 from trl_ext.almost.writing.generators import Generator, parse_generators
 from trl_ext.almost.writing.loading import backend_of
@@ -93,15 +103,18 @@ class Ablations:
         rows = [
             _row("first answers, best of 1", with_interval(scores["1"])),
             _row(f"first answers, best of {config.samples}", with_interval(scores["N"]), difference),
-            _row("SFT on best of 1, over the start", tuned["reward"], tuned["reward_difference"], tuned["length"][0]),
-            _row(
-                f"SFT on best of {config.samples}, over SFT on best of 1",
-                above["reward"],
-                above["reward_difference"],
-                above["length"][0],
-            ),
+            _compared("SFT on best of 1, over the start", tuned),
+            _compared(f"SFT on best of {config.samples}, over SFT on best of 1", above),
         ]
         return {"rows": rows, "differences": {"best of N over best of 1": difference}}
+
+    def unpenalised(self) -> dict[str, Any]:
+        """RLSF from the same SFT policy by the reward model alone, over SFT."""
+        folder = self.work / "no penalty"
+        self._script(RLSF, folder / "rlsf", repetition_weight=0.0)
+        self._copy_answers(folder / "evaluation")
+        above = self._win_rate(folder / "evaluation", folder / "rlsf", str(self.run / "sft"))
+        return {"rows": [_compared("RLSF without the penalty of repetitions, over SFT", above)]}
 
     def gains(self) -> dict[str, Any]:
         """SFT and RLSF over the start, RLSF over SFT, under the second reward model; HHH and TruthfulQA; KL."""
@@ -111,10 +124,10 @@ class Ablations:
         self._copy_answers(over)
         above = self._win_rate(over, self.run / "rlsf", str(self.run / "sft"))
         rows = [
-            _row("start", _shifted(sft), None, sft["length"][1]),
-            _row("SFT, over the start", sft["reward"], sft["reward_difference"], sft["length"][0]),
-            _row("RLSF, over the start", rlsf["reward"], rlsf["reward_difference"], rlsf["length"][0]),
-            _row("RLSF, over SFT", above["reward"], above["reward_difference"], above["length"][0]),
+            _row("start", _shifted(sft, "reward"), None, sft["length"][1], _shifted(sft, "repetition")),
+            _compared("SFT, over the start", sft),
+            _compared("RLSF, over the start", rlsf),
+            _compared("RLSF, over SFT", above),
         ]
         training = json.loads((self.run / "rlsf" / "training.json").read_text(encoding="utf-8"))
         return {
@@ -122,6 +135,10 @@ class Ablations:
             "differences": {
                 "SFT over the start": sft["reward_difference"],
                 "RLSF over SFT": above["reward_difference"],
+            },
+            "repetition_differences": {
+                "SFT over the start": sft["repetition_difference"],
+                "RLSF over the start": rlsf["repetition_difference"],
             },
             "length_ratios": [each["length"][0] / each["length"][1] for each in (sft, rlsf)],
             "static": {Path(name).name: _without_win_rate(tasks) for name, tasks in static.items()},
@@ -164,7 +181,7 @@ class Ablations:
         training = json.loads((folder / "reward_model" / "training.json").read_text(encoding="utf-8"))
         return {"pairs": training["pairs"], "heldout": with_interval(hits), "hhh": hhh_of_rewards(model, hhh)}
 
-    def _script(self, stage: str, output: Path, **changes: str) -> None:
+    def _script(self, stage: str, output: Path, **changes: Any) -> None:
         """A training stage with other data, as the pipeline runs it."""
         output.parent.mkdir(parents=True, exist_ok=True)
         path = output.parent / f"{stage}.yaml"
@@ -197,13 +214,20 @@ def _belongs(generator: Generator, every: Sequence[Generator], name: str) -> boo
     return (generator.prompt, generator.shots) == (quantised.prompt, quantised.shots)
 
 
-def _row(name: str, reward: Any, difference: Any = None, length: Optional[float] = None) -> dict[str, Any]:
-    return {"name": name, "reward": reward, "difference": difference, "length": length}
+def _row(
+    name: str, reward: Any, difference: Any = None, length: Optional[float] = None, repetition: Any = None
+) -> dict[str, Any]:
+    return {"name": name, "reward": reward, "difference": difference, "length": length, "repetition": repetition}
 
 
-def _shifted(result: Any) -> dict[str, Any]:
-    """The baseline's reward, which is the model's less the difference."""
-    return {"value": result["reward"]["value"] - result["reward_difference"]["value"], "interval": None}
+def _compared(name: str, win: Any) -> dict[str, Any]:
+    """A row of a model against its baseline."""
+    return _row(name, win["reward"], win["reward_difference"], win["length"][0], win["repetition"])
+
+
+def _shifted(result: Any, what: str) -> dict[str, Any]:
+    """The baseline's reward or repetition, which is the model's less the difference."""
+    return {"value": result[what]["value"] - result[f"{what}_difference"]["value"], "interval": None}
 
 
 def _without_win_rate(tasks: Any) -> dict[str, Any]:

@@ -31,9 +31,17 @@ _RECIPE: dict[str, Any] = {
     },
     "comparisons": {"heuristic_filter": False, "length_aware": False, "heldout_share": 0.25},
     "reward_model": {**_TRAINING, "max_length": 128},
-    "self_play": {"count": 4, "samples": 2, "max_turns": 1, "prompt": "hhh", "shots": 0, "max_new_tokens": 8},
+    "self_play": {
+        "count": 4,
+        "samples": 2,
+        "max_turns": 1,
+        "prompt": "hhh",
+        "shots": 0,
+        "max_new_tokens": 8,
+        "repetition_weight": 0.5,
+    },
     "sft": {**_TRAINING, "max_length": 128},
-    "rlsf": {**_TRAINING, "num_generations": 2, "max_completion_length": 4},
+    "rlsf": {**_TRAINING, "num_generations": 2, "max_completion_length": 4, "repetition_weight": 0.5},
     "evaluation": {"max_new_tokens": 8},
 }
 

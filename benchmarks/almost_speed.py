@@ -17,6 +17,7 @@ from trl_ext.almost.prompts.roles import (
     ASSISTANT_STOPS,
     MINING_STOPS,
     assistant_prompt,
+    chosen_prompt,
     load_style,
     mining_prompt,
     seed_queries,
@@ -99,10 +100,9 @@ def _work(config: AlmostConfig, stage: str, tokenizer: Any, count: int) -> tuple
         prompts = [assistant_prompt(tokenizer, query, style, shots, settings.chat_format) for query in queries]
         sampling = settings.sampling(stop=ASSISTANT_STOPS)
     else:
-        style = load_style(settings.prompt)
-        prompts = [
-            assistant_prompt(tokenizer, query, style, settings.shots, settings.chat_format) for query in queries
-        ]
+        prompt, shots = chosen_prompt(tokenizer, settings.prompt, settings.shots, settings.chat_format)
+        style = load_style(prompt)
+        prompts = [assistant_prompt(tokenizer, query, style, shots, settings.chat_format) for query in queries]
         sampling = settings.sampling(stop=ASSISTANT_STOPS, samples=settings.samples)
     return [Request(str(n), prompt) for n, prompt in enumerate(prompts)], sampling
 

@@ -10,6 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from peft_ext.ngrams import distinct, repetition
+
+
+__all__ = ["continuation_perplexity", "distinct", "repetition"]
+
 
 @torch.no_grad()
 def continuation_perplexity(
@@ -39,23 +44,3 @@ def continuation_perplexity(
         loss += nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum").item()
         count += int((labels[:, 1:] != -100).sum())
     return math.exp(loss / count) if count else math.nan
-
-
-def distinct(continuations: Sequence[Sequence[int]], n: int) -> float:
-    """Dist-n: different n-grams of tokens over all n-grams, of all texts together."""
-    grams = [gram for tokens in continuations for gram in _grams(tokens, n)]
-    return len(set(grams)) / len(grams) if grams else math.nan
-
-
-def repetition(continuations: Sequence[Sequence[int]], n: int = 3) -> float:
-    """Share of n-grams that stood in the same text before."""
-    repeated = total = 0
-    for tokens in continuations:
-        grams = _grams(tokens, n)
-        repeated += len(grams) - len(set(grams))
-        total += len(grams)
-    return repeated / total if total else math.nan
-
-
-def _grams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
-    return [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]

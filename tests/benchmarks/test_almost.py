@@ -15,8 +15,11 @@ from benchmarks.almost_speed import SPEED_STAGES  # noqa: E402
 def test_almost(smoke):
     found = smoke("almost")
     assert "not measured" not in found.shown
-    for name in (*FILTERS, *GENERATORS, *SPEED_STAGES, "queries: accepted", "comparisons: pairs", "RLSF, over SFT"):
+    for name in (*FILTERS, *GENERATORS, *SPEED_STAGES, "queries: accepted", "comparisons: pairs"):
         assert f"| {name} |" in found.shown, name
-    assert len(found.results) == 3 + len(FILTERS) + len(GENERATORS) + len(SPEED_STAGES)
+    for seed in (0, 1):
+        assert f"| RLSF, over SFT (seed {seed}) |" in found.shown
+    assert "| RLSF without the penalty of repetitions, over SFT (seed 0) |" in found.shown
+    assert len(found.results) == 6 + len(FILTERS) + len(GENERATORS) + len(SPEED_STAGES)
     (filters,) = (row["result"] for row in found.rows["smollm2"] if row["key"]["name"] == "none")
     assert filters["pairs"] > 0 and 0 <= filters["heldout"]["value"] <= 1

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from trl_ext.almost.pipeline import Pipeline
     from trl_ext.almost.prompts.chat import request_text
     from trl_ext.almost.recipe import AlmostConfig, load_recipe
+    from trl_ext.almost.repetition import RepetitionPenalty, repeated_share
     from trl_ext.almost.rewards import RewardModel
     from trl_ext.almost.writing.backends import Backend, Request, Sampling, TransformersBackend, VLLMBackend
     from trl_ext.almost.writing.generators import Generator, parse_generators
@@ -28,6 +29,7 @@ __all__ = [
     "Generator",
     "Pipeline",
     "QueriesConfig",
+    "RepetitionPenalty",
     "Request",
     "ResponsesConfig",
     "RewardModel",
@@ -41,6 +43,7 @@ __all__ = [
     "load_recipe",
     "mine_queries",
     "parse_generators",
+    "repeated_share",
     "request_text",
     "reward_statistics",
     "self_play",
@@ -59,6 +62,7 @@ __getattr__ = found_in(
     ".data.responses",
     ".data.comparisons",
     ".data.self_play",
+    ".repetition",
     ".rewards",
     ".recipe",
     ".pipeline",

@@ -3,16 +3,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from generation_ext.shared_prefix.sampling import Sampling
+from peft_ext import devices
 from peft_ext.models import DTYPES
-from trl_ext.almost.prompts.roles import AUTO, FORMATS
+from trl_ext.almost.prompts.roles import AUTO, FORMATS, OWN, load_style
 
 
 # What settings were called in earlier versions, whose recipes and runs are read; old name -> new.
 RENAMED = {"ladder": "generators"}
+# Settings that came later, with what earlier versions did: a file or folder that was begun without them goes on under these.
+LATER: dict[str, Any] = {"repetition_weight": 0.0, "heuristic_filter": False}
+# Settings that say where something is computed, not what is made.
+WHERE = ("device",)
 
 
 @dataclass
@@ -34,6 +41,7 @@ class WritingConfig:
     top_k: int = field(default=0, metadata={"help": "Only so many of the most probable tokens; 0: all."})
     max_new_tokens: int = field(default=384, metadata={"help": "Most tokens of a text."})
     seed: int = field(default=0, metadata={"help": "Seed of all that is drawn."})
+    device: Optional[str] = field(default=None, metadata={"help": devices.HELP})
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -123,6 +131,7 @@ class ComparisonsConfig:
     heldout_share: float = field(default=0.1, metadata={"help": "Share of the queries whose pairs are held out."})
     conversational: bool = field(default=True, metadata={"help": "Write messages; otherwise plain texts."})
     seed: int = field(default=0, metadata={"help": "Seed of the split."})
+    device: Optional[str] = field(default=None, metadata={"help": devices.HELP})
 
     def __post_init__(self) -> None:
         if not 0 <= self.heldout_share < 1:
@@ -135,12 +144,26 @@ class SelfPlayConfig(WritingConfig):
 
     samples: int = field(default=4, metadata={"help": "Answers that the reward model chooses from; 1: none is asked."})
     max_turns: int = field(default=2, metadata={"help": "Most answers of a conversation."})
-    prompt: str = field(default="faithful", metadata={"help": "The assistant's prompt: hhh, faithful or a JSON file."})
-    shots: int = field(default=3, metadata={"help": "Its demonstrations."})
+    prompt: str = field(
+        default=AUTO,
+        metadata={
+            "help": "The assistant's prompt: own (the model's chat template and nothing before it, as it is asked in use), hhh, "
+            "faithful or a JSON file; auto: own where there is a chat template and no --shots, else faithful."
+        },
+    )
+    shots: Optional[int] = field(default=None, metadata={"help": "Its demonstrations; default: 3, of own none."})
     user_max_new_tokens: int = field(default=64, metadata={"help": "Most tokens of what the person says."})
     count: Optional[int] = field(default=None, metadata={"help": "Conversations; default: one for each query."})
     reward_batch_size: int = field(default=32, metadata={"help": "Answers that are scored side by side."})
     reward_dtype: str = field(default="float32", metadata={"help": "Float type of the reward model."})
+    repetition_weight: float = field(
+        default=0.0,
+        metadata={"help": "The share of an answer's repeated word 3-grams, times this, is taken off its reward."},
+    )
+    heuristic_filter: bool = field(
+        default=False,
+        metadata={"help": "An answer that is bad by its looks, as in comparisons, is chosen only if all are."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -152,6 +175,32 @@ class SelfPlayConfig(WritingConfig):
         if self.count is not None and self.count < 1:
             raise ValueError(f"count={self.count} must be positive, or not be given.")
         check_dtype("reward_dtype", self.reward_dtype)
+        check_repetition_weight(self.repetition_weight)
+        if self.prompt != AUTO:
+            load_style(self.prompt)
+        if self.prompt == OWN and self.shots:
+            raise ValueError(
+                f"shots={self.shots}: prompt={OWN!r} is the model's chat template and nothing before it; leave shots out, or "
+                "name another prompt."
+            )
+
+
+def check_repetition_weight(weight: float) -> None:
+    """Refuse a weight that would reward repetition.
+
+    Raises:
+        ValueError: If it is negative or no number.
+    """
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"repetition_weight={weight} must be a number of at least 0; 0: repetition doesn't matter.")
+
+
+def recorded(config: Any) -> dict[str, Any]:
+    """A stage's settings as they stand beside what it wrote: without where it ran, and without settings that came later where
+    they are what earlier versions did."""
+    values = dataclasses.asdict(config)
+    same = {name for name, value in LATER.items() if values.get(name) == value}
+    return {name: value for name, value in values.items() if name not in same and name not in WHERE}
 
 
 def check_dtype(argument: str, name: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
+from peft_ext import devices
 from peft_ext.files import written_whole
 from peft_ext.models import DEFAULT_MODEL, load, load_config, load_tokenizer, locate, resolve_model
 from trl_ext.almost.prompts.chat import with_chat_template
@@ -24,6 +25,15 @@ def default_device() -> torch.device:
     """The accelerator if there is one."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
+
+
+def chosen_device(device: Optional[Union[str, torch.device]] = None) -> torch.device:
+    """The device that was named, once a tensor has been put there, or the accelerator if there is one.
+
+    Raises:
+        ValueError: If there is no such device.
+    """
+    return default_device() if device is None else torch.device(devices.usable(str(device)))
 
 
 def load_policy(name: Optional[str] = None, *, dtype: Dtype = "float32", **kwargs: Any) -> PreTrainedModel:

@@ -20,7 +20,7 @@ from filelock import Timeout
 
 from peft_ext.files import check_folder_writable, sweep
 from peft_ext.runs import StagedRun, lock, read_settings, write_settings
-from trl_ext.almost.config import RENAMED
+from trl_ext.almost.config import RENAMED, WHERE
 from trl_ext.almost.data import comparisons, queries, responses, self_play
 from trl_ext.almost.recipe import (
     COMPARISONS,
@@ -65,7 +65,16 @@ FILES = {
     EVALUATION: Files(("reward_model",), ("evaluation",)),
 }
 # Settings that say where things are, not what is made.
-_WHERE = ("output_dir", "dataset_name", "eval_dataset_name", "reward_model", "run_dir", "data_dir", "report_to")
+_WHERE = (
+    "output_dir",
+    "dataset_name",
+    "eval_dataset_name",
+    "reward_model",
+    "run_dir",
+    "data_dir",
+    "report_to",
+    *WHERE,
+)
 
 
 class Pipeline:

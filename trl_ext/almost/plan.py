@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peft_ext.models import DEFAULT_MODEL, load_tokenizer
 from trl_ext.almost.pipeline import Pipeline
-from trl_ext.almost.prompts.roles import assistant_prompt, load_style, mining_prompt, seed_queries
+from trl_ext.almost.prompts.roles import assistant_prompt, chosen_prompt, load_style, mining_prompt, seed_queries
 from trl_ext.almost.recipe import (
     COMPARISONS,
     QUERIES,
@@ -136,8 +136,14 @@ class _Estimate:
             answers * config.samples * config.max_new_tokens
             + rows * (config.max_turns - 1) * config.user_max_new_tokens
         )
-        read = self._shots(config.prompt, config.shots) + rows * tokens
-        return rows, round(read), round(written), f"best of {config.samples}, {config.max_turns} turns"
+        prompt, shots = chosen_prompt(self.tokenizer, config.prompt, config.shots, self.config.chat_format)
+        read = self._shots(prompt, shots) + rows * tokens
+        return (
+            rows,
+            round(read),
+            round(written),
+            f"best of {config.samples}, {config.max_turns} turns, prompt {prompt}",
+        )
 
     def _rlsf(self) -> tuple[int, int, int, str]:
         block = self.config.block(RLSF)

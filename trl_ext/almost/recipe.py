@@ -13,6 +13,7 @@ from typing import Any, Optional, get_type_hints
 
 import yaml
 
+from peft_ext import devices
 from peft_ext.files import scratch
 from peft_ext.models import DEFAULT_MODEL
 from trl_ext.almost.config import RENAMED, ComparisonsConfig, QueriesConfig, ResponsesConfig, SelfPlayConfig
@@ -71,6 +72,7 @@ class AlmostConfig:
     batch_size: int = field(default=32, metadata={"help": "Texts that are written side by side."})
     dtype: str = field(default="auto", metadata={"help": "Float type of the models that write."})
     chat_format: str = field(default="auto", metadata={"help": "chat, plain or auto."})
+    device: Optional[str] = field(default=None, metadata={"help": devices.HELP})
     launcher: str = field(
         default="",
         metadata={
@@ -117,6 +119,8 @@ class AlmostConfig:
         like = _LIKE.get(stage)
         values: dict[str, Any] = {**(getattr(self, like) if like else {}), **getattr(self, stage)}
         values.setdefault("seed", self.seed + (1 if like else 0))
+        if self.device is not None:
+            values.setdefault("device", self.device)
         if stage in DATA_CONFIGS:
             settings = {each.name for each in dataclasses.fields(DATA_CONFIGS[stage])}
             for name in ("model_name_or_path", "backend", "batch_size", "dtype", "chat_format"):

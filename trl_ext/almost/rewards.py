@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from generation_ext.shared_prefix.token_tree import padded
 from peft_ext.language_model import device_of, inference
 from trl_ext.almost.data.preferences import preference_pairs
-from trl_ext.almost.models import Dtype, default_device, load_chat_tokenizer, load_classifier, with_padding
+from trl_ext.almost.models import Dtype, chosen_device, load_chat_tokenizer, load_classifier, with_padding
 from trl_ext.almost.prompts.chat import Messages, Prompt, as_messages, chat_text, with_chat_template
 
 
@@ -117,8 +117,9 @@ class RewardModel:
 
         Raises:
             FileNotFoundError: If there is no such model.
-            ValueError: If it isn't a reward model.
+            ValueError: If it isn't a reward model, or there is no such device.
         """
+        where = chosen_device(device)
         model, tokenizer = load_classifier(name, dtype=dtype, new_head=False), load_chat_tokenizer(name)
         if policy_tokenizer is not None and policy_tokenizer.get_vocab() != tokenizer.get_vocab():
             logger.warning(
@@ -126,7 +127,7 @@ class RewardModel:
                 "the reward model's own chat format.",
                 name,
             )
-        return cls(model.to(device or default_device()), tokenizer, **kwargs)
+        return cls(model.to(where), tokenizer, **kwargs)
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Response], **columns: Any) -> list[float]:
         """Rewards, as TRL's trainers ask for them; `columns` are ignored."""

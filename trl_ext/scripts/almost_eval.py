@@ -29,8 +29,8 @@ def main(argv: Sequence[str]) -> None:
 def table(results: dict[str, Any]) -> str:
     """Results as a Markdown table."""
     lines = [
-        "| Model | HHH | TruthfulQA MC1 | win rate | length-controlled | length |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| Model | HHH | TruthfulQA MC1 | win rate | length-controlled | length | repeated 3-grams |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, tasks in results.items():
         win = tasks.get("win_rate", {})
@@ -40,9 +40,18 @@ def table(results: dict[str, Any]) -> str:
             _percent(win.get("win_rate")),
             _percent(win.get("length_controlled")),
             "{:.0f} / {:.0f}".format(*win["length"]) if win else "-",
+            _repetition(win),
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _repetition(win: dict[str, Any]) -> str:
+    """The model's, and its baseline's; of a result that an earlier version kept, neither."""
+    if "repetition" not in win:
+        return "-"
+    own, difference = win["repetition"]["value"], win["repetition_difference"]["value"]
+    return f"{100 * own:.1f} % / {100 * (own - difference):.1f} %"
 
 
 def _percent(result: Any) -> str:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Optional
 
 from peft_ext.command_line import parse, run_main, show
 from peft_ext.runs import open_file
-from trl_ext.almost.config import RENAMED, ComparisonsConfig, ResponsesConfig
+from trl_ext.almost.config import RENAMED, ComparisonsConfig, ResponsesConfig, recorded
 from trl_ext.almost.data import comparisons, responses
 from trl_ext.almost.writing.generators import parse_generators
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("queries_file or output_dir is missing: pass --queries_file and --output_dir.")
     folder = Path(args.output_dir).expanduser()
     names = {each.name for each in fields(ResponsesConfig)} - RENAMED.keys()
-    settings = {name: value for name, value in asdict(args).items() if name in names}
+    settings = {name: value for name, value in recorded(args).items() if name in names}
     path = open_file(folder / "responses.jsonl", settings, renamed=RENAMED)
     responses.run(args, args.queries_file, path)
     counts = comparisons.run(args, args.generators, path, folder)

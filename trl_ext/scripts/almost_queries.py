@@ -15,7 +15,7 @@ from typing import Optional
 
 from peft_ext.command_line import parse, run_main, show
 from peft_ext.runs import open_file
-from trl_ext.almost.config import QueriesConfig
+from trl_ext.almost.config import QueriesConfig, recorded
 from trl_ext.almost.data import queries
 
 
@@ -32,7 +32,7 @@ class QueriesArguments(QueriesConfig):
 def main(argv: Sequence[str]) -> None:
     """Parse the flags (and the YAML of `--config`), mine, and say what the filters dropped."""
     (args,) = parse(argv, QueriesArguments)
-    counts = queries.run(args, open_file(args.output_file, args), args.avoid or [])
+    counts = queries.run(args, open_file(args.output_file, recorded(args)), args.avoid or [])
     show(counts, "\n".join(f"{name}: {count}" for name, count in counts.items()))
 
 

@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
     result = rlsf.run(*rlsf.parse(argv))
     lines = (
         f"{name}: {result[name]['start']:.4g} at the start, {result[name]['end']:.4g} at the end"
-        for name in ("reward", "kl", "length")
+        for name in ("reward", "repetition_penalty", "kl", "length")
         if name in result
     )
     show(result, "\n".join(lines))

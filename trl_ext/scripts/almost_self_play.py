@@ -16,7 +16,7 @@ from typing import Optional
 
 from peft_ext.command_line import parse, run_main, show
 from peft_ext.runs import open_file
-from trl_ext.almost.config import SelfPlayConfig
+from trl_ext.almost.config import SelfPlayConfig, recorded
 from trl_ext.almost.data import self_play
 
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
     (args,) = parse(argv, SelfPlayArguments)
     if not args.queries_file:
         raise ValueError("queries_file is missing: pass --queries_file.")
-    counts = self_play.run(args, args.queries_file, open_file(args.output_file, args), args.reward_model)
+    counts = self_play.run(args, args.queries_file, open_file(args.output_file, recorded(args)), args.reward_model)
     lines = [f"{name}: {count}" for name, count in counts.items() if name != "best of"]
     for n, numbers in counts["best of"].items():
         lines.append(

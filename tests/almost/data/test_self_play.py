@@ -9,8 +9,12 @@ import pytest
 
 from peft_ext.rows import read_rows
 from tests.almost.writers import Writer, sentence
+from tests.tiny.tokenizers import chat_tokenizer
 from trl_ext.almost.config import SelfPlayConfig
 from trl_ext.almost.data.self_play import reward_statistics, self_play
+from trl_ext.almost.prompts.chat import request_text
+from trl_ext.almost.prompts.roles import STYLES
+from trl_ext.almost.repetition import repeated_share
 
 
 QUERIES = [{"id": number, "query": "What is it? " + "x" * number} for number in range(9)]
@@ -86,6 +90,46 @@ def test_empty_answers_never_win(tmp_path):
     assert row["messages"][1]["content"] == "Some words." and row["rewards"][0] == [None, -5.0, -5.0]
 
 
+def test_the_model_s_own_format_is_the_default_where_it_has_one(tmp_path):
+    """The fault: a tuned model's answers behind demonstrations were no better than what it says when it is asked."""
+    config, writer = SelfPlayConfig(samples=1, max_turns=1, count=2), Writer(lambda key, n: "So.\n-----\nAnd so.")
+    writer.tokenizer = chat_tokenizer()
+    assert self_play(writer, config, QUERIES, tmp_path / "own.jsonl")["prompt"] == "own"
+    assert writer.prompts["assistant/1/0"] == request_text(writer.tokenizer, QUERIES[1]["query"])
+    assert read_rows(tmp_path / "own.jsonl")[0]["messages"][1]["content"] == "So.\n-----\nAnd so.", "a rule is no stop"
+    plain = Writer(lambda key, n: "So.\n-----\nAnd so.")
+    assert self_play(plain, config, QUERIES, tmp_path / "plain.jsonl")["prompt"] == "faithful"
+    assert STYLES["faithful"].demonstrations[2][0] in plain.prompts["assistant/1/0"]
+    assert read_rows(tmp_path / "plain.jsonl")[0]["messages"][1]["content"] == "So."
+    with pytest.raises(ValueError, match="shots=2: prompt='own'"):
+        SelfPlayConfig(prompt="own", shots=2)
+    with pytest.raises(ValueError, match="prompt='rude' is unknown"):
+        SelfPlayConfig(prompt="rude")
+
+
+CIRCLES, PLAIN, OPEN = (
+    "It is so. " * 6,
+    "Water boils at a hundred degrees at the level of the sea.",
+    "Water boils at a hundred",
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "chosen"),
+    [({}, CIRCLES), ({"repetition_weight": 2.0}, OPEN), ({"repetition_weight": 2.0, "heuristic_filter": True}, PLAIN)],
+)
+def test_answers_that_go_in_circles_or_break_off_lose(tmp_path, settings, chosen):
+    rewards = {CIRCLES.strip(): 1.5, PLAIN: 0.5, OPEN: 1.0}
+    config = SelfPlayConfig(samples=3, max_turns=1, shots=1, **settings)
+    writer = Writer(lambda key, n: [CIRCLES, PLAIN, OPEN][n])
+    counts = self_play(writer, config, QUERIES[:1], tmp_path / "d.jsonl", lambda p, r: [rewards[text] for text in r])
+    (row,) = read_rows(tmp_path / "d.jsonl")
+    assert row["messages"][1]["content"] == chosen.strip()
+    share, weight = repeated_share(CIRCLES), settings.get("repetition_weight", 0)
+    assert row["rewards"] == [[1.5 - weight * share, 0.5, 1.0]] and share > 0.5
+    assert counts["repeated 3-grams"] == (share if chosen == CIRCLES else 0)
+
+
 def test_faults(tmp_path):
     with pytest.raises(ValueError, match="NaN for conversation 3"):
         self_play(Writer(write), CONFIG, QUERIES[:4], tmp_path / "d.jsonl", lambda p, r: [math.nan] * len(r))
@@ -95,6 +139,9 @@ def test_faults(tmp_path):
     for name in ("samples", "max_turns", "user_max_new_tokens", "count"):
         with pytest.raises(ValueError, match=f"{name}=0"):
             SelfPlayConfig(**{name: 0})
+    for weight in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="repetition_weight="):
+            SelfPlayConfig(repetition_weight=weight)
 
 
 def test_it_goes_on_after_an_interruption(tmp_path):

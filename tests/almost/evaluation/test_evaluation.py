@@ -29,6 +29,7 @@ from trl_ext.almost.evaluation.tasks import (
     word_probabilities,
 )
 from trl_ext.almost.prompts.chat import dialogue, request_text
+from trl_ext.almost.repetition import repeated_share
 from trl_ext.almost.rewards import RewardModel
 from trl_ext.almost.writing.backends import Request, TransformersBackend
 from trl_ext.scripts import almost_eval
@@ -191,6 +192,9 @@ def test_a_run_is_evaluated_and_goes_on_where_it_stopped(folder, flags, tmp_path
     rows = [json.loads(line) for line in own.read_text().splitlines()]
     scores = judge.score([row["query"] for row in rows], [row["responses"][0] for row in rows])
     assert win["reward"]["value"] == pytest.approx(sum(scores) / 3, abs=1e-5)
+    shares = [repeated_share(row["responses"][0]) for row in rows]
+    assert win["repetition"]["value"] == pytest.approx(sum(shares) / 3) and win["repetition"]["n"] == 3
+    assert "repetition_difference" in win
     model = LlamaForCausalLM.from_pretrained(folder / "sft").eval()
     assert found[str(folder / "sft")]["hhh"]["value"] == hhh_of_model(model, byte_tokenizer(), HHH)["value"]
 
@@ -228,7 +232,12 @@ def test_the_script_prints_a_table_and_takes_a_file_as_baseline(folder, flags, t
     assert lines[0].startswith("| Model | HHH") and len([line for line in lines if "/start |" in line]) == 1
     stored = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert stored[str(folder / "start")]["win_rate"]["length"][1] == len("Nothing.")
-    assert stored[str(folder / "start")]["win_rate"]["win_rate"]["n"] == 2
+    win = stored[str(folder / "start")]["win_rate"]
+    assert win["win_rate"]["n"] == 2
+    shares = {"repetition": {"value": 0.25}, "repetition_difference": {"value": 0.2}}
+    assert almost_eval.table({"m": {"win_rate": {**win, **shares}}}).endswith("| 25.0 % / 5.0 % |")
+    earlier = {name: value for name, value in win.items() if name not in shares}
+    assert almost_eval.table({"m": {"win_rate": earlier}}).endswith("| - |"), "what an earlier version kept"
 
 
 @pytest.mark.parametrize(
@@ -250,6 +259,8 @@ def test_bad_arguments_are_named(flags, changes, error, match):
 def test_missing_data_and_judges_are_named(flags, tmp_path):
     with pytest.raises(FileNotFoundError, match="has no hhh/test.jsonl"):
         evaluate(EvaluationArguments(**{**flags, "data_dir": str(tmp_path)}, output_dir=str(tmp_path / "out")))
+    with pytest.raises(ValueError, match="device='cuda:7' can't be used here"):
+        evaluate(EvaluationArguments(**flags, output_dir=str(tmp_path / "out"), device="cuda:7"))
     args = EvaluationArguments(**{**flags, "run_dir": None}, output_dir=str(tmp_path / "out"), tasks=["win_rate"])
     with pytest.raises(ValueError, match="judge is missing"):
         evaluate(args)

@@ -9,10 +9,12 @@ import pytest
 
 from peft_ext.rows import write_rows
 from tests.tiny.tokenizers import byte_tokenizer
+from trl_ext.almost.prompts.chat import request_text
 from trl_ext.almost.prompts.roles import (
     STYLES,
     USER_STOPS,
     assistant_prompt,
+    chosen_prompt,
     clean_turn,
     load_style,
     mining_prompt,
@@ -51,6 +53,24 @@ def test_demonstrations_stand_before_the_query(plain, chat):
     assert "Human:" in assistant_prompt(chat, "Why?", style, 1, "plain")
     with pytest.raises(ValueError, match="shots=9"):
         assistant_prompt(plain, "Why?", style, 9)
+
+
+def test_a_model_is_asked_in_its_own_format_as_it_is_in_use(plain, chat):
+    text = assistant_prompt(chat, "Why?", load_style("own"), 0)
+    assert text == request_text(chat, "Why?") == "<user>Why?</><assistant>"
+    with pytest.raises(ValueError, match="prompt='own' needs a chat template"):
+        assistant_prompt(plain, "Why?", load_style("own"), 0)
+    with pytest.raises(ValueError, match="prompt='own' needs a chat template"):
+        assistant_prompt(chat, "Why?", load_style("own"), 0, "plain")
+
+
+def test_the_prompt_is_chosen_by_what_the_model_has(plain, chat):
+    assert chosen_prompt(chat, "auto") == ("own", 0)
+    assert chosen_prompt(plain, "auto") == ("faithful", 3)
+    assert chosen_prompt(chat, "auto", None, "plain") == ("faithful", 3)
+    # whoever asks for shots wants demonstrations, as before
+    assert chosen_prompt(chat, "auto", 2) == ("faithful", 2) and chosen_prompt(chat, "auto", 0) == ("faithful", 0)
+    assert chosen_prompt(chat, "hhh") == ("hhh", 3) and chosen_prompt(chat, "own") == ("own", 0)
 
 
 def test_prompts_of_a_stage_share_their_beginning(plain, chat):

@@ -25,7 +25,7 @@ from trl_ext.almost.models import load_policy
 from trl_ext.almost.rewards import RewardModel
 from trl_ext.almost.training import rlsf_generation
 from trl_ext.almost.training.reward import AlmostRewardConfig, RewardArguments, encode_pairs, half_of
-from trl_ext.almost.training.rlsf import prompts_of, summary, trainer_of
+from trl_ext.almost.training.rlsf import RLSFArguments, prompts_of, summary, trainer_of
 from trl_ext.almost.training.rlsf_generation import (
     MergedGRPOTrainer,
     MergedRLOOTrainer,
@@ -33,7 +33,7 @@ from trl_ext.almost.training.rlsf_generation import (
     merged_copy,
 )
 from trl_ext.almost.training.sft import encode_demonstrations
-from trl_ext.almost.training.stage import AlmostModelConfig, StageArguments, adapter_config, start
+from trl_ext.almost.training.stage import AlmostModelConfig, StageArguments, _settings, adapter_config, start
 from trl_ext.scripts import almost_reward, almost_rlsf, almost_sft
 
 
@@ -350,6 +350,38 @@ def plain_sample(model, prompt, seed, ends, length) -> list[int]:
         written.append(int((logits.softmax(-1).sort(descending=True).values.cumsum(-1) <= generator.random()).sum()))
         written[-1] = int(logits.argsort(descending=True)[written[-1]])
     return written
+
+
+def test_rlsf_takes_the_penalty_of_repetitions_off_the_reward(run, sft, reward_models, tmp_path, capsys):
+    """The fault: a small reward model doesn't mind answers that go in circles, so that they spread."""
+    flags = ["--repetition_weight", "2.5", "--device", "cpu", *LORA]
+    almost_rlsf.main(rlsf_flags(run, sft, reward_models("lora"), tmp_path / "out", *flags))
+    assert "repetition_penalty: " in capsys.readouterr().out
+    for entry in result(tmp_path / "out")["history"][:3]:
+        parts = [entry[f"rewards/{name}/mean"] for name in ("reward_model", "repetition_penalty")]
+        assert entry["reward"] == pytest.approx(parts[0] + 2.5 * parts[1], abs=1e-5) and -1 <= parts[1] <= 0
+    with pytest.raises(FileExistsError, match="repetition_weight: was 2.5"):
+        almost_rlsf.main(rlsf_flags(run, sft, reward_models("lora"), tmp_path / "out", "--device", "cpu", *LORA))
+    for given, match in (
+        ("-1", "repetition_weight=-1"),
+        ("1", r"reward_weights=\[1.0, 2.0\] and repetition_weight=1.0"),
+    ):
+        weights = ["--reward_weights", "1.0", "2.0", "--repetition_weight", given]
+        with pytest.raises(ValueError, match=match):
+            almost_rlsf.main(rlsf_flags(run, sft, reward_models("lora"), tmp_path / "other", *weights, *LORA))
+
+
+def test_a_training_that_was_begun_before_a_setting_came_goes_on(run, sft, reward_models):
+    """Its settings.json lacks the setting; without it nothing has changed."""
+    assert "repetition_weight" not in json.loads((sft / "settings.json").read_text())
+    assert {"repetition_weight", "device"}.isdisjoint(_settings(RLSFArguments()))
+    assert _settings(RLSFArguments(repetition_weight=1.0))["repetition_weight"] == 1.0
+
+
+def test_a_device_that_isn_t_there_is_named(run, tmp_path):
+    with pytest.raises(ValueError, match="device='cuda:7' can't be used here"):
+        almost_sft.main(sft_flags(run, tmp_path / "out", "--device", "cuda:7"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_reward_of_nan_stops_rlsf(run, sft, reward_models, tmp_path):

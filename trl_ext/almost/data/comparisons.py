@@ -86,7 +86,9 @@ def run(config: ComparisonsConfig, generators: Sequence[Any], responses: Path, f
     """The stage: a file of answers becomes the files of comparisons in a folder; see [`build_comparisons`]."""
     reward = None
     if config.as_is_reward_model:
-        reward = RewardModel.from_pretrained(config.as_is_reward_model, batch_size=config.reward_batch_size).score
+        reward = RewardModel.from_pretrained(
+            config.as_is_reward_model, device=config.device, batch_size=config.reward_batch_size
+        ).score
     rows = read_rows(responses, fields=row_formats.response(len(generators)))
     rows, counts = build_comparisons(rows, generators, config, reward)
     return {**counts, **write_comparisons(rows, folder, config)}

@@ -4,6 +4,7 @@ paper's step 2)."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Sequence
@@ -15,16 +16,21 @@ from tqdm.auto import tqdm
 
 from peft_ext.rows import Row, RowFile
 from trl_ext.almost.config import SelfPlayConfig
+from trl_ext.almost.data.comparisons import heuristic_filter
 from trl_ext.almost.data.queries import read_queries
 from trl_ext.almost.data.row_formats import DEMONSTRATION
 from trl_ext.almost.prompts.roles import (
     ASSISTANT_STOPS,
+    OWN,
+    OWN_STOPS,
     USER_STOPS,
     assistant_prompt,
+    chosen_prompt,
     clean_turn,
     load_style,
     user_prompt,
 )
+from trl_ext.almost.repetition import repeated_share
 from trl_ext.almost.rewards import AnswerScorer, RewardModel
 from trl_ext.almost.writing.backends import Backend, Request
 from trl_ext.almost.writing.loading import backend_of
@@ -46,6 +52,7 @@ def run(
         reward = RewardModel.from_pretrained(
             str(reward_model),
             dtype=config.reward_dtype,
+            device=config.device,
             policy_tokenizer=backend.tokenizer,
             batch_size=config.reward_batch_size,
         ).score
@@ -59,7 +66,8 @@ def self_play(
     path: Union[str, os.PathLike],
     reward: Optional[AnswerScorer] = None,
 ) -> dict[str, Any]:
-    """Demonstrations in TRL's chat format, as rows `{"id", "messages", "rewards"}`; `rewards` has N numbers for each answer.
+    """Demonstrations in TRL's chat format, as rows `{"id", "messages", "rewards"}`; `rewards` has N numbers for each answer:
+    what it was chosen by, so less the penalty of its repetitions.
 
     Args:
         backend: Who plays both roles.
@@ -69,13 +77,16 @@ def self_play(
         reward: Chooses among the answers; not needed for `samples=1`.
 
     Returns:
-        Counts, and the reward of the best of 1 ... N, see [`reward_statistics`].
+        The assistant's prompt, counts, the share of repeated word 3-grams of the chosen answers, and the reward of the best of
+        1 ... N, see [`reward_statistics`].
 
     Raises:
         ValueError: If there is no reward for several samples, a reward is NaN, or all conversations end without an answer.
     """
     if config.samples > 1 and reward is None:
         raise ValueError(f"samples={config.samples} needs a reward model to choose; pass one, or samples=1.")
+    prompt, shots = chosen_prompt(backend.tokenizer, config.prompt, config.shots, config.chat_format)
+    config = dataclasses.replace(config, prompt=prompt, shots=shots)
     queries = queries[: config.count]
     done, dropped = (
         RowFile(path, DEMONSTRATION),
@@ -100,10 +111,13 @@ def self_play(
     done.sort(key=lambda row: row["id"])
     rows = list(done.rows.values())
     answers = sum(len(row["rewards"]) for row in rows)
+    said = [turn["content"] for row in rows for turn in row["messages"] if turn["role"] == "assistant"]
     return {
+        "prompt": prompt,
         "conversations": len(rows),
         "without an answer": len(dropped),
         "answers": answers,
+        "repeated 3-grams": float(np.mean([repeated_share(text) for text in said])) if said else 0.0,
         "best of": reward_statistics(rows),
     }
 
@@ -170,14 +184,17 @@ def _answer(
 ) -> None:
     style = load_style(config.prompt)
     prompts = [
-        assistant_prompt(backend.tokenizer, talk.messages, style, config.shots, config.chat_format) for talk in talks
+        assistant_prompt(backend.tokenizer, talk.messages, style, config.shots or 0, config.chat_format)
+        for talk in talks
     ]
     requests = [Request(f"assistant/{talk.id}/{turn}", prompt) for talk, prompt in zip(talks, prompts)]
-    answers = backend.generate(requests, config.sampling(samples=config.samples, stop=ASSISTANT_STOPS))
-    cleaned = [[clean_turn(text) for text in texts] for texts in answers]
-    scores = _scores(talks, cleaned, reward)
+    # a rule of dashes separates the demonstrations of the other prompts; in its own format a model may write one
+    stops = OWN_STOPS if config.prompt == OWN else ASSISTANT_STOPS
+    answers = backend.generate(requests, config.sampling(samples=config.samples, stop=stops))
+    cleaned = [[clean_turn(text, stops) for text in texts] for texts in answers]
+    scores = _scores(talks, cleaned, reward, config.repetition_weight)
     for talk, texts, rewards in zip(talks, cleaned, scores):
-        best = max(range(len(texts)), key=lambda n: (bool(texts[n]), -math.inf if rewards[n] is None else rewards[n]))
+        best = max(range(len(texts)), key=lambda n: _preference(texts[n], rewards[n], config.heuristic_filter))
         if not texts[best]:
             talk.over = True
             continue
@@ -185,10 +202,18 @@ def _answer(
         talk.rewards.append(rewards)
 
 
+def _preference(text: str, reward: Optional[float], filtered: bool) -> tuple[bool, bool, float]:
+    """What orders a query's answers: those that aren't empty, then those whose looks are good, then by their reward."""
+    return bool(text), not filtered or heuristic_filter(text) is None, -math.inf if reward is None else reward
+
+
 def _scores(
-    talks: Sequence[_Conversation], answers: Sequence[Sequence[str]], reward: Optional[AnswerScorer]
+    talks: Sequence[_Conversation],
+    answers: Sequence[Sequence[str]],
+    reward: Optional[AnswerScorer],
+    repetition_weight: float,
 ) -> list[list[Optional[float]]]:
-    """A number for each answer; None where it is empty, or nobody scores."""
+    """A number for each answer, less the penalty of its repetitions; None where it is empty, or nobody scores."""
     scores: list[list[Optional[float]]] = [[None] * len(texts) for texts in answers]
     scored = [(i, n) for i, texts in enumerate(answers) for n, text in enumerate(texts) if text]
     if reward is None or not scored:
@@ -200,7 +225,7 @@ def _scores(
                 f"the reward model gave NaN for conversation {talks[i].id!r}, answer {answers[i][n][:80]!r}; nothing can be "
                 "chosen by it. Train it anew, with a lower learning rate or in float32."
             )
-        scores[i][n] = float(value)
+        scores[i][n] = float(value) - repetition_weight * repeated_share(answers[i][n])
     return scores
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from generation_ext.shared_prefix.sampling import Sampling
-from peft_ext import command_line
+from peft_ext import command_line, devices
 from peft_ext.files import check_folder_writable, write_json
 from peft_ext.models import DEFAULT_MODEL
 from peft_ext.rows import read_rows
@@ -26,7 +26,7 @@ from trl_ext.almost.evaluation.tasks import (
     truthfulqa_of_rewards,
 )
 from trl_ext.almost.evaluation.win_rate import compare, write_answers
-from trl_ext.almost.models import default_device, load_chat_tokenizer, load_policy
+from trl_ext.almost.models import chosen_device, load_chat_tokenizer, load_policy
 from trl_ext.almost.prompts.chat import HUMAN
 from trl_ext.almost.rewards import RewardModel
 
@@ -88,6 +88,7 @@ class EvaluationArguments:
     batch_size: int = field(default=16, metadata={"help": "Answers that are written, or scored, side by side."})
     dtype: str = field(default="float32", metadata={"help": "Float type of all models."})
     seed: int = field(default=0, metadata={"help": "Of the answers and the bootstrap."})
+    device: Optional[str] = field(default=None, metadata={"help": devices.HELP})
     output_dir: Optional[str] = field(
         default=None,
         metadata={"help": "Where evaluation.json, answers and judgements go; default: the run's folder `evaluation`."},
@@ -155,10 +156,11 @@ def run(args: EvaluationArguments) -> dict[str, Any]:
         What `evaluation.json` holds: model -> task -> result.
 
     Raises:
-        ValueError, OSError: If a model, a file or a folder isn't as it should be.
+        ValueError, OSError: If a model, a file, a folder or the device isn't as it should be.
     """
     folder = Path(str(args.output_dir)).expanduser()
     check_folder_writable(folder, "output_dir")
+    chosen_device(args.device)
     data = {task: load_rows(args, task) for task in args.tasks}
     folder.mkdir(parents=True, exist_ok=True)
     results = ResultFile(folder / "evaluation.json")
@@ -221,7 +223,7 @@ class _LastModel:
     def __call__(self, name: str) -> tuple[Any, Any]:
         if self.model is None or self.name != name:
             self.model = None  # its memory first
-            policy = load_policy(name, dtype=self.args.dtype).to(default_device())
+            policy = load_policy(name, dtype=self.args.dtype).to(chosen_device(self.args.device))
             self.name, self.model = name, (policy, load_chat_tokenizer(name))
         return self.model
 
@@ -290,7 +292,12 @@ def _judge(args: EvaluationArguments) -> Judge:
 
 def _rewards(args: EvaluationArguments, name: str) -> RewardModel:
     return RewardModel.from_pretrained(
-        name, dtype=args.dtype, max_length=args.reward_max_length, batch_size=args.batch_size, progressbar=True
+        name,
+        dtype=args.dtype,
+        device=args.device,
+        max_length=args.reward_max_length,
+        batch_size=args.batch_size,
+        progressbar=True,
     )
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -18,6 +18,7 @@ from peft_ext.rows import RowFile
 from trl_ext.almost.evaluation.judges import AnswerPair, Judge, Judgement
 from trl_ext.almost.evaluation.statistics import win_rate, with_interval
 from trl_ext.almost.prompts.chat import request_text
+from trl_ext.almost.repetition import repeated_share
 from trl_ext.almost.rewards import PairScores
 from trl_ext.almost.writing.backends import Request, TransformersBackend
 
@@ -87,9 +88,10 @@ def compare(
 
     Returns:
         `win_rate` and `length_controlled` (see `statistics.win_rate`), counts of judgements (`wins`, `ties`, `losses`),
-        `consistent` (share of comparisons whose orders agree), `scores` (sums), `length` (means, in characters)
-        and `unreadable` (questions left out); of a reward model also the mean `reward` and the mean `reward_difference`
-        to the baseline, with their intervals.
+        `consistent` (share of comparisons whose orders agree), `scores` (sums), `length` (means, in characters),
+        `repetition` (mean share of an answer's repeated word 3-grams) and its difference to the baseline's, with their
+        intervals, and `unreadable` (questions left out); of a reward model also the mean `reward` and the mean
+        `reward_difference` to the baseline, with their intervals.
 
     Raises:
         ValueError: If an answer is missing, a question has another number of answers than its baseline, or no judgement
@@ -186,7 +188,8 @@ def _summary(
     outcomes = {key: [PairScores(*map(list, zip(*both))).hits for both in scores] for key, scores in judged.items()}
     compared = [both for scores in outcomes.values() for both in scores]
     every = [outcome for both in compared for outcome in both]
-    lengths = np.array([np.mean([list(map(len, texts)) for texts in pairs[key]], axis=0) for key in judged])
+    lengths = _means(len, judged, pairs)
+    repeated = _means(repeated_share, judged, pairs)
     return {
         **win_rate(
             [float(np.mean(scores)) for scores in outcomes.values()], (lengths[:, 0] - lengths[:, 1]).tolist(), seed
@@ -199,4 +202,13 @@ def _summary(
             float(sum(pair[side] for scores in judged.values() for both in scores for pair in both)) for side in (0, 1)
         ],
         "length": lengths.mean(axis=0).tolist(),
+        "repetition": with_interval(repeated[:, 0], seed=seed),
+        "repetition_difference": with_interval(repeated[:, 0] - repeated[:, 1], seed=seed),
     }
+
+
+def _means(
+    measure: Callable[[str], float], keys: Iterable[Any], pairs: Mapping[Any, Sequence[tuple[str, str]]]
+) -> np.ndarray:
+    """`[questions, 2]`: a measure of texts, as the mean over a question's answers and over its baseline's."""
+    return np.array([np.mean([list(map(measure, texts)) for texts in pairs[key]], axis=0) for key in keys])

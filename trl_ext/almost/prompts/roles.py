@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 from transformers import PreTrainedTokenizerBase
 
@@ -26,9 +26,13 @@ from trl_ext.almost.prompts.demonstrations import (
 SEPARATOR = "-----"
 QUERY = "Query:"
 AUTO, CHAT, PLAIN = "auto", "chat", "plain"
+# The prompt that is no prompt: the chat template alone, as the model is asked in use.
+OWN = "own"
+DEFAULT_SHOTS = 3
 FORMATS = (AUTO, CHAT, PLAIN)
 # Where a role's turn ends at the latest.
 ASSISTANT_STOPS = ("Human:", SEPARATOR)
+OWN_STOPS = (HUMAN,)
 USER_STOPS = ("Assistant:", "Human:", SEPARATOR)
 MINING_STOPS = ("\n",)
 _USER_TASK = (
@@ -41,15 +45,15 @@ class Style(NamedTuple):
     """How an assistant is shown to answer.
 
     Attributes:
-        preamble: What stands before the dialogues.
+        preamble: What stands before the dialogues; None: nothing, so that a chat template says what it says by itself.
         demonstrations: Pairs of query and answer; n shots are the first n.
     """
 
-    preamble: str
+    preamble: Optional[str]
     demonstrations: tuple[Demonstration, ...]
 
 
-STYLES = {"hhh": Style(HHH_PREAMBLE, HHH), "faithful": Style(HHH_PREAMBLE, FAITHFUL)}
+STYLES = {"hhh": Style(HHH_PREAMBLE, HHH), "faithful": Style(HHH_PREAMBLE, FAITHFUL), OWN: Style(None, ())}
 
 
 def load_style(name: str) -> Style:
@@ -87,6 +91,23 @@ def uses_chat(tokenizer: PreTrainedTokenizerBase, chat_format: str = AUTO) -> bo
     return chat_format == CHAT or (chat_format == AUTO and tokenizer.chat_template is not None)
 
 
+def chosen_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, shots: Optional[int] = None, chat_format: str = AUTO
+) -> tuple[str, int]:
+    """Which prompt and how many shots are meant, where a model is to answer as well as it can.
+
+    Args:
+        tokenizer: Of the model that writes.
+        prompt: As of [`load_style`], or `"auto"`: the model's own chat format if it has one and `shots` is None, else
+            `"faithful"`.
+        shots: None: 3, of the own chat format none.
+        chat_format: See [`assistant_prompt`].
+    """
+    if prompt == AUTO:
+        prompt = OWN if shots is None and uses_chat(tokenizer, chat_format) else "faithful"
+    return prompt, (0 if prompt == OWN else DEFAULT_SHOTS) if shots is None else shots
+
+
 def assistant_prompt(
     tokenizer: PreTrainedTokenizerBase, conversation: Prompt, style: Style, shots: int, chat_format: str = AUTO
 ) -> str:
@@ -100,14 +121,20 @@ def assistant_prompt(
             that have not been tuned; `"auto"`: the former if there is a template.
 
     Raises:
-        ValueError: If the style has fewer demonstrations.
+        ValueError: If the style has fewer demonstrations, or is the chat template's own where prompts don't go through one.
     """
     if not 0 <= shots <= len(style.demonstrations):
         raise ValueError(f"shots={shots} must be between 0 and {len(style.demonstrations)}, what the prompt has.")
     messages = as_messages(conversation)
     turns = [turn for pair in style.demonstrations[:shots] for turn in pair]
     if uses_chat(tokenizer, chat_format):
-        return request_text(tokenizer, [_system(style.preamble), *_messages(turns), *messages])
+        preamble = [] if style.preamble is None else [_system(style.preamble)]
+        return request_text(tokenizer, [*preamble, *_messages(turns), *messages])
+    if style.preamble is None:
+        raise ValueError(
+            f"prompt={OWN!r} needs a chat template, and this model's prompts go through none; use another prompt, such as "
+            "'faithful'."
+        )
     dialogues = [_plain(_messages(pair)) for pair in style.demonstrations[:shots]]
     return _join(style.preamble, [*dialogues, _plain(messages) + ASSISTANT])
 

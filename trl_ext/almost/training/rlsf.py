@@ -19,8 +19,10 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, RLOOConfig, RLOOTrainer
 
 from peft_ext import command_line
+from trl_ext.almost.config import check_repetition_weight
 from trl_ext.almost.models import load_chat_tokenizer, load_policy, save_plain
 from trl_ext.almost.prompts.chat import as_messages
+from trl_ext.almost.repetition import RepetitionPenalty
 from trl_ext.almost.rewards import RewardModel
 from trl_ext.almost.training.rlsf_generation import MergedGRPOTrainer, MergedRLOOTrainer, check_merged_generation
 from trl_ext.almost.training.stage import (
@@ -38,7 +40,12 @@ from trl_ext.almost.training.stage import (
 PROGRAM = "almost_rlsf"
 REFERENCE = "start"  # the policy that a whole policy's KL is measured from, while it trains
 # What is reported of TRL's log, and under which name.
-_REPORTED = {"reward": "reward", "kl": "kl", "completions/mean_length": "length"}
+_REPORTED = {
+    "reward": "reward",
+    "rewards/repetition_penalty/mean": "repetition_penalty",
+    "kl": "kl",
+    "completions/mean_length": "length",
+}
 _SHARE = 0.1  # of the log, at each end, is averaged
 
 
@@ -55,6 +62,13 @@ class RLSFArguments(StageArguments):
     )
     reward_batch_size: int = field(default=16, metadata={"help": "Texts per forward pass of the reward model."})
     reward_dtype: str = field(default="float32", metadata={"help": "Float type of the reward model."})
+    repetition_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "The share of an answer's repeated word 3-grams, times this, is taken off its reward: a small reward model "
+            "doesn't mind answers that go round in circles."
+        },
+    )
     merged_generation: bool = field(
         default=False,
         metadata={
@@ -62,6 +76,9 @@ class RLSFArguments(StageArguments):
             "several times sooner without vLLM, for the memory of one more model."
         },
     )
+
+    def __post_init__(self):
+        check_repetition_weight(self.repetition_weight)
 
 
 @dataclass
@@ -129,8 +146,8 @@ def run(
         model_args: The SFT policy, and the adapter if any.
 
     Returns:
-        What `training.json` holds: prompts; reward, KL per token and length in tokens at the start and at the end; TRL's
-        log.
+        What `training.json` holds: prompts; reward (less the penalty of repetitions, if it counts), that penalty before its
+        weight, KL per token and length in tokens at the start and at the end; TRL's log.
 
     Raises:
         ValueError, OSError: If an argument or a file doesn't fit, or the folder holds another training.
@@ -140,10 +157,17 @@ def run(
         raise ValueError("reward_model is missing: pass --reward_model, a folder or a hub id.")
     if script_args.merged_generation:
         check_merged_generation(training_args)
+    if script_args.repetition_weight and training_args.reward_weights is not None:
+        raise ValueError(
+            f"reward_weights={training_args.reward_weights} and repetition_weight={script_args.repetition_weight} say the same "
+            "thing twice: the reward model weighs 1 and the penalty repetition_weight; leave reward_weights out."
+        )
     done = start(training_args, script_args, model_args)
     if done is not None:
         return done
     rows = script_args.rows()
+    if script_args.repetition_weight:
+        training_args.reward_weights = [1.0, script_args.repetition_weight]
     trainer = _trainer(script_args, training_args, model_args, prompts_of(rows))
     train(trainer, trainer.processing_class, script_args.merge_adapter)
     if trainer.is_world_process_zero():
@@ -168,7 +192,8 @@ def prompts_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def summary(history: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Reward, KL and length at the start and at the end of a log: the means over its first and its last tenth."""
+    """Reward, penalty of repetitions, KL and length at the start and at the end of a log: the means over its first and last
+    tenth."""
     result: dict[str, Any] = {}
     for key, name in _REPORTED.items():
         values = [entry[key] for entry in history if key in entry]
@@ -206,7 +231,7 @@ def _trainer(
     trainer_class = merged if script_args.merged_generation else plain
     return trainer_class(
         model=load_policy(name, dtype=dtype),
-        reward_funcs=reward_model,
+        reward_funcs=[reward_model, RepetitionPenalty()] if script_args.repetition_weight else reward_model,
         args=training_args,
         train_dataset=Dataset.from_list(list(prompts)),
         processing_class=tokenizer,

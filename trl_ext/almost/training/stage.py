@@ -18,6 +18,7 @@ from peft_ext import PeqaConfig, trainer_checkpoints
 from peft_ext.files import scratch
 from peft_ext.rows import ROW_SUFFIXES, read_rows
 from peft_ext.runs import RunFolder, digest, drop_checkpoints, last_checkpoint
+from trl_ext.almost.config import LATER
 from trl_ext.almost.models import save_whole
 
 
@@ -29,12 +30,13 @@ _FREE = frozenset(
     "hub_model_id hub_token hub_private_repo hub_strategy hub_revision hub_always_push save_steps save_strategy "
     "save_total_limit disable_tqdm resume_from_checkpoint log_level log_level_replica log_on_each_node "
     "dataloader_num_workers dataloader_pin_memory dataset_num_proc project trackio_space_id local_rank "
-    "per_device_eval_batch_size".split()
+    "per_device_eval_batch_size device".split()
 )
 
 # The words that all commands share, for TRL's.
 TRAINING_FLAGS = {"model": "model_name_or_path", "data": "dataset_name", "batch_size": "per_device_train_batch_size"}
 
+_DEVICE = "Where it is trained: cpu (as --use_cpu), or cuda; by default where transformers' Trainer would."
 # Settings that may be a file's or a folder's path.
 _PATHS = frozenset(("dataset_name", "eval_dataset_name", "model_name_or_path", "reward_model"))
 
@@ -104,6 +106,7 @@ class StageArguments(ScriptArguments):
         default=True,
         metadata={"help": "Write LoRA merged, as a model that every tool loads, and the adapter beside it."},
     )
+    device: Optional[str] = field(default=None, metadata={"help": _DEVICE})
 
     def rows(self) -> list[dict]:
         """What is trained on, see [`load_data`]."""
@@ -228,7 +231,11 @@ def _settings(training_args: TrainingArguments, *others: Any) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for arguments in (training_args, *others):
         as_dict = arguments.to_dict() if isinstance(arguments, TrainingArguments) else asdict(arguments)
-        values |= {name: value for name, value in as_dict.items() if name not in _FREE}
+        values |= {
+            name: value
+            for name, value in as_dict.items()
+            if name not in _FREE and not (name in LATER and value == LATER[name])
+        }
     for name in _PATHS & values.keys():
         path = Path(str(values[name])).expanduser()
         if path.exists():  # by what is in it: a run may be moved

@@ -13,7 +13,7 @@ from peft_ext import PeqaConfig, calibrate
 from peft_ext.language_model import device_of
 from peft_ext.models import DEFAULT_MODEL, load_tokenizer, locate
 from trl_ext.almost.config import WritingConfig
-from trl_ext.almost.models import default_device, load_chat_tokenizer, load_policy
+from trl_ext.almost.models import chosen_device, load_chat_tokenizer, load_policy
 from trl_ext.almost.prompts.demonstrations import USER
 from trl_ext.almost.prompts.roles import STYLES, mining_prompt, seed_queries
 from trl_ext.almost.writing.backends import Backend, TransformersBackend, VLLMBackend
@@ -27,7 +27,9 @@ def backend_of(config: WritingConfig, generator: Optional[Generator] = None) -> 
     """Who writes in a stage: the stage's own model, or a generator."""
     who = generator or Generator()
     model = who.model or config.model_name_or_path
-    return load_backend(model, who.bits, who.group_size, config.backend, config.batch_size, config.dtype)
+    return load_backend(
+        model, who.bits, who.group_size, config.backend, config.batch_size, config.dtype, device=config.device
+    )
 
 
 def load_backend(
@@ -37,6 +39,7 @@ def load_backend(
     backend: str = "transformers",
     batch_size: int = 32,
     dtype: str = "auto",
+    device: Optional[str] = None,
     **kwargs: Any,
 ) -> Backend:
     """What samples texts from a model.
@@ -48,10 +51,11 @@ def load_backend(
         backend: `"transformers"` or `"vllm"`.
         batch_size: Texts side by side.
         dtype: Float type of the weights.
+        device: Where it writes: `"cpu"`, `"cuda:1"`, ...; None: an accelerator if there is one. vLLM chooses by itself.
         **kwargs: Passed to `from_pretrained` or `vllm.LLM`.
 
     Raises:
-        ValueError: If the backend is unknown or can't quantise.
+        ValueError: If the backend is unknown, can't quantise or can't be told a device, or there is no such device.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; choose one of {BACKENDS}.")
@@ -61,28 +65,37 @@ def load_backend(
                 f"backend='vllm' takes a hub id or a folder (model={model!r}, bits={bits}); for a quantised generator, write a "
                 "packed checkpoint with `peft-ext quantize` and name its folder as the model."
             )
+        if device is not None:
+            raise ValueError(
+                f"device={device!r}: vLLM chooses its devices by itself; leave it out, and say CUDA_VISIBLE_DEVICES instead."
+            )
         return VLLMBackend(model, dtype=dtype, **kwargs)
-    loaded, tokenizer = load_speaker(model, dtype=dtype, **kwargs)
+    loaded, tokenizer = load_speaker(model, dtype=dtype, device=device, **kwargs)
     if bits is not None:
         loaded = quantized(loaded, tokenizer, bits, group_size)
     return TransformersBackend(loaded, tokenizer, batch_size)
 
 
 def load_speaker(
-    model: Optional[str] = None, dtype: str = "auto", **kwargs: Any
+    model: Optional[str] = None, dtype: str = "auto", device: Optional[str] = None, **kwargs: Any
 ) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     """A causal language model in evaluation mode, on the accelerator if there is one, and its tokenizer.
 
     Args:
         model: See [`load_policy`].
         dtype: Float type of the weights.
+        device: Where to put it; None: an accelerator if there is one.
         **kwargs: Passed to `from_pretrained`.
+
+    Raises:
+        ValueError: If there is no such device.
     """
+    where = chosen_device(device)
     loaded = load_policy(model, dtype=dtype, **kwargs)
     # without a template of its own a model has not been tuned to chat, and is shown the paper's plain dialogues
     is_tuned = locate(model or DEFAULT_MODEL)[1] is not None
     tokenizer = load_chat_tokenizer(model) if is_tuned else load_tokenizer(model)
-    return loaded if "device_map" in kwargs else loaded.to(default_device()), tokenizer
+    return loaded if "device_map" in kwargs else loaded.to(where), tokenizer
 
 
 def quantized(
