@@ -66,6 +66,17 @@ def recipe(base, run_dir, **changes):
     return AlmostConfig(**{**RECIPE, "model_name_or_path": base, "run_dir": str(run_dir), **changes})
 
 
+def test_a_device_is_every_stage_s(base, tmp_path):
+    config = recipe(base, tmp_path / "run", device="cpu", sft={**RECIPE["sft"], "device": "cuda:7"})
+    assert {stage: config.block(stage)["device"] for stage in STAGES} == {
+        **dict.fromkeys(STAGES, "cpu"),
+        "sft": "cuda:7",
+    }
+    assert "device" not in Pipeline(recipe(base, tmp_path / "run", device="cpu")).settings("queries"), "a run may move"
+    with pytest.raises(ValueError, match="sft: device='cuda:7' can't be used here"):
+        check_recipe(config)
+
+
 def test_all_stages(base, tmp_path):
     pipeline = Pipeline(recipe(base, tmp_path / "run", skip=["evaluation"], launcher="inline"))
     assert [line.status for line in plan(pipeline)] == ["to do"] * 9 and not (tmp_path / "run").exists()

@@ -65,15 +65,15 @@ class RLSFArguments(StageArguments):
     repetition_weight: float = field(
         default=0.0,
         metadata={
-            "help": "The share of an answer's repeated word 3-grams, times this, is taken off its reward: a small reward model "
-            "doesn't mind answers that go round in circles."
+            "help": "The share of an answer's repeated word 3-grams, times this, is taken off its reward; 0: repetition doesn't "
+            "matter."
         },
     )
     merged_generation: bool = field(
         default=False,
         metadata={
-            "help": "Write answers by a merged copy of the policy in the training's float type instead of TRL's generation: "
-            "several times sooner without vLLM, for the memory of one more model."
+            "help": "Write answers by a merged copy of the policy: several times sooner than TRL's generation without vLLM, for "
+            "the memory of one more model."
         },
     )
 

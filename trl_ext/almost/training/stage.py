@@ -36,7 +36,7 @@ _FREE = frozenset(
 # The words that all commands share, for TRL's.
 TRAINING_FLAGS = {"model": "model_name_or_path", "data": "dataset_name", "batch_size": "per_device_train_batch_size"}
 
-_DEVICE = "Where it is trained: cpu (as --use_cpu), or cuda; by default where transformers' Trainer would."
+_DEVICE = "Where it is trained: cpu (as --use_cpu), or cuda; by default, Trainer chooses."
 # Settings that may be a file's or a folder's path.
 _PATHS = frozenset(("dataset_name", "eval_dataset_name", "model_name_or_path", "reward_model"))
 
