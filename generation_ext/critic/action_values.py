@@ -27,7 +27,7 @@ class Tried(NamedTuple):
     Attributes:
         state: Which of the roll-out's states: 0 is its prompt.
         tokens: `[k]` token ids.
-        hidden: `[k, hidden_size]`, the language model's last hidden state after each of them.
+        hidden: `[k, state_size]`, what the critic reads after each of them.
     """
 
     state: int
@@ -83,7 +83,7 @@ def action_value_loss(
 
     Args:
         critic: Has that head.
-        hidden: The language model's states `[batch, states, hidden_size]`.
+        hidden: What the critic reads, `[batch, states, state_size]`.
         values: V of them, `[batch, states]`.
         batch: Has the `actions` and the `mask`, both `[batch, states]`; and perhaps what was `tried`.
         kind: See [`value_loss`].
@@ -102,7 +102,7 @@ def action_value_loss(
 
 
 def stacked(tried: Sequence[Tried]) -> dict[str, torch.Tensor]:
-    """What was tried in a batch: `state` `[batch]`, `tokens` `[batch, k]` and `hidden` `[batch, k, hidden_size]`."""
+    """What was tried in a batch: `state` `[batch]`, `tokens` `[batch, k]` and `hidden` `[batch, k, state_size]`."""
     return {
         "state": torch.tensor([one.state for one in tried]),
         "tokens": torch.stack([one.tokens for one in tried]),
@@ -122,7 +122,8 @@ class _Tries(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         self.tokens, _ = self.processor.candidates(scores)
         prefix = self.processor.prefix(input_ids)
-        self.hidden = branch(self.processor.language_model, prefix, self.tokens).hidden
+        branches = branch(self.processor.language_model, prefix, self.tokens)
+        self.hidden = self.processor.reading(self.processor.critics[0]).of(branches)
         self.processor.recorder.drop()
         return scores
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, Sampler
 
-from generation_ext.critic.rollouts import Rollout, encode, fill_hidden
+from generation_ext.critic.rollouts import Rollout, encode, fill_hidden, without_hidden
 from generation_ext.critic.value import Critic
 
 
@@ -43,7 +43,7 @@ def values_of(critic: Critic, model: nn.Module, rollouts: Sequence[Rollout], bat
     values = torch.zeros(mask.shape)
     device = critic.mean.device
     if not has_lora(critic):
-        fill_hidden(model, [rollout for rollout in rollouts if rollout.hidden is None], batch_size)
+        fill_hidden(model, without_hidden(rollouts, critic.reading(model)), batch_size, critic)
     for start in range(0, len(rollouts), batch_size):
         batch = rollouts[start : start + batch_size]
         hidden = encode(model, batch, critic) if has_lora(critic) else padded_hidden(batch).to(device)
@@ -74,7 +74,7 @@ def states_mask(rollouts: Sequence[Rollout]) -> torch.Tensor:
 
 
 def padded_hidden(rollouts: Sequence[Rollout]) -> torch.Tensor:
-    """`[roll-outs, states, hidden_size]`, zeros after a roll-out's end.
+    """`[roll-outs, states, state_size]`, zeros after a roll-out's end.
 
     Raises:
         ValueError: If a roll-out has no hidden states.
@@ -82,7 +82,9 @@ def padded_hidden(rollouts: Sequence[Rollout]) -> torch.Tensor:
     states = []
     for rollout in rollouts:
         if rollout.hidden is None:
-            raise ValueError("a roll-out has no hidden states; call fill_hidden(model, rollouts) first.")
+            raise ValueError(
+                "a roll-out has no hidden states; call fill_hidden(model, rollouts, critic=critic) first."
+            )
         states.append(rollout.hidden)
     return nn.utils.rnn.pad_sequence(states, batch_first=True)
 

@@ -204,6 +204,10 @@ class _Steps:
                 self.logits = self._head(input_ids[:, -1:], self.prefix.hidden)
                 self._count({})
                 return
+        known = None if branches is None else branches.prefix
+        if known is not None and known.cache is self._cache():
+            # its tokens of the last steps were tried, not fed
+            self.processor.recorder.went_on(known, input_ids[:, :-1])
         self.prefix = self.branches = None
         inputs = self.model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **self.model_kwargs)
         self._take(self.model(**inputs, return_dict=True))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import LogitsProcessor
 
+from generation_ext.critic.reading import Reading, wanted_by
 from generation_ext.critic.value import Critic
 from generation_ext.shared_prefix.candidates import Branches, Prefix, branch
 from generation_ext.shared_prefix.encoded_text import ForwardRecorder, PrefixEncoder
@@ -87,15 +88,19 @@ class CriticLogitsProcessor(LogitsProcessor):
                 f"model ({type(self.language_model.base).__name__}) keeps the state of a text in its own modules, where every "
                 "forward pass of the critic's would change it; a critic can't steer it."
             )
-        self.recorder = ForwardRecorder(self.language_model)
+        self._readings = {critic: critic.reading(model) for critic in self.critics}
         # a critic with a LoRA reads its own encoding; all others share the language model's
         pad_token_id = _pad_token_id(model)
-        self._own = PrefixEncoder(self.language_model, attention_mask, pad_token_id)
         self._adapted = {
-            critic: PrefixEncoder(self.language_model, attention_mask, pad_token_id)
+            critic: PrefixEncoder(
+                self.language_model, attention_mask, pad_token_id, wanted_by([self._readings[critic]])
+            )
             for critic in self.critics
             if critic.config.lora_layers
         }
+        wanted = wanted_by(reading for critic, reading in self._readings.items() if critic not in self._adapted)
+        self.recorder = ForwardRecorder(self.language_model, wanted)
+        self._own = PrefixEncoder(self.language_model, attention_mask, pad_token_id, wanted)
 
     @property
     def reads_model(self) -> bool:
@@ -152,19 +157,29 @@ class CriticLogitsProcessor(LogitsProcessor):
 
     def gain_on(self, prefix: Prefix, branches: Branches) -> torch.Tensor:
         """`strength * (log V(s + a) - log V(s))` of the critics without a LoRA, from candidates' states, `[batch, k]`."""
-        return self._total(lambda critic: _log_ratio(critic, prefix.hidden, branches.hidden), branches.hidden[..., 0])
+
+        def ratio(critic: Critic) -> torch.Tensor:
+            reading = self._readings[critic]
+            return _log_ratio(critic, reading.of(prefix), reading.of(branches))
+
+        return self._total(ratio, branches.candidates)
 
     def gain_of_adapted(self, input_ids: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
         """The same of the critics with a LoRA; each reads the text by itself."""
 
         def ratio(critic: Critic) -> torch.Tensor:
             with critic.adapted(self.model):
-                prefix = self._adapted[critic](input_ids, self._cross(input_ids))
+                prefix, reading = self._adapted[critic](input_ids, self._cross(input_ids)), self._readings[critic]
                 if self.mode != "exact":
-                    return _log_action_ratio(critic, prefix.hidden, candidates)
-                return _log_ratio(critic, prefix.hidden, branch(self.language_model, prefix, candidates).hidden)
+                    return _log_action_ratio(critic, reading.of(prefix), candidates)
+                branches = branch(self.language_model, prefix, candidates)
+                return _log_ratio(critic, reading.of(prefix), reading.of(branches))
 
         return self._total(ratio, candidates, adapted=True)
+
+    def reading(self, critic: Critic) -> Reading:
+        """What one of the critics reads."""
+        return self._readings[critic]
 
     def prefix(self, input_ids: torch.Tensor) -> Prefix:
         """The text so far as the language model has encoded it: in `generate`'s last forward pass, or in one of ours."""
@@ -187,10 +202,12 @@ class CriticLogitsProcessor(LogitsProcessor):
         return gain
 
     def _action_gain(self, input_ids: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-        hidden = self.recorder.hidden(input_ids)
-        if hidden is None:
-            hidden = self._own(input_ids, self._cross(input_ids)).hidden
-        return self._total(lambda critic: _log_action_ratio(critic, hidden, candidates), candidates)
+        text = self.recorder.last(input_ids)
+        if text is None:
+            text = self._own(input_ids, self._cross(input_ids))
+        return self._total(
+            lambda critic: _log_action_ratio(critic, self._readings[critic].of(text), candidates), candidates
+        )
 
     def _total(
         self, ratio: Callable[[Critic], torch.Tensor], like: torch.Tensor, adapted: bool = False

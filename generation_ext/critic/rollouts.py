@@ -1,5 +1,5 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""Roll-outs: texts that the frozen language model samples, with the hidden state after every token and a reward.
+"""Roll-outs: texts that the frozen language model samples, with what the critic reads after every token, and a reward.
 
 The hidden states are those that `generate` computes anyway; saved roll-outs get theirs from one forward pass.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -16,15 +16,20 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from generation_ext.critic.reading import Reading, read, reading_of
 from generation_ext.critic.rewards import RewardFunc, score
-from generation_ext.critic.value import Critic
+from generation_ext.critic.value import Critic, CriticModelConfig
+from generation_ext.shared_prefix.encoded_text import LastStates
 from generation_ext.shared_prefix.encoding import TextEncoder
+from generation_ext.shared_prefix.inner_states import decoder_layers, output_state
+from generation_ext.shared_prefix.running_states import RunningStates
 from generation_ext.shared_prefix.sampling import OwnGenerationConfig, Sampling
 from generation_ext.shared_prefix.token_tree import padded
 from peft_ext.chat_format import chat_prompt
 from peft_ext.language_model import (
     CAUSAL,
     ENCODER_DECODER,
+    LanguageModel,
     backbone,
     device_of,
     end_tokens,
@@ -48,8 +53,9 @@ class Rollout:
         reward: In [0, 1]; None if the reward function had nothing to say of it.
         control_code: The attribute, where there are several.
         columns: Further columns of the data set, for the reward function.
-        hidden: `[len(completion_ids) + 1, hidden_size]`, the language model's last hidden state after the prompt and after
-            each token; None until it is computed.
+        hidden: `[len(completion_ids) + 1, state_size]`, what the critic reads after the prompt and after each token, in the
+            language model's dtype; None until it is computed.
+        reading: What that is.
     """
 
     prompt: str
@@ -60,6 +66,7 @@ class Rollout:
     control_code: Optional[str] = None
     columns: dict[str, Any] = field(default_factory=dict)
     hidden: Optional[torch.Tensor] = field(default=None, repr=False, compare=False)
+    reading: Optional[Reading] = field(default=None, repr=False, compare=False)
 
     @property
     def states(self) -> int:
@@ -119,7 +126,8 @@ class RolloutSampler:
         model: A causal or encoder-decoder language model; it isn't changed.
         tokenizer: Its tokenizer.
         reward: In TRL's shape, see `generation_ext.critic.rewards`; None: the texts get no reward.
-        critic: Puts control codes before prompts, if it has any.
+        critic: Puts control codes before prompts, if it has any, and says what is kept of the states; None: the last
+            hidden states.
         max_new_tokens: Tokens to sample at most.
         temperature: Divides the logits; 1 samples from the language model itself, whatever its `generation_config.json`
             says. The paper explores with 2, which
@@ -176,7 +184,10 @@ class RolloutSampler:
         inputs, prompt_ids = self.tokenize(prompts)
         # one token more than is kept, so that there is a hidden state after the last one
         extra = 1 if with_hidden else 0
-        with _sampling_from(seed, self.model), inference(self.model), _recording(self.model, with_hidden) as steps:
+        reading = reading_for(self.model, self.critic)
+        mask = None if self.model.config.is_encoder_decoder else inputs["attention_mask"]
+        recording = _recording(self.model, reading, mask) if with_hidden else nullcontext([])
+        with _sampling_from(seed, self.model), inference(self.model), recording as steps:
             sequences = self.model.generate(
                 **inputs,
                 generation_config=OwnGenerationConfig(
@@ -197,7 +208,7 @@ class RolloutSampler:
         if with_hidden:
             # a chunked prefill has several calls; the last of them sees the prompt's last token
             hidden = torch.stack(steps[len(steps) - len(new_tokens[0]) :], dim=1)
-            _distribute(self.model, rollouts, hidden)
+            _distribute(self.model, rollouts, hidden, reading)
         self._score(rollouts)
         return rollouts
 
@@ -281,34 +292,54 @@ class RolloutSampler:
             rollout.reward = reward
 
 
+def reading_for(model: nn.Module, critic: Optional[Critic]) -> Reading:
+    """What is kept of a language model's states for a critic; without one, the last hidden states."""
+    return reading_of(CriticModelConfig(), model) if critic is None else critic.reading(model)
+
+
+def without_hidden(rollouts: Iterable[Rollout], reading: Reading) -> list[Rollout]:
+    """Those for which it isn't known, or something else, what a critic reads."""
+    return [rollout for rollout in rollouts if rollout.hidden is None or rollout.reading != reading]
+
+
 def fill_hidden(
     model: nn.Module, rollouts: Sequence[Rollout], batch_size: int = 32, critic: Optional[Critic] = None
 ) -> None:
-    """Compute the hidden states of saved roll-outs, in one forward pass of their texts.
+    """Compute what the critic reads of saved roll-outs, in one forward pass of their texts.
 
     Args:
         model: The language model that sampled them.
         rollouts: Their `hidden` is set, on the CPU and in the model's dtype.
         batch_size: Texts per forward pass.
-        critic: Its LoRA takes part, if it has one.
+        critic: Says what is read, and its LoRA takes part, if it has one; None: the last hidden states.
     """
+    reading, dtype = reading_for(model, critic), LanguageModel(model).dtype
     by_length = sorted(rollouts, key=lambda rollout: len(rollout.prompt_ids) + len(rollout.completion_ids))
     with inference(model):
         for start in range(0, len(by_length), batch_size):
             batch = by_length[start : start + batch_size]
             for rollout, states in zip(batch, encode(model, batch, critic)):
-                rollout.hidden = states[: rollout.states].cpu().clone()
+                rollout.hidden = states[: rollout.states].to("cpu", dtype, copy=True)
+                rollout.reading = reading
 
 
-def encode(model: nn.Module, rollouts: Sequence[Rollout], critic: Optional[Critic] = None) -> torch.Tensor:
-    """The last hidden states `[batch, states, hidden_size]` of roll-outs, from one forward pass of their texts.
+def encode(
+    model: nn.Module, rollouts: Sequence[Rollout], critic: Optional[Critic] = None, reading: Optional[Reading] = None
+) -> torch.Tensor:
+    """What a critic reads of roll-outs, `[batch, states, state_size]`, from one forward pass of their texts.
 
     A row's first `rollout.states` states count, what follows is padding. Gradients go into the critic's LoRA, if it has
     one.
+
+    Args:
+        model: The language model.
+        rollouts: The texts.
+        critic: Whose; None: the last hidden states.
+        reading: Read this instead.
     """
     base: Any = unwrapped(model)
-    decoder: Any = backbone(model)
     device = device_of(model)
+    reading = reading_for(model, critic) if reading is None else reading
     prompts = [rollout.prompt_ids for rollout in rollouts]
     completions = [rollout.completion_ids for rollout in rollouts]
     # padding comes last, where no token of the text sees it; any token will do
@@ -318,18 +349,13 @@ def encode(model: nn.Module, rollouts: Sequence[Rollout], critic: Optional[Criti
         encoded = encoder(input_ids=tokens, attention_mask=mask)[0]
         inputs, _ = padded([[start_token(base), *completion] for completion in completions], 0, "right")
         with _adapted(critic, model):
-            return decoder(
-                input_ids=inputs.to(device),
-                encoder_hidden_states=encoded,
-                encoder_attention_mask=mask,
-                use_cache=False,
-            )[0]
+            return read(model, reading, inputs.to(device), encoder_hidden_states=encoded, encoder_attention_mask=mask)
     inputs, mask = (part.to(device) for part in padded([p + c for p, c in zip(prompts, completions)], 0, "right"))
     with _adapted(critic, model):
-        hidden = decoder(input_ids=inputs, attention_mask=mask, use_cache=False)[0]
+        hidden = read(model, reading, inputs, mask)
     states = max(rollout.states for rollout in rollouts)
-    first = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
-    index = (first[:, None] + torch.arange(states, device=device)).clamp(max=hidden.shape[1] - 1)
+    first = torch.tensor([len(prompt) - 1 for prompt in prompts], device=hidden.device)
+    index = (first[:, None] + torch.arange(states, device=hidden.device)).clamp(max=hidden.shape[1] - 1)
     return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
@@ -346,26 +372,52 @@ def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _distribute(model: nn.Module, rollouts: list[Rollout], hidden: torch.Tensor) -> None:
-    """Give each roll-out its part of the states that `generate` computed; `hidden` `[batch, steps, hidden_size]`."""
-    hidden = hidden.cpu()
+def _distribute(model: nn.Module, rollouts: list[Rollout], hidden: torch.Tensor, reading: Reading) -> None:
+    """Give each roll-out its part of what was read as it was written, `[batch, steps, state_size]`."""
+    hidden = hidden.to("cpu", LanguageModel(model).dtype)
     for rollout, states in zip(rollouts, hidden):
-        rollout.hidden = states[: rollout.states].clone()
+        rollout.hidden, rollout.reading = states[: rollout.states].clone(), reading
     # if all rows of a batch have ended, generate doesn't compute a state after the token that ended the last of them
     short = [rollout for rollout in rollouts if rollout.states > hidden.shape[1]]
-    if short:
-        fill_hidden(model, short, batch_size=len(short))
+    with inference(model):
+        for rollout, states in zip(short, encode(model, short, reading=reading) if short else ()):
+            rollout.hidden = states[: rollout.states].to("cpu", hidden.dtype, copy=True)
 
 
 @contextmanager
-def _recording(model: nn.Module, wanted: bool) -> Iterator[list[torch.Tensor]]:
-    """The last position's hidden state `[batch, hidden_size]` of each forward pass within the block."""
+def _recording(model: nn.Module, reading: Reading, mask: Optional[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """What is read of the text, `[batch, state_size]`, after each forward pass within the block.
+
+    Args:
+        model: The language model.
+        reading: What.
+        mask: 0 where a token of the prompts is padding, `[batch, tokens]`.
+    """
     steps: list[torch.Tensor] = []
+    states: dict[int, torch.Tensor] = {}
+    running = [RunningStates()]
+    places = [0]
 
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        steps.append(output[0][:, -1].detach())
+    def keep(index: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            states[index] = output_state(output).detach().clone()
 
-    with hooks_of_this_thread([(backbone(model), keep)] if wanted else []):
+        return hook
+
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        keep(reading.last)(module, args, output)
+        start, places[0] = places[0], places[0] + states[reading.last].shape[1]
+        real = None if mask is None else mask[:, start : places[0]]
+        if real is not None and real.shape[1] < places[0] - start:  # tokens that were written, or virtual ones before
+            more = places[0] - start - real.shape[1]
+            real = nn.functional.pad(real, (0, more) if start else (more, 0), value=1)
+        running[0] = running[0].after(states, reading.wanted, real)
+        steps.append(reading.of(LastStates(states[reading.last][:, -1], running[0])))
+
+    layers = decoder_layers(LanguageModel(model))
+    inner = [index for index in reading.layers if index < reading.last]
+    hooks = [(layers[index - 1], keep(index)) for index in inner]  # type: ignore[index]
+    with hooks_of_this_thread([*hooks, (backbone(model), end)]):
         yield steps
 
 

@@ -6,12 +6,13 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, broadcast_object_list
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
@@ -32,12 +33,22 @@ from generation_ext.critic.batches import (
     values_of,
 )
 from generation_ext.critic.diagnostics import by_position, summary
+from generation_ext.critic.layer_choice import explained_by_layer
 from generation_ext.critic.losses import value_loss
+from generation_ext.critic.reading import AUTO
 from generation_ext.critic.rewards import RewardFunc, check_callable
-from generation_ext.critic.rollouts import Rollout, RolloutSampler, encode, fill_hidden, prompt_rows, schedule
+from generation_ext.critic.rollouts import (
+    Rollout,
+    RolloutSampler,
+    encode,
+    fill_hidden,
+    prompt_rows,
+    schedule,
+    without_hidden,
+)
 from generation_ext.critic.run_files import RunFiles
 from generation_ext.critic.training_config import CriticConfig
-from generation_ext.critic.value import Critic
+from generation_ext.critic.value import Critic, CriticModelConfig
 from peft_ext import trainer_checkpoints
 from peft_ext.language_model import adapters_fingerprint
 
@@ -45,11 +56,14 @@ from peft_ext.language_model import adapters_fingerprint
 __all__ = ["CriticConfig", "CriticTrainer"]
 
 _SAMPLING = ("max_new_tokens", "max_prompt_length", "temperature", "top_k", "top_p")
-_EVALUATION, _TRIED = -1, -2  # in the place of an iteration's number, for seeds
+_EVALUATION, _TRIED, _LAYER = -1, -2, -3  # in the place of an iteration's number, for seeds
 
 
 class CriticTrainer(Trainer):
     """transformers' Trainer for a critic: `train()`, `evaluate()`, `save_model()`, `resume_from_checkpoint`, callbacks.
+
+    A critic with `layer="auto"` gets its layer from the first roll-outs: one that explains most of the outcome of held-out
+    ones, by linear maps (`layers_explained` has all of them, and the log `explained_variance_layer_12` and the like).
 
     Before each iteration it samples roll-outs from the language model and keeps the hidden states that `generate`
     computes; then the critic is fitted on those, without the language model (a critic with a LoRA reads the texts
@@ -123,6 +137,8 @@ class CriticTrainer(Trainer):
         self._iteration: Optional[int] = None
         self._resuming = False
         self._evaluated: Optional[list[Rollout]] = None
+        self.layers_explained: dict[int, float] = {}
+        self._layers_to_log: dict[int, float] = {}
         self._sums: dict[str, list[float]] = {}
         self.add_callback(_BeginsEpoch(self))
 
@@ -148,6 +164,8 @@ class CriticTrainer(Trainer):
         with trainer_checkpoints.going_on(self, resume_from_checkpoint) as checkpoint:
             if self._resuming:
                 self._files.check(self._settings())
+                if checkpoint is not None:
+                    self._take_layers(checkpoint)
                 if checkpoint is None and not self._files.started:
                     raise ValueError(
                         f"resume_from_checkpoint={resume_from_checkpoint!r}: {str(self.args.output_dir)!r} has neither a "
@@ -162,6 +180,17 @@ class CriticTrainer(Trainer):
             finally:
                 self._data.items = []
                 self._resuming = False
+
+    def _take_layers(self, checkpoint: Any) -> None:
+        """The layers that a run has chosen before it was stopped."""
+        own, stored = self._critic.config, CriticModelConfig.from_pretrained(checkpoint)
+        if (stored.state_size or stored.hidden_size) != self._critic.state_size:
+            raise ValueError(
+                f"the run in {str(self.args.output_dir)!r} has a critic that reads states of size "
+                f"{stored.state_size or stored.hidden_size}, not {self._critic.state_size}: make it with "
+                f"layer={stored.layers or -1}, running_mean={stored.running_mean}."
+            )
+        own.layers = stored.layers
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of this process's own roll-outs; accelerate has nothing to distribute."""
@@ -328,7 +357,9 @@ class CriticTrainer(Trainer):
         )
         for start in range(done, len(rows), size):
             batch = rows[start : start + size]
-            yield self._sampler.sample(batch, seed_of(seed, start), with_hidden=not has_lora(self._critic))
+            # before a layer is chosen, states of another would be kept
+            with_hidden = not has_lora(self._critic) and not self._layer_is_open
+            yield self._sampler.sample(batch, seed_of(seed, start), with_hidden)
             bar.update(len(batch))
         bar.close()
 
@@ -359,8 +390,8 @@ class CriticTrainer(Trainer):
         return values_of(self._critic, self.language_model, rollouts, self.args.rollout_batch_size)
 
     def _fill_hidden(self, rollouts: list[Rollout]) -> None:
-        missing = [rollout for rollout in rollouts if rollout.hidden is None]
-        fill_hidden(self.language_model, missing, self.args.rollout_batch_size)
+        missing = without_hidden(rollouts, self._critic.reading(self.language_model))
+        fill_hidden(self.language_model, missing, self.args.rollout_batch_size, self._critic)
 
     def _tried(self, rollouts: list[Rollout], iteration: int) -> list[Tried]:
         """Candidates at one state of each roll-out; none if the action-value head learns from sampled tokens alone."""
@@ -372,21 +403,49 @@ class CriticTrainer(Trainer):
         return try_candidates(self.language_model, self._critic, rollouts, count, seed, args.rollout_batch_size)
 
     def _prepare_critic(self, rollouts: list[Rollout]) -> None:
-        """Standardise hidden states and start at the mean outcome, by the first roll-outs; unless the critic has been
-        trained before."""
+        """Choose the layer, standardise hidden states and start at the mean outcome, by the first roll-outs; unless the critic
+        has been trained before."""
         critic = self._critic
-        if bool((critic.mean != 0).any()) or bool((critic.std != 1).any()):
+        if self._is_prepared:
             return
+        mask = states_mask(rollouts)
+        outcomes = discounted_outcomes(outcomes_of(rollouts), mask, self.args.gamma)
+        if self._layer_is_open:
+            self._choose_layer(rollouts, outcomes)
         self._fill_hidden(rollouts)
         critic.fit_standardisation(torch.cat([rollout.hidden for rollout in rollouts if rollout.hidden is not None]))
         if has_lora(critic):
             for rollout in rollouts:
                 rollout.hidden = None
-        mask = states_mask(rollouts)
-        critic.start_at(float(discounted_outcomes(outcomes_of(rollouts), mask, self.args.gamma)[mask].mean()))
+        critic.start_at(float(outcomes[mask].mean()))
         with torch.no_grad():
             for fitted in (critic.mean, critic.std, critic.head.bias):
                 fitted.copy_(broadcast(fitted.detach()))
+
+    @property
+    def _is_prepared(self) -> bool:
+        return bool((self._critic.mean != 0).any()) or bool((self._critic.std != 1).any())
+
+    @property
+    def _layer_is_open(self) -> bool:
+        return self._critic.config.choose_layer and not self._is_prepared
+
+    def _choose_layer(self, rollouts: list[Rollout], outcomes: torch.Tensor) -> None:
+        """The layer that explains most; all processes take the first one's."""
+        config, last = self._critic.config, self._critic.reading(self.language_model).last
+        seed = seed_of(self.args.seed, _LAYER)
+        found = [explained_by_layer(self.language_model, self._critic, rollouts, outcomes, seed)]
+        broadcast_object_list(found)
+        self.layers_explained = self._layers_to_log = found[0]
+        if not self.layers_explained:
+            warnings.warn(
+                f"layer='auto': {len(rollouts)} roll-outs, or outcomes that are all the same, don't tell layers apart; "
+                f"the critic reads layer {(config.layers or [last])[0]}.",
+                stacklevel=2,
+            )
+            return
+        best = max(self.layers_explained, key=lambda index: self.layers_explained[index])
+        config.layers = None if best == last else [best]
 
     def _collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         rollouts = [item["rollout"] for item in items]
@@ -408,7 +467,9 @@ class CriticTrainer(Trainer):
         values, mask, outcomes = estimates
         figures = summary(values, discounted_outcomes(outcomes, mask, self.args.gamma), mask)
         rewards = {"reward_mean": float(outcomes.mean()), "reward_std": float(outcomes.std(correction=0))}
-        self.log({**rewards, **figures, "rollout_seconds": round(seconds, 2)})
+        layers = {f"explained_variance_layer_{index}": each for index, each in self._layers_to_log.items()}
+        self._layers_to_log = {}
+        self.log({**rewards, **figures, **layers, "rollout_seconds": round(seconds, 2)})
 
     def _gathered(self, estimates: Values, width: int) -> Values:
         rows = len(self._data)
@@ -438,6 +499,8 @@ class CriticTrainer(Trainer):
             "adapters": adapters_fingerprint(self.language_model),
             "control_codes": config.control_codes,
             "prompt_template": config.prompt_template,
+            "layers": AUTO if config.choose_layer else config.layers,
+            "running_mean": config.running_mean,
             "train_dataset": hashlib.sha256(source.encode()).hexdigest()[:16],
         }
 

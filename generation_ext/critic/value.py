@@ -1,6 +1,6 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""The critic: reads the probability that the finished text will have an attribute off a frozen language model's last
-hidden states."""
+"""The critic: reads the probability that the finished text will have an attribute off a frozen language model's hidden
+states."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from generation_ext.critic.card import critic_card
+from generation_ext.critic.reading import AUTO, Layer, Reading, checked_layers, modules_behind, read, reading_of
 from peft_ext.file_formats import check_fields, list_of, mapping_of, number, text, truth, whole
 from peft_ext.language_model import (
     adapters_fingerprint,
@@ -54,6 +55,10 @@ FIELDS = {
     "vocab_size": whole(1).or_null(),
     "control_codes": list_of(text()),
     "prompt_template": text(),
+    "layers": list_of(whole(1)).or_null().means("layers whose states it reads; null: the last hidden states"),
+    "running_mean": truth().means("whether it reads their mean over the text, too"),
+    "state_size": whole(1).or_null().means("width of all that it reads; null: hidden_size"),
+    "choose_layer": truth().means("whether its training still has to choose the layer"),
 }
 
 
@@ -81,6 +86,11 @@ class CriticModelConfig(PretrainedConfig):
         control_codes: The attributes that one critic was trained for, by their names in the prompt; empty: one
             attribute, and nothing is put into the prompt.
         prompt_template: How a control code is put before a prompt.
+        layers: The layers whose hidden states the critic reads: n, the states after layer n. None: the last hidden
+            states, behind the model's final normalisation.
+        running_mean: Also read the mean of these states over the text so far, prompt and continuation.
+        state_size: Width of all that is read; None: `hidden_size`.
+        choose_layer: The layer is still to be chosen, by [`CriticTrainer`] on its first roll-outs.
 
     Raises:
         ValueError: If an argument is out of its range; the message says which are possible.
@@ -104,6 +114,10 @@ class CriticModelConfig(PretrainedConfig):
     vocab_size: Optional[int] = None
     control_codes: Any = None
     prompt_template: str = "{code}: {prompt}"
+    layers: Optional[list[int]] = None
+    running_mean: bool = False
+    state_size: Optional[int] = None
+    choose_layer: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.lora_layers = self.lora_layers or {}
@@ -140,7 +154,7 @@ class Critic(OwnFiles, PreTrainedModel):
 
     def __init__(self, config: CriticModelConfig) -> None:
         super().__init__(config)
-        size = config.hidden_size
+        size = self.state_size
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("std", torch.ones(size))
         is_mlp = config.head == "mlp"
@@ -162,11 +176,18 @@ class Critic(OwnFiles, PreTrainedModel):
         self._embedding: list[nn.Module] = []
         self.post_init()
 
+    @property
+    def state_size(self) -> int:
+        """Width of what the critic reads of a text: a state, or several."""
+        return self.config.state_size or self.config.hidden_size
+
     @classmethod
     def for_model(
         cls,
         model: nn.Module,
         *,
+        layer: Layer = AUTO,
+        running_mean: bool = True,
         head: str = "linear",
         mlp_size: int = 256,
         action_values: bool = False,
@@ -181,6 +202,11 @@ class Critic(OwnFiles, PreTrainedModel):
 
         Args:
             model: A causal or encoder-decoder language model; it may be wrapped by PEFT, or packed.
+            layer: The layer whose hidden states are read: n, the states after layer n; negative numbers count from the end,
+                -1 is the last. Or several. `"auto"`: the one that explains most of the outcome on held-out roll-outs,
+                chosen as [`CriticTrainer`] begins (until then, one above the middle); with a LoRA, the last.
+            running_mean: Read the mean of these states over the text so far (prompt and continuation), too. With `layer=-1`
+                and without it, the critic is the paper's, which earlier versions made.
             head, mlp_size, action_values, action_rank, lora_rank, lora_alpha, lora_target_modules, control_codes,
                 prompt_template: See [`CriticModelConfig`].
 
@@ -189,9 +215,12 @@ class Critic(OwnFiles, PreTrainedModel):
             TypeError: If `model` is not a language model of transformers.
         """
         embedding = token_embedding(model)
+        if lora_rank and layer == AUTO:
+            layer = -1
+        read_layers, state_size = checked_layers(model, layer, running_mean)
         layers: dict[str, list[int]] = {}
         if lora_rank:
-            layers = _lora_layers(model, lora_target_modules)
+            layers = _lora_layers(model, lora_target_modules, read_layers)
         config = CriticModelConfig(
             hidden_size=hidden_size(model),
             base_model_name_or_path=base_name(model),
@@ -209,6 +238,10 @@ class Critic(OwnFiles, PreTrainedModel):
             vocab_size=embedding_weight(embedding).shape[0],
             control_codes=control_codes,
             prompt_template=prompt_template,
+            layers=read_layers,
+            running_mean=running_mean,
+            state_size=state_size,
+            choose_layer=layer == AUTO,
         )
         critic = cls(config).to(embedding_weight(embedding).device).eval()
         if action_values:
@@ -221,7 +254,7 @@ class Critic(OwnFiles, PreTrainedModel):
         """The logit of the value.
 
         Args:
-            hidden: Last hidden states `[..., hidden_size]` of the language model, any float type.
+            hidden: What is read, `[..., state_size]`, see [`read`][Critic.read]; any float type.
 
         Returns:
             Logits `[...]` in float32.
@@ -229,7 +262,7 @@ class Critic(OwnFiles, PreTrainedModel):
         return self._value_logit(self._standardised(hidden))
 
     def value(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`V(s)` in [0, 1], float32 `[...]` for hidden states `[..., hidden_size]`."""
+        """`V(s)` in [0, 1], float32 `[...]` for what is read, `[..., state_size]`."""
         return torch.sigmoid(self.forward(hidden))
 
     def log_value(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -240,7 +273,7 @@ class Critic(OwnFiles, PreTrainedModel):
         """The logit of `Q(s, a) = V(s + a)`, guessed from the state before the token.
 
         Args:
-            hidden: Last hidden states `[..., hidden_size]` of the text so far.
+            hidden: What is read of the text so far, `[..., state_size]`.
             candidates: Tokens `[..., k]`.
 
         Returns:
@@ -271,12 +304,12 @@ class Critic(OwnFiles, PreTrainedModel):
         """Set the mean and deviation by which hidden states are standardised; the head's weights stay.
 
         Args:
-            hidden: Hidden states `[..., hidden_size]`, at least two.
+            hidden: What is read, `[..., state_size]`, of at least two texts.
 
         Raises:
             ValueError: If there are fewer than two states, or some are not finite.
         """
-        states = hidden.reshape(-1, self.config.hidden_size).double()
+        states = hidden.reshape(-1, self.state_size).double()
         if len(states) < 2 or not torch.isfinite(states).all():
             raise ValueError(
                 f"hidden has {len(states)} states{'' if len(states) < 2 else ', some of them not finite'}; "
@@ -369,6 +402,35 @@ class Critic(OwnFiles, PreTrainedModel):
         with hooks_of_this_thread((modules[name], _lora_hook(down, up, scale)) for name, down, up in layers):
             yield
 
+    def reading(self, model: nn.Module) -> Reading:
+        """What this critic reads of the language model's states."""
+        return reading_of(self.config, model)
+
+    def read(
+        self,
+        model: nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: Optional[torch.Tensor] = None,
+        **inputs: Any,
+    ) -> torch.Tensor:
+        """What the critic reads after each token of texts, which [`value`][Critic.value] and others take.
+
+        ```python
+        values = critic.value(critic.read(model, **tokenizer("The film was", return_tensors="pt")))  # [1, tokens]
+        ```
+
+        Args:
+            model: The language model.
+            input_ids: Texts `[batch, tokens]`; of an encoder-decoder the decoder's.
+            attention_mask: 0 where a token is padding, at either end.
+            inputs: What else the language model's backbone takes; of an encoder-decoder `encoder_hidden_states`.
+
+        Returns:
+            `[batch, tokens, state_size]`.
+        """
+        with self.adapted(model):
+            return read(model, self.reading(model), input_ids, attention_mask, **inputs)
+
     def control_prompt(self, prompt: str, code: str) -> str:
         """Put a control code before a prompt, by the config's template; also one that training never saw.
 
@@ -387,10 +449,10 @@ class Critic(OwnFiles, PreTrainedModel):
         return self.config.prompt_template.format(code=code, prompt=prompt)
 
     def _standardised(self, hidden: torch.Tensor) -> torch.Tensor:
-        if hidden.shape[-1] != self.config.hidden_size:
+        if hidden.shape[-1] != self.state_size:
             raise ValueError(
-                f"hidden has states of size {hidden.shape[-1]}, but this critic reads states of size "
-                f"{self.config.hidden_size}."
+                f"hidden has states of size {hidden.shape[-1]}, but this critic reads states of size {self.state_size}; "
+                "critic.read(model, input_ids) gives them."
             )
         return (hidden.to(self.mean.dtype) - self.mean) / self.std
 
@@ -418,16 +480,19 @@ class Critic(OwnFiles, PreTrainedModel):
                 init.zeros_(up)
 
 
-def _lora_layers(model: nn.Module, targets: Optional[list[str]]) -> dict[str, list[int]]:
-    """Name -> inputs and outputs of the layers of the backbone that a LoRA goes on."""
+def _lora_layers(
+    model: nn.Module, targets: Optional[list[str]], read_layers: Optional[list[int]]
+) -> dict[str, list[int]]:
+    """Name -> inputs and outputs of the layers of the backbone that a LoRA goes on; none behind what is read."""
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
     endings = targets if targets is not None else DEFAULTS.get(text_config(model).model_type)
+    later = modules_behind(model, read_layers)
     layers: dict[str, list[int]] = {}
     for name, module in backbone(model).named_modules():
         inside_adapter = any(part in ("base_layer", "original_module") or "lora_" in part for part in name.split("."))
         shape = _linear_shape(module)
-        if shape is None or inside_adapter:
+        if shape is None or inside_adapter or module in later:
             continue
         if endings is None or any(name == ending or name.endswith(f".{ending}") for ending in endings):
             layers[name] = shape

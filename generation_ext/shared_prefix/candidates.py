@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Optional
@@ -25,6 +25,8 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache, QuantizedCach
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
 from generation_ext.shared_prefix.cache import PrefixLayer, masks
+from generation_ext.shared_prefix.inner_states import decoder_layers, states_of
+from generation_ext.shared_prefix.running_states import RunningStates
 from peft_ext.language_model import LanguageModel, takes_masks
 
 
@@ -42,6 +44,7 @@ class Prefix:
         cache: Keys and values of `length` tokens.
         length: Tokens in the cache.
         hidden: Last hidden states `[batch, hidden]`: the state that the next token is chosen in.
+        running: What else is read of the text, see [`RunningStates`]; of candidates, the same is read.
         mask: True where a token is real, bool `[batch, length]`; None: everywhere.
         positions: Position of the next token, `[..., batch or 1, 1]`; None: the model finds it by itself.
         cross: What else the backbone takes: an encoder's states and mask.
@@ -53,13 +56,15 @@ class Prefix:
     mask: Optional[torch.Tensor] = None
     positions: Optional[torch.Tensor] = None
     cross: dict[str, Any] = field(default_factory=dict)
+    running: RunningStates = field(default_factory=RunningStates)
 
-    def after(self, hidden: torch.Tensor) -> Prefix:
+    def after(self, hidden: torch.Tensor, running: RunningStates) -> Prefix:
         """The prefix with one more token, whose last hidden states are `hidden`."""
         return replace(
             self,
             length=self.length + 1,
             hidden=hidden,
+            running=running,
             mask=None if self.mask is None else nn.functional.pad(self.mask, (0, 1), value=True),
             positions=None if self.positions is None else self.positions + 1,
         )
@@ -71,18 +76,24 @@ class Branches:
 
     Attributes:
         prefix: What they were tried on.
-        hidden: Last hidden states after each candidate, `[batch, k, hidden]`.
+        candidates: Their tokens, `[batch, k]`.
+        running: What is read of the text with each candidate, `[batch, k, ...]`.
+        hidden: Last hidden states after each candidate, `[batch, k, hidden]`; None where the pass ended before.
         append: Puts one candidate of each row, `[batch]`, into the prefix's cache.
     """
 
     prefix: Prefix
-    hidden: torch.Tensor
+    candidates: torch.Tensor
+    running: RunningStates
+    hidden: Optional[torch.Tensor]
     append: Callable[[torch.Tensor], None]
 
     def chosen(self, choice: torch.Tensor) -> Prefix:
         """The prefix and one candidate of each row, `[batch]`: its keys and values go into the prefix's cache."""
+        assert self.hidden is not None, "the candidates were tried without keep=True"
         self.append(choice)
-        return self.prefix.after(self.hidden[torch.arange(len(choice), device=choice.device), choice])
+        hidden = self.hidden[torch.arange(len(choice), device=choice.device), choice]
+        return self.prefix.after(hidden, self.running.chosen(choice))
 
 
 class PreallocatedCache:
@@ -164,13 +175,14 @@ def branch(
         model: What has encoded the prefix.
         prefix: The text so far.
         candidates: Tokens `[batch, k]`.
-        keep: Whether [`Branches.chosen`] will be called; the candidates' keys and values are kept for it.
+        keep: Whether [`Branches.chosen`] will be called; the candidates' keys and values are kept for it. Without it, the pass
+            ends at the last layer that is read.
         preallocated: Where the prefix's cache may be moved to, which keeps its contents; with `keep`.
     """
     candidates = candidates.to(prefix.hidden.device)
     if takes_trees(model, prefix):
         return _tree(model, prefix, candidates, keep, preallocated)
-    return _expanded(model, prefix, candidates)
+    return _expanded(model, prefix, candidates, keep)
 
 
 def takes_trees(model: LanguageModel, prefix: Prefix) -> bool:
@@ -228,6 +240,25 @@ def run_unrecorded(model: LanguageModel, input_ids: torch.Tensor, cache: Cache, 
         return model.backbone(input_ids=input_ids, use_cache=True, **kwargs)[0]
 
 
+def run_reading(
+    model: LanguageModel,
+    input_ids: torch.Tensor,
+    cache: Cache,
+    wanted: Iterable[int],
+    ends: bool = False,
+    **kwargs: Any,
+) -> tuple[Optional[torch.Tensor], dict[int, torch.Tensor]]:
+    """The same, and the states of layers, see [`states_of`]; with `ends`, there may be no last ones."""
+    last: list[torch.Tensor] = []
+
+    def run() -> torch.Tensor:
+        last.append(run_unrecorded(model, input_ids, cache, **kwargs))
+        return last[0]
+
+    states = states_of(decoder_layers(model), wanted, run, ends)
+    return last[0] if last else None, states
+
+
 def _tree(
     model: LanguageModel,
     prefix: Prefix,
@@ -259,15 +290,17 @@ def _tree(
     positions = prefix.positions
     if positions is None:
         positions = torch.tensor([[length]], device=candidates.device)
-    hidden = run_unrecorded(
+    hidden, states = run_reading(
         model,
         candidates,
         Cache(layers=layers),
+        prefix.running.layers,
+        ends=not keep,
         attention_mask=mask,
         position_ids=positions.expand(*positions.shape[:-2], *candidates.shape),
         **prefix.cross,
     )
-    return Branches(prefix, hidden, append)
+    return Branches(prefix, candidates, prefix.running.branched(states), hidden, append)
 
 
 def _windows_of_layers(model: LanguageModel, cache: Cache) -> list[Optional[int]]:
@@ -304,7 +337,7 @@ def _append(cache: Cache, views: Sequence[PrefixLayer], choice: torch.Tensor) ->
             layer.update(keys, values)
 
 
-def _expanded(model: LanguageModel, prefix: Prefix, candidates: torch.Tensor) -> Branches:
+def _expanded(model: LanguageModel, prefix: Prefix, candidates: torch.Tensor, keep: bool) -> Branches:
     batch, count = candidates.shape
     rows = torch.arange(batch, device=candidates.device).repeat_interleave(count)
     cache = _copied(prefix.cache, prefix.length)
@@ -315,8 +348,13 @@ def _expanded(model: LanguageModel, prefix: Prefix, candidates: torch.Tensor) ->
     if prefix.positions is not None and model.takes_positions:
         positions = prefix.positions
         kwargs["position_ids"] = positions.index_select(-2, rows) if positions.shape[-2] == batch else positions
-    hidden = run_unrecorded(model, candidates.reshape(-1, 1), cache, **kwargs)[:, -1]
-    return Branches(prefix, hidden.unflatten(0, (batch, count)), partial(_append_row, prefix.cache, cache, count))
+    layers = prefix.running.layers
+    last, each = run_reading(model, candidates.reshape(-1, 1), cache, layers, ends=not keep, **kwargs)
+    states = {index: state[:, -1].unflatten(0, (batch, count)) for index, state in each.items()}
+    hidden = None if last is None else last[:, -1].unflatten(0, (batch, count))
+    return Branches(
+        prefix, candidates, prefix.running.branched(states), hidden, partial(_append_row, prefix.cache, cache, count)
+    )
 
 
 def _append_row(cache: Cache, expanded: Cache, count: int, choice: torch.Tensor) -> None:

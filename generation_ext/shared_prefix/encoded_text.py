@@ -8,13 +8,15 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 
-from generation_ext.shared_prefix.candidates import Prefix, can_branch, counts_tokens, is_running, run_unrecorded
+from generation_ext.shared_prefix.candidates import Prefix, can_branch, counts_tokens, is_running, run_reading
+from generation_ext.shared_prefix.inner_states import decoder_layers, output_state
+from generation_ext.shared_prefix.running_states import NOTHING, FedStates, RunningStates, Wanted, numbered, same_rows
 from peft_ext.language_model import CACHE_NAMES, CAUSAL, FULL, LanguageModel
 
 
@@ -35,16 +37,29 @@ class RecordedForward:
     hidden: torch.Tensor
     tokens: int
     cross: dict[str, Any]
+    fed: Optional[FedStates] = None
+
+
+class LastStates(NamedTuple):
+    """Of the text so far, the last hidden states `[batch, hidden]`, and what else is read."""
+
+    hidden: torch.Tensor
+    running: RunningStates
 
 
 class ForwardRecorder:
     """Records each forward pass of a backbone, in the thread that runs it, until `close`.
 
     The hook holds the recorder weakly, and goes with it.
+
+    Args:
+        model: The language model.
+        wanted: What is read of its states beside the last ones.
     """
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, wanted: Wanted = NOTHING) -> None:
         self.model = model
+        self.wanted = wanted
         self._local = threading.local()
         this = weakref.ref(self)
 
@@ -61,6 +76,10 @@ class ForwardRecorder:
                 recorder._local.outer = kwargs.get("input_ids", args[0] if args else None)
 
         handles = [model.backbone.register_forward_hook(hook, with_kwargs=True)]
+        layers = decoder_layers(model)
+        self._inner = [index for index in wanted.layers if layers is not None and index < len(layers)]
+        for index in self._inner:
+            handles.append(layers[index - 1].register_forward_hook(_layer_hook(this, index)))  # type: ignore[index]
         if model.kind == CAUSAL and model.base is not model.backbone:
             # a model that also sees embeds its tokens itself, and its backbone isn't given them
             handles.append(model.base.register_forward_pre_hook(outer_hook, with_kwargs=True))
@@ -69,7 +88,8 @@ class ForwardRecorder:
     def close(self) -> None:
         """Take the hooks off. Harmless when repeated."""
         self._finalizer()
-        self._local.cross = {}
+        self._local.cross, self._local.inner = {}, {}
+        self._fed.clear()
 
     @property
     def recorded(self) -> Optional[RecordedForward]:
@@ -104,12 +124,32 @@ class ForwardRecorder:
         if mask is not None and mask.shape != (len(recorded.hidden), recorded.length):
             return None
         positions = None if recorded.positions is None else recorded.positions[..., -1:] + 1
-        return Prefix(cache, recorded.length, recorded.hidden, mask, positions, recorded.cross)
+        running = self._running(recorded, input_ids)
+        if running is None:
+            return None
+        return Prefix(cache, recorded.length, recorded.hidden, mask, positions, recorded.cross, running)
 
-    def hidden(self, input_ids: torch.Tensor) -> Optional[torch.Tensor]:
-        """The last hidden states `[batch, hidden]` after `input_ids`, if one of the last forward passes gave them."""
+    def last(self, input_ids: torch.Tensor) -> Optional[LastStates]:
+        """What is read of `input_ids`, if one of the last forward passes gave it, with a cache or without."""
         recorded, _ = self._of(input_ids)
-        return None if recorded is None else recorded.hidden
+        running = None if recorded is None else self._running(recorded, input_ids)
+        return None if recorded is None or running is None else LastStates(recorded.hidden, running)
+
+    def went_on(self, prefix: Prefix, input_ids: torch.Tensor) -> None:
+        """Be told that a cache has gone on without a forward pass that was recorded.
+
+        Args:
+            prefix: The text in the cache.
+            input_ids: Its tokens `[batch, tokens]`.
+        """
+        before = self._fed.get(prefix.cache)
+        if before is not None:
+            self._fed[prefix.cache] = before.moved(prefix.running, prefix.length, input_ids)
+
+    def _running(self, recorded: RecordedForward, input_ids: torch.Tensor) -> Optional[RunningStates]:
+        if not self.wanted.layers:
+            return RunningStates()
+        return None if recorded.fed is None else recorded.fed.at_end_of(input_ids, recorded.length)
 
     def _of(self, input_ids: torch.Tensor) -> tuple[Optional[RecordedForward], Optional[Cache]]:
         """The forward pass that encoded this text, and its cache; the one on the cache that generation began with before
@@ -166,6 +206,13 @@ class ForwardRecorder:
             self._local.first = weakref.WeakKeyDictionary()
         return self._local.first
 
+    @property
+    def _fed(self) -> weakref.WeakKeyDictionary[Cache, FedStates]:
+        """What the last pass on each cache added."""
+        if not hasattr(self._local, "fed"):
+            self._local.fed = weakref.WeakKeyDictionary()
+        return self._local.fed
+
     def _record(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         given = {**dict(zip(self.model.parameters, args)), **kwargs}
         hidden = output[0]
@@ -194,15 +241,59 @@ class ForwardRecorder:
             tokens=hidden.shape[1],
             cross={name: given[name] for name in _CROSS if given.get(name) is not None},
         )
+        inner, self._local.inner = getattr(self._local, "inner", {}), {}
+        if self.wanted.layers:
+            last = {index: hidden.detach() for index in self.wanted.layers if index not in self._inner}
+            recorded.fed = self._fed_by(recorded, cache, {**last, **inner}, given)
         self._local.cross = recorded.cross
         self._local.recent = [recorded, *self._recent[: _KEPT - 1]]
 
+    def _fed_by(
+        self, recorded: RecordedForward, cache: Optional[Cache], states: dict[int, torch.Tensor], given: dict[str, Any]
+    ) -> Optional[FedStates]:
+        """What a pass added to its texts, of which it gave `states`."""
+        shape = (len(recorded.hidden), recorded.tokens)
+        if len(states) < len(self.wanted.layers) or any(state.shape[:-1] != shape for state in states.values()):
+            return None  # of a compiled model, layers aren't seen
+        real = self._real(recorded, cache)
+        if real is not None and real.shape != shape:
+            return None
+
+        def prompts() -> Optional[torch.Tensor]:
+            if cache is None or len(recorded.hidden) == 1:
+                return None
+            embedded = given.get("inputs_embeds") if recorded.input_ids is None else None
+            return numbered([embedded, recorded.cross.get(_CROSS[0]), real])
+
+        before = None if cache is None else self._fed.get(cache)
+        fed = FedStates.of(self.wanted, states, real, recorded.length, before, prompts)
+        if cache is not None:
+            self._fed[cache] = fed
+        return fed
+
+    def _real(self, recorded: RecordedForward, cache: Optional[Cache]) -> Optional[torch.Tensor]:
+        """Which tokens of a pass are no padding, bool `[batch, tokens]`; None: all of them."""
+        mask = _of_attention(recorded.mask)
+        if mask is None:
+            return None
+        start = recorded.length - recorded.tokens
+        if mask.ndim == 2:
+            real = mask[:, start : recorded.length].bool()
+        else:
+            # a token sees itself, unless it is padding; slots of a rolling buffer hold the end of the text
+            first = (
+                0
+                if cache is None or mask.shape[-1] >= recorded.length
+                else _first_slot(cache, recorded.length, recorded.tokens)
+            )
+            own = mask[:, 0].diagonal(start - first, dim1=-2, dim2=-1)[:, : recorded.tokens]
+            real = (own if own.dtype == torch.bool else own == 0).expand(len(recorded.hidden), -1)
+        return None if bool(real.all()) else real
+
     def _mask(self, recorded: RecordedForward, cache: Cache) -> Optional[torch.Tensor]:
         """Which tokens are real, bool `[batch, length]`, from whatever mask the forward pass took."""
-        mask = recorded.mask
-        if isinstance(mask, dict):
-            mask = mask.get(FULL, next(iter(mask.values()), None))
-        if not isinstance(mask, torch.Tensor):
+        mask = _of_attention(recorded.mask)
+        if mask is None:
             return None
         if mask.ndim == 2:
             return mask[:, : recorded.length].bool()
@@ -224,12 +315,18 @@ class PrefixEncoder:
         model: The language model.
         prompt_mask: 1 where a token of the prompt is real, `[prompts, tokens]`; later tokens are.
         pad_token_id: Without a `prompt_mask`, leading tokens of this kind aren't real.
+        wanted: What is read of the texts' states beside the last ones.
     """
 
     def __init__(
-        self, model: LanguageModel, prompt_mask: Optional[torch.Tensor] = None, pad_token_id: Optional[int] = None
+        self,
+        model: LanguageModel,
+        prompt_mask: Optional[torch.Tensor] = None,
+        pad_token_id: Optional[int] = None,
+        wanted: Wanted = NOTHING,
     ) -> None:
         self.model = model
+        self.wanted = wanted
         self.prompt_mask = prompt_mask
         self.pad_token_id = pad_token_id
         self._begin()
@@ -278,25 +375,15 @@ class PrefixEncoder:
             return None
         if any(last.cross.get(name) is not value for name, value in cross.items()):
             return None
-        same = (ids[None] == input_ids[:, None, :-1]).all(dim=-1)
-        if len(ids) == len(input_ids) and same.diagonal().all():
-            return torch.arange(len(input_ids), device=input_ids.device)
         # beams: the same text may stand behind several prompts
-        mask = self._prompt_mask(ids)
-        for tensor in (mask, self._prompts):
-            if tensor is not None:
-                if len(ids) != len(input_ids):
-                    return None
-                tensor = tensor.to(same.device)
-                same &= (tensor[None] == tensor[:, None]).flatten(2).all(dim=-1)
-        return same.int().argmax(dim=1) if same.any(dim=1).all() else None
+        return same_rows(ids, input_ids[:, :-1], lambda: numbered([self._prompt_mask(ids), self._prompts]))
 
     def _encoded(self, input_ids: torch.Tensor, cross: dict[str, Any]) -> Prefix:
         cache: Cache = DynamicCache(config=self.model.config)
         if cross:
             cache = EncoderDecoderCache(cache, DynamicCache())  # an encoder's states have no window
             states = cross[_CROSS[0]]
-            self._local.prompts = torch.unique(states.flatten(1), dim=0, return_inverse=True)[1].unsqueeze(-1)
+            self._local.prompts = numbered([states])
         mask, positions = self._prompt_mask(input_ids), None
         if self.model.takes_positions:
             real = torch.ones_like(input_ids) if mask is None else mask.long()
@@ -310,6 +397,7 @@ class PrefixEncoder:
             last.cache.reorder_cache(rows)
             mask = None if mask is None else mask[rows]
             positions = None if positions is None else positions[rows]
+            last = replace(last, running=last.running.rows(rows))
         mask = None if mask is None else nn.functional.pad(mask, (0, 1), value=True)
         whole = replace(last, length=input_ids.shape[1], mask=mask, positions=positions)
         return self._run(input_ids[:, -1:], whole)
@@ -321,9 +409,12 @@ class PrefixEncoder:
             kwargs["position_ids"] = whole.positions
         if whole.mask is not None and (counts_tokens(whole.cache) or whole.mask.shape == new.shape):
             kwargs["attention_mask"] = whole.mask.long()
-        hidden = run_unrecorded(self.model, new, whole.cache, **kwargs)[:, -1].clone()
+        hidden, states = run_reading(self.model, new, whole.cache, self.wanted.layers, **kwargs)
+        assert hidden is not None
+        real = None if whole.mask is None else whole.mask[:, -new.shape[1] :]
+        running = whole.running.after(states, self.wanted, real).clone()
         positions = None if whole.positions is None else whole.positions[:, -1:] + 1
-        return replace(whole, hidden=hidden, positions=positions)
+        return replace(whole, hidden=hidden[:, -1].clone(), positions=positions, running=running)
 
     def _prompt_mask(self, input_ids: torch.Tensor) -> Optional[torch.Tensor]:
         if self.prompt_mask is not None:
@@ -341,6 +432,24 @@ class PrefixEncoder:
         else:
             return None
         return None if bool(mask.all()) else mask
+
+
+def _of_attention(mask: Any) -> Optional[torch.Tensor]:
+    """A pass's mask, or of several that of full attention."""
+    if isinstance(mask, dict):
+        mask = mask.get(FULL, next(iter(mask.values()), None))
+    return mask if isinstance(mask, torch.Tensor) else None
+
+
+def _layer_hook(recorder: Callable[[], Optional[ForwardRecorder]], index: int) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        own = recorder()
+        if own is None or is_running() or torch.compiler.is_compiling():
+            return
+        # a copy, as the next layer may add to its input in place
+        own._local.inner = {**getattr(own._local, "inner", {}), index: output_state(output).detach().clone()}
+
+    return hook
 
 
 def _remove(handles: list[Any]) -> None:

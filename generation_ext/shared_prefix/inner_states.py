@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Optional
 
 import torch
 from torch import nn
 
+from peft_ext.language_model import ENCODER_DECODER, LanguageModel
 from peft_ext.threads import hooks_of_this_thread
 
 
@@ -26,6 +27,55 @@ def layers_of(stack: nn.Module, count: int) -> Optional[nn.ModuleList]:
     """The `count` layers that a decoder or an encoder runs in turn; None if it has no such list."""
     lists = (module for module in stack.modules() if isinstance(module, nn.ModuleList))
     return next((layers for layers in lists if len(layers) == count), None)
+
+
+def decoder_layers(model: LanguageModel) -> Optional[nn.ModuleList]:
+    """The layers that a language model's backbone runs in turn; None if it has no such list."""
+    names = ("decoder_layers", "num_decoder_layers") if model.kind == ENCODER_DECODER else ()
+    counts = (getattr(model.config, name, None) for name in (*names, "num_hidden_layers"))
+    count = next((count for count in counts if isinstance(count, int)), None)
+    return None if count is None else layers_of(model.backbone, count)
+
+
+def output_state(output: Any) -> torch.Tensor:
+    """The hidden state in what a layer gives."""
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def states_of(
+    layers: Optional[nn.ModuleList], indices: Iterable[int], run: Callable[[], torch.Tensor], ends: bool = False
+) -> dict[int, torch.Tensor]:
+    """Hidden states of several layers of one forward pass, with gradients where there are some.
+
+    Args:
+        layers: See [`decoder_layers`].
+        indices: From 1, the states after the first layer, to the number of layers, which is what the pass gives: the
+            last states, behind the model's final normalisation.
+        run: Calls the backbone, and gives that.
+        ends: The pass may end at the last of them.
+
+    Returns:
+        Index -> `[batch, tokens, hidden]`.
+    """
+    indices = sorted(set(indices))
+    found: dict[int, torch.Tensor] = {}
+    inner = [index for index in indices if layers is not None and index < len(layers)]
+    last = inner[-1] if ends and len(inner) == len(indices) and inner else None
+
+    def reader(index: int) -> Callable[..., None]:
+        def read(layer: nn.Module, args: tuple, output: Any) -> None:
+            found[index] = output_state(output)
+            if index == last:
+                raise _Reached
+            # a layer may add to its input in place
+            found[index] = found[index].clone()
+
+        return read
+
+    with contextlib.suppress(_Reached), hooks_of_this_thread((layers[i - 1], reader(i)) for i in inner):  # type: ignore[index]
+        final = run()
+        found.update((index, final) for index in indices if index not in inner)
+    return found
 
 
 def inner_state(layers: nn.ModuleList, index: int, run: Callable[[], Any]) -> Optional[torch.Tensor]:
@@ -46,7 +96,7 @@ def inner_state(layers: nn.ModuleList, index: int, run: Callable[[], Any]) -> Op
         raise _Reached
 
     def behind(layer: nn.Module, args: tuple, output: Any) -> None:
-        reached(output if isinstance(output, torch.Tensor) else output[0])
+        reached(output_state(output))
 
     def ahead(layer: nn.Module, args: tuple) -> None:
         if args:

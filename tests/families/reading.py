@@ -13,7 +13,7 @@ from generation_ext.in_context.scoring import LabelScorer
 from generation_ext.probing import FeatureExtractor
 from generation_ext.prompts import Task
 from peft_ext.language_model import backbone
-from tests.generation_ext.critic.reference import SlowProcessor, random_critic
+from tests.generation_ext.critic.reference import WITHOUT_EMBEDDINGS, SlowProcessor, random_critic
 from tests.tiny.tokenizers import tiny_tokenizer
 
 
@@ -23,8 +23,6 @@ TASK = Task("w5 {text} w7", {"one": " w8 w9", "two": " w8", "three": " w11 w12 w
 TEXTS = ["w20 w21", "w30", "w40 w41 w42 w43 w44 w45", "w50 w51", "w60", "w61 w62", "w70 w71 w72", "w80", "w81 w82"]
 SHOWN = [("w33 w34", "one"), ("w35", "three")]
 EQUAL, REFUSED, NOT_THERE = "✓", "refused", "–"
-# Of these, transformers' hidden states begin after the first layer, and not with the embeddings.
-_WITHOUT_EMBEDDINGS = ("mamba", "falcon_mamba", "mamba2")
 
 
 def generated(model: Any, processors: list[Any], prompts: torch.Tensor, **options: Any) -> Any:
@@ -96,7 +94,7 @@ def features(model: Any) -> None:
             ids = torch.tensor([words(f"w5 w6 {text}")["input_ids"]])
             with torch.no_grad():
                 states = backbone(model)(input_ids=ids, use_cache=False, output_hidden_states=True)
-            skipped = model.config.model_type in _WITHOUT_EMBEDDINGS
+            skipped = model.config.model_type in WITHOUT_EMBEDDINGS
             state = states[0] if layer == -1 else states.hidden_states[layer - skipped]
             torch.testing.assert_close(torch.from_numpy(row), state[0, -1].float(), rtol=1e-3, atol=2e-3)
 

@@ -5,6 +5,7 @@ candidate, one by one, without a cache."""
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Optional
 
 import peft
@@ -14,7 +15,7 @@ from torch import nn
 
 from generation_ext.critic import Critic
 from peft_ext import PeqaConfig
-from tests.tiny.models import HIDDEN, tiny
+from tests.tiny.models import tiny
 
 
 TREES = ("llama", "gpt2", "opt", "gpt_neox", "mistral", "gemma3")
@@ -49,8 +50,23 @@ def random_critic(model: nn.Module, seed: int = 5, **kwargs) -> Critic:
     with torch.no_grad():
         for parameter in critic.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-        critic.fit_standardisation(torch.randn(50, HIDDEN, generator=generator) * 2 + 1)
+        critic.fit_standardisation(torch.randn(50, critic.state_size, generator=generator) * 2 + 1)
     return critic
+
+
+PLAIN = {"layer": -1, "running_mean": False}  # the paper's critic: reads the last hidden state
+# Of these, transformers' hidden states begin after the first layer, and not with the embeddings.
+WITHOUT_EMBEDDINGS = ("mamba", "falcon_mamba", "mamba2")
+
+
+def read_slowly(model: nn.Module, critic: Critic, hidden_states: Sequence[torch.Tensor]) -> torch.Tensor:
+    """What a critic reads of one text `[state_size]`, from all of transformers' hidden states `[1, tokens, hidden]`."""
+    skipped = int(model.config.model_type in WITHOUT_EMBEDDINGS)
+    parts = []
+    for index in critic.config.layers or [-1]:
+        states = hidden_states[index - skipped if index > 0 else -1][0].float()
+        parts += [states[-1], states.mean(dim=0)] if critic.config.running_mean else [states[-1]]
+    return torch.cat(parts)
 
 
 class SlowProcessor(transformers.LogitsProcessor):
@@ -108,7 +124,7 @@ class SlowProcessor(transformers.LogitsProcessor):
                     output_hidden_states=True,
                     use_cache=False,
                 )
-                return critic.log_value(output.decoder_hidden_states[-1][0, -1])
+                return critic.log_value(read_slowly(self.model, critic, output.decoder_hidden_states))
             start = next((place for place, token in enumerate(ids) if token != 0), len(ids) - 1)
             output = self.model(input_ids=torch.tensor([ids[start:]]), output_hidden_states=True, use_cache=False)
-            return critic.log_value(output.hidden_states[-1][0, -1])
+            return critic.log_value(read_slowly(self.model, critic, output.hidden_states))

@@ -8,7 +8,7 @@ from generation_ext.critic import Critic
 from generation_ext.critic.action_values import action_value_loss, stacked, try_candidates
 from generation_ext.critic.batches import padded_actions, padded_hidden, states_mask
 from generation_ext.critic.rollouts import Rollout, fill_hidden
-from tests.generation_ext.critic.reference import ENCODER_DECODERS, random_critic, shared
+from tests.generation_ext.critic.reference import ENCODER_DECODERS, random_critic, read_slowly, shared
 from tests.tiny.models import HIDDEN
 
 
@@ -28,8 +28,8 @@ def rollouts() -> list[Rollout]:
 
 
 @torch.no_grad()
-def after(model, prompt: list[int], written: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Last hidden state and logits after a text, without a cache or padding."""
+def after(model, critic, prompt: list[int], written: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a critic reads and logits after a text, without a cache or padding."""
     if model.config.is_encoder_decoder:
         start = model.config.decoder_start_token_id
         output = model(
@@ -38,9 +38,9 @@ def after(model, prompt: list[int], written: list[int]) -> tuple[torch.Tensor, t
             output_hidden_states=True,
             use_cache=False,
         )
-        return output.decoder_hidden_states[-1][0, -1], output.logits[0, -1]
+        return read_slowly(model, critic, output.decoder_hidden_states), output.logits[0, -1]
     output = model(input_ids=torch.tensor([prompt + written]), output_hidden_states=True, use_cache=False)
-    return output.hidden_states[-1][0, -1], output.logits[0, -1]
+    return read_slowly(model, critic, output.hidden_states), output.logits[0, -1]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "bloom", *ENCODER_DECODERS])
@@ -52,10 +52,12 @@ def test_candidates_are_the_likeliest_tokens_and_their_states_those_of_the_whole
     for one, (prompt, completion) in zip(tried, TEXTS):
         assert 0 <= one.state < len(completion)
         written = completion[: one.state]
-        _, logits = after(model, prompt, written)
+        _, logits = after(model, critic, prompt, written)
         assert one.tokens.tolist() == logits.topk(K).indices.tolist()
         for token, hidden in zip(one.tokens.tolist(), one.hidden):
-            torch.testing.assert_close(hidden, after(model, prompt, [*written, token])[0], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                hidden, after(model, critic, prompt, [*written, token])[0], atol=1e-4, rtol=1e-4
+            )
 
 
 def test_states_depend_on_the_seed_alone():
@@ -83,7 +85,7 @@ def test_loss_against_loops(kind):
     model = shared("llama")
     critic = random_critic(model, action_values=True)
     texts = rollouts()
-    fill_hidden(model, texts)
+    fill_hidden(model, texts, critic=critic)
     tried = try_candidates(model, critic, texts, K, seed=3)
     hidden, mask = padded_hidden(texts), states_mask(texts)
     batch = {"actions": padded_actions(texts, mask.shape[1]), "mask": mask, "tried": stacked(tried)}
@@ -110,4 +112,4 @@ def test_stacked_shapes():
     model = shared("llama")
     batch = stacked(try_candidates(model, Critic.for_model(model, action_values=True), rollouts(), K, seed=0))
     shapes = {name: tuple(value.shape) for name, value in batch.items()}
-    assert shapes == {"state": (5,), "tokens": (5, K), "hidden": (5, K, HIDDEN)}
+    assert shapes == {"state": (5,), "tokens": (5, K), "hidden": (5, K, 2 * HIDDEN)}

@@ -73,7 +73,7 @@ def test_end_of_text_in_the_middle_of_a_batch(name):
     model = shared(name)
     critics = [random_critic(model)]
     prompt = 1 if name == "t5" else PADDED.shape[1]
-    end = int(compare(model, critics)[0].sequences[1, prompt + 2])
+    end = int(compare(model, critics, mask_others=True)[0].sequences[1, prompt + 2])
     output, passes = compare(model, critics, mask_others=True, eos_token_id=end, max_new_tokens=9)
     new = output.sequences[:, prompt:]
     stop = int((new[1] == end).nonzero()[0])

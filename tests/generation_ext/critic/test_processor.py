@@ -11,9 +11,12 @@ import transformers
 
 from generation_ext.critic import Critic, CriticLogitsProcessor, backbone, critic_generate
 from generation_ext.shared_prefix import candidates
+from generation_ext.shared_prefix.inner_states import decoder_layers, output_state
+from peft_ext.language_model import LanguageModel
 from tests.generation_ext.critic.reference import (
     ENCODER_DECODERS,
     EXPANDED,
+    PLAIN,
     TREES,
     SlowProcessor,
     build,
@@ -158,7 +161,7 @@ def test_several_critics():
 def test_critics_with_a_lora(name):
     model = shared(name)
     compare(model, [random_critic(model, lora_rank=2), random_critic(model, 6)], strengths=[3.0, 2.0])
-    compare(model, [random_critic(model, lora_rank=2)], num_beams=3)
+    compare(model, [random_critic(model, 7, lora_rank=2)], num_beams=3)
 
 
 def test_other_tokens_masked():
@@ -189,11 +192,11 @@ def test_the_paper_formula():
         logits = model(ids).logits[:, -1]
         steered = processor(ids, logits).softmax(dim=-1)[0]
         probabilities = logits.softmax(dim=-1)[0]
-        value = critic.value(backbone(model)(ids).last_hidden_state[0, -1])
+        value = critic.value(critic.read(model, ids)[0, -1])
         expected = probabilities.clone()
         for token in probabilities.topk(TOP_K).indices.tolist():
             text = torch.cat([ids, torch.tensor([[token]])], dim=1)
-            expected[token] *= critic.value(backbone(model)(text).last_hidden_state[0, -1]) / value
+            expected[token] *= critic.value(critic.read(model, text)[0, -1]) / value
     torch.testing.assert_close(steered, expected / expected.sum(), rtol=1e-4, atol=1e-6)
 
 
@@ -251,7 +254,7 @@ def test_values_near_zero_and_one(bias):
 def test_action_values(name, cache):
     """Guessed from generate's own state: no forward pass of ours, but where there is no cache to look at."""
     model = shared(name)
-    critic = random_critic(model, action_values=True)
+    critic = random_critic(model, action_values=True, **PLAIN)
     padded = RIGHT_PADDED if model.config.is_encoder_decoder else PADDED
     passes, states = [], []
     handle = backbone(model).register_forward_hook(lambda module, args, output: passes.append(output[0][:, -1]))
@@ -280,9 +283,11 @@ def test_action_values(name, cache):
 @pytest.mark.parametrize("name", [*TREES, *EXPANDED, *ENCODER_DECODERS])
 def test_one_forward_pass_more_per_step_and_no_output_head(name):
     model = shared(name)
-    passes, heads = [], []
+    passes, last, heads = [], [], []
+    layers = decoder_layers(LanguageModel(model))
     handles = [
-        backbone(model).register_forward_hook(lambda module, args, output: passes.append(output[0].shape)),
+        layers[0].register_forward_hook(lambda module, args, output: passes.append(output_state(output).shape)),
+        layers[-1].register_forward_hook(lambda module, args, output: last.append(output_state(output).shape)),
         model.get_output_embeddings().register_forward_hook(lambda module, args, output: heads.append(output.shape)),
     ]
     with CriticLogitsProcessor(model, random_critic(model), TOP_K, STRENGTH) as processor:
@@ -292,6 +297,7 @@ def test_one_forward_pass_more_per_step_and_no_output_head(name):
     steps = len(output.scores)
     assert len(heads) == steps
     assert len(passes) == 2 * steps
+    assert len(last) == steps, "the candidates' passes end at the layer that is read"
     of_candidates = (3, TOP_K, HIDDEN) if name in TREES else (3 * TOP_K, 1, HIDDEN)
     assert all(shape == of_candidates for shape in passes[1::2])
 
@@ -427,7 +433,7 @@ def test_two_processors_at_once():
     slow = [SlowProcessor(model, [critic], [STRENGTH], TOP_K) for critic in critics]
     expected = generate(model, slow)
     passes = []
-    handle = backbone(model).register_forward_hook(lambda module, args, output: passes.append(1))
+    handle = model.model.layers[0].register_forward_hook(lambda module, args, output: passes.append(1))
     fast = [CriticLogitsProcessor(model, critic, TOP_K, STRENGTH) for critic in critics]
     output = generate(model, fast)
     handle.remove()

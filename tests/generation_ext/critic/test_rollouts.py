@@ -14,6 +14,7 @@ from generation_ext.critic.rewards import from_texts
 from generation_ext.critic.rollout_files import RolloutWriter, read_rollouts
 from generation_ext.critic.rollouts import Rollout, RolloutSampler, encode, fill_hidden, prompt_rows, schedule
 from peft_ext.rows import CHECK
+from tests.generation_ext.critic.reference import PLAIN
 from tests.tiny.models import HIDDEN, tiny
 from tests.tiny.tokenizers import tiny_tokenizer
 
@@ -211,7 +212,7 @@ def test_schedule_goes_through_all_prompts():
 
 def test_lora_states_have_gradients_and_fill_hidden_uses_them():
     model = tiny("llama")
-    critic = Critic.for_model(model, lora_rank=2)
+    critic = Critic.for_model(model, lora_rank=2, **PLAIN)
     with torch.no_grad():
         for up in critic.lora_b:
             up.normal_()

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from generation_ext.critic import Critic, CriticModelConfig, backbone
+from tests.generation_ext.critic.reference import PLAIN
 from tests.test_language_model import lora_model, packed_model
 from tests.tiny.models import HIDDEN, VOCAB, inputs, tiny
 
@@ -16,7 +17,7 @@ MODELS = ("llama", "gpt2", "opt", "gpt_neox", "t5")
 
 
 def random_critic(model: nn.Module, **kwargs) -> Critic:
-    critic = Critic.for_model(model, **kwargs)
+    critic = Critic.for_model(model, **{**PLAIN, **kwargs})
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in critic.parameters():
@@ -26,7 +27,7 @@ def random_critic(model: nn.Module, **kwargs) -> Critic:
 
 
 def test_starts_as_one_half_everywhere():
-    critic = Critic.for_model(tiny("llama"), head="mlp", action_values=True)
+    critic = Critic.for_model(tiny("llama"), head="mlp", action_values=True, **PLAIN)
     hidden = torch.randn(2, 3, HIDDEN)
     torch.testing.assert_close(critic.value(hidden), torch.full((2, 3), 0.5))
     candidates = torch.randint(VOCAB, (2, 3, 4))
@@ -35,13 +36,13 @@ def test_starts_as_one_half_everywhere():
 
 def test_starts_where_it_is_told_and_keeps_what_is_trained():
     model = tiny("llama")
-    critic = Critic.for_model(model)
+    critic = Critic.for_model(model, **PLAIN)
     critic.start_at(0.1)
     torch.testing.assert_close(critic.value(torch.randn(3, HIDDEN)), torch.full((3,), 0.1))
     critic.start_at(0.7)
     torch.testing.assert_close(critic.value(torch.randn(3, HIDDEN)), torch.full((3,), 0.1))
     for value, kept in ((0.0, 0.001), (1.0, 0.999)):
-        critic = Critic.for_model(model)
+        critic = Critic.for_model(model, **PLAIN)
         critic.start_at(value)
         torch.testing.assert_close(critic.value(torch.randn(1, HIDDEN)), torch.tensor([kept]))
 
@@ -63,7 +64,7 @@ def test_linear_value_against_the_formula():
 
 
 def test_log_value_is_finite_where_the_value_is_zero():
-    critic = Critic.for_model(tiny("llama"))
+    critic = Critic.for_model(tiny("llama"), **PLAIN)
     with torch.no_grad():
         critic.head.bias.fill_(-500.0)
     hidden = torch.randn(3, HIDDEN)
@@ -97,7 +98,7 @@ def test_action_values_need_their_head_and_their_model(tmp_path):
     model = tiny("llama")
     hidden, candidates = torch.randn(2, HIDDEN), torch.randint(VOCAB, (2, 6))
     with pytest.raises(ValueError, match="action_values=True"):
-        Critic.for_model(model).action_log_values(hidden, candidates)
+        Critic.for_model(model, **PLAIN).action_log_values(hidden, candidates)
     critic = random_critic(model, action_values=True)
     critic.save_pretrained(tmp_path)
     loaded = Critic.from_pretrained(tmp_path)
@@ -124,14 +125,14 @@ def test_save_and_load(tmp_path, name, kwargs):
 
 
 def test_the_language_model_is_not_stored():
-    critic = Critic.for_model(tiny("llama"), action_values=True)
+    critic = Critic.for_model(tiny("llama"), action_values=True, **PLAIN)
     sizes = {name: tuple(value.shape) for name, value in critic.state_dict().items()}
     assert (VOCAB, HIDDEN) not in sizes.values()
     assert sum(parameter.numel() for parameter in critic.parameters()) == 2 * (HIDDEN + 1) + HIDDEN * (HIDDEN + 1)
 
 
 def test_standardisation():
-    critic = Critic.for_model(tiny("llama"))
+    critic = Critic.for_model(tiny("llama"), **PLAIN)
     hidden = torch.randn(40, 3, HIDDEN) * torch.arange(1, HIDDEN + 1) + 5
     hidden[..., 4] = 7.0  # a constant dimension
     critic.fit_standardisation(hidden)
@@ -145,7 +146,7 @@ def test_standardisation():
 @pytest.mark.parametrize("hidden", [torch.zeros(1, HIDDEN), torch.full((4, HIDDEN), float("nan"))])
 def test_standardisation_refuses(hidden):
     with pytest.raises(ValueError, match="at least two finite"):
-        Critic.for_model(tiny("llama")).fit_standardisation(hidden)
+        Critic.for_model(tiny("llama"), **PLAIN).fit_standardisation(hidden)
 
 
 def test_refuses_another_model():
@@ -188,7 +189,7 @@ def test_without_a_fingerprint_names_are_compared():
 
 def test_hidden_states_of_another_size():
     with pytest.raises(ValueError, match="size 31.*32"):
-        Critic.for_model(tiny("llama")).value(torch.zeros(2, 31))
+        Critic.for_model(tiny("llama"), **PLAIN).value(torch.zeros(2, 31))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
