@@ -21,7 +21,6 @@ from benchmarks.core.run import Run, log
 from benchmarks.core.task import Runs, Task, claims_of_each, tables_of_each
 from benchmarks.tuning import tiny_llama
 from generation_ext.critic import Critic, CriticLogitsProcessor, critic_generate
-from generation_ext.critic.value import backbone
 from peft_ext.models import load
 
 
@@ -46,14 +45,13 @@ class Reencoding(LogitsProcessor):
 
     @torch.no_grad()
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        body = backbone(self.model)
-        before = self.critic.log_value(body(input_ids=input_ids, use_cache=False).last_hidden_state[:, -1])
+        before = self.critic.log_value(self.critic.read(self.model, input_ids)[:, -1])
         candidates = scores.topk(TOP_K).indices
         scores = scores.clone()
         for column in range(TOP_K):
             token = candidates[:, column : column + 1]
             text = torch.cat([input_ids, token], dim=1)
-            after = self.critic.log_value(body(input_ids=text, use_cache=False).last_hidden_state[:, -1])
+            after = self.critic.log_value(self.critic.read(self.model, text)[:, -1])
             change = (after - before).unsqueeze(1)
             scores.scatter_(1, token, scores.gather(1, token) + change.to(scores.dtype))
         return scores

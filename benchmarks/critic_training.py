@@ -16,7 +16,7 @@ from torch import nn
 
 from benchmarks.core.run import Run
 from benchmarks.critic_tasks import OTHER_TOPICS, Score, Task
-from generation_ext.critic import Critic, CriticConfig, CriticTrainer, backbone
+from generation_ext.critic import Critic, CriticConfig, CriticTrainer
 from generation_ext.critic.rollout_files import read_rollouts
 from peft_ext.files import write_json
 
@@ -117,8 +117,8 @@ class Critics:
         return [replace(each, reward=float(value)) for each, value in zip(rollouts, found)]
 
     @torch.no_grad()
-    def _states_of_whole_texts(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Last hidden states of labelled texts, and whether each has its code's attribute."""
+    def _states_of_whole_texts(self, critic: Critic) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a critic reads of labelled texts, and whether each has its code's attribute."""
         rows = self.task.whole_texts[: self.run.whole_texts]
         states, labels = [], []
         template = "{code}: {prompt}"
@@ -127,17 +127,16 @@ class Critics:
             part = rows[start : start + 64]
             texts = [text if code is None else template.format(code=code, prompt=text) for text, code, _ in part]
             batch = self.tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=128)
-            hidden = backbone(self.model)(**batch).last_hidden_state
-            states.append(hidden[:, -1])  # padded on the left
+            states.append(critic.read(self.model, **batch)[:, -1])  # padded on the left
             labels.extend(float(label) for _, _, label in part)
         return torch.cat(states), torch.tensor(labels)
 
     def _train_on_whole_texts(self) -> Critic:
         """The same head, fitted on finished, labelled texts instead of on roll-outs."""
-        states, labels = self._states_of_whole_texts()
-        critic = Critic.for_model(
-            self.model, head=self.run.head, control_codes=[code for code in self.task.codes if code is not None]
-        )
+        codes = [code for code in self.task.codes if code is not None]
+        # the last state alone, as in the paper's comparison
+        critic = Critic.for_model(self.model, layer=-1, running_mean=False, head=self.run.head, control_codes=codes)
+        states, labels = self._states_of_whole_texts(critic)
         critic.fit_standardisation(states)
         optimizer = torch.optim.AdamW(critic.parameters(), lr=1e-3, weight_decay=0.1)
         critic.train()

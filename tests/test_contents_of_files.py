@@ -111,7 +111,7 @@ KINDS = {
     **{f"palp-{head}": _palp(head) for head in ("logistic", "knn", "mlp")},
     "critic": (
         _critic,
-        lambda folder: Critic.from_pretrained(folder).value(HIDDEN).detach().numpy(),
+        lambda folder: Critic.from_pretrained(folder).value(HIDDEN.repeat(1, 2)).detach().numpy(),
         "model.safetensors",
         "config.json",
     ),

@@ -23,7 +23,7 @@ def critic_card(critic: Any, token: Any = None, online: bool = False) -> Card:
     base = named_base(config.base_model_name_or_path, config.base_model_fingerprint, token, online)
     facts: dict[str, Any] = {
         "method": f"[CriticControl]({PAPER})",
-        "head": f"{config.head}, on hidden states of {config.hidden_size}",
+        "head": f"{config.head}, on {_reads(config)}",
         "numbers": f"{sum(parameter.numel() for parameter in critic.parameters()):,}",
     }
     if config.lora_rank:
@@ -44,6 +44,12 @@ def critic_card(critic: Any, token: Any = None, online: bool = False) -> Card:
         measured=measured_of(critic),
         snippet=None if base.name is None else _snippet(base.name, config.control_codes),
     )
+
+
+def _reads(config: Any) -> str:
+    layers = " and ".join(map(str, config.layers or [])) or None
+    states = f"the states of layer {layers}" if layers else f"the last hidden states of {config.hidden_size}"
+    return states + (" and their mean over the text" if config.running_mean else "")
 
 
 def _snippet(base: str, codes: list[str]) -> str:

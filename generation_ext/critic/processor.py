@@ -202,12 +202,12 @@ class CriticLogitsProcessor(LogitsProcessor):
         return gain
 
     def _action_gain(self, input_ids: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-        text = self.recorder.last(input_ids)
-        if text is None:
-            text = self._own(input_ids, self._cross(input_ids))
-        return self._total(
-            lambda critic: _log_action_ratio(critic, self._readings[critic].of(text), candidates), candidates
-        )
+        text = self.recorder.last(input_ids) or self._own(input_ids, self._cross(input_ids))
+
+        def ratio(critic: Critic) -> torch.Tensor:
+            return _log_action_ratio(critic, self._readings[critic].of(text), candidates)
+
+        return self._total(ratio, candidates)
 
     def _total(
         self, ratio: Callable[[Critic], torch.Tensor], like: torch.Tensor, adapted: bool = False

@@ -124,6 +124,12 @@ def reading_of(config: Any, model: nn.Module) -> Reading:
     return Reading(tuple(config.layers or [last]), last, config.running_mean)
 
 
+def read_width(config: Any, model: nn.Module) -> int:
+    """Width of what a critic of this config reads."""
+    reading = reading_of(config, model)
+    return sum(widths(model, reading.layers)) * (2 if reading.running_mean else 1)
+
+
 def read(
     model: nn.Module,
     reading: Reading,

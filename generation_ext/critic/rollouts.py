@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -186,7 +186,8 @@ class RolloutSampler:
         extra = 1 if with_hidden else 0
         reading = reading_for(self.model, self.critic)
         mask = None if self.model.config.is_encoder_decoder else inputs["attention_mask"]
-        recording = _recording(self.model, reading, mask) if with_hidden else nullcontext([])
+        nothing: AbstractContextManager[list[torch.Tensor]] = nullcontext([])
+        recording = _recording(self.model, reading, mask) if with_hidden else nothing
         with _sampling_from(seed, self.model), inference(self.model), recording as steps:
             sequences = self.model.generate(
                 **inputs,

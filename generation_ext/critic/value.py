@@ -17,7 +17,16 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from generation_ext.critic.card import critic_card
-from generation_ext.critic.reading import AUTO, Layer, Reading, checked_layers, modules_behind, read, reading_of
+from generation_ext.critic.reading import (
+    AUTO,
+    Layer,
+    Reading,
+    checked_layers,
+    modules_behind,
+    read,
+    read_width,
+    reading_of,
+)
 from peft_ext.file_formats import check_fields, list_of, mapping_of, number, text, truth, whole
 from peft_ext.language_model import (
     adapters_fingerprint,
@@ -347,6 +356,12 @@ class Critic(OwnFiles, PreTrainedModel):
             raise ValueError(
                 f"{own} with hidden states of {config.hidden_size}, but {other} with {size}; load that model, or "
                 "train a critic for this one."
+            )
+        width = read_width(config, model)
+        if width != self.state_size:
+            raise ValueError(
+                f"{own} and has weights for states of {self.state_size}, but layers={config.layers} and running_mean="
+                f"{config.running_mean} of its config give {width}; mend its config.json, or get its folder anew."
             )
         if config.base_model_fingerprint is not None:
             fingerprint = base_fingerprint(model)

@@ -72,7 +72,7 @@ class Answers:
                     pad_token_id=tokenizer.pad_token_id,
                     **({"custom_generate": critic_generate, "critic": critic, "strength": each} if each else {}),
                 )
-                values = critic.value(model.base_model(tokens).last_hidden_state)[0]
+                values = critic.value(critic.read(model, tokens))[0]
                 pieces = [tokenizer.decode(token) for token in tokens[0].tolist()]
                 shown.append(coloured(pieces, values.tolist(), "V"))
             return shown[0], shown[1]

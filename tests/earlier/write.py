@@ -156,7 +156,8 @@ def _tune() -> int:
 
 def write_critic() -> None:
     """A critic with a LoRA of its own."""
-    critic = Critic.for_model(_base(), lora_rank=2, action_values=True, action_rank=2)
+    paper = {"layer": -1, "running_mean": False}  # as versions before 28 had it
+    critic = Critic.for_model(_base(), **paper, lora_rank=2, action_values=True, action_rank=2)
     for parameter in critic.parameters():
         parameter.data.normal_(std=0.3)
     critic.save_pretrained("critic")

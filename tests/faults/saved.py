@@ -48,7 +48,7 @@ from tests.checkpoint.foreign_files import awq_layer, compressed_tensors_layer, 
 from tests.checkpoint.gptq_files import gptq_layer
 from tests.tiny.byte_models import model as byte_model
 from tests.tiny.folders import save_long_model, save_word_model
-from tests.tiny.models import HIDDEN, inputs, logits_of, tiny
+from tests.tiny.models import inputs, logits_of, tiny
 from tests.tiny.tokenizers import tiny_tokenizer, tokenizer_for
 from trl_ext.almost.pipeline import Pipeline
 from trl_ext.almost.recipe import AlmostConfig
@@ -322,12 +322,12 @@ def _use_features(folder: Path) -> Answer:
 
 
 def _write_critic(folder: Path) -> None:
-    critic = Critic.for_model(tiny("llama"), action_values=True, head="mlp", mlp_size=8, lora_rank=2)
+    critic = Critic.for_model(tiny("llama"), layer=1, action_values=True, head="mlp", mlp_size=8, lora_rank=2)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in critic.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-        critic.fit_standardisation(torch.randn(50, HIDDEN, generator=generator) * 2 + 1)
+        critic.fit_standardisation(torch.randn(50, critic.state_size, generator=generator) * 2 + 1)
     critic.save_pretrained(folder)
 
 
@@ -337,7 +337,7 @@ def _use_critic(folder: Path) -> Answer:
     critic = Critic.from_pretrained(str(folder)).attach(model)
     with CriticLogitsProcessor(model, critic, strength=4.0) as processor:
         texts = model.generate(**inputs("llama"), max_new_tokens=3, do_sample=False, logits_processor=[processor])
-    hidden = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(5, critic.state_size, generator=torch.Generator().manual_seed(0))
     candidates = torch.arange(6).expand(5, 6)
     return np.concatenate(
         [texts.numpy().ravel(), critic.value(hidden).numpy(), critic.action_logits(hidden, candidates).numpy().ravel()]

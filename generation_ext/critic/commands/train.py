@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Optional, Union
 
 from transformers import set_seed
 
@@ -22,6 +22,7 @@ from generation_ext.critic.commands.arguments import OLD_FLAGS, PromptArguments,
 from generation_ext.critic.commands.evaluate import positions_table
 from generation_ext.critic.commands.reward_arguments import RewardArguments, load_reward
 from generation_ext.critic.diagnostics import finite
+from generation_ext.critic.reading import AUTO
 from generation_ext.critic.rollouts import schedule
 from generation_ext.critic.training import CriticConfig, CriticTrainer
 from generation_ext.critic.value import Critic
@@ -31,7 +32,7 @@ from peft_ext.model_card import note_measured
 from peft_ext.runs import RunFolder, drop_checkpoints, last_checkpoint
 
 
-_OF_CRITIC = ("head", "mlp_size", "lora_rank", "action_values", "control_codes", "prompt_template")
+_OF_CRITIC = ("running_mean", "head", "mlp_size", "lora_rank", "action_values", "control_codes", "prompt_template")
 
 
 @dataclass
@@ -41,6 +42,13 @@ class TrainArguments(ModelArguments, PromptArguments, RewardArguments):
     held_out: float = field(
         default=0.2, metadata={"help": "Share of the prompts that the critic is evaluated on instead of trained."}
     )
+    layer: str = field(
+        default="auto",
+        metadata={
+            "help": "The layer that the critic reads, or several ('12,18'); -1 is the last; auto: one that training chooses."
+        },
+    )
+    running_mean: bool = field(default=True, metadata={"help": "Read the layer's mean over the text so far, too."})
     head: str = field(default="linear", metadata={"help": "The critic's head: linear or mlp."})
     mlp_size: int = field(default=256, metadata={"help": "Width of an MLP head."})
     lora_rank: int = field(default=0, metadata={"help": "Rank of the critic's own LoRA; 0: none."})
@@ -56,19 +64,19 @@ class TrainArguments(ModelArguments, PromptArguments, RewardArguments):
 def main(argv: Sequence[str]) -> None:
     """Check everything, then train and evaluate."""
     args, training = parse(argv, TrainArguments, CriticConfig, aliases={**OLD_FLAGS, **BATCH_SIZE})
-    run_folder, settings = RunFolder(training.output_dir), _arguments(args, training)
-    run = run_folder.folder
+    run_folder = RunFolder(training.output_dir)
+    settings, run = _settings(args, training, run_folder.settings), run_folder.folder
     finished = run_folder.check(settings)
     if finished is not None:
         note(f"{run} is finished already; its figures:")
         show(finished, table(finished))
         return
     prompts, held_out = _split(load_prompts(args), args.held_out, training.seed)
-    reward = load_reward(args)
+    reward, layer = load_reward(args), layer_of(args.layer)
     args.device = args.device or str(training.device)  # not where Trainer would take it away from again
     model, tokenizer = args.load()
     set_seed(training.seed)
-    critic = Critic.for_model(model, **{name: getattr(args, name) for name in _OF_CRITIC})
+    critic = Critic.for_model(model, layer=layer, **{name: getattr(args, name) for name in _OF_CRITIC})
     training.output_dir = str(run)
     trainer = CriticTrainer(critic, training, model, reward, prompts, held_out, tokenizer)
     with training.main_process_first(desc="writing the arguments"):
@@ -92,9 +100,28 @@ def main(argv: Sequence[str]) -> None:
         note(f"\nThe run is in {run}. Next: peft-ext critic generate {run} --prompt '...' --strength 2")
 
 
+def layer_of(text: str) -> Union[str, int, list[int]]:
+    """`"auto"`, a number or several, as written on the command line.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    if text == AUTO:
+        return text
+    try:
+        layers = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"layer={text!r} must be 'auto', a number, or several ('12,18').") from error
+    return layers[0] if len(layers) == 1 else layers
+
+
 def table(metrics: dict[str, Any]) -> str:
     """The figures of a run by position, as text."""
-    return f"{positions_table(metrics['positions'])}\n\n{metrics['steps']} steps in {metrics['seconds']:.0f} s."
+    layers = ", ".join(f"{index}: {explained:.2f}" for index, explained in metrics.get("layers", {}).items())
+    chosen = f"\n\nExplained variance by layer, before the fit: {layers}." if layers else ""
+    return (
+        f"{positions_table(metrics['positions'])}{chosen}\n\n{metrics['steps']} steps in {metrics['seconds']:.0f} s."
+    )
 
 
 def _split(rows: list[dict[str, Any]], share: float, seed: int) -> tuple[list[Any], list[Any]]:
@@ -110,6 +137,7 @@ def _split(rows: list[dict[str, Any]], share: float, seed: int) -> tuple[list[An
 
 def _measure(trainer: CriticTrainer, args: TrainArguments, seconds: float) -> dict[str, Any]:
     evaluation = trainer.evaluate()
+    layers = trainer.layers_explained
     history = [entry for entry in trainer.state.log_history if "loss" in entry or "reward_mean" in entry]
     return {
         "model": args.model,
@@ -117,8 +145,20 @@ def _measure(trainer: CriticTrainer, args: TrainArguments, seconds: float) -> di
         "seconds": seconds,
         "evaluation": evaluation,
         "positions": trainer.evaluate_positions(),
+        **({"layers": {str(index): explained for index, explained in layers.items()}} if layers else {}),
         "history": history,
     }
+
+
+def _settings(args: TrainArguments, training: CriticConfig, stored: Optional[dict[str, Any]]) -> dict[str, Any]:
+    """The run's settings. One that an earlier version began goes on as that version would have: its critic reads the last
+    hidden state."""
+    unset = {each.name: each.default for each in fields(TrainArguments) if each.name in ("layer", "running_mean")}
+    if stored is None or "layer" in stored or any(getattr(args, name) != value for name, value in unset.items()):
+        return _arguments(args, training)
+    note(f"{training.output_dir} holds a run of an earlier version, whose critic reads the last hidden state alone.")
+    args.layer, args.running_mean = "-1", False
+    return {name: value for name, value in _arguments(args, training).items() if name not in unset}
 
 
 def _arguments(args: TrainArguments, training: CriticConfig) -> dict[str, Any]:
