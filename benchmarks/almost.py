@@ -44,7 +44,7 @@ _LATER = {
 
 def measure(run: Run) -> None:
     """What isn't stored: of every seed what is measured with each, then the rest."""
-    seeds = [Almost(run, seed) for seed in run.seeds]
+    seeds = [Almost(run, seed) for seed in _seeds(run)]
     jobs = [(almost, *job) for almost in seeds for job in almost.jobs() if job[0] in _OF_EACH_SEED]
     jobs += [(seeds[0], *job) for job in seeds[0].jobs() if job[0] not in _OF_EACH_SEED]
     for almost, part, name, work in jobs:
@@ -54,6 +54,11 @@ def measure(run: Run) -> None:
             almost.config.run_dir = str(almost.work / "run")
             run.add(key, work())
             gc.collect()
+
+
+def _seeds(run: Run) -> list[int]:
+    """The experiment's, or the one that `--seed` names."""
+    return [run.settings["seed"]] if "seed" in run.settings else run.seeds
 
 
 class Almost:
@@ -155,7 +160,7 @@ class Seeds:
     """What is stored of all seeds of an experiment, as tables and claims."""
 
     def __init__(self, run: Run) -> None:
-        self.every = [Almost(run, seed) for seed in run.seeds]
+        self.every = [Almost(run, seed) for seed in _seeds(run)]
         self.first = self.every[0]
 
     def found(self, part: str) -> list[tuple[int, Any]]:

@@ -49,5 +49,9 @@ def test_a_model_of_few_bits_is_another_speaker(tmp_path):
     assert difference > 1e-3 and backend.batch_size == 3
     with pytest.raises(ValueError, match="backend='vllm' takes a hub id"):
         load_backend(folder, bits=2, backend="vllm")
+    with pytest.raises(ValueError, match="device='cpu': vLLM chooses its devices by itself"):
+        load_backend(folder, backend="vllm", device="cpu")
+    with pytest.raises(ValueError, match="device='cuda:7' can't be used here"):
+        load_backend(folder, device="cuda:7")
     with pytest.raises(ValueError, match="backend='other'"):
         load_backend(folder, backend="other")
