@@ -4,17 +4,21 @@ the test split; and an extractor that remembers what it has encoded."""
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Union
+from pathlib import Path
+from typing import Any, Optional, Protocol, Union
 
 import numpy as np
 
 from benchmarks.core.run import data_folder
 from generation_ext.in_context import Task
+from generation_ext.probing.feature_file import digest_of_texts
+from peft_ext.files import write_json
 from peft_ext.rows import read_rows
 
 
@@ -130,25 +134,57 @@ class Extractor(Protocol):
 
 
 class Remembering:
-    """An extractor that keeps the features of texts without a prefix, which all draws of few shots share."""
+    """An extractor that keeps the features of texts without a prefix, which all draws of few shots share.
 
-    def __init__(self, extractor: Extractor) -> None:
-        self.extractor = extractor
+    Args:
+        extractor: Whose features.
+        folder: Where what [`learn`] extracts is kept for the next process; None: in memory.
+    """
+
+    def __init__(self, extractor: Extractor, folder: Optional[Path] = None) -> None:
+        self.extractor, self.folder = extractor, folder
         self.known: dict[str, np.ndarray] = {}
         self.seconds: dict[str, float] = {}
         self.saved = 0.0  # CPU seconds that what was known already had taken
+        self._kept: dict[str, tuple[np.ndarray, float]] = {}
+        if hasattr(extractor, "blocks"):
+            self.blocks = extractor.blocks
+        for record in sorted(folder.glob("*.texts.json")) if folder is not None else ():
+            stored = json.loads(record.read_text(encoding="utf-8"))
+            features = np.load(record.with_name(record.name.replace(".texts.json", ".npy")), mmap_mode="r")
+            self._kept.update({key: (row, stored["seconds"]) for key, row in zip(stored["texts"], features)})
+
+    def learn(self, texts: Sequence[str]) -> None:
+        """Extract the features of texts, or find them in the folder, with the CPU seconds that each took."""
+        new = []
+        for text in dict.fromkeys(texts):
+            key = digest_of_texts([text])
+            if text not in self.known and key in self._kept:
+                self.known[text], self.seconds[text] = self._kept[key]
+            elif text not in self.known:
+                new.append(text)
+        if not new:
+            return
+        start = time.process_time()
+        if self.folder is None:
+            features = self.extractor.extract(new)
+        else:
+            path = self.folder / f"{digest_of_texts(new)[:32]}.npy"
+            features = self.extractor.extract(new, "", path)  # type: ignore[call-arg]
+        seconds = (time.process_time() - start) / len(new)
+        if self.folder is not None:
+            keys = [digest_of_texts([text]) for text in new]
+            write_json(path.with_suffix(".texts.json"), {"texts": keys, "seconds": seconds})
+        self.known.update(zip(new, features))
+        self.seconds.update(dict.fromkeys(new, seconds))
 
     def extract(self, texts: Sequence[str], prefix: str = "") -> np.ndarray:
         """As `PALPClassifier` asks for them."""
         if prefix:
             return self.extractor.extract(texts, prefix)
         unique = dict.fromkeys(texts)
-        new = [text for text in unique if text not in self.known]
         self.saved += sum(self.seconds.get(text, 0.0) for text in unique)
-        if new:
-            start = time.process_time()
-            self.known.update(zip(new, self.extractor.extract(new)))
-            self.seconds.update(dict.fromkeys(new, (time.process_time() - start) / len(new)))
+        self.learn(list(unique))
         return np.stack([self.known[text] for text in texts])
 
 

@@ -1,11 +1,11 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""Hidden states of texts as features: of any layer, of the last token or the mean, behind a prefix that runs once."""
+"""Hidden states of texts as features: of any layers, of the last token or the mean, behind a prefix that runs once."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -26,7 +26,7 @@ from generation_ext.shared_prefix.cache import (
     run_backbone,
 )
 from generation_ext.shared_prefix.encoding import TextEncoder
-from generation_ext.shared_prefix.inner_states import inner_state, layers_of
+from generation_ext.shared_prefix.inner_states import inner_states, layers_of
 from generation_ext.shared_prefix.token_tree import PackedRows, TokenTree
 from peft_ext.language_model import CAUSAL, ENCODER_DECODER, identity, inference, language_model
 
@@ -46,13 +46,17 @@ class FeatureExtractor:
             or without output head, or a `PeftModel` of one; packed models too. Not changed.
         tokenizer: Its tokenizer; needs no padding token.
         layer: Index among the hidden states: 0 the embeddings, n those after layer n, -1 the last ones (which come
-            after the model's final normalisation). Layers after it aren't run.
-        pooling: `"last"`: of the last token (PALP); `"mean"`: over the text's tokens, those of the prefix left out.
+            after the model's final normalisation). Layers after it aren't run. Or several of them, in a list.
+        pooling: `"last"`: of the last token (PALP); `"mean"`: over the text's tokens, those of the prefix left out. Or
+            both, in a list.
         overflow: What to do with a text that is too long behind its prefix: `"error"`, `"truncate_start"` (of the text,
             so that the end of a template stays), or `"truncate_end"`. A warning says how often it was done.
         max_length: Most tokens of prefix and text; None: what the model's config says.
         memory_limit: Bytes that a pass may take beside the weights; None: a quarter of what is free.
         progressbar: Show one.
+
+    Several layers and poolings are read in one forward pass, and stand beside each other in the features, as
+    [`blocks`][generation_ext.probing.features.FeatureExtractor.blocks] says.
 
     Raises:
         TypeError, ValueError: If an argument is out of its range, or the model is of a kind that a prefix can't be
@@ -72,25 +76,32 @@ class FeatureExtractor:
         model: torch.nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        layer: int = -1,
-        pooling: str = "last",
+        layer: Union[int, Sequence[int]] = -1,
+        pooling: Union[str, Sequence[str]] = "last",
         overflow: str = "error",
         max_length: Optional[int] = None,
         memory_limit: Optional[int] = None,
         progressbar: bool = False,
     ) -> None:
-        if pooling not in POOLING:
-            raise ValueError(f"pooling={pooling!r} is unknown; choose one of {POOLING}.")
+        poolings = [pooling] if isinstance(pooling, str) else list(pooling or [None])
+        if any(each not in POOLING for each in poolings) or len(set(poolings)) < len(poolings):
+            raise ValueError(f"pooling={pooling!r} is unknown; choose one of {POOLING}, or a list of both.")
         if overflow not in OVERFLOW:
             raise ValueError(f"overflow={overflow!r} is unknown; choose one of {OVERFLOW}.")
         check_memory_limit(memory_limit)
         self.language_model = language_model(model)
         layers = self.language_model.base.config.get_text_config().num_hidden_layers
-        if not isinstance(layer, int) or not -layers - 1 <= layer <= layers:
+        wanted = list(layer) if isinstance(layer, (list, tuple, range)) else [layer]
+        if not wanted or not all(isinstance(each, int) and -layers - 1 <= each <= layers for each in wanted):
             raise ValueError(
-                f"layer={layer!r} must be an integer from {-layers - 1} to {layers}: the model has {layers}."
+                f"layer={layer!r} must be an integer from {-layers - 1} to {layers}, or a list of them: the model has "
+                f"{layers}."
             )
-        self.layer = layer if layer < 0 else layer - layers - 1
+        self.depths = [each if each < 0 else each - layers - 1 for each in wanted]
+        if len(set(self.depths)) < len(self.depths):
+            raise ValueError(f"layer={layer!r} names a layer twice.")
+        self.layer = self.depths[0] if wanted == [layer] else self.depths
+        self.poolings = poolings
         self.layers = layers
         self.model, self.pooling, self.overflow = model, pooling, overflow
         self.memory_limit, self.progressbar = memory_limit, progressbar
@@ -112,7 +123,8 @@ class FeatureExtractor:
                 where it was, and a finished file is not computed again; its settings lie in a `.json` file beside it.
 
         Returns:
-            float32 `[texts, hidden size]` in the texts' order; with `output` mapped from the file, read-only.
+            float32 `[texts, hidden size]` in the texts' order, for several layers and poolings `[texts, sum of the blocks'
+            sizes]`; with `output` mapped from the file, read-only.
 
         Raises:
             TypeError: If `texts` is a single string or holds something else.
@@ -120,7 +132,7 @@ class FeatureExtractor:
                 texts; if the model gives NaN.
         """
         texts = _checked(texts, prefix)
-        size = self._size()
+        size = sum(self._sizes()) * len(self.poolings)
         if output is None:
             features = np.zeros((len(texts), size), np.float32)
             self._fill(features, texts, prefix, np.zeros(len(texts), dtype=bool), None)
@@ -130,6 +142,16 @@ class FeatureExtractor:
             self._fill(file.features, texts, prefix, file.done, file)
             file.finish()
         return file.read()
+
+    def blocks(self) -> dict[tuple[int, str], slice]:
+        """Where the features of each layer (counted from 0, the embeddings) and pooling stand: layer by layer, and of each
+        its poolings."""
+        found, start = {}, 0
+        for depth, size in zip(self.depths, self._sizes()):
+            for pooling in self.poolings:
+                found[depth + self.layers + 1, pooling] = slice(start, start + size)
+                start += size
+        return found
 
     def _fill(
         self, features: np.ndarray, texts: list[str], prefix: str, done: np.ndarray, file: Optional[FeatureFile]
@@ -143,7 +165,7 @@ class FeatureExtractor:
             shared = self._shared([tokens[index] for index in wanted], [starts[index] for index in wanted])
             encoded = encode_prefix(self.language_model, shared)
             trees = [self._tree(text, start, len(shared)) for text, start in zip(tokens, starts)]
-            kept = 0 if self.layer == -1 or self._layers else self.layers
+            kept = 0 if self.depths == [-1] or self._layers else self.layers
             planner = BatchPlanner(self.language_model, self.memory_limit, len(shared), kept_states=kept)
 
             def run(indices: list[int], rows: list[list[int]]) -> np.ndarray:
@@ -197,39 +219,68 @@ class FeatureExtractor:
             return []
         shared = common_prefix(texts)
         # a mean needs the hidden states of all tokens of the text
-        return shared[: min(starts)] if self.pooling == "mean" else shared
+        return shared[: min(starts)] if "mean" in self.poolings else shared
 
     def _tree(self, tokens: list[int], start: int, shared: int) -> TokenTree:
         tree = TokenTree.chain(tokens[shared:])
-        tree.reads = tree.reads[-1:] if self.pooling == "last" else tree.reads[start - shared :]
+        tree.reads = tree.reads[start - shared :] if "mean" in self.poolings else tree.reads[-1:]
         return tree
 
     def _run(self, trees: list[TokenTree], rows: list[list[int]], prefix: SharedPrefix) -> np.ndarray:
-        """Features `[trees, hidden]`."""
+        """Features `[trees, size]`."""
         packed = layout(self.language_model, trees, rows)
-        hidden = self._hidden(packed, prefix)
-        places = packed.places.to(hidden.device)
-        states = hidden[places[:, 0], places[:, 1]].float()
-        counts = torch.tensor([len(tree.reads) for tree in trees], device=hidden.device)
-        owner = torch.arange(len(trees), device=hidden.device).repeat_interleave(counts)
-        sums = states.new_zeros(len(trees), states.shape[1]).index_add_(0, owner, states)
-        return (sums / counts[:, None]).cpu().numpy()
+        counts = torch.tensor([len(tree.reads) for tree in trees])
+        ends, owner = counts.cumsum(0) - 1, torch.arange(len(trees)).repeat_interleave(counts)
 
-    def _hidden(self, rows: PackedRows, prefix: SharedPrefix) -> torch.Tensor:
+        def pooled(hidden: torch.Tensor) -> torch.Tensor:
+            device = hidden.device
+            places = packed.places.to(device)
+            states = hidden[places[:, 0], places[:, 1]].float()
+            found = []
+            for pooling in self.poolings:
+                if pooling == "last":
+                    found.append(states[ends.to(device)])
+                else:
+                    sums = states.new_zeros(len(trees), states.shape[1]).index_add_(0, owner.to(device), states)
+                    found.append(sums / counts.to(device)[:, None])
+            return torch.cat(found, 1).cpu()
+
+        return torch.cat(self._of_layers(packed, prefix, pooled), 1).numpy()
+
+    def _of_layers(
+        self, rows: PackedRows, prefix: SharedPrefix, take: Callable[[torch.Tensor], torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """What `take` makes of the hidden states of each layer that is wanted, in one forward pass."""
+
         def run(**kwargs: Any) -> Any:
             if self.language_model.kind == CAUSAL:
                 return run_backbone(self.language_model, rows, prefix, **kwargs)
             return encode_whole(self.language_model, rows, **kwargs)[0]
 
-        if self.layer == -1:
-            return run().last_hidden_state
-        state = inner_state(self._layers, self.layer + self.layers + 1, run) if self._layers else None
-        return run(output_hidden_states=True).hidden_states[self.layer] if state is None else state
+        found: dict[int, torch.Tensor] = {}
 
-    def _size(self) -> int:
-        """Width of the features, from a pass over one token: a model may project its last hidden states."""
+        def run_to_the_end() -> None:
+            found[-1] = take(run().last_hidden_state)
+
+        inner = [depth for depth in self.depths if depth != -1]
+        last = -1 in self.depths
+        if not inner:
+            run_to_the_end()
+        elif self._layers:
+            indices = [depth + self.layers + 1 for depth in inner]
+            states = inner_states(self._layers, indices, run_to_the_end if last else run, take, to_the_end=last)
+            found.update({index - self.layers - 1: state for index, state in states.items()})
+        if not set(self.depths) <= set(found):
+            # layers that aren't a list, or are handed their states in a way that a hook doesn't see
+            states = run(output_hidden_states=True).hidden_states
+            found.update({depth: take(states[depth]) for depth in inner})
+        return [found[depth] for depth in self.depths]
+
+    def _sizes(self) -> list[int]:
+        """Widths of the layers' states, from a pass over one token: a model may project its last hidden states."""
         with inference(self.model):
-            return self._hidden(layout(self.language_model, [TokenTree.chain([0])]), EMPTY).shape[-1]
+            one = layout(self.language_model, [TokenTree.chain([0])])
+            return [len(width) for width in self._of_layers(one, EMPTY, lambda state: state[0, 0])]
 
     def _settings(self, texts: list[str], prefix: str) -> dict[str, Any]:
         return {

@@ -1,5 +1,5 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""The hidden state that a layer is given, read by a hook of our own, which ends the forward pass there.
+"""The hidden states that layers are given, read by hooks of our own; the pass ends where the last of them is.
 
 transformers' `output_hidden_states` keeps the states of all layers, runs the layers that nobody asked for, and leaves hooks
 in the model that can't be pickled, so that no worker of joblib can be given the model.
@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable
-from typing import Any, Optional
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
+from typing import Any, Optional, TypeVar
 
 import torch
 from torch import nn
 
 from peft_ext.language_model import ENCODER_DECODER, LanguageModel
 from peft_ext.threads import hooks_of_this_thread
+
+
+Taken = TypeVar("Taken")
 
 
 class _Reached(Exception):
@@ -78,34 +82,46 @@ def states_of(
     return found
 
 
-def inner_state(layers: nn.ModuleList, index: int, run: Callable[[], Any]) -> Optional[torch.Tensor]:
-    """What layer `index` is given, `[batch, tokens, hidden]`, as `hidden_states[index]` of transformers.
+def inner_states(
+    layers: nn.ModuleList,
+    indices: Collection[int],
+    run: Callable[[], Any],
+    take: Callable[[torch.Tensor], Taken],
+    to_the_end: bool = False,
+) -> dict[int, Taken]:
+    """What layers are given, `[batch, tokens, hidden]`, as `hidden_states[index]` of transformers, read while the pass goes
+    on, so that of many layers' states none has to be kept whole (beside [`states_of`], which keeps them).
 
     Args:
         layers: See [`layers_of`].
-        index: From 0, which is the embeddings, to the number of layers less one.
+        indices: From 0, which is the embeddings, to the number of layers less one.
         run: Calls the model.
+        take: Makes of a state what is kept of it: a copy.
+        to_the_end: Whether the pass goes on behind the last of these layers.
 
     Returns:
-        The state; None if the layer is handed it in a way that isn't seen.
+        What `take` made of each; a layer that is handed its state in a way that isn't seen is missing.
     """
-    found: list[torch.Tensor] = []
+    found: dict[int, Taken] = {}
+    last = None if to_the_end else max(indices)
 
-    def reached(state: torch.Tensor) -> None:
-        found.append(state)
-        raise _Reached
+    def reached(index: int, state: torch.Tensor) -> None:
+        found[index] = take(state)
+        if index == last:
+            raise _Reached
 
-    def behind(layer: nn.Module, args: tuple, output: Any) -> None:
-        reached(output_state(output))
+    def behind(index: int, layer: nn.Module, args: tuple, output: Any) -> None:
+        reached(index, output_state(output))
 
     def ahead(layer: nn.Module, args: tuple) -> None:
         if args:
-            reached(args[0])
+            reached(0, args[0])
 
-    hook = (layers[index - 1], behind) if index else (layers[0], ahead)
-    with contextlib.suppress(_Reached), hooks_of_this_thread([hook], before=not index):
+    before = [(layers[0], ahead)] if 0 in indices else []
+    after = [(layers[index - 1], partial(behind, index)) for index in indices if index]
+    with contextlib.suppress(_Reached), hooks_of_this_thread(before, before=True), hooks_of_this_thread(after):
         run()
-    return found[0] if found else None
+    return found
 
 
 def without_capturing_hooks(model: nn.Module) -> nn.Module:
