@@ -32,7 +32,8 @@ def palp_card(classifier: Any, token: Any = None, online: bool = False) -> Card:
         "classes": shown,
         "template": f"`{classifier.template!r}`",
         "demonstrations": f"{classifier.demonstrations}, {len(classifier.demonstrations_)} texts",
-        "head": f"{classifier.head}, on layer {classifier.layer} ({classifier.pooling})",
+        "reads": _read(classifier),
+        "head": classifier.head if classifier.C_ is None else f"{classifier.head}, C {classifier.C_:g}",
     }
     loads = base.name is not None
     return Card(
@@ -50,6 +51,13 @@ def palp_card(classifier: Any, token: Any = None, online: bool = False) -> Card:
         if classifier.demonstrations_
         else (),
     )
+
+
+def _read(classifier: Any) -> str:
+    if classifier.layer_ is None:
+        return "what its extractor gives"
+    how = "chosen by cross-validation" if classifier.layer_scores_ else "as it was asked for"
+    return f"layer {classifier.layer_} ({classifier.pooling_}), {how}"
 
 
 def _snippet(fields: tuple[str, ...]) -> str:

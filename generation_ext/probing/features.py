@@ -32,6 +32,7 @@ from peft_ext.language_model import CAUSAL, ENCODER_DECODER, identity, inference
 
 
 POOLING = ("last", "mean")
+ALL = "all"  # layers
 OVERFLOW = ("error", "truncate_start", "truncate_end")
 
 
@@ -46,7 +47,7 @@ class FeatureExtractor:
             or without output head, or a `PeftModel` of one; packed models too. Not changed.
         tokenizer: Its tokenizer; needs no padding token.
         layer: Index among the hidden states: 0 the embeddings, n those after layer n, -1 the last ones (which come
-            after the model's final normalisation). Layers after it aren't run. Or several of them, in a list.
+            after the model's final normalisation). Layers after it aren't run. Or several of them in a list, or `"all"`.
         pooling: `"last"`: of the last token (PALP); `"mean"`: over the text's tokens, those of the prefix left out. Or
             both, in a list.
         overflow: What to do with a text that is too long behind its prefix: `"error"`, `"truncate_start"` (of the text,
@@ -76,31 +77,33 @@ class FeatureExtractor:
         model: torch.nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        layer: Union[int, Sequence[int]] = -1,
+        layer: Union[int, str, Sequence[int]] = -1,
         pooling: Union[str, Sequence[str]] = "last",
         overflow: str = "error",
         max_length: Optional[int] = None,
         memory_limit: Optional[int] = None,
         progressbar: bool = False,
     ) -> None:
-        poolings = [pooling] if isinstance(pooling, str) else list(pooling or [None])
-        if any(each not in POOLING for each in poolings) or len(set(poolings)) < len(poolings):
+        poolings = [pooling] if isinstance(pooling, str) else list(pooling)
+        if not poolings or any(each not in POOLING for each in poolings) or len(set(poolings)) < len(poolings):
             raise ValueError(f"pooling={pooling!r} is unknown; choose one of {POOLING}, or a list of both.")
         if overflow not in OVERFLOW:
             raise ValueError(f"overflow={overflow!r} is unknown; choose one of {OVERFLOW}.")
         check_memory_limit(memory_limit)
         self.language_model = language_model(model)
         layers = self.language_model.base.config.get_text_config().num_hidden_layers
-        wanted = list(layer) if isinstance(layer, (list, tuple, range)) else [layer]
+        wanted: list[Any] = list(layer) if isinstance(layer, (list, tuple, range)) else [layer]
+        if layer == ALL:
+            wanted = list(range(layers + 1))
         if not wanted or not all(isinstance(each, int) and -layers - 1 <= each <= layers for each in wanted):
             raise ValueError(
-                f"layer={layer!r} must be an integer from {-layers - 1} to {layers}, or a list of them: the model has "
-                f"{layers}."
+                f"layer={layer!r} must be an integer from {-layers - 1} to {layers}, a list of them or {ALL!r}: "
+                f"the model has {layers}."
             )
-        self.depths = [each if each < 0 else each - layers - 1 for each in wanted]
+        self.depths: list[int] = [each if each < 0 else each - layers - 1 for each in wanted]
         if len(set(self.depths)) < len(self.depths):
             raise ValueError(f"layer={layer!r} names a layer twice.")
-        self.layer = self.depths[0] if wanted == [layer] else self.depths
+        self.layer: Union[int, list[int]] = self.depths[0] if wanted == [layer] else self.depths
         self.poolings = poolings
         self.layers = layers
         self.model, self.pooling, self.overflow = model, pooling, overflow
@@ -143,10 +146,24 @@ class FeatureExtractor:
             file.finish()
         return file.read()
 
+    def keep(self, features: np.ndarray, texts: Sequence[str], prefix: str, output: Union[str, os.PathLike]) -> None:
+        """Write features that are known already into the file that `extract` makes of these arguments.
+
+        Args:
+            features: What `extract` would give.
+            texts, prefix, output: Of `extract`.
+        """
+        file = FeatureFile(Path(output), features.shape, self._settings(list(texts), prefix))
+        if not file.finished:
+            file.features[:] = features
+            file.mark(list(range(len(features))))
+            file.finish()
+
     def blocks(self) -> dict[tuple[int, str], slice]:
         """Where the features of each layer (counted from 0, the embeddings) and pooling stand: layer by layer, and of each
         its poolings."""
-        found, start = {}, 0
+        found: dict[tuple[int, str], slice] = {}
+        start = 0
         for depth, size in zip(self.depths, self._sizes()):
             for pooling in self.poolings:
                 found[depth + self.layers + 1, pooling] = slice(start, start + size)
@@ -272,8 +289,9 @@ class FeatureExtractor:
             found.update({index - self.layers - 1: state for index, state in states.items()})
         if not set(self.depths) <= set(found):
             # layers that aren't a list, or are handed their states in a way that a hook doesn't see
-            states = run(output_hidden_states=True).hidden_states
-            found.update({depth: take(states[depth]) for depth in inner})
+            output = run(output_hidden_states=True)
+            states = {depth: output.hidden_states[depth] for depth in inner} | {-1: output.last_hidden_state}
+            found = {depth: take(states[depth]) for depth in self.depths}
         return [found[depth] for depth in self.depths]
 
     def _sizes(self) -> list[int]:

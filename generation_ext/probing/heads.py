@@ -12,6 +12,8 @@ from peft_ext.file_formats import Tensor
 
 
 _FLOATS = ("F64", "F32")
+# In the place of a layer, a pooling or C that is to be chosen.
+AUTO = "auto"
 
 
 class Head:
@@ -19,10 +21,16 @@ class Head:
 
     Args:
         arrays: What `fit` found.
+
+    Attributes:
+        name: As users say it.
+        defaults: For scikit-learn's class.
+        grid: The C that are tried where it is to be chosen; empty for a head that has none.
     """
 
     name: str
     defaults: Mapping[str, Any]
+    grid: tuple[float, ...] = ()
 
     def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
         self.arrays = dict(arrays)
@@ -67,6 +75,7 @@ class Logistic(Head):
 
     name = "logistic"
     defaults: Mapping[str, Any] = {"C": 0.1, "max_iter": 1000}
+    grid = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
     @classmethod
     def fit(
@@ -83,6 +92,7 @@ class SVM(Head):
 
     name = "svm"
     defaults: Mapping[str, Any] = {"C": 1e-3, "max_iter": 10000}
+    grid = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
     @classmethod
     def fit(

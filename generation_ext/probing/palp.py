@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional, Protocol, Union
 
@@ -16,14 +16,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import PushToHubMixin
 
-from generation_ext.probing import saving
+from generation_ext.probing import choice, saving
 from generation_ext.probing.card import palp_card
-from generation_ext.probing.features import FeatureExtractor, digest_of_texts
-from generation_ext.probing.heads import HEADS, Head
+from generation_ext.probing.features import ALL, POOLING, FeatureExtractor, digest_of_texts
+from generation_ext.probing.heads import AUTO, HEADS, Head
 from generation_ext.prompts import Example, Task
 from generation_ext.shared_prefix.inner_states import without_capturing_hooks
 from peft_ext.hub import fetched
-from peft_ext.language_model import identity
+from peft_ext.language_model import CAUSAL, identity, language_model
 from peft_ext.model_card import Card
 
 
@@ -36,12 +36,16 @@ except ImportError as error:
     raise ImportError("PALPClassifier needs scikit-learn: pip install 'peft-ext[probing]'") from error
 
 # What is this process's or this machine's is not saved.
-_NOT_SAVED = ("model", "tokenizer", "memory", "memory_limit", "progressbar", "random_state", "label_words")
+_NOT_SAVED = ("model", "tokenizer", "memory", "memory_limit", "progressbar", "random_state", "label_words", "verbose")
 NONE, PER_CLASS = DEMONSTRATIONS = ("none", "per-class")
 
 
 class Extractor(Protocol):
-    """What turns texts into features; [`FeatureExtractor`] is one."""
+    """What turns texts into features; [`FeatureExtractor`] is one.
+
+    It may have `blocks() -> {(layer, pooling): slice}`, which says what stands where in its features: these are then what
+    `layer` and `pooling` name, or are chosen from.
+    """
 
     def extract(self, texts: Sequence[str], prefix: str = "") -> np.ndarray:
         """`[texts, size]`."""
@@ -54,6 +58,11 @@ class PALPClassifier(ClassifierMixin, PushToHubMixin, BaseEstimator):
     with `demonstrations="per-class"`: of each class the training sample nearest to the class's mean (of PALP-T features)
     is shown, with its label, before every text. Training texts are encoded behind these in several orders, texts to be
     predicted behind the first. The demonstrations run once for each order.
+
+    Which layer's states are read, of the last token or as the mean over the text, and how much the head is regularised is
+    chosen by cross-validation on the training texts (`layer`, `pooling` and C `"auto"`, see `choice.py`): one forward pass
+    has all layers, and the choice takes seconds more. The paper reads the last token of the last layer: `layer=-1,
+    pooling="last"`.
 
     Two things differ from the released code: a demonstration of a task of two texts shows both, and it is always one of
     its own class.
@@ -72,13 +81,23 @@ class PALPClassifier(ClassifierMixin, PushToHubMixin, BaseEstimator):
         permutations: Most orders of the demonstrations for training texts (the paper's code: 20); all of them if
             there are fewer.
         head: `"logistic"`, `"svm"`, `"gda"`, `"knn"` or `"mlp"`, see `heads.py`; on standardised features.
-        head_params: For the head's class in scikit-learn, beside the defaults there.
-        layer, pooling, overflow, max_length, memory_limit, progressbar: Of [`FeatureExtractor`].
+        head_params: For the head's class in scikit-learn, beside the defaults there. `{"C": 0.1}` sets the C of
+            `"logistic"` and `"svm"`, which is otherwise chosen.
+        layer: Of [`FeatureExtractor`], or `"auto"`: chosen.
+        pooling: Of [`FeatureExtractor`], or `"auto"`: chosen.
+        overflow, max_length, memory_limit, progressbar: Of [`FeatureExtractor`].
         memory: A folder to keep features in, for the next fit on the same texts; a fit that was killed goes on.
-        random_state: Of the orders and of the head.
+        random_state: Of the orders, the folds and the head.
+        verbose: Print a line that says what was chosen.
 
     Attributes:
         classes_: `[classes]`.
+        layer_, pooling_: What is read: a layer counted from 0, the embeddings, and a pooling. None for an extractor of
+            one's own without `blocks`.
+        layer_scores_: What was compared: `{(layer, pooling): score}`, log-probability of the right class by the
+            leave-one-out estimate, mean over texts; empty if nothing was chosen.
+        C_: The head's; None for heads without one.
+        C_scores_: `{C: (share right, log-probability, texts)}` of held-out texts; empty if it wasn't chosen.
         demonstrations_: A text and its class for each class, or empty.
         head_: The fitted [`Head`].
 
@@ -103,14 +122,15 @@ class PALPClassifier(ClassifierMixin, PushToHubMixin, BaseEstimator):
         permutations: int = 20,
         head: str = "logistic",
         head_params: Optional[Mapping[str, Any]] = None,
-        layer: int = -1,
-        pooling: str = "last",
+        layer: Union[int, str] = AUTO,
+        pooling: str = AUTO,
         overflow: str = "error",
         max_length: Optional[int] = None,
         memory_limit: Optional[int] = None,
         memory: Optional[Union[str, os.PathLike]] = None,
         random_state: Any = None,
         progressbar: bool = False,
+        verbose: bool = False,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -129,6 +149,7 @@ class PALPClassifier(ClassifierMixin, PushToHubMixin, BaseEstimator):
         self.memory = memory
         self.random_state = random_state
         self.progressbar = progressbar
+        self.verbose = verbose
 
     # ---- scikit-learn's methods
 
@@ -151,21 +172,37 @@ class PALPClassifier(ClassifierMixin, PushToHubMixin, BaseEstimator):
         if len(examples) != len(codes):
             raise ValueError(f"X has {len(examples)} texts, but y {len(codes)} classes.")
         rng = check_random_state(self.random_state)
-        features = self._extract([self.task_.text(example) for example in examples])
+        texts = [self.task_.text(example) for example in examples]
+        features = self._chosen(texts, codes)
         self.demonstrations_: list[tuple[Example, Any]] = []
         self.prefix_ = ""
+        orders = 1
         if self.demonstrations == PER_CLASS:
-            self._choose_demonstrations(examples, features, codes)
-            features, codes = self._behind_all_orders(examples, codes, rng)
+            shown = self._choose_demonstrations(examples, features, codes)
+            features, orders = self._behind_all_orders(texts, codes, shown, rng)
         self.mean_ = features.mean(0, dtype=np.float64)
         self.scale_ = features.std(0, dtype=np.float64)
         self.scale_[self.scale_ < 1e-8] = 1.0
         seed = int(rng.randint(2**31 - 1))
         self.n_feature_size_ = features.shape[1]
-        self.head_: Head = HEADS[self.head].fit(
-            self._standardised(features), codes, len(self.classes_), self.head_params or {}, seed
-        )
+        self._fit_head(self._standardised(features), codes, orders, seed)
+        if self.verbose:
+            print(f"[PALPClassifier] {self.chosen}", flush=True)
         return self
+
+    @property
+    def chosen(self) -> str:
+        """What is read and how it is regularised, and how that did in cross-validation, as a line."""
+        check_is_fitted(self)
+        parts = ["features of the extractor" if self.layer_ is None else f"layer {self.layer_}, {self.pooling_}"]
+        if self.layer_ is not None and self.pooling_ is not None and self.layer_scores_:
+            score = self.layer_scores_[self.layer_, self.pooling_]
+            parts[0] += f" (log-probability {score:.3f}, best of {len(self.layer_scores_)})"
+        if self.C_ is not None:
+            held = self.C_scores_.get(self.C_)
+            right = f" ({held.right:.1%} of {held.texts} held-out texts right)" if held is not None else ""
+            parts.append(f"C {self.C_:g}{right}")
+        return ", ".join(parts)
 
     def predict(self, X: Any) -> np.ndarray:
         """The likeliest class of each text."""
@@ -237,6 +274,13 @@ class PALPClassifier(ClassifierMixin, PushToHubMixin, BaseEstimator):
             "classes": classes,
             "words": self.task_.words,
             "demonstrations": [[self.task_.values(text), name] for text, name in self.demonstrations_],
+            "chosen": {
+                "layer": self.layer_,
+                "pooling": self.pooling_,
+                "C": self.C_,
+                "layer_scores": [[*block, score] for block, score in self.layer_scores_.items()],
+                "C_scores": [[C, *each] for C, each in self.C_scores_.items()],
+            },
         }
         head = {f"head.{name}": array for name, array in self.head_.arrays.items()}
         arrays = {"mean": self.mean_, "scale": self.scale_, **head}
@@ -273,11 +317,20 @@ class PALPClassifier(ClassifierMixin, PushToHubMixin, BaseEstimator):
         content, arrays = saving.read(folder)
         model, tokenizer = saving.base_of(folder, content["base_model"], model, tokenizer)
         words = dict(zip(content["classes"], content["words"]))
+        # what an earlier version's file leaves out has the value that it had there
+        content["params"] = {"layer": -1, "pooling": "last", **content["params"]}
         classifier = cls(model, tokenizer, label_words=words, **content["params"])
         classifier.classes_ = np.array(content["classes"])
         classifier.task_ = classifier._task()
         classifier.demonstrations_ = [(text, name) for text, name in content["demonstrations"]]
         classifier.prefix_ = classifier._prefix(range(len(classifier.demonstrations_)))
+        # earlier versions chose nothing
+        params = content["params"]
+        chosen = content.get("chosen", {"layer": params["layer"], "pooling": params["pooling"]})
+        classifier.layer_scores_ = {(layer, name): score for layer, name, score in chosen.get("layer_scores", [])}
+        classifier.C_ = chosen.get("C")
+        classifier.C_scores_ = {C: choice.Held(*held) for C, *held in chosen.get("C_scores", [])}
+        classifier.layer_, classifier.pooling_ = chosen.get("layer"), chosen.get("pooling")
         classifier.mean_, classifier.scale_ = arrays.pop("mean"), arrays.pop("scale")
         classifier.head_ = HEADS[classifier.head]({name.removeprefix("head."): each for name, each in arrays.items()})
         return classifier
@@ -290,9 +343,12 @@ class PALPClassifier(ClassifierMixin, PushToHubMixin, BaseEstimator):
         Raises:
             ValueError: Names the argument.
         """
-        for name, choices in (("demonstrations", DEMONSTRATIONS), ("head", tuple(HEADS))):
+        known = {"demonstrations": DEMONSTRATIONS, "head": tuple(HEADS), "pooling": (AUTO, *POOLING)}
+        for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {choices}.")
+        if self.layer != AUTO and not isinstance(self.layer, (int, np.integer)):
+            raise ValueError(f"layer={self.layer!r} must be an integer, or {AUTO!r}.")
         if not isinstance(self.permutations, (int, np.integer)) or self.permutations < 1:
             raise ValueError(f"permutations={self.permutations!r} must be a positive integer.")
 
@@ -363,42 +419,123 @@ class PALPClassifier(ClassifierMixin, PushToHubMixin, BaseEstimator):
 
     # ---- features
 
-    def _extract(self, texts: Sequence[str], prefix: str = "") -> np.ndarray:
+    def _chosen(
+        self, texts: Sequence[str], codes: np.ndarray, prefix: str = "", left_out: Collection[int] = ()
+    ) -> np.ndarray:
+        """Features of training texts, of the layer and pooling that are chosen on them.
+
+        Args:
+            texts: Whole texts.
+            codes: Their classes.
+            prefix: Before each.
+            left_out: Indices of texts that say nothing: the prefix has them, with their class.
+        """
+        self.layer_: Optional[int] = None
+        self.pooling_: Optional[str] = None
+        self.layer_scores_: dict[choice.Block, float] = {}
+        blocks = self._blocks()
+        if blocks is None:
+            return self._extract(texts, prefix)
+        if len(blocks) == 1:
+            ((self.layer_, self.pooling_),) = blocks
+            return self._extract(texts, prefix)
+        rows = choice.sample(codes, max(block.stop for block in blocks.values()))
+        states = self._extract([texts[row] for row in rows], prefix, blocks)
+        judged = [place for place, row in enumerate(rows.tolist()) if row not in left_out]
+        if len(set(codes[rows[judged]].tolist())) < len(self.classes_):
+            judged = list(range(len(rows)))
+        self.layer_scores_ = choice.scores_of(states[judged], blocks, codes[rows[judged]], len(self.classes_))
+        expected = choice.expected_blocks(blocks, self._asks_for_the_label())
+        self.layer_, self.pooling_ = choice.best(self.layer_scores_, len(judged), expected)
+        features = states[:, blocks[self.layer_, self.pooling_]]
+        if len(rows) < len(texts):
+            own, others = features, np.setdiff1d(np.arange(len(texts)), rows)
+            features = np.empty((len(texts), own.shape[1]), np.float32)
+            features[rows] = own
+            features[others] = self._extract([texts[row] for row in others], prefix)
+        if self.memory is not None and isinstance(self.model, nn.Module):
+            # the texts' own predictions ask for them
+            extractor = self._extractor()
+            assert isinstance(extractor, FeatureExtractor)
+            extractor.keep(features, texts, prefix, self._file(extractor, texts, prefix))
+        return features
+
+    def _asks_for_the_label(self) -> bool:
+        """Whether the last token is one of the template, behind which a causal model would write the label."""
+        if isinstance(self.model, nn.Module) and language_model(self.model).kind != CAUSAL:
+            return False
+        return not self.task_.template.rstrip().endswith("}")
+
+    def _blocks(self) -> Optional[dict[choice.Block, slice]]:
+        """What may be read, and where it stands in the features of `_extract`; None if the extractor doesn't say."""
+        if isinstance(self.model, nn.Module):
+            extractor: Any = self._extractor(every=True)
+            return extractor.blocks()
+        blocks_of = getattr(self.model, "blocks", None)
+        if blocks_of is None:
+            return None
+        blocks = blocks_of()
+        depth = max(layer for layer, _ in blocks)
+        layer = self.layer + depth + 1 if not isinstance(self.layer, str) and self.layer < 0 else self.layer
+        found = {
+            each: place
+            for each, place in blocks.items()
+            if layer in (AUTO, each[0]) and self.pooling in (AUTO, each[1])
+        }
+        if not found:
+            raise ValueError(f"layer={self.layer!r}, pooling={self.pooling!r}: the extractor has only {list(blocks)}.")
+        return found
+
+    def _extract(
+        self, texts: Sequence[str], prefix: str = "", blocks: Optional[Mapping[choice.Block, slice]] = None
+    ) -> np.ndarray:
+        """Features of the layer and pooling that are read, or, with `blocks`, of all that may be."""
         if not texts:
             raise ValueError("X has no texts: found 0 samples, at least 1 is required.")
-        extractor = self._extractor()
-        if self.memory is None or not isinstance(extractor, FeatureExtractor):
+        extractor = self._extractor(every=blocks is not None)
+        if self.memory is None or not isinstance(extractor, FeatureExtractor) or extractor is self.model:
             features = np.asarray(extractor.extract(texts, prefix))
         else:
-            folder = Path(self.memory)
-            folder.mkdir(parents=True, exist_ok=True)
-            settings = [
-                identity(extractor.model),
-                prefix,
-                str(self.layer),
-                self.pooling,
-                self.overflow,
-                str(self.max_length),
-            ]
-            features = extractor.extract(texts, prefix, folder / f"{digest_of_texts([*settings, *texts])[:32]}.npy")
+            features = extractor.extract(texts, prefix, self._file(extractor, texts, prefix))
         if not np.isfinite(features).all():
             row = int(np.flatnonzero(~np.isfinite(features).all(1))[0])
             raise ValueError(f"the features of text {row} have NaN or infinity.")
+        if blocks is None and self.layer_ is not None and not isinstance(self.model, nn.Module):
+            blocks_of: Any = self.model
+            return features[:, blocks_of.blocks()[self.layer_, self.pooling_]]
         return features
 
-    def _extractor(self) -> Extractor:
+    def _file(self, extractor: FeatureExtractor, texts: Sequence[str], prefix: str) -> Path:
+        """Where the memory keeps these features."""
+        assert self.memory is not None
+        folder = Path(self.memory)
+        folder.mkdir(parents=True, exist_ok=True)
+        poolings = extractor.poolings
+        settings: list[Any] = [
+            identity(extractor.model),
+            prefix,
+            str(extractor.layer),
+            poolings[0] if len(poolings) == 1 else str(poolings),
+            self.overflow,
+            str(self.max_length),
+        ]
+        return folder / f"{digest_of_texts([*settings, *texts])[:32]}.npy"
+
+    def _extractor(self, every: bool = False) -> Extractor:
+        """What gives the states that are read, or, with `every`, all that may be."""
         if not isinstance(self.model, nn.Module):
             return self.model  # type: ignore[return-value]
-        return FeatureExtractor(
-            self.model,
-            self.tokenizer,
-            layer=self.layer,
-            pooling=self.pooling,
-            overflow=self.overflow,
-            max_length=self.max_length,
-            memory_limit=self.memory_limit,
-            progressbar=self.progressbar,
-        )
+        layer: Any = self.layer_ if self.layer == AUTO and not every else self.layer
+        pooling: Any = self.pooling_ if self.pooling == AUTO and not every else self.pooling
+        options: dict[str, Any] = {
+            "overflow": self.overflow,
+            "max_length": self.max_length,
+            "memory_limit": self.memory_limit,
+            "progressbar": self.progressbar,
+        }
+        # what isn't chosen yet is all there is
+        layer, pooling = ALL if layer == AUTO else int(layer), POOLING if pooling == AUTO else pooling
+        return FeatureExtractor(self.model, self.tokenizer, layer=layer, pooling=pooling, **options)
 
     def _standardised(self, features: np.ndarray) -> np.ndarray:
         if features.shape[1] != len(self.mean_):
@@ -410,14 +547,17 @@ class PALPClassifier(ClassifierMixin, PushToHubMixin, BaseEstimator):
 
     # ---- demonstrations
 
-    def _choose_demonstrations(self, examples: list[Any], features: np.ndarray, codes: np.ndarray) -> None:
-        """Of each class the sample nearest to its mean."""
+    def _choose_demonstrations(self, examples: list[Any], features: np.ndarray, codes: np.ndarray) -> list[int]:
+        """Of each class the sample nearest to its mean; their indices."""
+        found = []
         for code, name in enumerate(self.classes_.tolist()):
             own = np.flatnonzero(codes == code)
             distances = ((features[own] - features[own].mean(0)) ** 2).sum(1)
-            self.demonstrations_.append((examples[own[distances.argmin()]], name))
+            found.append(int(own[distances.argmin()]))
+            self.demonstrations_.append((examples[found[-1]], name))
         self.prefix_ = self._prefix(range(len(self.classes_)))
         self._check_room()
+        return found
 
     def _check_room(self) -> None:
         extractor = self._extractor()
@@ -430,12 +570,32 @@ class PALPClassifier(ClassifierMixin, PushToHubMixin, BaseEstimator):
                 f"{extractor.max_length}, texts included; use demonstrations='none', or shorter texts."
             )
 
-    def _behind_all_orders(self, examples: list[Any], codes: np.ndarray, rng: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Features of the training texts behind every order of the demonstrations, and their classes."""
-        texts = [self.task_.text(example) for example in examples]
+    def _behind_all_orders(
+        self, texts: list[str], codes: np.ndarray, shown: list[int], rng: Any
+    ) -> tuple[np.ndarray, int]:
+        """Features of the training texts behind every order of the demonstrations, order after order, and how many orders
+        there are. What is read is chosen behind the first, which texts to predict stand behind as well."""
         orders = _orders(len(self.classes_), int(self.permutations), rng)
-        features = [self._extract(texts, self._prefix(order)) for order in orders]
-        return np.concatenate(features), np.tile(codes, len(orders))
+        features = [self._chosen(texts, codes, self._prefix(orders[0]), shown)]
+        features += [self._extract(texts, self._prefix(order)) for order in orders[1:]]
+        return np.concatenate(features), len(orders)
+
+    # ---- the head
+
+    def _fit_head(self, features: np.ndarray, codes: np.ndarray, orders: int, seed: int) -> None:
+        """Choose C, if it is to be chosen, and fit; of the features, each text has a row behind each order."""
+        head, params, classes = HEADS[self.head], dict(self.head_params or {}), len(self.classes_)
+        self.C_: Optional[float] = None
+        self.C_scores_: dict[float, choice.Held] = {}
+        if head.grid:
+            if params.get("C", AUTO) == AUTO:
+                self.C_scores_ = choice.scores_of_C(head, params, features, codes, classes, orders, seed)
+                # a text of each class alone tells nothing
+                params["C"] = choice.best_C(self.C_scores_) or head.defaults["C"]
+            self.C_ = float(params["C"])
+        self.head_: Head = head.fit(features, np.tile(codes, orders), classes, params, seed)
+
+    # ---- the demonstrations' texts
 
     def _prefix(self, order: Sequence[int]) -> str:
         shown = [self.task_.demonstration(*self.demonstrations_[index]) for index in order]

@@ -14,7 +14,8 @@ from typing import Any, Optional
 import numpy as np
 from torch import nn
 
-from generation_ext.probing.heads import HEADS
+from generation_ext.probing.features import POOLING
+from generation_ext.probing.heads import AUTO, HEADS
 from generation_ext.prompts import Task
 from peft_ext import models
 from peft_ext.file_formats import (
@@ -40,7 +41,7 @@ from peft_ext.tensor_files import read_arrays, verifies, write_tensors
 FORMAT = 1
 JSON, ARRAYS = "palp.json", "head.safetensors"
 _AGAIN = "Fit and save the classifier again."
-_FITTED = ("params", "classes", "words", "demonstrations")
+_FITTED = ("params", "classes", "words", "demonstrations", "chosen")
 PARAMS = {
     "template": text(),
     "head": text(*HEADS),
@@ -48,7 +49,7 @@ PARAMS = {
     "separator": text().or_missing(),
     "permutations": whole(1).or_missing(),
     "head_params": record({}).or_null().or_missing(),
-    "layer": whole().or_missing(),
+    "layer": one_of(whole(), text(AUTO)).or_missing(),
     "pooling": text().or_missing(),
     "overflow": text().or_missing(),
     "max_length": whole(1).or_null().or_missing(),
@@ -68,7 +69,22 @@ FILE = JsonFormat(
         "classes": list_of(_CLASS, least=2).means("in the order of the scores"),
         "words": list_of(text(), least=2).means("what stands for them in demonstrations"),
         "demonstrations": list_of(list_of(one_of(mapping_of(text()), _CLASS), length=2)).means("text and class"),
-        "state": text().or_missing().means("sha256 of all that was fitted: params, classes, words, demonstrations"),
+        "chosen": record(
+            {
+                "layer": whole(0).or_null(),
+                "pooling": text(*POOLING).or_null(),
+                "C": number().or_null(),
+                "layer_scores": list_of(list_of(one_of(whole(0), text(*POOLING), number()), length=3)),
+                "C_scores": list_of(list_of(number(), length=4)),
+            }
+        )
+        .or_missing()
+        .means(
+            "what is read and the head's C, and what each candidate had in cross-validation; null: neither was there"
+        ),
+        "state": text()
+        .or_missing()
+        .means("sha256 of all that was fitted: params, classes, words, demonstrations, chosen"),
     },
     format=FORMAT,
     way_out=_AGAIN,
@@ -132,6 +148,10 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise ValueError(
             f"{str(folder / JSON)!r}: params has {unknown[0]!r}, which this version doesn't know. {_AGAIN}"
         )
+    if "chosen" not in content and AUTO in (content["params"].get("layer"), content["params"].get("pooling")):
+        raise ValueError(
+            f"{str(folder / JSON)!r}: params leaves layer or pooling open, and chosen is missing. {_AGAIN}"
+        )
     if content["base_model"] and not content["base_model"].get("fingerprint"):
         raise ValueError(f"{str(folder / JSON)!r}: base_model.fingerprint is missing. {_AGAIN}")
     if content.get("state", _state(content)) != _state(content) and verifies():
@@ -151,7 +171,8 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def _state(content: Mapping[str, Any]) -> str:
-    fitted = json.dumps([content[name] for name in _FITTED], sort_keys=True)
+    # earlier versions chose nothing
+    fitted = json.dumps([content[name] for name in _FITTED if name in content], sort_keys=True)
     return hashlib.sha256(fitted.encode()).hexdigest()
 
 

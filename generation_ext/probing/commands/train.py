@@ -15,6 +15,7 @@ import numpy as np
 
 from generation_ext.columns import columns_of
 from generation_ext.probing.commands.arguments import RUN, DataArguments, ModelArguments, labelled
+from generation_ext.probing.heads import AUTO
 from generation_ext.probing.palp import NONE, PALPClassifier
 from generation_ext.prompts import Task
 from peft_ext.command_line import parse, show
@@ -37,8 +38,11 @@ class TrainArguments(DataArguments, ModelArguments):
     permutations: int = field(default=20, metadata={"help": "Most orders of the demonstrations in training."})
     head: str = field(default="logistic", metadata={"help": "logistic, svm, gda, knn or mlp."})
     head_params: Optional[str] = field(default=None, metadata={"help": "For scikit-learn's class, as JSON."})
-    layer: int = field(default=-1, metadata={"help": "Whose hidden states: -1 the last ones, 0 the embeddings."})
-    pooling: str = field(default="last", metadata={"help": "last or mean."})
+    layer: str = field(
+        default=AUTO,
+        metadata={"help": "Whose hidden states: -1 the last ones, 0 the embeddings; auto: by cross-validation."},
+    )
+    pooling: str = field(default=AUTO, metadata={"help": "last or mean; auto: by cross-validation."})
     overflow: str = field(default="error", metadata={"help": "error, truncate_start or truncate_end."})
     max_length: Optional[int] = field(default=None, metadata={"help": "Most tokens of demonstrations and text."})
     validation: Optional[str] = field(default=None, metadata={"help": "Labelled texts to measure on."})
@@ -76,7 +80,9 @@ def main(argv: Sequence[str]) -> None:
     run = {name: getattr(args, name) for name in ("model", "adapter", "dtype", "fields", "label_column")}
     write_json(output / RUN, run)
     result: dict[str, Any] = {"texts": len(texts), "classes": len(classifier.classes_), "output_dir": str(output)}
+    result.update(layer=classifier.layer_, pooling=classifier.pooling_, C=classifier.C_)
     lines = [f"{len(texts)} texts of {len(classifier.classes_)} classes: classifier in {output}"]
+    lines.append(f"  {classifier.chosen}")
     for text, name in classifier.demonstrations_:
         lines.append(f"  shown for {name}: {' / '.join(classifier.task_.values(text).values())}")
     result["accuracy"] = float(classifier.score(texts, labels))
@@ -111,6 +117,11 @@ def _options(args: TrainArguments, template: str) -> dict[str, Any]:
             raise ValueError(f"head_params={args.head_params!r} must be an object, such as '{{\"C\": 1.0}}'.")
     names = ("demonstrations", "permutations", "head", "layer", "pooling", "overflow", "max_length")
     shared = {name: getattr(args, name) for name in names}
+    if shared["layer"] != AUTO:
+        try:
+            shared["layer"] = int(args.layer)
+        except ValueError:
+            raise ValueError(f"layer={args.layer!r} must be an integer, or {AUTO!r}.") from None
     return {**shared, "template": template, "label_words": words or None, "head_params": params}
 
 

@@ -62,6 +62,28 @@ def test_layers(name, layer):
     close(found, naive(name, TEXTS, PREFIX, layer=layer, pooling="mean"))
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt_neo", "t5", "bert", "opt"])
+@pytest.mark.parametrize("layer", ["all", [-1, 0], [1]])
+def test_several_layers_and_poolings(name, layer, monkeypatch):
+    passes, run = [], FeatureExtractor._run
+    monkeypatch.setattr(FeatureExtractor, "_run", lambda *args: passes.append(1) or run(*args))
+    both = ("mean", "last")
+    extractor = FeatureExtractor(model(name), tokenizer_for(name), layer=layer, pooling=both)
+    found, blocks = extractor.extract(TEXTS, PREFIX), extractor.blocks()
+    assert len(passes) == 1 and found.shape == (len(TEXTS), max(block.stop for block in blocks.values()))
+    layers = range(LAYERS + 1) if layer == "all" else [each % (LAYERS + 1) for each in layer]
+    assert list(blocks) == [(each, pooling) for each in layers for pooling in both]
+    for (each, pooling), block in blocks.items():
+        close(found[:, block], naive(name, TEXTS, PREFIX, layer=each, pooling=pooling))
+
+
+def test_layers_that_hooks_do_not_see(monkeypatch):
+    expected = FeatureExtractor(model("llama"), tokenizer_for("llama"), layer="all").extract(TEXTS, PREFIX)
+    monkeypatch.setattr(module, "layers_of", lambda *args: None)
+    found = FeatureExtractor(model("llama"), tokenizer_for("llama"), layer="all").extract(TEXTS, PREFIX)
+    close(found, expected)
+
+
 def test_models_without_head_and_with_adapters():
     from peft import get_peft_model
 
@@ -326,6 +348,11 @@ def test_a_prefix_that_leaves_no_room():
     ("options", "message"),
     [
         ({"pooling": "max"}, "pooling='max' is unknown"),
+        ({"pooling": ["mean", "mean"]}, "is unknown"),
+        ({"pooling": []}, "is unknown"),
+        ({"layer": []}, "must be an integer"),
+        ({"layer": [0, -3]}, "names a layer twice"),
+        ({"layer": "some"}, "layer='some' must be an integer"),
         ({"overflow": "cut"}, "overflow='cut' is unknown"),
         ({"layer": 3}, "layer=3 must be an integer from -3 to 2"),
         ({"layer": -4}, "layer=-4"),
