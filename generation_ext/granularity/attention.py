@@ -303,18 +303,24 @@ def _mask(
             tokens.queries, tokens.keys, distances, config.mode, config.max_length, leak, config.mask_floor
         )
         bias = bias[:, None].to(dtype)
-    plain = torch.zeros((), dtype=dtype, device=bias.device)  # what is added without granularities
+    plain = None  # what is added without granularities
     if attention_mask is not None:
         attention_mask = attention_mask[..., :count]
-        plain = plain.masked_fill(~attention_mask, lowest) if attention_mask.dtype == torch.bool else attention_mask
-        plain = plain.to(dtype).clamp(min=lowest)
+        if attention_mask.dtype == torch.bool:
+            plain = torch.zeros((), dtype=dtype, device=bias.device).masked_fill(~attention_mask, lowest)
+        else:
+            plain = attention_mask.to(dtype).clamp(min=lowest)
     elif head.is_causal and offsets is not None and bias.shape[2] > 1:
-        plain = plain.masked_fill(offsets < 0, lowest)
-    bias = (bias + plain).clamp(min=lowest)  # a sum could leave the range
-    if after is None and not config.mask_floor:
+        plain = torch.zeros((), dtype=dtype, device=bias.device).masked_fill(offsets < 0, lowest)
+    if plain is not None or dtype in (torch.float16, torch.bfloat16):
+        # a sum, or another dtype's lowest number, could leave the range
+        bias = (bias if plain is None else bias + plain).clamp(min=lowest)
+    sees_itself = offsets is not None and attention_mask is None  # and is always in its own scope
+    if after is None and not config.mask_floor and not sees_itself:
         # without a key that is left, a softmax would be over nothing: plain attention stands in
         out_of_scope = max(lowest, torch.finfo(tokens.queries.dtype).min) / 2
-        bias = torch.where(bias.detach().amax(-1, keepdim=True) > out_of_scope, bias, plain)
+        nothing = bias.detach().amax(-1, keepdim=True) <= out_of_scope
+        bias = torch.where(nothing, 0.0 if plain is None else plain, bias)
     return (None if after is None else after.to(dtype)), bias
 
 

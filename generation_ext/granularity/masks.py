@@ -99,9 +99,12 @@ def granularity_bias(
 
 
 def _log(mask: torch.Tensor, floor: float) -> torch.Tensor:
+    """The logarithm of a mask, in its place where no gradient goes through."""
+    limits = torch.finfo(mask.dtype)
+    if not (torch.compiler.is_compiling() or mask.requires_grad):
+        return mask.clamp_(min=floor).log_().clamp_(min=limits.min)
     if floor:
         return mask.clamp(min=floor).log()
-    limits = torch.finfo(mask.dtype)
     # in this order, since log(0) has a gradient of nan even where it isn't taken
     return mask.clamp(min=limits.tiny).log().masked_fill(mask <= 0, limits.min)
 
