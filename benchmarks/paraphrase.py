@@ -254,7 +254,9 @@ def _line(mode: str, rows: Sequence[dict[str, Any]], name: str) -> list[Any]:
 
 
 def _long(runs: Runs) -> list[Run]:
-    return [run for run in runs if run.experiment.startswith(LONG)]
+    """The Transformer's first, as in the other tables."""
+    found = [run for run in runs if run.experiment.startswith(LONG)]
+    return sorted(found, key=lambda run: TRANSFORMER not in run.modes)
 
 
 def _short(runs: Runs) -> list[Run]:
