@@ -332,7 +332,11 @@ def _eager(
     attention_mask: Optional[torch.Tensor],
     **kwargs: Any,
 ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
-    """The model's own eager attention on biased scores."""
+    """The model's own eager attention on biased scores; as it is where a module has no head."""
+    if not hasattr(module, "granularity"):
+        return sys.modules[type(module).__module__].eager_attention_forward(
+            module, query, key, value, attention_mask, **kwargs
+        )
     after, bias = _mask(module.granularity, _tokens_of(key), attention_mask, query.dtype)
     plain = sys.modules[type(module).__module__].eager_attention_forward
     if after is None:
@@ -353,7 +357,9 @@ def _sdpa(
     attention_mask: Optional[torch.Tensor],
     **kwargs: Any,
 ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
-    """torch's scaled_dot_product_attention with the bias as its mask."""
+    """torch's scaled_dot_product_attention with the bias as its mask; without a head, as it is."""
+    if not hasattr(module, "granularity"):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if module.granularity.config.placement == "after":
         return _eager(module, query, key, value, attention_mask, **kwargs)
     _, bias = _mask(module.granularity, _tokens_of(key), attention_mask, query.dtype)

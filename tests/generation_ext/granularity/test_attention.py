@@ -461,6 +461,23 @@ def test_a_folder_of_before_keeps_the_floor_it_was_trained_with(pretrained, tmp_
         load_granularities(other, tmp_path)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["bart", "t5"])
+@torch.no_grad()
+def test_cross_attention_can_do_without(pretrained, name, implementation):
+    """It is the model's own, beside self-attention with heads."""
+    config = GranularityConfig(max_length=N, cross_attention=False)
+    lm, other = converted(pretrained, name, config, implementation), converted(pretrained, name, None, implementation)
+    heads = [each for each, module in lm.named_modules() if isinstance(module, GranularityHead)]
+    assert heads and not any("encoder_attn" in each or "EncDecAttention" in each for each in heads)
+    batch = inputs(name)
+    found = logits(lm, name, batch)
+    assert not torch.allclose(found, logits(other, name, batch), atol=1e-4)
+    for parameter in granularity_parameters(lm):
+        parameter.fill_(-30.0 if parameter.dim() == 1 else 0.0)  # z = 0
+    torch.testing.assert_close(logits(lm, name, batch), logits(pretrained[name], name, batch), atol=1e-4, rtol=1e-4)
+
+
 # ---- bad input
 
 

@@ -84,11 +84,13 @@ def test_a_model_of_before_keeps_the_floor_it_was_trained_with(tmp_path):
     assert CDNPGConfig.from_dict({"d_model": 36}).mask_floor == CDNPGConfig().mask_floor == 0
 
 
+@torch.no_grad()
 def test_cross_attention_can_do_without():
-    names = [
-        name for name, _ in make(granularity_cross_attention=False).named_modules() if name.endswith(".granularity")
-    ]
+    model = make(granularity_cross_attention=False)
+    names = [name for name, _ in model.named_modules() if name.endswith(".granularity")]
     assert len(names) == 6 and not any("encoder_attn" in name for name in names)
+    output = model(**batch(), output_granularities=True)
+    assert len(output.decoder_granularities) == 3 and not output.cross_granularities and torch.isfinite(output.loss)
 
 
 def test_starts_at_the_initial_granularity():
