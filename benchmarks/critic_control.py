@@ -25,7 +25,7 @@ from benchmarks.critic_tasks import TaskData
 from benchmarks.critic_training import SEPARATE, UNSEEN, WEIGHTED, Critics
 from benchmarks.in_context import smoke_model
 from benchmarks.text_quality import continuation_perplexity, distinct, repetition
-from generation_ext.critic import CriticLogitsProcessor
+from generation_ext.critic import CriticLogitsProcessor, critic_generate
 from peft_ext.models import load, load_tokenizer
 
 
@@ -44,17 +44,29 @@ TOP_K = 10
 
 
 class Row(NamedTuple):
-    """A method at one strength, or N."""
+    """A method at one strength, or N; perhaps the best of several texts of it, by the reward."""
 
     method: str
     level: float = 0.0
+    best_of: int = 1
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What the row is stored under."""
+        return {name: value for name, value in self._asdict().items() if name != "best_of" or value > 1}
 
     @property
     def title(self) -> str:
         """A row's first column."""
         if self.method == BEST:
             return f"Best of {self.level:g}"
-        return self.method + (f", strength {self.level:g}" if self.level else "")
+        best = f", best of {self.best_of}" if self.best_of > 1 else ""
+        return self.method + (f", strength {self.level:g}" if self.level else "") + best
+
+    @property
+    def texts(self) -> int:
+        """How many texts are written for each that is kept."""
+        return int(self.level) if self.method == BEST else self.best_of
 
 
 def rows_of(run: Run) -> list[Row]:
@@ -66,6 +78,7 @@ def rows_of(run: Run) -> list[Row]:
         *(Row(CRITIC, strength) for strength in run.strengths),
         *(Row(ACTION, strength) for strength in run.action_strengths),
         *(Row(WEIGHTED, strength) for strength in run.weighted_strengths),
+        *(Row(CRITIC, *each) for each in run.settings.get("steered_best", [])),
         *([Row(RLOO)] if run.rloo_steps else []),
         *(Row(UNSEEN, strength) for strength in run.unseen_strengths),
     ]
@@ -115,14 +128,14 @@ class Steering:
         """What a method writes for all test prompts and codes."""
         torch.manual_seed(self.run.seed)
         codes: Sequence[Optional[str]] = self.task.unseen_codes if row.method == UNSEEN else self.task.codes
-        samples = self.run.samples or self.task.samples
+        samples = (self.run.samples or self.task.samples) * row.texts
         prompts = self.task.test_prompts[: self.run.test_prompts]
         pairs = [(prompt, code) for prompt in prompts for code in codes for _ in range(samples)]
-        if row.method == BEST:
-            return self._best_of(pairs, int(row.level))
-        if row.method in (CRITIC, ACTION) and codes != (None,):
-            return self._by_code(row, pairs, codes)
-        return self._write(row, pairs, None)
+        separate = (CRITIC, ACTION, UNSEEN) if self.run.settings.get("unseen_by_name") else (CRITIC, ACTION)
+        by_code = row.method in separate and codes != (None,)
+        started = time.perf_counter()
+        texts = self._by_code(row, pairs, codes) if by_code else self._write(row, pairs, None)
+        return texts if row.texts == 1 else self._best(texts, row.texts, started)
 
     def _by_code(self, row: Row, pairs: list[tuple[str, Optional[str]]], codes: Sequence[Optional[str]]) -> Texts:
         """Each code's texts by its own critic."""
@@ -136,13 +149,15 @@ class Steering:
             before = self._instruction
         elif row.method == RLOO:
             model, before = self._tuned(), self._with_code
+        elif row.method == BEST:
+            before = self._with_code
         elif row.method != FROZEN:
             processor = CriticLogitsProcessor(
                 self.model,
                 self.critics(CRITIC if row.method == ACTION else row.method, code),
-                top_k=TOP_K,
                 strength=row.level,
                 mode="action-value" if row.method == ACTION else "exact",
+                **{"top_k": TOP_K, **self._options(row.method)},
             )
             before = self._plain if code is not None else self._with_code
         started = time.perf_counter()
@@ -151,6 +166,10 @@ class Steering:
         if processor is not None:
             processor.close()
         return Texts(*map(list, zip(*pairs)), continuations, seconds)  # type: ignore[arg-type]
+
+    def _options(self, method: str) -> dict[str, Any]:
+        """How a critic steers beside its strength; other heads as in the paper."""
+        return self.run.settings.get("steering", {}) if method in (CRITIC, ACTION, UNSEEN) else {}
 
     @staticmethod
     def _plain(prompt: str, code: Optional[str]) -> str:
@@ -162,21 +181,20 @@ class Steering:
     def _instruction(self, prompt: str, code: Optional[str]) -> str:
         return self.task.instruction.format(code=code, prompt=prompt)
 
-    def _best_of(self, pairs: list[tuple[str, Optional[str]]], count: int) -> Texts:
-        started = time.perf_counter()
-        texts = [self._with_code(prompt, code) for prompt, code in pairs for _ in range(count)]
-        tokens = self._generate(self.model, texts, None)
-        prompts, codes = zip(*[pair for pair in pairs for _ in range(count)])
-        rewards = self.task.reward([p + self._decode(t) for p, t in zip(prompts, tokens)], codes)
-        best = np.asarray(rewards).reshape(-1, count).argmax(1)
-        chosen = [tokens[index * count + offset] for index, offset in enumerate(best)]
-        return Texts(*map(list, zip(*pairs)), chosen, time.perf_counter() - started)  # type: ignore[arg-type]
+    def _best(self, texts: Texts, count: int, started: float) -> Texts:
+        """Of each `count` texts the one with the highest reward."""
+        whole = [prompt + self._decode(tokens) for prompt, tokens in zip(texts.prompts, texts.continuations)]
+        rewards = np.asarray(self.task.reward(whole, texts.codes)).reshape(-1, count)
+        kept = [index * count + int(offset) for index, offset in enumerate(rewards.argmax(1))]
+        chosen = ([column[row] for row in kept] for column in texts[:3])
+        return Texts(*chosen, time.perf_counter() - started)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def _generate(self, model: nn.Module, texts: list[str], processor: Optional[Any]) -> list[list[int]]:
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         found: list[list[int]] = [[] for _ in texts]
         generate: Callable[..., torch.Tensor] = model.generate  # type: ignore[assignment]
+        own_loop = processor is not None and processor.mode == "exact" and processor.mask_others
         for start in range(0, len(order), self.run.batch_size):
             rows = order[start : start + self.run.batch_size]
             batch = self.tokenizer([texts[row] for row in rows], return_tensors="pt", padding=True)
@@ -186,6 +204,8 @@ class Steering:
                 max_new_tokens=self.task.new_tokens,
                 pad_token_id=self.tokenizer.pad_token_id,
                 logits_processor=LogitsProcessorList([processor] if processor is not None else []),
+                # where all others are ruled out, the candidates' pass is always the next step's
+                custom_generate=critic_generate if own_loop else None,
                 **self.task.generation,
             )
             for row, tokens in zip(rows, output[:, batch["input_ids"].shape[1] :].tolist()):
@@ -231,16 +251,16 @@ class Steering:
 
 def measure(run: Run) -> None:
     """Every row that isn't stored."""
-    missing = [row for row in rows_of(run) if run.find(row._asdict()) is None]
+    missing = [row for row in rows_of(run) if run.find(row.key) is None]
     steering = Steering(run) if missing else None
     for row in missing:
         log(f"{run.experiment}: {row.title}")
-        run.add(row._asdict(), steering.row(row))
+        run.add(row.key, steering.row(row))
 
 
 def found(run: Run) -> dict[Row, dict[str, Any]]:
     """Stored results."""
-    return {row: result for row in rows_of(run) if (result := run.find(row._asdict())) is not None}
+    return {row: result for row in rows_of(run) if (result := run.find(row.key)) is not None}
 
 
 def tables(run: Run) -> dict[str, str]:

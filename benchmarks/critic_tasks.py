@@ -130,6 +130,8 @@ class Task:
         codes: What is put before a prompt; (None,) without control codes.
         unseen_codes: Codes that are tested and that the critic for them never sees.
         instruction: How a user asks for the attribute in words, `{code}` and `{prompt}` filled in.
+        universal_reward: The reward of other topics than the codes, by their names.
+        described: Sentence embeddings of texts and of topics, see `describe`.
         new_tokens, samples: Length of a continuation, and continuations for each prompt and code.
     """
 
@@ -144,9 +146,15 @@ class Task:
     codes: tuple[Optional[str], ...] = (None,)
     unseen_codes: tuple[str, ...] = ()
     universal_reward: Optional[Score] = None
+    described: Optional[Callable[[Sequence[str]], np.ndarray]] = None
     new_tokens: int = 24
     samples: int = 2
     generation: dict[str, Any] = field(default_factory=lambda: {"top_p": 0.9, "top_k": 0})
+
+    @staticmethod
+    def describe(topic: str) -> str:
+        """A topic in the words that its embedding is taken of."""
+        return f"This text is about {topic.lower()}."
 
 
 WORDS, EMBEDDINGS, FINE_TUNED = "words", "MiniLM", "MiniLM, fine-tuned"
@@ -283,6 +291,7 @@ class TaskData:
             codes=tuple(codes),
             unseen_codes=tuple(codes),
             universal_reward=self._similarity(OTHER_TOPICS),
+            described=self.encoder,
             instruction="The following text is about {code}. {prompt}",
             new_tokens=40,
         )
@@ -312,7 +321,7 @@ class TaskData:
 
     def _similarity(self, topics: Sequence[str]) -> Score:
         """The probability of a topic by nearness of sentence embeddings, among `topics`: needs no labelled text."""
-        names = {topic: self.encoder([f"This text is about {topic.lower()}."])[0] for topic in topics}
+        names = {topic: self.encoder([Task.describe(topic)])[0] for topic in topics}
         matrix = np.stack(list(names.values()))
 
         def score(texts: Sequence[str], codes: Sequence[Optional[str]]) -> np.ndarray:

@@ -18,9 +18,11 @@ from benchmarks.core.run import Run
 from benchmarks.critic_tasks import OTHER_TOPICS, Score, Task
 from generation_ext.critic import Critic, CriticConfig, CriticTrainer
 from generation_ext.critic.rollout_files import read_rollouts
+from generation_ext.critic.rollouts import fill_hidden
 from peft_ext.files import write_json
 
 
+RIDGE = 1.0  # of the map to sentence embeddings, on standardised states
 HELD_OUT = 256  # roll-outs that a critic is measured on, at most; a quarter of what it learns from
 # Kinds of critics, by the titles of their rows.
 SEPARATE, UNSEEN, WEIGHTED = "CriticControl", "CriticControl, unseen topics", "Weighted decoding"
@@ -43,7 +45,12 @@ class Critics:
         folder = self._folder(kind, code)
         if not (folder / "config.json").is_file():
             torch.manual_seed(self.run.seed)
-            critic = self._train_on_whole_texts() if kind == WEIGHTED else self._train(kind, code)
+            if kind == WEIGHTED:
+                critic = self._train_on_whole_texts()
+            elif kind == UNSEEN and code is not None:
+                critic = self._any_topic(code)
+            else:
+                critic = self._train(kind, code)
             critic.save_pretrained(folder)
         return Critic.from_pretrained(folder).attach(self.model)
 
@@ -60,6 +67,44 @@ class Critics:
         ending = "" if code is None else "-" + code.lower().replace("/", "-")
         return self.run.work / f"{name}-{self._rollouts(kind)}{ending}"
 
+    def _any_topic(self, code: str) -> Critic:
+        """The critic of a topic that no roll-out was scored for, out of its name.
+
+        One linear map from what the critic reads to the sentence embedding of the finished text is fitted on the topics'
+        roll-outs, without their rewards. Its projection on the name's embedding is a linear head, as any critic has it; how
+        steep it is, is learnt on other topics, whose reward is nearness to their names.
+        """
+        assert self.task.described is not None and self.task.universal_reward is not None
+        read = read_rollouts(_training_folder(self._folder(SEPARATE, self.task.codes[0])) / "rollouts")
+        first = self(SEPARATE, self.task.codes[0])
+        critic = Critic.for_model(
+            self.model, layer=first.config.layers or -1, running_mean=first.config.running_mean
+        )
+        fill_hidden(self.model, read, self.run.batch_size, critic)
+        texts = [each.prompt + each.completion for each in read]
+        states = torch.cat([each.hidden for each in read]).float()  # type: ignore[misc]
+        critic.fit_standardisation(states)
+        owners = torch.arange(len(read)).repeat_interleave(torch.tensor([each.states for each in read]))
+        inputs = (states - critic.mean) / critic.std
+        embeddings = torch.from_numpy(self.task.described(texts)).float()
+        middle = embeddings.mean(0)
+        system = inputs.T @ inputs / len(inputs) + RIDGE * torch.eye(inputs.shape[1])
+        weights = torch.linalg.solve(system, inputs.T @ (embeddings - middle)[owners] / len(inputs))
+        names = torch.from_numpy(self.task.described([self.task.describe(name) for name in OTHER_TOPICS])).float()
+        common = names.mean(0)
+        rewards = np.stack([self.task.universal_reward(texts, [name] * len(texts)) for name in OTHER_TOPICS], 1)
+        scale, bias = _odds(inputs @ weights @ (names - common).T, torch.from_numpy(rewards).float()[owners])
+        own = torch.from_numpy(self.task.described([self.task.describe(code)])).float()[0]
+        with torch.no_grad():
+            critic.head.weight.copy_((scale * weights @ (own - common))[None])
+            critic.head.bias.fill_(bias)
+        return critic.eval()
+
+    def _reading(self) -> dict[str, Any]:
+        """What a critic reads; the paper's last hidden state where an experiment doesn't say."""
+        settings = self.run.settings
+        return {"layer": settings.get("layer", -1), "running_mean": settings.get("running_mean", False)}
+
     def _rollouts(self, kind: str) -> int:
         return self.run.unseen_rollouts if kind == UNSEEN else self.run.rollouts
 
@@ -74,7 +119,9 @@ class Critics:
         reward = self.task.universal_reward if kind == UNSEEN else self.task.reward
         if reward is None:
             raise ValueError(f"task {self.task.name!r} has no reward for {kind!r}.")
-        critic = Critic.for_model(self.model, head=self.run.head, action_values=True, control_codes=list(codes))
+        critic = Critic.for_model(
+            self.model, head=self.run.head, action_values=True, control_codes=list(codes), **self._reading()
+        )
         folder, count = self._folder(kind, code), self._rollouts(kind)
         rng = np.random.default_rng(self.run.seed)
         training: list[Any] = self._prompts(rng, codes, count)
@@ -147,6 +194,22 @@ class Critics:
                 loss.backward()
                 optimizer.step()
         return critic.eval()
+
+
+def _odds(scores: torch.Tensor, rewards: torch.Tensor) -> tuple[float, float]:
+    """Scale and bias with which scores are the rewards' log-odds, by logistic regression."""
+    found = torch.zeros(2, requires_grad=True)
+    spread = float(scores.std())
+    optimizer = torch.optim.LBFGS([found], max_iter=50)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.binary_cross_entropy_with_logits(found[0] * scores / spread + found[1], rewards)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return float(found[0].detach()) / spread, float(found[1].detach())
 
 
 def _training_folder(folder: Path) -> Path:
