@@ -29,8 +29,9 @@ from generation_ext.critic import CriticLogitsProcessor, critic_generate
 from peft_ext.models import load, load_tokenizer
 
 
-FROZEN, PROMPT, BEST, ACTION, RLOO = (
+FROZEN, NARROW, PROMPT, BEST, ACTION, RLOO = (
     "Frozen model",
+    "Frozen model, its 10 likeliest tokens",
     "Prompt only",
     "Best of N",
     "CriticControl, action-value",
@@ -73,7 +74,8 @@ def rows_of(run: Run) -> list[Row]:
     """What is measured, in this order."""
     return [
         Row(FROZEN),
-        Row(PROMPT),
+        *([Row(NARROW)] if run.settings.get("steering", {}).get("mask_others") else []),
+        *([Row(PROMPT)] if run.settings.get("prompt", True) else []),
         *(Row(BEST, count) for count in run.counts),
         *(Row(CRITIC, strength) for strength in run.strengths),
         *(Row(ACTION, strength) for strength in run.action_strengths),
@@ -151,7 +153,7 @@ class Steering:
             model, before = self._tuned(), self._with_code
         elif row.method == BEST:
             before = self._with_code
-        elif row.method != FROZEN:
+        elif row.method not in (FROZEN, NARROW):
             processor = CriticLogitsProcessor(
                 self.model,
                 self.critics(CRITIC if row.method == ACTION else row.method, code),
@@ -161,7 +163,8 @@ class Steering:
             )
             before = self._plain if code is not None else self._with_code
         started = time.perf_counter()
-        continuations = self._generate(model, [before(*pair) for pair in pairs], processor)
+        options = {**self.task.generation, **({"top_k": TOP_K} if row.method == NARROW else {})}
+        continuations = self._generate(model, [before(*pair) for pair in pairs], processor, options)
         seconds = time.perf_counter() - started
         if processor is not None:
             processor.close()
@@ -190,7 +193,9 @@ class Steering:
         return Texts(*chosen, time.perf_counter() - started)  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def _generate(self, model: nn.Module, texts: list[str], processor: Optional[Any]) -> list[list[int]]:
+    def _generate(
+        self, model: nn.Module, texts: list[str], processor: Optional[Any], options: dict[str, Any]
+    ) -> list[list[int]]:
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         found: list[list[int]] = [[] for _ in texts]
         generate: Callable[..., torch.Tensor] = model.generate  # type: ignore[assignment]
@@ -206,7 +211,7 @@ class Steering:
                 logits_processor=LogitsProcessorList([processor] if processor is not None else []),
                 # where all others are ruled out, the candidates' pass is always the next step's
                 custom_generate=critic_generate if own_loop else None,
-                **self.task.generation,
+                **options,
             )
             for row, tokens in zip(rows, output[:, batch["input_ids"].shape[1] :].tolist()):
                 found[row] = self._until_end(tokens)
@@ -285,7 +290,7 @@ def tables(run: Run) -> dict[str, str]:
 
 
 def claims(run: Run) -> list[Claim]:
-    """The strongest steering within 1.35 x the frozen perplexity."""
+    """The strongest steering within so many times the frozen model's perplexity."""
     results = found(run)
     frozen = results.get(Row(FROZEN))
 
@@ -293,10 +298,12 @@ def claims(run: Run) -> list[Claim]:
         allowed = [
             result
             for row, result in results.items()
-            if row.method == method and frozen and result["perplexity"] <= RATIO * frozen["perplexity"]
+            if row.method == method and row.best_of == 1 and frozen and result["perplexity"] <= limit
         ]
         return max(allowed, key=_first, default=None)
 
+    ratio = run.settings.get("ratio", RATIO)
+    limit = ratio * frozen["perplexity"] if frozen else 0.0
     steered = best(CRITIC)
     gain = 100 * (_first(steered) - _first(frozen)) if steered else None
     if run.attribute == "detoxification":
@@ -304,13 +311,23 @@ def claims(run: Run) -> list[Claim]:
         return [Claim("toxic texts over the frozen model's", left, 0.5)]
     lines = [
         Claim(
-            "success at 1.35 times the frozen model's perplexity, above its",
+            f"success at {ratio:g} times the frozen model's perplexity, above its",
             gain,
             WANTED[run.attribute],
             " points",
             at_least=True,
         )
     ]
+    two = results.get(Row(BEST, 2))
+    if two and run.settings.get("running_mean"):
+        points = [
+            100 * (_first(result) - _first(two))
+            for row, result in results.items()
+            if row.method == CRITIC and row.best_of == 1 and result["perplexity"] <= two["perplexity"]
+        ]
+        lines.append(
+            Claim("success above best of 2, at no higher perplexity", max(points, default=None), 0.0, " points", True)
+        )
     if run.unseen_strengths:
         shares = [
             (_first(result) - _first(frozen)) / (_first(seen) - _first(frozen))
@@ -333,25 +350,31 @@ def _first(result: dict[str, Any]) -> float:
 def headlines(runs: Runs) -> list[Headline]:
     """Sentiment and topics at one strength."""
     area, page, shown = "Steering", "../benchmarks/critic_control.md", []
-    strong, best_of = Row(CRITIC, 16.0), Row(BEST, 10)
-    for name in ("sentiment", "topic"):
-        run = run_named(runs, name)
-        results = {} if run is None else found(run)
-        if not {strong, best_of, Row(FROZEN)} <= set(results):
+    strong = Row(CRITIC, 16.0)
+    for name, title, wanted in (
+        ("sentiment", "Sentiment, strength 16, by two judges", "30 points more at 1.35 times"),
+        ("topic", "Topics, strength 16", "40 points more at 2 times"),
+    ):
+        both = (run_named(runs, f"{name}_running_mean"), run_named(runs, name))
+        chosen = next((run for run in both if run and run.rows), None)
+        results = {} if chosen is None else found(chosen)
+        compared = next((row for row in (Row(BEST, 10), Row(BEST, 2)) if row in results), None)
+        if chosen is None or compared is None or not {strong, Row(FROZEN)} <= set(results):
             continue
         ours, frozen = results[strong], results[Row(FROZEN)]
-        percent = [" and ".join(f"{100 * value:.0f}" for value in each["success"].values()) for each in (ours, frozen)]
+        what = JUDGED[name]
+        percent = [
+            " and ".join(f"{100 * value:.0f}" for value in each["success"].values())
+            for each in (ours, frozen, results[compared])
+        ]
         ratio = ours["perplexity"] / frozen["perplexity"]
-        met = 100 * (_first(ours) - _first(frozen)) >= WANTED[name] and ratio <= RATIO
-        if name == "sentiment":
-            figures = f"{percent[0]} % positive at {ratio:.2f} times the perplexity; frozen model {percent[1]} %"
-            wanted = unless(met, "30 points more at 1.35 times")
-            shown.append(Headline(area, "Sentiment, strength 16, by two judges", figures, wanted, page))
-        else:
-            other = f"{100 * _first(results[best_of]):.0f}"
-            frozen_ones = f"frozen model {percent[1]} %, best of ten {other} %"
-            figures = f"{percent[0]} % on topic at {ratio:.1f} times the perplexity; {frozen_ones}"
-            shown.append(Headline(area, "Topics, strength 16", figures, unless(met, "40 points more"), page))
+        gain = 100 * (_first(ours) - _first(frozen))
+        met = gain >= WANTED[name] and ratio <= chosen.settings.get("ratio", RATIO)
+        figures = (
+            f"{percent[0]} % {what} at {ratio:.2f} times the perplexity; frozen model {percent[1]} %, "
+            f"{compared.title.lower()} {percent[2]} %"
+        )
+        shown.append(Headline(area, title, figures, unless(met, wanted), page))
     return shown
 
 

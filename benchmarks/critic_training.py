@@ -77,9 +77,7 @@ class Critics:
         assert self.task.described is not None and self.task.universal_reward is not None
         read = read_rollouts(_training_folder(self._folder(SEPARATE, self.task.codes[0])) / "rollouts")
         first = self(SEPARATE, self.task.codes[0])
-        critic = Critic.for_model(
-            self.model, layer=first.config.layers or -1, running_mean=first.config.running_mean
-        )
+        critic = Critic.for_model(self.model, layer=first.config.layers or -1, running_mean=first.config.running_mean)
         fill_hidden(self.model, read, self.run.batch_size, critic)
         texts = [each.prompt + each.completion for each in read]
         states = torch.cat([each.hidden for each in read]).float()  # type: ignore[misc]
