@@ -154,8 +154,9 @@ class Remembering:
             features = np.load(record.with_name(record.name.replace(".texts.json", ".npy")), mmap_mode="r")
             self._kept.update({key: (row, stored["seconds"]) for key, row in zip(stored["texts"], features)})
 
-    def learn(self, texts: Sequence[str]) -> None:
-        """Extract the features of texts, or find them in the folder, with the CPU seconds that each took."""
+    def learn(self, texts: Sequence[str]) -> list[str]:
+        """Extract the features of texts, or find them in the folder, with the CPU seconds that each took; returns those
+        that nothing was known of."""
         new = []
         for text in dict.fromkeys(texts):
             key = digest_of_texts([text])
@@ -164,7 +165,7 @@ class Remembering:
             elif text not in self.known:
                 new.append(text)
         if not new:
-            return
+            return []
         start = time.process_time()
         if self.folder is None:
             features = self.extractor.extract(new)
@@ -177,14 +178,15 @@ class Remembering:
             write_json(path.with_suffix(".texts.json"), {"texts": keys, "seconds": seconds})
         self.known.update(zip(new, features))
         self.seconds.update(dict.fromkeys(new, seconds))
+        return new
 
     def extract(self, texts: Sequence[str], prefix: str = "") -> np.ndarray:
         """As `PALPClassifier` asks for them."""
         if prefix:
             return self.extractor.extract(texts, prefix)
         unique = dict.fromkeys(texts)
-        self.saved += sum(self.seconds.get(text, 0.0) for text in unique)
-        self.learn(list(unique))
+        new = set(self.learn(list(unique)))
+        self.saved += sum(self.seconds[text] for text in unique if text not in new)
         return np.stack([self.known[text] for text in texts])
 
 

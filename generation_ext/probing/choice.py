@@ -28,8 +28,9 @@ _FACTORS = np.array([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
 # The start of blocks that are expected to be good, in nats over all texts: what one text in fifty is worth with 1,500, and
 # half of them with eight. (0, 2, 4, 6 and 9 were compared on the benchmark's training pools, at 4 to 16 texts a class.)
 START = 4.0
-# Folds for C, and rows of features that heads are fitted on in all of them together.
-_FOLDS, _MOST_ROWS = 5, 7500
+# Folds for C, and rows of features times classes that heads are fitted on in all of them together: of many texts of many
+# classes, fewer folds are run.
+_FOLDS, _MOST_WORK = 5, 300_000
 
 
 def sample(codes: np.ndarray, size: int, itemsize: int = 4) -> np.ndarray:
@@ -179,7 +180,7 @@ def scores_of_C(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of classes that have fewer texts than there are folds
         splits = list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(np.zeros(count), codes))
-    splits = splits[: max(1, _MOST_ROWS // len(features))]
+    splits = splits[: max(1, _MOST_WORK // (len(features) * classes))]
     judged = np.concatenate([held_out for _, held_out in splits])
     found = {}
     for C in head.grid:

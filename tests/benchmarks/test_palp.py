@@ -39,7 +39,15 @@ def test_from_end_to_end(smoke, tmp_path):
     found = smoke("palp")
     for title in ("PALP-D, 16 a class", "In-context learning, 4 a class", "LoRA, full pool"):
         assert f"| {title} |" in found.shown
-    assert "| MiniLM, linear probing, full pool |" in found.shown and "not measured" not in found.shown
+    for title in (
+        "MiniLM, logistic regression, full pool",
+        "TF-IDF, logistic regression, 4 a class",
+        "PALP-D, chosen, 8 a class",
+    ):
+        assert f"| {title} |" in found.shown
+    assert "not measured" not in found.shown
+    chosen = [row for row in found.rows["accuracy"] if row["key"]["method"].endswith(", chosen")]
+    assert chosen and all(row["result"]["pooling"] in ("last", "mean") for row in chosen)
     assert "demonstrations encoded once, over with every text" in found.shown
     assert "LoRA above PALP-D, full pool" in found.shown
     assert (tmp_path / "palp" / "accuracy.png").stat().st_size > 5000
@@ -69,3 +77,17 @@ def test_texts_are_encoded_once():
     assert remembering.extract(["bb", "ccc"]).ravel().tolist() == [2, 3]
     assert remembering.extract(["bb"], "x").ravel().tolist() == [3]
     assert Counting.calls == [(["a", "bb"], ""), (["ccc"], ""), (["bb"], "x")]
+
+
+def test_what_was_encoded_is_found_by_the_next_process(tmp_path):
+    class Writing:
+        def extract(self, texts, prefix="", output=None):
+            features = np.array([[len(text)] for text in texts], dtype=np.float32)
+            np.save(output, features)
+            return features
+
+    first = Remembering(Writing(), tmp_path)
+    first.learn(["a", "bb", "a"])
+    again = Remembering(None, tmp_path)
+    assert again.extract(["bb", "a"]).ravel().tolist() == [2, 1] and again.seconds == first.seconds
+    assert again.saved == sum(first.seconds.values())
