@@ -77,6 +77,16 @@ def test_a_device_is_every_stage_s(base, tmp_path):
         check_recipe(config)
 
 
+def test_a_chat_template_that_self_play_will_want_is_missed_before_anything_runs(base, tmp_path):
+    own = {"samples": 2, "prompt": "own"}
+    pipeline = Pipeline(recipe(base, tmp_path / "run", skip=["evaluation"], chat_format="auto", self_play=own))
+    with pytest.raises(ValueError, match="self_play: prompt='own' needs a chat template, and the model has none"):
+        pipeline.run()
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="self_play: chat_format='plain': prompt='own'"):
+        Pipeline(recipe(base, tmp_path / "run", self_play=own))
+
+
 def test_all_stages(base, tmp_path):
     pipeline = Pipeline(recipe(base, tmp_path / "run", skip=["evaluation"], launcher="inline"))
     assert [line.status for line in plan(pipeline)] == ["to do"] * 9 and not (tmp_path / "run").exists()

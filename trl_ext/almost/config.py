@@ -11,7 +11,7 @@ from typing import Any, Optional
 from generation_ext.shared_prefix.sampling import Sampling
 from peft_ext import devices
 from peft_ext.models import DTYPES
-from trl_ext.almost.prompts.roles import AUTO, FORMATS, OWN, load_style
+from trl_ext.almost.prompts.roles import AUTO, FORMATS, OWN, PLAIN, load_style
 
 
 # What settings were called in earlier versions, whose recipes and runs are read; old name -> new.
@@ -182,6 +182,10 @@ class SelfPlayConfig(WritingConfig):
             raise ValueError(
                 f"shots={self.shots}: prompt={OWN!r} is the model's chat template and nothing before it; leave shots out, or "
                 "name another prompt."
+            )
+        if self.prompt == OWN and self.chat_format == PLAIN:
+            raise ValueError(
+                f"chat_format={PLAIN!r}: prompt={OWN!r} is the model's chat template; leave one of them out."
             )
 
 

@@ -37,6 +37,7 @@ from trl_ext.almost.recipe import (
     SFT,
     AlmostConfig,
     check_evaluation_data,
+    check_own_format,
     check_recipe,
 )
 
@@ -128,6 +129,8 @@ class Pipeline:
         """
         if EVALUATION in self.config.stages and not self.is_done(EVALUATION):
             check_evaluation_data(self.config)
+        if SELF_PLAY in self.config.stages and not self.is_done(SELF_PLAY):
+            check_own_format(self.config)
         self.run_files.folder.mkdir(parents=True, exist_ok=True)
         alone = lock(self.run_files.path(".lock"))
         try:

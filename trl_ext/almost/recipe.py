@@ -18,8 +18,10 @@ from peft_ext.files import scratch
 from peft_ext.models import DEFAULT_MODEL
 from trl_ext.almost.config import RENAMED, ComparisonsConfig, QueriesConfig, ResponsesConfig, SelfPlayConfig
 from trl_ext.almost.evaluation import run as evaluation
+from trl_ext.almost.prompts.roles import OWN, uses_chat
 from trl_ext.almost.training import reward, rlsf, sft
 from trl_ext.almost.writing.generators import parse_generators
+from trl_ext.almost.writing.loading import speaker_tokenizer
 
 
 QUERIES, RLSF_QUERIES, RESPONSES, COMPARISONS = "queries", "rlsf_queries", "responses", "comparisons"
@@ -231,6 +233,19 @@ def check_evaluation_data(config: AlmostConfig) -> None:
         raise type(error)(
             f"evaluation: {error} In a recipe: --set evaluation.data_dir=FOLDER, or --skip {EVALUATION} to leave it out."
         ) from error
+
+
+def check_own_format(config: AlmostConfig) -> None:
+    """Look for the chat template that self-play asks its model by, which is wanted after hours of other stages.
+
+    Raises:
+        ValueError: If it is asked for, and the model has none.
+    """
+    settings = config.data_config(SELF_PLAY)
+    if settings.prompt == OWN and not uses_chat(speaker_tokenizer(settings.model_name_or_path), settings.chat_format):
+        raise ValueError(
+            f"self_play: prompt={OWN!r} needs a chat template, and the model has none; use another prompt, such as 'faithful'."
+        )
 
 
 def _evaluation_arguments(config: AlmostConfig) -> evaluation.EvaluationArguments:

@@ -92,10 +92,14 @@ def load_speaker(
     """
     where = chosen_device(device)
     loaded = load_policy(model, dtype=dtype, **kwargs)
+    return loaded if "device_map" in kwargs else loaded.to(where), speaker_tokenizer(model)
+
+
+def speaker_tokenizer(model: Optional[str] = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of what [`load_speaker`] loads, with a chat template if the model has been tuned to chat."""
     # without a template of its own a model has not been tuned to chat, and is shown the paper's plain dialogues
     is_tuned = locate(model or DEFAULT_MODEL)[1] is not None
-    tokenizer = load_chat_tokenizer(model) if is_tuned else load_tokenizer(model)
-    return loaded if "device_map" in kwargs else loaded.to(where), tokenizer
+    return load_chat_tokenizer(model) if is_tuned else load_tokenizer(model)
 
 
 def quantized(
