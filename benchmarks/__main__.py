@@ -49,6 +49,7 @@ TASKS = {
     "open_set": Entry(
         "A classifier that refuses: thresholds per intent, and by examples from outside", "benchmarks.open_set"
     ),
+    "ood_baselines": Entry("What needs no tuning, against texts from outside", "benchmarks.ood_baselines"),
     "ood_detectors": Entry("Time and memory of the detectors", "benchmarks.ood_detectors"),
     "ga_attention": Entry("What GA-Attention costs, against SDPA with a float mask", "benchmarks.ga_attention"),
     "paraphrase": Entry("C-DNPG's paraphrases against a Transformer's of its size", "benchmarks.paraphrase"),

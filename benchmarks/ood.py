@@ -24,7 +24,7 @@ from benchmarks.core.run import Run, data_folder, log
 from benchmarks.core.task import Runs, Task, run_named
 from benchmarks.fast_linear import fast_linear
 from benchmarks.in_context import smoke_model
-from benchmarks.ood_tables import Cells, rates_table, tables_of, whole_table
+from benchmarks.ood_tables import Cells, rates_table, recommended_table, tables_of, whole_table
 from benchmarks.sentence_encoder import encoder_path
 from peft_ext.ood.study.grid import StudyConfig, read_config
 from peft_ext.ood.study.manifest import DONE, Manifest
@@ -40,6 +40,7 @@ from peft_ext.rows import append_rows
 MINILM = "minilm-l6"
 OWN = "clinc150_oos"
 RATES = "_rates"  # ends the names of experiments that chose learning rates
+RECOMMENDED = "recommended"  # trained in another way than the study's cells
 # Of the study's plots, those that are kept beside the results.
 PICTURES = ("roc_clinc150_oos.png", "budgets_clinc150_near.png", "sizes_clinc150_oos_small.png")
 
@@ -106,7 +107,8 @@ def _put_back(run: Run, config: StudyConfig) -> None:
 
 def tables(runs: Runs) -> dict[str, str]:
     """The tables of ood_study.md; of a study that isn't in the repository, one for each of its sets and models."""
-    cells = Cells([cell for run in runs if not run.experiment.endswith(RATES) for cell in cells_of(run)])
+    studies = [run for run in runs if not run.experiment.endswith(RATES) and run.experiment != RECOMMENDED]
+    cells = Cells([cell for run in studies for cell in cells_of(run)])
     shown = tables_of(cells)
     if not shown:
         places = dict.fromkeys((row.cell.setting.name, row.cell.model.name) for row in cells.finished)
@@ -116,6 +118,8 @@ def tables(runs: Runs) -> dict[str, str]:
     for run in runs:
         if run.experiment.endswith(RATES) and run.rows:
             shown[f"{run.experiment}"] = rates_table(cells_of(run))
+        if run.experiment == RECOMMENDED and run.rows:
+            shown[RECOMMENDED] = recommended_table(cells.finished, cells_of(run))
     return shown
 
 

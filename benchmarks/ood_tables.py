@@ -9,6 +9,7 @@ from typing import Optional
 import numpy as np
 
 from benchmarks.core.claims import markdown_table
+from benchmarks.ood_baselines import SETS
 from peft_ext.ood.study.answers import quantisation_answer, size_answer, tuning_answer
 from peft_ext.ood.study.methods import METHODS
 from peft_ext.ood.study.report import rank_tables
@@ -144,6 +145,50 @@ def rates_table(finished: Sequence[CellResult]) -> str:
         if tried:
             lines.append([METHODS[method].title, ", ".join(f"{rate}: {100 * value:.1f}" for rate, value in tried)])
     return markdown_table(["", "learning rate: validation accuracy, %, best first"], lines)
+
+
+def recommended_table(study: Sequence[CellResult], recommended: Sequence[CellResult]) -> str:
+    """What helps beside the study's own way: means over seeds, with the deviation of AUROC where there are several.
+
+    Args:
+        study: The study's cells.
+        recommended: Cells of the experiment `recommended`, of which those without a contrastive term are trained as the study's.
+    """
+    frozen = [row for row in recommended if row.cell.method == "linear"]
+    tuned = [row for row in recommended if row.cell.method == "lora"]
+    plain = [row for row in (*study, *tuned) if _is_plain(row)]
+    contrastive = [row for row in tuned if row.cell.training.contrastive]
+    kinds: list[tuple[str, list[CellResult], str]] = [
+        ("MiniLM as it is: MSP of a linear probe", frozen, "msp"),
+        ("MiniLM as it is: Mahalanobis", frozen, "mahalanobis"),
+        ("MiniLM as it is: Mahalanobis cosine, two layers", frozen, "mahalanobis_cosine_layers"),
+        ("LoRA as in the study: MSP", plain, "msp"),
+        ("LoRA as in the study: Mahalanobis", plain, "mahalanobis"),
+        ("LoRA, contrastive: MSP", contrastive, "msp"),
+        ("LoRA, contrastive: Mahalanobis", contrastive, "mahalanobis"),
+        ("LoRA, contrastive: Mahalanobis cosine", contrastive, "mahalanobis_cosine"),
+        ("LoRA, contrastive: Mahalanobis cosine, two layers", contrastive, "mahalanobis_cosine_layers"),
+    ]
+    names = list(dict.fromkeys(row.cell.setting.name for row in recommended))
+    lines = []
+    for title, rows, detector in kinds:
+        columns = [_of_set([row for row in rows if row.cell.setting.name == name], detector) for name in names]
+        if any(columns):
+            lines.append([title, *columns])
+    headers = ["AUROC / passes at 95 % recall (ID accuracy; seeds)", *(SETS.get(name, name) for name in names)]
+    return markdown_table(headers, lines)
+
+
+def _is_plain(row: CellResult) -> bool:
+    cell = row.cell
+    return (cell.model.name, cell.method, cell.budget) == (MINILM, "lora", BUDGET) and not cell.training.contrastive
+
+
+def _of_set(rows: Sequence[CellResult], detector: str) -> Optional[str]:
+    if not any(row.measure(detector, "auroc") is not None for row in rows):
+        return None
+    passes = 100 * _mean(rows, measure(detector, "fpr95"))
+    return f"{_spread(rows, measure(detector))} / {passes:.0f} ({100 * _mean(rows, accuracy('id_accuracy')):.1f}; {len(rows)})"
 
 
 def _brief(rows: Sequence[CellResult], detectors: Sequence[str], digits: int) -> Optional[str]:

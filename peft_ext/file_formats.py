@@ -99,7 +99,8 @@ def one_number_of(*choices: int) -> Field:
 
 def number(least: Optional[float] = None, most: Optional[float] = None, above: Optional[float] = None) -> Field:
     """A finite number, whole or not; true is none."""
-    words = f"a finite number{_range(least, most) if above is None else f' greater than {above}'}"
+    greater = f" greater than {above}{'' if most is None else f' and at most {most}'}"
+    words = f"a finite number{_range(least, most) if above is None else greater}"
 
     def fits(value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peft_ext.ood.classifier import PooledClassifier
+    from peft_ext.ood.contrastive import ByClass, supervised_contrastive_loss
     from peft_ext.ood.detectors import (
         KNN,
         MSP,
         Detector,
         Energy,
         Mahalanobis,
+        MahalanobisCosine,
         MaxCosine,
         RelativeMahalanobis,
         ViM,
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 
 __all__ = [
+    "ByClass",
     "Detector",
     "Energy",
     "Features",
@@ -45,6 +48,7 @@ __all__ = [
     "KNN",
     "MSP",
     "Mahalanobis",
+    "MahalanobisCosine",
     "MaxCosine",
     "OODPipeline",
     "OpenSetClassifier",
@@ -65,6 +69,7 @@ __all__ = [
     "load_detector",
     "make_detector",
     "mean_interval",
+    "supervised_contrastive_loss",
     "threshold_for_recall",
 ]
 
@@ -74,6 +79,7 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         for module in (
             "classifier",
+            "contrastive",
             "features",
             "detectors",
             "metrics",

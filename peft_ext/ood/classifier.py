@@ -114,6 +114,20 @@ def pool(states: torch.Tensor, attention_mask: Optional[torch.Tensor], pooling: 
     return states[torch.arange(len(states), device=states.device), index]
 
 
+def layer_list(model: nn.Module) -> Optional[nn.ModuleList]:
+    """The layers that a model runs in turn; None if it has no list of them."""
+    found = _named_layer_list(model)
+    return None if found is None else found[1]
+
+
+def _named_layer_list(model: nn.Module) -> Optional[tuple[str, nn.ModuleList]]:
+    total = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == total:
+            return name, module
+    return None
+
+
 def keep_layers(backbone: PreTrainedModel, layers: int) -> None:
     """Cut a model down to its first layers.
 
@@ -121,16 +135,12 @@ def keep_layers(backbone: PreTrainedModel, layers: int) -> None:
         ValueError: If it has fewer, or its layers can't be found.
     """
     total = backbone.config.num_hidden_layers
-    lists = [
-        (name, module)
-        for name, module in backbone.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == total
-    ]
-    if not lists:
+    found = _named_layer_list(backbone)
+    if found is None:
         raise ValueError(f"layers={layers}: no list of {total} layers was found in a {type(backbone).__name__}.")
     if not 1 <= layers <= total:
         raise ValueError(f"layers={layers}: the model has {total} layers.")
-    name, module = lists[0]
+    name, module = found
     parent = backbone.get_submodule(name.rpartition(".")[0])
     setattr(parent, name.rpartition(".")[2], module[:layers])
     backbone.config.num_hidden_layers = layers

@@ -24,11 +24,16 @@ from peft_ext.models import load
 from peft_ext.ood.card import ood_card
 from peft_ext.ood.classifier import POOLINGS, PooledClassifier
 from peft_ext.ood.detectors import Detector, load_detector, make_detector
-from peft_ext.ood.features import extract
+from peft_ext.ood.features import chosen_layers, extract
 from peft_ext.ood.thresholds import COMMON, THRESHOLDS, Scored, Thresholds, choose_thresholds
 
 
 _CONFIG = "ood_pipeline.json"
+_OF_ANGLES = (
+    "mahalanobis_cosine",
+    "cosine",
+    "knn",
+)  # detectors that gain from a second layer, on CLINC150's validation texts
 _PARTS = ("model", "tokenizer", "detector")  # a folder for each
 FILE = JsonFormat(
     _CONFIG,
@@ -45,6 +50,9 @@ FILE = JsonFormat(
         "classifier": text("pooled", "transformers"),
         "pooling": text(*POOLINGS).or_null(),
         "layers": whole(1).or_null(),
+        "feature_layers": list_of(whole(1))
+        .or_missing()
+        .means("layers whose states the detector sees beside the head's input"),
     },
     format=1,
     way_out="Save the pipeline again.",
@@ -73,6 +81,7 @@ class OODPipeline(PushToHubMixin):
         batch_size: Texts at a time.
         offsets: How far each class's own threshold lies above `threshold`, in the order of the logits; None: all have this
             one. A text is judged by the threshold of the class that it is given.
+        layers: Layers whose states the detector was fitted on, beside the head's input; see `peft_ext.ood.extract`.
 
     Raises:
         ValueError: If `threshold` isn't finite, or `offsets` aren't a finite number for each class.
@@ -88,11 +97,13 @@ class OODPipeline(PushToHubMixin):
         max_length: int = 128,
         batch_size: int = 64,
         offsets: Optional[Sequence[float]] = None,
+        layers: Sequence[int] = (),
     ) -> None:
         self.model, self.tokenizer, self.detector = model.eval(), tokenizer, detector
         self.threshold, self.max_length, self.batch_size = float(threshold), max_length, batch_size
         if not np.isfinite(self.threshold):
             raise ValueError(f"threshold={threshold!r} must be a finite number.")
+        self.layers = chosen_layers(model, layers)
         self.label_names = list(label_names) if label_names is not None else _config_labels(model)
         self.offsets = None if offsets is None else [float(each) for each in offsets]
         if self.offsets is not None:
@@ -109,13 +120,14 @@ class OODPipeline(PushToHubMixin):
         texts: Sequence[str],
         labels: Sequence[Any],
         validation_texts: Sequence[str],
-        detector: Union[str, Mapping[str, Any], Detector] = "mahalanobis",
+        detector: Union[str, Mapping[str, Any], Detector] = "mahalanobis_cosine",
         id_recall: float = 0.95,
         *,
         thresholds: str = COMMON,
         validation_labels: Optional[Sequence[Any]] = None,
         outside_texts: Optional[Sequence[str]] = None,
         outside_share: float = 0.5,
+        layers: Union[None, str, Sequence[int]] = "auto",
         **kwargs: Any,
     ) -> OODPipeline:
         """Fit a detector on a trained classifier's features, and choose the threshold.
@@ -125,7 +137,7 @@ class OODPipeline(PushToHubMixin):
             texts, labels: In-distribution training examples; labels are names or indices of classes.
             validation_texts: In-distribution examples that were not trained on, for the threshold: scores of training
                 examples are too high.
-            detector: Name, name with arguments, or a detector.
+            detector: Name, name with arguments, or a detector. The default was the best on CLINC150's validation texts.
             id_recall: Share of the validation texts that must be accepted.
             thresholds: `"common"`: one for all classes; `"per-class"`: each class has its own, so that a class whose texts
                 score lower isn't refused more often; see [`choose_thresholds`].
@@ -134,6 +146,9 @@ class OODPipeline(PushToHubMixin):
             outside_texts: Examples from outside that were not trained on: then the threshold is the one with the most
                 right answers ([`best_threshold`]), and `id_recall` isn't used.
             outside_share: With `outside_texts`, how many of the texts in use come from outside.
+            layers: Layers whose states the detector sees beside the head's input, numbered as `peft_ext.ood.extract` takes
+                them. None: none. `"auto"`: the last but one under detectors of angles (`"mahalanobis_cosine"`,
+                `"cosine"`, `"knn"`), none under others.
             **kwargs: As the constructor.
 
         Raises:
@@ -148,8 +163,12 @@ class OODPipeline(PushToHubMixin):
                 f"validation_labels has {len(validation_labels)} labels for {len(validation_texts)} validation_texts."
             )
         options: dict[str, Any] = {name: kwargs[name] for name in ("max_length", "batch_size") if name in kwargs}
+        detector = make_detector(detector)
+        if layers == "auto" and getattr(detector, "name", None) not in _OF_ANGLES:
+            layers = None
+        options["layers"] = kwargs["layers"] = chosen_layers(model, layers)
         train = extract(model, tokenizer, texts, **options)
-        detector = make_detector(detector).fit(train.features, train.logits, np.asarray(labels))
+        detector = detector.fit(train.features, train.logits, np.asarray(labels))
         inside = _scored(model, tokenizer, detector, validation_texts, options)
         outside = None if outside_texts is None else _scored(model, tokenizer, detector, outside_texts, options)
         if validation_labels is not None:
@@ -198,7 +217,12 @@ class OODPipeline(PushToHubMixin):
     def predict(self, texts: Sequence[str]) -> Prediction:
         """As arrays."""
         features, logits = extract(
-            self.model, self.tokenizer, texts, max_length=self.max_length, batch_size=self.batch_size
+            self.model,
+            self.tokenizer,
+            texts,
+            max_length=self.max_length,
+            batch_size=self.batch_size,
+            layers=self.layers,
         )
         scores, classes = np.asarray(self.detector.score(features, logits)), logits.argmax(dim=1).numpy()
         offsets = np.zeros(logits.shape[1]) if self.offsets is None else np.asarray(self.offsets)
@@ -238,6 +262,7 @@ class OODPipeline(PushToHubMixin):
             "classifier": "pooled" if pooled else "transformers",
             "pooling": base.config.pooling if pooled else None,
             "layers": base.config.num_hidden_layers if pooled else None,
+            "feature_layers": self.layers,
         }
         # of the adapter alone, which nobody loads by itself
         (folder / "model" / README).unlink(missing_ok=True)
@@ -296,6 +321,7 @@ class OODPipeline(PushToHubMixin):
             config["max_length"],
             config["batch_size"],
             offsets,
+            config.get("feature_layers", ()),
         )
 
 

@@ -18,6 +18,7 @@ from peft_ext.ood.detectors import (
     Detector,
     Energy,
     Mahalanobis,
+    MahalanobisCosine,
     MaxCosine,
     RelativeMahalanobis,
     ViM,
@@ -35,6 +36,8 @@ KINDS = {
     "mahalanobis-empirical": Mahalanobis(covariance="empirical", normalize=False),
     "relative_mahalanobis": RelativeMahalanobis(normalize=False),
     "cosine": MaxCosine(),
+    "mahalanobis_cosine": MahalanobisCosine(shrinkage=0.3),
+    "mahalanobis_cosine-identity": MahalanobisCosine(shrinkage=1),
     "knn": KNN(k=3),
     "knn-raw": KNN(k=1, normalize=False),
     "vim": ViM(dim=3),
@@ -99,6 +102,17 @@ def reference(kind: str, data, row: int) -> float:
         return float(centre @ background @ centre) - _mahalanobis(x, means, precision)
     if kind == "cosine":
         return max(float(_unit(x) @ unit) for unit in units)
+    if kind.startswith("mahalanobis_cosine"):
+        means = [units[labels == label].mean(axis=0) for label in range(CLASSES)]
+        centred = np.stack([row - means[label] for row, label in zip(units, labels)])
+        covariance, share = centred.T @ centred / len(centred), 1.0 if kind.endswith("identity") else 0.3
+        precision = np.linalg.inv((1 - share) * covariance + share * np.trace(covariance) / SIZE * np.eye(SIZE))
+        point = _unit(x) - units.mean(axis=0)
+        lines = [mean - units.mean(axis=0) for mean in means]
+        return max(
+            float(point @ precision @ line / math.sqrt((point @ precision @ point) * (line @ precision @ line)))
+            for line in lines
+        )
     if kind.startswith("knn"):
         k, rows, point = (3, units, _unit(x)) if kind == "knn" else (1, train, x)
         return -sorted(math.dist(point, row) for row in rows)[k - 1]
@@ -242,6 +256,9 @@ def test_a_singular_covariance(data):
     assert np.isfinite(Mahalanobis().fit(flat, logits, labels).score(flat)).all()
     with pytest.raises(ValueError, match="singular.*same features"):
         Mahalanobis().fit(np.ones((60, 4)), logits, labels)
+    with pytest.raises(ValueError, match="same features"):
+        MahalanobisCosine().fit(np.eye(3)[labels], logits, labels)
+    assert np.isfinite(MahalanobisCosine().fit(flat, logits, labels).score(flat)).all()
 
 
 @pytest.mark.parametrize(
@@ -253,6 +270,8 @@ def test_a_singular_covariance(data):
         ({"name": "knn", "k": 61}, ValueError, "k=61.*60 training examples"),
         ({"name": "energy", "temperature": 0}, ValueError, "temperature=0"),
         ({"name": "mahalanobis", "covariance": "diagonal"}, ValueError, "covariance='diagonal'"),
+        ({"name": "mahalanobis_cosine", "shrinkage": 0}, ValueError, "shrinkage=0"),
+        ({"name": "mahalanobis_cosine", "shrinkage": 1.5}, ValueError, "shrinkage=1.5"),
         ({"name": "vim", "dim": SIZE}, ValueError, f"dim={SIZE}.*outside"),
         ({"name": "vim", "dim": 1.5}, ValueError, "dim=1.5"),
     ],

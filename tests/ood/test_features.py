@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from peft_ext.ood.classifier import PooledClassifier
-from peft_ext.ood.features import extract
+from peft_ext.ood.features import chosen_layers, extract
 from tests.tiny.models import tiny
 from tests.tiny.tokenizers import tiny_tokenizer
 
@@ -85,3 +85,39 @@ def test_models_that_have_no_features():
         extract(tiny("mlp"), tiny_tokenizer(), TEXTS)
     with pytest.raises(ValueError, match="texts is empty"):
         extract(tiny("bert"), tiny_tokenizer(), [])
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "pooled"])
+def test_layers_are_transformers_hidden_states(kind, bert_folder):
+    """Pooled as the classifier does, of length 1 each, in front of what the head sees."""
+    pooled = kind == "pooled"
+    model = (PooledClassifier.from_backbone(bert_folder, 3) if pooled else HEADS[kind][0]()).eval()
+    count = model.config.num_hidden_layers
+    found = extract(model, tiny_tokenizer(), TEXTS, layers=[1, -1], batch_size=2)
+    plain = extract(model, tiny_tokenizer(), TEXTS)
+    torch.testing.assert_close(found.logits, plain.logits)
+    blocks = found.features.unflatten(1, (-1, plain.features.shape[1]))
+    assert blocks.shape[1] == (3 if count > 1 else 2)
+    torch.testing.assert_close(blocks[:, -1], nn.functional.normalize(plain.features, dim=-1))
+    ids = torch.tensor(tiny_tokenizer()([TEXTS[2]])["input_ids"])
+    body = model.backbone if pooled else model
+    with torch.no_grad():
+        state = body(input_ids=ids, output_hidden_states=True).hidden_states[1][0]
+    expected = state[-1] if kind == "llama" else state.mean(dim=0)
+    torch.testing.assert_close(blocks[2, 0], nn.functional.normalize(expected, dim=-1), rtol=1e-4, atol=1e-5)
+
+
+def test_which_layers():
+    model = tiny("bert")
+    count = model.config.num_hidden_layers
+    assert chosen_layers(model, None) == chosen_layers(model, ()) == [] and chosen_layers(model, [-1, 1]) == [
+        *dict.fromkeys([1, count])
+    ]
+    for wrong, match in (
+        ([0], "0 is none of"),
+        ([count + 1], "is none of"),
+        ([True], "True is none"),
+        ("all", "'all'"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            chosen_layers(model, wrong)

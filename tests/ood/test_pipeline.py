@@ -71,6 +71,24 @@ def test_round_trip(kind, data, bert_folder, tmp_path):
         assert new["score"] == pytest.approx(old["score"], rel=1e-3)
 
 
+@pytest.mark.parametrize("detector", ["mahalanobis_cosine", "mahalanobis", "msp"])
+def test_layers_are_kept(detector, data, bert_folder, tmp_path):
+    """The default sees the last layer but one beside the head's input, where angles are measured; a file that says nothing of
+    layers is of a pipeline without."""
+    pipeline = _pipeline(PooledClassifier.from_backbone(bert_folder, 6), data, detector)
+    layers = pipeline.layers
+    assert layers == ([1] if detector == "mahalanobis_cosine" else [])
+    chosen = _pipeline(PooledClassifier.from_backbone(bert_folder, 6), data, detector, layers=[-1, 1])
+    assert chosen.layers == [1, 2]
+    for each in (pipeline, chosen):
+        each.save_pretrained(tmp_path / "pipeline")
+        again = OODPipeline.from_pretrained(tmp_path / "pipeline")
+        assert again.layers == each.layers
+        np.testing.assert_allclose(again.predict(data.outside).scores, each.predict(data.outside).scores, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"layers=\[9\]: 9 is none of the model's 2 layers"):
+        _pipeline(PooledClassifier.from_backbone(bert_folder, 6), data, detector, layers=[9])
+
+
 def test_saved_over_another_one(data, bert_folder, tmp_path):
     """An adapter over a whole model: nothing of the older save stays, and what isn't ours does."""
     folder = tmp_path / "pipeline"

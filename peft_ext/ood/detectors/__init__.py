@@ -5,7 +5,7 @@ A higher score means more in-distribution, for all of them.
 """
 
 from peft_ext.ood.detectors.base import Detector, load_detector, make_detector
-from peft_ext.ood.detectors.gaussian import Mahalanobis, RelativeMahalanobis
+from peft_ext.ood.detectors.gaussian import Mahalanobis, MahalanobisCosine, RelativeMahalanobis
 from peft_ext.ood.detectors.logits import MSP, Energy
 from peft_ext.ood.detectors.neighbours import KNN, MaxCosine
 from peft_ext.ood.detectors.vim import ViM
@@ -17,6 +17,7 @@ __all__ = [
     "KNN",
     "MSP",
     "Mahalanobis",
+    "MahalanobisCosine",
     "MaxCosine",
     "RelativeMahalanobis",
     "ViM",

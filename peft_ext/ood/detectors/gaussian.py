@@ -1,5 +1,6 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""Detectors that model features by Gaussians: Mahalanobis and relative Mahalanobis distance."""
+"""Detectors that model features by Gaussians: Mahalanobis distance, relative Mahalanobis distance, and the angle that goes
+with the first."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import numpy as np
 from scipy.linalg import eigh
 from sklearn.covariance import empirical_covariance, ledoit_wolf
 
-from peft_ext.file_formats import Field, Tensor, text, truth
+from peft_ext.file_formats import Field, Tensor, number, text, truth
 from peft_ext.ood.detectors.base import Detector
 
 
@@ -94,6 +95,51 @@ class RelativeMahalanobis(Mahalanobis):
         prepared = self._prepared(features)
         background = _squared(prepared @ self.state_["background_whitening"], self.state_["background_mean"])
         return background[:, 0] - self._distances(features).min(axis=1)
+
+
+class MahalanobisCosine(Detector):
+    """The largest cosine to a class's mean where the covariance that all classes share is the identity, angles seen from the
+    mean of all training examples: the angle that goes with the Mahalanobis distance.
+
+    A few directions that carry most of the variance (of causal models' states they do) are divided by it, as in the distance;
+    what only makes an example longer no longer counts. Features are scaled to length 1 first.
+
+    Args:
+        shrinkage: How far the covariance is drawn to a multiple of the identity, above 0 up to 1, which is the identity. The
+            default was chosen on validation texts of CLINC150, for MiniLM tuned and as it is, and SmolLM2: more of it
+            is better on the one, less on the other, by half a point each.
+    """
+
+    name = "mahalanobis_cosine"
+    needs_logits = False
+    params: Mapping[str, Field] = {"shrinkage": number(above=0, most=1)}
+    tensors: Mapping[str, Tensor] = {
+        "centre": Tensor(("F64",), (1, "n"), note="the mean of all examples"),
+        "whitening": Tensor(("F64",), ("n", "n"), note="to features whose shrunk covariance is the identity"),
+        "means": Tensor(("F64",), ("classes", "n"), note="the classes' directions there, of length 1"),
+    }
+
+    def __init__(self, shrinkage: float = 0.6) -> None:
+        self.shrinkage = shrinkage
+
+    def _check_params(self) -> None:
+        if isinstance(self.shrinkage, bool) or not 0 < self.shrinkage <= 1:
+            raise ValueError(f"shrinkage={self.shrinkage!r} must be greater than 0 and at most 1.")
+
+    def _fit(self, features, logits, labels) -> dict[str, np.ndarray]:
+        features = unit_length(features)
+        means, centred = _class_means(features, labels)
+        centre = features.mean(axis=0, keepdims=True)
+        values, vectors = eigh(empirical_covariance(centred, assume_centered=True))
+        if values[-1] <= 0:
+            raise ValueError("all examples of a class have the same features, so nothing tells how classes spread.")
+        shrunk = (1 - self.shrinkage) * np.maximum(values, 0) + self.shrinkage * values.mean()
+        whitening = vectors / np.sqrt(shrunk)
+        return {"centre": centre, "whitening": whitening, "means": unit_length((means - centre) @ whitening)}
+
+    def _score(self, features, logits) -> np.ndarray:
+        whitened = (unit_length(features) - self.state_["centre"]) @ self.state_["whitening"]
+        return (unit_length(whitened) @ self.state_["means"].T).max(axis=1)
 
 
 def unit_length(features: np.ndarray) -> np.ndarray:

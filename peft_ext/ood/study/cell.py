@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 import numpy as np
@@ -19,7 +19,7 @@ from peft_ext.models import load_tokenizer
 from peft_ext.ood import metrics
 from peft_ext.ood.classifier import PooledClassifier
 from peft_ext.ood.detectors import make_detector
-from peft_ext.ood.features import Features, extract
+from peft_ext.ood.features import Features, chosen_layers, extract
 from peft_ext.ood.study.data import Data, load_setting
 from peft_ext.ood.study.grid import Cell, StudyConfig
 from peft_ext.ood.study.methods import NotPossibleError, Solution, apply, get_method, solve, trained_parameters
@@ -29,6 +29,9 @@ from peft_ext.ood.study.training import Trained, calibration_batch, probe, train
 
 _load_setting = functools.lru_cache(maxsize=2)(load_setting)  # cells of a set come one after another
 _PARTS = ("train", "validation", "test", "outside")
+_SCORED = ("train", "test", "outside")
+# Ends the names of detectors that saw states of several layers.
+_ON_LAYERS = "_layers"
 
 
 def processes() -> PartialState:
@@ -49,10 +52,16 @@ def measure_cell(config: StudyConfig, cell: Cell) -> tuple[dict[str, Any], dict[
     seconds = {"training": round(time.time() - start, 1)}
     start = time.time()
     parts = zip(_PARTS, (data.train[0], data.validation[0], data.test[0], data.outside))
-    features = {part: _extract(model, tokenizer, texts, cell) for part, texts in parts}
+    texts_of = dict(parts)
+    features = {part: _extract(model, tokenizer, texts, cell) for part, texts in texts_of.items()}
+    layers = chosen_layers(model, config.layers)
+    layered = {part: _extract(model, tokenizer, texts_of[part], cell, layers) for part in _SCORED if layers}
     seconds["features"] = round(time.time() - start, 1)
     start = time.time()
     detectors, scores = _detect(config, features, data.train[1])
+    if layered:
+        more, more_scores = _detect(config, layered, data.train[1], _ON_LAYERS)
+        detectors, scores = {**detectors, **more}, {**scores, **more_scores}
     seconds["detectors"] = round(time.time() - start, 1)
     backbone = solve("full", unwrapped(model).config, None).parameters
     result = {
@@ -69,6 +78,7 @@ def measure_cell(config: StudyConfig, cell: Cell) -> tuple[dict[str, Any], dict[
         "validation_accuracy": trained.validation_accuracy,
         "id_accuracy": metrics.id_accuracy(features["test"].logits.argmax(1).numpy(), data.test[1]),
         "detectors": detectors,
+        **({"layers": layers} if layers else {}),
         "seconds": seconds,
     }
     tensors = {SCORES: scores}
@@ -126,9 +136,12 @@ def _train(model: Any, cell: Cell, tokenizer: PreTrainedTokenizerBase, data: Dat
     return probe(model.score, parts[0], data.train[1], parts[1], data.validation[1])
 
 
-def _extract(model: Any, tokenizer: PreTrainedTokenizerBase, texts: list[str], cell: Cell) -> Features:
+def _extract(
+    model: Any, tokenizer: PreTrainedTokenizerBase, texts: list[str], cell: Cell, layers: Sequence[int] = ()
+) -> Features:
     """Each process of a launcher takes its share; all have all features in the end."""
     options: dict[str, Any] = {"max_length": cell.training.max_length, "batch_size": cell.training.eval_batch_size}
+    options["layers"] = layers
     state = processes()
     if state.num_processes == 1 or len(texts) < state.num_processes:
         return extract(model, tokenizer, texts, **options)
@@ -138,24 +151,28 @@ def _extract(model: Any, tokenizer: PreTrainedTokenizerBase, texts: list[str], c
 
 
 def _detect(
-    config: StudyConfig, features: Mapping[str, Features], labels: list[int]
+    config: StudyConfig, features: Mapping[str, Features], labels: list[int], ending: str = ""
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Every detector's measures, or why it has none, and the scores behind them."""
+    """Every detector's measures, or why it has none, and the scores behind them; with an `ending` of their names, of detectors
+    of features alone."""
     measured: dict[str, Any] = {}
     scores: dict[str, np.ndarray] = {}
     for spec in config.detectors:
         detector = make_detector(spec)
+        if ending and detector.needs_logits:
+            continue
+        name = f"{detector.name}{ending}"
         try:
             detector.fit(*features["train"], labels)
             inside, outside = (np.asarray(detector.score(*features[part])) for part in ("test", "outside"))
         except ValueError as error:
-            measured[detector.name] = {"error": str(error)}
+            measured[name] = {"error": str(error)}
             continue
-        values: dict[str, Any] = {name: measure(inside, outside) for name, measure in metrics.MEASURES.items()}
+        values: dict[str, Any] = {each: measure(inside, outside) for each, measure in metrics.MEASURES.items()}
         interval = metrics.bootstrap(metrics.auroc, inside, outside, resamples=config.resamples)
         values["auroc_interval"] = [interval.low, interval.high]
         if np.ptp(np.concatenate([inside, outside])) == 0:
             values["note"] = "all scores are equal"
-        measured[detector.name] = values
-        scores[f"{detector.name}.id"], scores[f"{detector.name}.outside"] = inside, outside
+        measured[name] = values
+        scores[f"{name}.id"], scores[f"{name}.outside"] = inside, outside
     return measured, scores

@@ -87,6 +87,8 @@ SETTINGS = {
     "clinc150_near": Setting("clinc150_near", "clinc150", "split"),
     "banking77_near": Setting("banking77_near", "banking77", "split"),
     "snips_leave_2_out": Setting("snips_leave_2_out", "snips", "leave_out"),
+    "clinc150_quarter": Setting("clinc150_quarter", "clinc150", "split", ratio=0.75),
+    "banking77_quarter": Setting("banking77_quarter", "banking77", "split", ratio=0.75),
     "clinc150_far": Setting("clinc150_far", "clinc150", "banking77"),
 }
 

@@ -21,7 +21,9 @@ from peft_ext.ood.study.training import TrainingOptions
 from peft_ext.runs import plain
 
 
-DETECTORS = ("msp", "energy", "mahalanobis", "relative_mahalanobis", "cosine", "knn", "vim")
+DETECTORS = ("msp", "energy", "mahalanobis", "relative_mahalanobis", "cosine", "knn", "vim", "mahalanobis_cosine")
+# Of `TrainingOptions`, those of the contrastive term.
+_LATER_OPTIONS = ("contrastive", "contrastive_temperature", "together")
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,9 @@ class Cell:
         """All that the result depends on, as it comes back from JSON."""
         values = plain(self)
         del values["model"]["path"]
+        # options that came later aren't named where they change nothing, so that earlier results are found
+        for name in _LATER_OPTIONS if not self.training.contrastive else ():
+            del values["training"][name]
         return values
 
     @property
@@ -90,6 +95,8 @@ class StudyConfig:
         training: See `training.TrainingOptions`.
         data_dir: Where the known data sets' folders lie.
         resamples: Of the bootstrap intervals.
+        layers: Layers as `peft_ext.ood.extract` takes them, or `"auto"`: detectors of features are measured on these layers'
+            states as well, as `<detector>_layers`.
         keep_features: Keep every cell's features, so that more detectors can be tried without training.
     """
 
@@ -104,6 +111,7 @@ class StudyConfig:
     training: TrainingOptions = field(default_factory=TrainingOptions)
     data_dir: Optional[str] = None
     resamples: int = 300
+    layers: Any = None
     keep_features: bool = False
 
     def __post_init__(self) -> None:

@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from peft_ext.files import scratch
-from peft_ext.ood.features import Features
+from peft_ext.ood.contrastive import ByClass, supervised_contrastive_loss
+from peft_ext.ood.features import Features, head_recorded, one_per_text
 from peft_ext.ood.metrics import id_accuracy
 from peft_ext.ood.study.data import Data
 
@@ -49,6 +50,9 @@ class TrainingOptions:
         weight_decay: Of weights; biases and norms have none.
         warmup_ratio: Share of the steps.
         calibration_examples: Training texts that packed methods calibrate on.
+        contrastive: Weight of a supervised contrastive term on what the head sees, beside cross-entropy; 0: none.
+        contrastive_temperature: Its temperature.
+        together: With it, texts of a class that stand side by side in a batch.
         arguments: More of transformers' `TrainingArguments`.
     """
 
@@ -62,7 +66,20 @@ class TrainingOptions:
     weight_decay: float = 0.1
     warmup_ratio: float = 0.1
     calibration_examples: int = 256
+    contrastive: float = 0.0
+    contrastive_temperature: float = 0.1
+    together: int = 4
     arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.contrastive < float("inf"):
+            raise ValueError(f"contrastive={self.contrastive!r} must be a finite number of at least 0.")
+        if not self.contrastive_temperature > 0:
+            raise ValueError(f"contrastive_temperature={self.contrastive_temperature!r} must be greater than 0.")
+        if not 2 <= self.together <= self.batch_size:
+            raise ValueError(
+                f"together={self.together!r} must be at least 2, and at most the batch size, {self.batch_size}."
+            )
 
 
 class Trained(NamedTuple):
@@ -91,7 +108,7 @@ def train(
         seed: Of the batches' order.
     """
     best = _KeepBest(options.patience)
-    with scratch("ood-study") as folder:
+    with scratch("ood-study") as folder, head_recorded(model) as recorded:
         trainer = _Trainer(
             model=model,
             args=_arguments(str(folder), options, learning_rate, seed),
@@ -102,6 +119,7 @@ def train(
             callbacks=[best],
         )
         trainer.head_learning_rate = options.head_learning_rate
+        trainer.options, trainer.recorded = options, recorded
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     best.restore(model)
@@ -180,10 +198,26 @@ class _KeepBest(TrainerCallback):
 
 
 class _Trainer(Trainer):
-    """With a learning rate of its own for the head."""
+    """With a learning rate of its own for the head, and a contrastive term if the options have one."""
 
     head_learning_rate: float
+    options: TrainingOptions
+    recorded: dict[str, torch.Tensor]
     optimizer: Any
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if self.options.contrastive and model.training:
+            seen = one_per_text(self.recorded, outputs.logits)
+            term = supervised_contrastive_loss(seen, inputs["labels"], self.options.contrastive_temperature)
+            loss = loss + self.options.contrastive * term
+        return (loss, outputs) if return_outputs else loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self.options.contrastive:
+            return super()._get_train_sampler(train_dataset)
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        return ByClass([row["labels"] for row in rows], self.options.together, self.args.seed)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if getattr(self, "optimizer", None) is None:

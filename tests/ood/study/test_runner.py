@@ -70,7 +70,7 @@ def test_every_method_and_the_report(write, tmp_path):
             assert measured["auroc"] == pytest.approx(metrics.auroc(inside, outside))
             assert measured["auroc_interval"][0] <= measured["auroc"] <= measured["auroc_interval"][1]
         assert set(result["detectors"]) == {
-            "msp", "energy", "mahalanobis", "relative_mahalanobis", "cosine", "knn", "vim",
+            "msp", "energy", "mahalanobis", "relative_mahalanobis", "cosine", "knn", "vim", "mahalanobis_cosine",
         }  # fmt: skip
         assert result["examples"]["test"] == (36 if cell.setting.name == "clinc150_oos" else 18)
     report = write_report(config)
@@ -115,6 +115,33 @@ def test_a_method_that_is_not_possible_is_a_stated_skip(write):
     config = write(budgets=[0.00001], methods=["lora", "linear"])
     assert _run(config) == {"done": 1, "failed": 0, "skipped": 1}
     assert "**skipped**" in (text := write_report(config).read_text()) and "no size near a budget" in text
+
+
+def test_states_of_several_layers(write):
+    """Detectors of features are measured on them beside, under a name of their own, and the cell stays the one it was."""
+    config = write(methods=["linear"], detectors=["msp", "mahalanobis_cosine"], layers=[-2])
+    assert [cell.id for cell in config.cells()] == [cell.id for cell in write(methods=["linear"]).cells()]
+    assert _run(config) == {"done": 1, "failed": 0, "skipped": 0}
+    result = results.result_of(config, config.cells()[0])
+    assert set(result["detectors"]) == {"msp", "mahalanobis_cosine", "mahalanobis_cosine_layers"} and result[
+        "layers"
+    ] == [1]
+    scores = load_file(results.scores_path(config, config.cells()[0]))
+    assert (scores["mahalanobis_cosine.id"] != scores["mahalanobis_cosine_layers.id"]).any()
+
+
+def test_the_contrastive_term(write):
+    """It changes what is learned and names another cell; its options name none where it isn't used."""
+    plain, same = write(methods=["lora"]), write(methods=["lora"], training={**TRAINING, "together": 2})
+    config = write(methods=["lora"], training={**TRAINING, "contrastive": 1.0, "together": 2})
+    ids = [study.cells()[0].id for study in (plain, same, config)]
+    assert ids[0] == ids[1] != ids[2]
+    for study in (plain, config):
+        assert _run(study) == {"done": 1, "failed": 0, "skipped": 0}
+    found = [results.result_of(study, study.cells()[0])["detectors"] for study in (plain, config)]
+    assert found[0]["cosine"]["auroc"] != found[1]["cosine"]["auroc"]
+    with pytest.raises(ValueError, match="together=17.*batch size, 16"):
+        write(training={**TRAINING, "together": 17})
 
 
 def test_a_detector_that_fails_is_shown_as_failed(write):
