@@ -66,7 +66,8 @@ def leave_one_out(features: np.ndarray, codes: np.ndarray, classes: int) -> np.n
         values, vectors = np.linalg.eigh(features @ features.T)
     else:
         values, directions = np.linalg.eigh(features.T @ features)
-        vectors = features @ directions / np.sqrt(np.maximum(values, 1e-9 * values[-1]))
+        # the same state in all texts (the embedding of a template's last token) has no direction
+        vectors = features @ directions / np.sqrt(np.maximum(values, max(1e-9 * values[-1], 1e-30)))
     values, vectors = np.maximum(values, 0).astype(np.float64), vectors.astype(np.float64)
     inner, squares = vectors.T @ (targets - means), vectors * vectors
     found = []

@@ -261,6 +261,17 @@ def test_one_forward_pass_has_all_layers(monkeypatch):
     assert read == [fitted.layer_ - 3] * len(TEXTS)
 
 
+@pytest.mark.parametrize("count", [4, 40])
+def test_a_block_that_is_the_same_in_all_texts(count):
+    """(Layer 0's last token behind a template.)"""
+    rng, codes = np.random.default_rng(0), np.arange(count) % 2
+    features = np.concatenate([np.ones((count, 5)), rng.normal(size=(count, 5)) + codes[:, None]], 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = choice.scores_of(features, {(0, "last"): slice(0, 5), (1, "last"): slice(5, 10)}, codes, 2)
+    assert -1 < found[0, "last"] < found[1, "last"] and choice.best(found, count) == (1, "last")
+
+
 def test_leave_one_out_is_what_leaving_one_out_gives():
     from sklearn.linear_model import Ridge
 
