@@ -1,6 +1,7 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
 """What a critic's training keeps beside Trainer's checkpoints, so that it goes on after a kill.
 
+rollouts/penalty.json                   the penalty of the head's weights that was chosen
 rollouts/settings.json                  what roll-outs and targets depend on
 rollouts/iteration-0003-000.jsonl       the roll-outs of an iteration and a process
 rollouts/iteration-0003-000.safetensors the critic's values of their states as the iteration began
@@ -16,8 +17,8 @@ import torch
 
 from generation_ext.critic.rollout_files import RolloutWriter, read_rollouts
 from generation_ext.critic.rollouts import Rollout
-from peft_ext.file_formats import Tensor, check_tensors
-from peft_ext.files import sweep, write_json
+from peft_ext.file_formats import Tensor, check_fields, check_tensors, number
+from peft_ext.files import read_json, sweep, write_json
 from peft_ext.runs import differences, plain, read_settings
 from peft_ext.tensor_files import read_tensors, write_tensors
 
@@ -47,7 +48,7 @@ class RunFiles:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         sweep(self.folder)
-        for pattern in ("iteration-*.jsonl", "iteration-*.safetensors"):
+        for pattern in ("iteration-*.jsonl", "iteration-*.safetensors", "penalty.json"):
             for old in self.folder.glob(pattern):
                 old.unlink()
         write_json(self._settings, settings)
@@ -105,6 +106,21 @@ class RunFiles:
             way_out="It doesn't belong to the roll-outs beside it; start a new run.",
         )
         return tensors["values"]
+
+    def keep_l2(self, l2: float) -> None:
+        """Write the penalty that a run has chosen."""
+        if self.writes and self.process == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / "penalty.json", {"l2": l2})
+
+    def kept_l2(self) -> Optional[float]:
+        """The penalty that a run has chosen, or None."""
+        path = self.folder / "penalty.json"
+        if not path.is_file():
+            return None
+        row = read_json(path)
+        check_fields(row, {"l2": number(0)}, repr(str(path)), "Start a new run.")
+        return float(row["l2"])
 
     @property
     def _settings(self) -> Path:

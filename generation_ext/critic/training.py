@@ -33,10 +33,10 @@ from generation_ext.critic.batches import (
     values_of,
 )
 from generation_ext.critic.diagnostics import by_position, summary
-from generation_ext.critic.layer_choice import explained_by_layer
 from generation_ext.critic.losses import value_loss
 from generation_ext.critic.reading import AUTO
 from generation_ext.critic.rewards import RewardFunc, check_callable
+from generation_ext.critic.ridge import Explained, best_of, candidate_layers, explained_by, fit_head, slope_of
 from generation_ext.critic.rollouts import (
     Rollout,
     RolloutSampler,
@@ -61,6 +61,9 @@ _EVALUATION, _TRIED, _LAYER = -1, -2, -3  # in the place of an iteration's numbe
 
 class CriticTrainer(Trainer):
     """transformers' Trainer for a critic: `train()`, `evaluate()`, `save_model()`, `resume_from_checkpoint`, callbacks.
+
+    A linear head begins as the ridge regression of the first roll-outs' outcomes on what the critic reads, with the penalty that
+    does best on held-out prompts, and that penalty stays in the loss (`closed_form`, `l2`).
 
     A critic with `layer="auto"` gets its layer from the first roll-outs: one that explains most of the outcome of held-out
     ones, by linear maps (`layers_explained` has all of them, and the log `explained_variance_layer_12` and the like).
@@ -139,6 +142,8 @@ class CriticTrainer(Trainer):
         self._evaluated: Optional[list[Rollout]] = None
         self.layers_explained: dict[int, float] = {}
         self._layers_to_log: dict[int, float] = {}
+        self._penalty: Optional[float] = None
+        self._l2 = 0.0
         self._sums: dict[str, list[float]] = {}
         self.add_callback(_BeginsEpoch(self))
 
@@ -160,7 +165,7 @@ class CriticTrainer(Trainer):
             ValueError: If the run that is there had other settings.
         """
         self._resuming = resume_from_checkpoint not in (None, False)
-        self._iteration = None
+        self._iteration, self._penalty, self._l2 = None, None, 0.0
         with trainer_checkpoints.going_on(self, resume_from_checkpoint) as checkpoint:
             if self._resuming:
                 self._files.check(self._settings())
@@ -223,6 +228,8 @@ class CriticTrainer(Trainer):
             action_loss = action_value_loss(self._critic, hidden.detach(), values, inputs, args.value_loss)
             self._sums.setdefault("action_value_loss", []).append(float(action_loss.detach()))
             loss = loss + args.action_value_coef * action_loss
+        if self._l2:
+            loss = loss + self._l2 * self._critic.head.weight.square().sum()
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: Optional[float] = None) -> None:
@@ -290,6 +297,8 @@ class CriticTrainer(Trainer):
         start = time.perf_counter()
         rollouts = self._rollouts(iteration)
         seconds = time.perf_counter() - start
+        if self.args.l2 is not None:
+            self._l2 = self.args.l2
         if begins:
             self._prepare_critic(rollouts)
             estimates = self._values(rollouts)
@@ -298,6 +307,7 @@ class CriticTrainer(Trainer):
             if not has_lora(self._critic):
                 self._fill_hidden(rollouts)
             estimates = self._kept_values(iteration, rollouts)
+            self._l2 = self._kept_penalty(rollouts)
         rewards = terminal_rewards(estimates.outcomes, estimates.mask)
         advantages = generalized_advantages(rewards, estimates.values, estimates.mask, self.args.gamma, self.args.lam)
         targets = advantages + estimates.values
@@ -312,6 +322,7 @@ class CriticTrainer(Trainer):
         for item, tried in zip(self._data.items, self._tried(rollouts, iteration)):
             item["tried"] = tried
         if begins:
+            self._fit_head(rollouts, targets)
             self._log_iteration(estimates, seconds)
 
     def _rollouts(self, iteration: int) -> list[Rollout]:
@@ -410,14 +421,19 @@ class CriticTrainer(Trainer):
             return
         mask = states_mask(rollouts)
         outcomes = discounted_outcomes(outcomes_of(rollouts), mask, self.args.gamma)
-        if self._layer_is_open:
-            self._choose_layer(rollouts, outcomes)
+        explained = self._explain(rollouts, outcomes)
         self._fill_hidden(rollouts)
         critic.fit_standardisation(torch.cat([rollout.hidden for rollout in rollouts if rollout.hidden is not None]))
         if has_lora(critic):
             for rollout in rollouts:
                 rollout.hidden = None
-        critic.start_at(float(outcomes[mask].mean()))
+        start = float(outcomes[mask].mean())
+        critic.start_at(start)
+        if explained is not None and critic.config.head == "linear" and self.args.closed_form:
+            self._penalty = explained.penalty_of(len(rollouts))
+            if self.args.l2 is None:
+                self._l2 = self._penalty_in_loss(explained, start)
+                self._files.keep_l2(self._l2)
         with torch.no_grad():
             for fitted in (critic.mean, critic.std, critic.head.bias):
                 fitted.copy_(broadcast(fitted.detach()))
@@ -430,22 +446,67 @@ class CriticTrainer(Trainer):
     def _layer_is_open(self) -> bool:
         return self._critic.config.choose_layer and not self._is_prepared
 
-    def _choose_layer(self, rollouts: list[Rollout], outcomes: torch.Tensor) -> None:
-        """The layer that explains most; all processes take the first one's."""
-        config, last = self._critic.config, self._critic.reading(self.language_model).last
-        seed = seed_of(self.args.seed, _LAYER)
-        found = [explained_by_layer(self.language_model, self._critic, rollouts, outcomes, seed)]
+    def _explain(self, rollouts: list[Rollout], outcomes: torch.Tensor) -> Optional[Explained]:
+        """What a linear map of the critic's layer knows; the layer is chosen, if it still is to be. All processes take the first
+        one's."""
+        args: CriticConfig = self.args
+        config, reading = self._critic.config, self._critic.reading(self.language_model)
+        choices = [reading.layers]
+        if self._layer_is_open:
+            choices = [(index,) for index in candidate_layers(self.language_model, reading)]
+        elif has_lora(self._critic) or config.head != "linear" or not args.closed_form:
+            return None
+        seed = seed_of(args.seed, _LAYER)
+        found: list[Any] = [explained_by(self.language_model, self._critic, choices, rollouts, outcomes, seed)]
         broadcast_object_list(found)
-        self.layers_explained = self._layers_to_log = found[0]
-        if not self.layers_explained:
-            warnings.warn(
-                f"layer='auto': {len(rollouts)} roll-outs, or outcomes that are all the same, don't tell layers apart; "
-                f"the critic reads layer {(config.layers or [last])[0]}.",
-                stacklevel=2,
-            )
+        if not found[0]:
+            if self._layer_is_open:
+                warnings.warn(
+                    f"layer='auto': {len(rollouts)} roll-outs, or outcomes that are all the same, don't tell layers apart; the "
+                    f"critic reads layer {reading.layers[0]}.",
+                    stacklevel=2,
+                )
+            return None
+        if not self._layer_is_open:
+            return found[0][0]
+        by_layer = {layers[0]: each for layers, each in zip(choices, found[0])}
+        best = best_of(by_layer)
+        config.layers = None if best == reading.last else [best]
+        self.layers_explained = self._layers_to_log = {index: each.share for index, each in by_layer.items()}
+        return by_layer[best]
+
+    def _penalty_in_loss(self, explained: Explained, mean: float) -> float:
+        args: CriticConfig = self.args
+        return explained.penalty_of(args.rollouts_per_iteration) * slope_of(args.value_loss, mean)
+
+    def _kept_penalty(self, rollouts: list[Rollout]) -> float:
+        """The loss's penalty in a run that goes on in the middle of an iteration: the one on disk; where nothing is kept, chosen
+        on this iteration's roll-outs."""
+        args: CriticConfig = self.args
+        if args.l2 is not None:
+            return args.l2
+        kept = self._files.kept_l2()
+        if kept is not None or args.save_rollouts or not args.closed_form:
+            return kept or 0.0
+        outcomes = discounted_outcomes(outcomes_of(rollouts), states_mask(rollouts), args.gamma)
+        explained = self._explain(rollouts, outcomes)
+        return (
+            0.0
+            if explained is None
+            else self._penalty_in_loss(explained, float(outcomes[states_mask(rollouts)].mean()))
+        )
+
+    def _fit_head(self, rollouts: list[Rollout], targets: torch.Tensor) -> None:
+        """Begin where ridge regression on the first roll-outs ends; all processes take the first one's."""
+        if self._penalty is None:
             return
-        best = max(self.layers_explained, key=lambda index: self.layers_explained[index])
-        config.layers = None if best == last else [best]
+        states = [rollout.hidden for rollout in rollouts if rollout.hidden is not None]
+        rows = [row[: rollout.states] for row, rollout in zip(targets, rollouts)]
+        fit_head(self._critic, states, rows, self._penalty)
+        self._penalty = None
+        with torch.no_grad():
+            for fitted in (self._critic.head.weight, self._critic.head.bias):
+                fitted.copy_(broadcast(fitted.detach()))
 
     def _collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         rollouts = [item["rollout"] for item in items]
@@ -488,7 +549,7 @@ class CriticTrainer(Trainer):
         args: CriticConfig = self.args
         names = (
             "seed", "rollouts_per_iteration", "epochs_per_iteration", "rollout_batch_size", *_SAMPLING, "gamma", "lam",
-            "action_value_candidates", "per_device_train_batch_size", "gradient_accumulation_steps",
+            "action_value_candidates", "closed_form", "l2", "per_device_train_batch_size", "gradient_accumulation_steps",
         )  # fmt: skip
         config = self._critic.config
         source = repr([_content(entry) for entry in self._train_source])

@@ -67,6 +67,19 @@ class CriticConfig(TrainingArguments):
         default=None,
         metadata={"help": "Clip a value's move since the roll-outs were taken (the paper: 0.2); of squared_error."},
     )
+    closed_form: bool = field(
+        default=True,
+        metadata={
+            "help": "Begin a new linear head as the ridge regression of the first roll-outs' outcomes, its penalty chosen on "
+            "held-out prompts; False: at the mean outcome."
+        },
+    )
+    l2: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "Penalty of the squares of the value head's weights; None: the ridge regression's, 0 without one."
+        },
+    )
     action_value_coef: float = field(
         default=1.0, metadata={"help": "Weight of the action-value head's loss, if the critic has that head."}
     )
@@ -115,6 +128,8 @@ class CriticConfig(TrainingArguments):
                 f"cliprange_value={self.cliprange_value} is for value_loss='squared_error', not {self.value_loss!r}; "
                 "leave one of them out."
             )
+        if self.l2 is not None and not 0 <= self.l2 < float("inf"):
+            raise ValueError(f"l2={self.l2} must be a number of at least 0, or None.")
         if self.action_value_coef < 0:
             raise ValueError(f"action_value_coef={self.action_value_coef} must not be below 0.")
         if self.action_value_candidates < 0:

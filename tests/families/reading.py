@@ -65,7 +65,7 @@ def same(model: Any, found: Any, prompts: torch.Tensor, **options: Any) -> None:
     for step, (ours, theirs) in enumerate(zip(found.scores, expected.scores)):
         # of a text that has ended, scores decide nothing
         goes_on = (written[:, :step] != 2).all(dim=1) if "num_beams" not in options else slice(None)
-        torch.testing.assert_close(ours[goes_on], theirs[goes_on], rtol=1e-3, atol=2e-3)
+        torch.testing.assert_close(ours[goes_on], theirs[goes_on], rtol=1e-3, atol=4e-3)
     alone = generated(model, [], prompts, **options)
     assert not torch.allclose(found.scores[0], alone.scores[0], atol=0.1), "nothing is steered"
 

@@ -157,8 +157,9 @@ def _settings(args: TrainArguments, training: CriticConfig, stored: Optional[dic
     if stored is None or "layer" in stored or any(getattr(args, name) != value for name, value in unset.items()):
         return _arguments(args, training)
     note(f"{training.output_dir} holds a run of an earlier version, whose critic reads the last hidden state alone.")
-    args.layer, args.running_mean = "-1", False
-    return {name: value for name, value in _arguments(args, training).items() if name not in unset}
+    args.layer, args.running_mean, training.closed_form = "-1", False, False
+    new = (*unset, "closed_form", "l2")
+    return {name: value for name, value in _arguments(args, training).items() if name not in new}
 
 
 def _arguments(args: TrainArguments, training: CriticConfig) -> dict[str, Any]:
