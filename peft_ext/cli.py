@@ -22,7 +22,7 @@ COMMANDS: Commands = {
     "push": "upload a run, an adapter, a packed model, a critic or a classifier to the hub",
     "run": "another program (lm_eval, trl, transformers, ...) with our methods and formats known to it",
     "plan": "memory that tuning and serving a model take, from its config alone",
-    "critic": Command("steer a frozen model: train | generate | evaluate", "generation_ext.critic.commands"),
+    "critic": Command("steer a frozen model: train | generate | export | evaluate", "generation_ext.critic.commands"),
     "classify": Command(
         "classify texts in context, with or without demonstrations", "generation_ext.in_context.classify"
     ),

@@ -240,8 +240,7 @@ def _log_ratio(critic: Critic, state: torch.Tensor, states: torch.Tensor) -> tor
 
 def _log_action_ratio(critic: Critic, state: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
     device = critic.mean.device
-    state = state.to(device)
-    return critic.action_log_values(state, candidates.to(device)) - critic.log_value(state).unsqueeze(-1)
+    return critic.action_log_ratio(state.to(device), candidates.to(device))
 
 
 def _checked_critics(model: nn.Module, critic: Any, mode: str) -> list[Critic]:

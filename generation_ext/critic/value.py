@@ -9,7 +9,8 @@ import math
 import string
 import warnings
 from collections.abc import Iterator
-from typing import Any, Optional
+from pathlib import Path
+from typing import Any, Optional, Union
 
 import torch
 from torch import nn
@@ -45,6 +46,7 @@ from peft_ext.threads import hooks_of_this_thread
 
 
 HEADS = ("linear", "mlp")
+AFFINE, LINEAR = ACTION_FORMS = ("affine", "linear")
 _PLACEHOLDERS = {"code", "prompt"}
 # Of config.json; those of PretrainedConfig are transformers'.
 FIELDS = {
@@ -60,6 +62,7 @@ FIELDS = {
     "lora_layers": mapping_of(list_of(whole(1), length=2)).means("inputs and outputs of each layer with LoRA"),
     "action_values": truth(),
     "action_rank": whole(0),
+    "action_form": text(*ACTION_FORMS).means("of the log odds of action values in the hidden state"),
     "embedding_size": whole(1).or_null(),
     "vocab_size": whole(1).or_null(),
     "control_codes": list_of(text()),
@@ -90,6 +93,10 @@ class CriticModelConfig(PretrainedConfig):
         lora_layers: Filled by [`Critic.for_model`]: name (in the backbone) -> inputs and outputs of a layer with LoRA.
         action_values: Also have the head that scores tokens from the state before them.
         action_rank: Rank of that head's map from hidden states to token embeddings; 0: a dense one.
+        action_form: `"affine"`: it also has a bias for each token and each state, and steers by the value ratio
+            `Q / V` as the exact mode does. `"linear"`: the log odds of Q over V are linear in the hidden state, and are
+            what it steers by; a change of low rank of the language model's output head, which
+            [`Critic.to_lora`] writes as a LoRA.
         embedding_size: Width of the language model's token embeddings; None: `hidden_size`.
         vocab_size: Number of token embeddings; for messages.
         control_codes: The attributes that one critic was trained for, by their names in the prompt; empty: one
@@ -119,6 +126,7 @@ class CriticModelConfig(PretrainedConfig):
     lora_layers: Any = None
     action_values: bool = False
     action_rank: int = 0
+    action_form: str = AFFINE
     embedding_size: Optional[int] = None
     vocab_size: Optional[int] = None
     control_codes: Any = None
@@ -172,9 +180,10 @@ class Critic(OwnFiles, PreTrainedModel):
         if config.action_values:
             embedding_size = config.embedding_size or size
             self.register_buffer("embedding_scale", torch.ones(()))
-            self.action_bias = nn.Linear(size, 1)
+            is_affine = config.action_form == AFFINE
+            self.action_bias = nn.Linear(size, 1) if is_affine else None
             self.action_down = nn.Linear(size, config.action_rank, bias=False) if config.action_rank else None
-            self.action_map = nn.Linear(config.action_rank or size, embedding_size)
+            self.action_map = nn.Linear(config.action_rank or size, embedding_size, bias=is_affine)
         self.lora_a = nn.ParameterList(
             nn.Parameter(torch.empty(config.lora_rank, inputs)) for inputs, _ in config.lora_layers.values()
         )
@@ -201,6 +210,7 @@ class Critic(OwnFiles, PreTrainedModel):
         mlp_size: int = 256,
         action_values: bool = False,
         action_rank: int = 0,
+        action_form: str = AFFINE,
         lora_rank: int = 0,
         lora_alpha: float = 16.0,
         lora_target_modules: Optional[list[str]] = None,
@@ -213,17 +223,20 @@ class Critic(OwnFiles, PreTrainedModel):
             model: A causal or encoder-decoder language model; it may be wrapped by PEFT, or packed.
             layer: The layer whose hidden states are read: n, the states after layer n; negative numbers count from the end,
                 -1 is the last. Or several. `"auto"`: the one that explains most of the outcome on held-out roll-outs,
-                chosen as [`CriticTrainer`] begins (until then, one above the middle); with a LoRA, the last.
+                chosen as [`CriticTrainer`] begins (until then, one above the middle); with a LoRA, the last; with
+                `action_form="linear"`, the last alone, without its mean.
             running_mean: Read the mean of these states over the text so far (prompt and continuation), too. With `layer=-1`
                 and without it, the critic is the paper's, which earlier versions made.
-            head, mlp_size, action_values, action_rank, lora_rank, lora_alpha, lora_target_modules, control_codes,
-                prompt_template: See [`CriticModelConfig`].
+            head, mlp_size, action_values, action_rank, action_form, lora_rank, lora_alpha, lora_target_modules,
+                control_codes, prompt_template: See [`CriticModelConfig`].
 
         Raises:
             ValueError: If an argument is out of its range, or no layer has one of the LoRA's names.
             TypeError: If `model` is not a language model of transformers.
         """
         embedding = token_embedding(model)
+        if action_values and action_form == LINEAR and layer == AUTO:
+            layer, running_mean = -1, False  # what the output head reads
         if lora_rank and layer == AUTO:
             layer = -1
         read_layers, state_size = checked_layers(model, layer, running_mean)
@@ -243,6 +256,7 @@ class Critic(OwnFiles, PreTrainedModel):
             lora_layers=layers,
             action_values=action_values,
             action_rank=action_rank,
+            action_form=action_form,
             embedding_size=embedding_weight(embedding).shape[1],
             vocab_size=embedding_weight(embedding).shape[0],
             control_codes=control_codes,
@@ -291,6 +305,21 @@ class Critic(OwnFiles, PreTrainedModel):
         Raises:
             ValueError: If the critic has no such head, or doesn't know its language model yet.
         """
+        states = self._standardised(hidden)
+        own = self._value_logit(states)
+        if self.action_bias is not None:
+            own = own + self.action_bias(states).squeeze(-1).float()
+        return own.unsqueeze(-1) + self._match(hidden, candidates)
+
+    def action_log_ratio(self, hidden: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        """What each token's log-probability gains at strength 1, float32 `[..., k]`: `log Q(s, a) - log V(s)`, or, of a
+        critic of `action_form="linear"`, the difference of the log odds; see [`action_logits`][Critic.action_logits]."""
+        if self.config.action_values and self.config.action_form == LINEAR:
+            return self._match(hidden, candidates)
+        return self.action_log_values(hidden, candidates) - self.log_value(hidden).unsqueeze(-1)
+
+    def _match(self, hidden: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        """How well tokens go with what the action-value head wants after a state, `[..., k]`."""
         if not self.config.action_values:
             raise ValueError(
                 "this critic has no action-value head; train one with action_values=True, or use mode='exact'."
@@ -298,11 +327,17 @@ class Critic(OwnFiles, PreTrainedModel):
         if not self._embedding:
             raise ValueError("the action-value head reads the language model's embeddings: call attach(model) first.")
         states = self._standardised(hidden)
+        if self.config.action_form == LINEAR:
+            states = hidden.to(self.mean.dtype) / self.root_mean_square
         tokens = embedding_weight(self._embedding[0])[candidates].to(states.dtype) * self.embedding_scale
         mapped = self.action_map(states if self.action_down is None else self.action_down(states))
-        match = (tokens @ mapped.unsqueeze(-1)).squeeze(-1) / math.sqrt(mapped.shape[-1])
-        own = self._value_logit(states) + self.action_bias(states).squeeze(-1).float()
-        return own.unsqueeze(-1) + match.float()
+        return ((tokens @ mapped.unsqueeze(-1)).squeeze(-1) / math.sqrt(mapped.shape[-1])).float()
+
+    @property
+    def root_mean_square(self) -> torch.Tensor:
+        """Of each dimension of the hidden states, `[hidden_size]`: what a linear action-value head divides them by, which
+        takes no mean off."""
+        return (self.mean.square() + self.std.square()).sqrt()
 
     def action_log_values(self, hidden: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
         """`log Q(s, a)`, float32 `[..., k]`; see [`action_logits`][Critic.action_logits]."""
@@ -389,6 +424,31 @@ class Critic(OwnFiles, PreTrainedModel):
         self.check_model(model)
         self._embedding = [token_embedding(model)]
         return self
+
+    def to_lora(self, model: nn.Module, output_dir: Union[str, Path], strength: float = 1.0, to: str = "peft") -> Path:
+        """Write a critic of `action_form="linear"` as an ordinary LoRA on the language model's output head, which any
+        server that takes LoRAs steers by.
+
+        With it, the model's distribution is that of [`CriticLogitsProcessor`] in the mode `"action-value"` with all tokens
+        as its `top_k`, at this strength, up to rounding.
+
+        Args:
+            model: The critic's language model.
+            output_dir: Where the adapter goes; files of others that lie there stay.
+            strength: The exponent of the odds ratio; negative: steers away.
+            to: `"peft"`: `adapter_config.json` and `adapter_model.safetensors`, for PEFT, vLLM and the like; `"gguf"`:
+                `adapter.gguf` for llama.cpp's `--lora`, of models whose output head isn't tied to the embeddings.
+
+        Returns:
+            The folder, or the GGUF file.
+
+        Raises:
+            ValueError: If the critic isn't linear in the model's last hidden state, or no LoRA on the head does the same;
+                nothing is written then.
+        """
+        from generation_ext.critic.to_lora import write_lora
+
+        return write_lora(self, model, output_dir, strength, to)
 
     def model_card(self, token: Any = None, online: bool = False) -> Card:
         """What `save_pretrained` and `push_to_hub` write into README.md; see `peft_ext.model_card`."""
@@ -484,7 +544,8 @@ class Critic(OwnFiles, PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
             init.zeros_(module.weight)
-            init.zeros_(module.bias)
+            if module.bias is not None:
+                init.zeros_(module.bias)
         elif module is self:
             init.zeros_(self.mean)
             init.ones_(self.std)

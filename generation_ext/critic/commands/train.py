@@ -32,7 +32,17 @@ from peft_ext.model_card import note_measured
 from peft_ext.runs import RunFolder, drop_checkpoints, last_checkpoint
 
 
-_OF_CRITIC = ("running_mean", "head", "mlp_size", "lora_rank", "action_values", "control_codes", "prompt_template")
+_OF_CRITIC = (
+    "running_mean",
+    "head",
+    "mlp_size",
+    "lora_rank",
+    "action_values",
+    "action_form",
+    "action_rank",
+    "control_codes",
+    "prompt_template",
+)
 
 
 @dataclass
@@ -53,6 +63,11 @@ class TrainArguments(ModelArguments, PromptArguments, RewardArguments):
     mlp_size: int = field(default=256, metadata={"help": "Width of an MLP head."})
     lora_rank: int = field(default=0, metadata={"help": "Rank of the critic's own LoRA; 0: none."})
     action_values: bool = field(default=False, metadata={"help": "Train the action-value head, too."})
+    action_form: str = field(
+        default="affine",
+        metadata={"help": "Of the action-value head: affine, or linear, which `critic export` can write as a LoRA."},
+    )
+    action_rank: int = field(default=0, metadata={"help": "Rank of the action-value head's map; 0: a dense one."})
     control_codes: list[str] = field(
         default_factory=list, metadata={"help": "Attributes, by the names that come before the prompt."}
     )
@@ -169,8 +184,12 @@ def _arguments(args: TrainArguments, training: CriticConfig) -> dict[str, Any]:
     of_args = asdict(args)
     of_args["prompts"] = of_args.pop("data")  # its name in the files of earlier versions
     del of_args["device"]
+    # a run of a version without them goes on
+    of_args = {name: value for name, value in of_args.items() if name not in _LATER or value != _LATER[name]}
     return {**of_args, **{name: getattr(training, name) for name in names}}
 
 
+# what earlier versions' settings lack, which had this
+_LATER = {"action_form": "affine", "action_rank": 0}
 # what may differ between the start of a run and its going on
 _FREE = ("output_dir", "logging_steps", "save_steps", "save_total_limit", "report_to", "remove_unused_columns")
