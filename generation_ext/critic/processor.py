@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from torch import nn
@@ -14,11 +15,20 @@ from transformers import LogitsProcessor
 from generation_ext.critic.reading import Reading, wanted_by
 from generation_ext.critic.value import Critic
 from generation_ext.shared_prefix.candidates import Branches, Prefix, branch
-from generation_ext.shared_prefix.encoded_text import ForwardRecorder, PrefixEncoder
+from generation_ext.shared_prefix.drafts import Draft, draft_of
+from generation_ext.shared_prefix.encoded_text import ForwardRecorder, LastStates, PrefixEncoder, is_drafting
 from peft_ext.language_model import ENCODER_DECODER, LanguageModel, end_tokens
 
 
 MODES = ("exact", "action-value")
+
+
+class _Valued(NamedTuple):
+    """A draft, and candidates behind each of its texts with what they gain, both `[drafted + 1, k]`."""
+
+    draft: Draft
+    tokens: Optional[torch.Tensor] = None
+    gains: Optional[torch.Tensor] = None
 
 
 class CriticLogitsProcessor(LogitsProcessor):
@@ -37,8 +47,10 @@ class CriticLogitsProcessor(LogitsProcessor):
 
     In `"exact"` mode, `V(s + a)` of all candidates of all rows comes from one forward pass of the language model (without
     its output head) on the cache that `generate` has just filled, which it finds through a hook on the model and only
-    reads. Where the last forward pass wasn't the one that led to these scores (`use_cache=False`, assisted decoding, a
-    compiled model, a call outside of `generate`), it encodes the text by itself, which is slower. In `"action-value"`
+    reads. In assisted decoding (an assistant model, prompt lookup), that one pass is of the candidates behind all drafted
+    tokens; drafting itself isn't steered. Where the last forward pass wasn't the one that led to these scores
+    (`use_cache=False`, a compiled model, a call outside of `generate`), or candidates can't be a tree behind several texts
+    (ALiBi, relative positions, a critic with a LoRA), it encodes the text by itself, which is slower. In `"action-value"`
     mode, the critic guesses `V(s + a)` from the state before the token, without a forward pass.
 
     ```python
@@ -89,6 +101,7 @@ class CriticLogitsProcessor(LogitsProcessor):
                 "forward pass of the critic's would change it; a critic can't steer it."
             )
         self._readings = {critic: critic.reading(model) for critic in self.critics}
+        self._local = threading.local()
         # a critic with a LoRA reads its own encoding; all others share the language model's
         pad_token_id = _pad_token_id(model)
         self._adapted = {
@@ -117,6 +130,7 @@ class CriticLogitsProcessor(LogitsProcessor):
         """Take the hook off the model and free what was encoded; the processor then encodes every text by itself."""
         self.recorder.close()
         self.recorder.drop()
+        self._local = threading.local()
         for encoder in (self._own, *self._adapted.values()):
             encoder.reset()
 
@@ -131,6 +145,8 @@ class CriticLogitsProcessor(LogitsProcessor):
         Returns:
             New scores of the same shape and type.
         """
+        if is_drafting():
+            return scores
         candidates, usable = self.candidates(scores)
         if any(self.strengths):
             gain = self._gain(input_ids, candidates)
@@ -157,12 +173,7 @@ class CriticLogitsProcessor(LogitsProcessor):
 
     def gain_on(self, prefix: Prefix, branches: Branches) -> torch.Tensor:
         """`strength * (log V(s + a) - log V(s))` of the critics without a LoRA, from candidates' states, `[batch, k]`."""
-
-        def ratio(critic: Critic) -> torch.Tensor:
-            reading = self._readings[critic]
-            return _log_ratio(critic, reading.of(prefix), reading.of(branches))
-
-        return self._total(ratio, branches.candidates)
+        return self._ratios(prefix, branches, branches.candidates)
 
     def gain_of_adapted(self, input_ids: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
         """The same of the critics with a LoRA; each reads the text by itself."""
@@ -194,20 +205,69 @@ class CriticLogitsProcessor(LogitsProcessor):
             raise ValueError("input_ids has no token; a critic reads the state after at least one (such as BOS).")
         gain = self.gain_of_adapted(input_ids, candidates)
         if self.reads_model:
-            if self.mode == "exact":
+            drafted = self._drafted_gain(input_ids, candidates)
+            if drafted is not None:
+                gain += drafted.to(gain.device)
+            elif self.mode == "exact":
                 prefix = self.prefix(input_ids)
                 gain += self.gain_on(prefix, branch(self.language_model, prefix, candidates)).to(gain.device)
             else:
                 gain += self._action_gain(input_ids, candidates)
         return gain
 
-    def _action_gain(self, input_ids: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-        text = self.recorder.last(input_ids) or self._own(input_ids, self._cross(input_ids))
+    def _drafted_gain(self, input_ids: torch.Tensor, candidates: torch.Tensor) -> Optional[torch.Tensor]:
+        """The gain where `generate` has read drafted tokens after the text, or after its beginning: all of them are
+        valued when the first is asked for. None if this isn't such a text."""
+        if self.recorder.recorded is not None:
+            self._local.draft = None
+            if self.recorder.logits is None or self.recorder.last(input_ids) is not None:
+                return None
+            draft = draft_of(self.recorder, input_ids)
+            if draft is None:
+                return None
+            tokens = gains = None
+            if self.mode == "exact":
+                tokens = draft.logits.float().topk(candidates.shape[1], dim=-1).indices[0]
+                tokens[0] = candidates[0]
+                after = draft.branch(self.language_model, list(range(len(tokens))), tokens)
+                gains = None if after is None else self._ratios(draft.states, after, tokens)
+            self._local.draft = _Valued(draft, tokens, gains)
+        valued: Optional[_Valued] = getattr(self._local, "draft", None)
+        place = None if valued is None else valued.draft.place(input_ids)
+        if valued is None or place is None:
+            return None
+        if place == valued.draft.drafted:  # the last one
+            self._local.draft = None
+        state = valued.draft.at([place])
+        if self.mode != "exact":
+            return self._action_ratios(state, candidates)
+        if valued.gains is None or valued.tokens is None:
+            return None
+        same = candidates[0, :, None].to(valued.tokens.device) == valued.tokens[place]
+        if bool(same.any(dim=-1).all()):
+            return valued.gains[place, same.int().argmax(dim=-1)][None]
+        # processors before this one have moved other tokens to the front
+        found = valued.draft.branch(self.language_model, [place], candidates)
+        return None if found is None else self._ratios(state, found, candidates)
 
+    def _ratios(
+        self, text: Union[Prefix, LastStates], after: Union[Branches, LastStates], like: torch.Tensor
+    ) -> torch.Tensor:
+        def ratio(critic: Critic) -> torch.Tensor:
+            reading = self._readings[critic]
+            return _log_ratio(critic, reading.of(text), reading.of(after))
+
+        return self._total(ratio, like)
+
+    def _action_ratios(self, text: Union[Prefix, LastStates], candidates: torch.Tensor) -> torch.Tensor:
         def ratio(critic: Critic) -> torch.Tensor:
             return _log_action_ratio(critic, self._readings[critic].of(text), candidates)
 
         return self._total(ratio, candidates)
+
+    def _action_gain(self, input_ids: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        text = self.recorder.last(input_ids) or self._own(input_ids, self._cross(input_ids))
+        return self._action_ratios(text, candidates)
 
     def _total(
         self, ratio: Callable[[Critic], torch.Tensor], like: torch.Tensor, adapted: bool = False

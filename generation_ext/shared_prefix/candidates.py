@@ -267,7 +267,7 @@ def _tree(
     preallocated: Optional[PreallocatedCache],
 ) -> Branches:
     count, length = candidates.shape[1], prefix.length
-    windows = _windows_of_layers(model, prefix.cache)
+    windows = windows_of_layers(model, prefix.cache)
     if preallocated is not None and not any(windows) and preallocated.move_in(prefix.cache, length, count):
         append: Callable[[torch.Tensor], None] = partial(preallocated.append, prefix)
         layers = [
@@ -303,7 +303,8 @@ def _tree(
     return Branches(prefix, candidates, prefix.running.branched(states), hidden, append)
 
 
-def _windows_of_layers(model: LanguageModel, cache: Cache) -> list[Optional[int]]:
+def windows_of_layers(model: LanguageModel, cache: Cache) -> list[Optional[int]]:
+    """How far each layer of a cache looks back; None: to the beginning."""
     kinds = getattr(model.config, "layer_types", None)
     if kinds is None:
         return list(model.windows.values()) * len(cache.layers)

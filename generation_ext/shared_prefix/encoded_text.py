@@ -4,6 +4,7 @@ own."""
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache
+from transformers.generation.candidate_generator import CandidateGenerator
 
 from generation_ext.shared_prefix.candidates import Prefix, can_branch, counts_tokens, is_running, run_reading
 from generation_ext.shared_prefix.inner_states import decoder_layers, output_state
@@ -27,7 +29,8 @@ _CROSS = ("encoder_hidden_states", "encoder_attention_mask")
 
 @dataclass
 class RecordedForward:
-    """What a forward pass of the backbone took and gave; the cache isn't kept alive."""
+    """What a forward pass of the backbone took and gave; the cache isn't kept alive. `states` are all last hidden states of
+    a single row's several tokens."""
 
     input_ids: Optional[torch.Tensor]
     mask: Any
@@ -38,12 +41,14 @@ class RecordedForward:
     tokens: int
     cross: dict[str, Any]
     fed: Optional[FedStates] = None
+    states: Optional[torch.Tensor] = None
 
 
 class LastStates(NamedTuple):
-    """Of the text so far, the last hidden states `[batch, hidden]`, and what else is read."""
+    """Of the text so far, the last hidden states `[batch, hidden]`, and what else is read; or of candidates, `[batch, k, ...]`.
+    There may be no last ones where they aren't read."""
 
-    hidden: torch.Tensor
+    hidden: Optional[torch.Tensor]
     running: RunningStates
 
 
@@ -68,6 +73,8 @@ class ForwardRecorder:
             # torch registers and removes in two steps; between them another thread's pass comes without its kwargs
             if recorder is None or len(rest) != 2 or is_running() or torch.compiler.is_compiling():
                 return
+            if is_drafting():  # by the model itself, with fewer layers
+                return
             recorder._record(args, *rest)
 
         def outer_hook(module: nn.Module, args: tuple[Any, ...], kwargs: Optional[dict[str, Any]] = None) -> None:
@@ -75,11 +82,22 @@ class ForwardRecorder:
             if recorder is not None and kwargs is not None and not is_running() and not torch.compiler.is_compiling():
                 recorder._local.outer = kwargs.get("input_ids", args[0] if args else None)
 
+        def logits_hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            recorder = this()
+            if recorder is None or is_running() or torch.compiler.is_compiling() or recorder.recorded is None:
+                return
+            logits = getattr(output, "logits", None)
+            # of several tokens of a single row: they may be drafted ones
+            if logits is not None and recorder.recorded.states is not None and logits.shape[1] > 1:
+                recorder._local.logits = logits
+
         handles = [model.backbone.register_forward_hook(hook, with_kwargs=True)]
         layers = decoder_layers(model)
         self._inner = [index for index in wanted.layers if layers is not None and index < len(layers)]
         for index in self._inner:
             handles.append(layers[index - 1].register_forward_hook(_layer_hook(this, index)))  # type: ignore[index]
+        if model.base is not model.backbone:
+            handles.append(model.base.register_forward_hook(logits_hook))
         if model.kind == CAUSAL and model.base is not model.backbone:
             # a model that also sees embeds its tokens itself, and its backbone isn't given them
             handles.append(model.base.register_forward_pre_hook(outer_hook, with_kwargs=True))
@@ -107,9 +125,57 @@ class ForwardRecorder:
         """The last forward passes since they were dropped, the last first."""
         return getattr(self._local, "recent", [])
 
+    @property
+    def logits(self) -> Optional[torch.Tensor]:
+        """Those of the last forward pass, `[1, tokens, vocabulary]`, if it had several for a single row."""
+        return getattr(self._local, "logits", None)
+
     def drop(self) -> None:
         """Forget the last forward passes."""
-        self._local.recent = []
+        self._local.recent, self._local.logits = [], None
+
+    def running(self, recorded: RecordedForward, texts: list[torch.Tensor]) -> Optional[RunningStates]:
+        """What is read of beginnings of the text that a forward pass was the encoding of, one row for each; None if it doesn't
+        tell.
+
+        Args:
+            recorded: A pass of one row.
+            texts: Tokens `[1, n]` each, the whole text last.
+        """
+        if not self.wanted.layers:
+            return RunningStates()
+        each: list[RunningStates] = []
+        for text in texts:
+            length = recorded.length - texts[-1].shape[1] + text.shape[1]
+            found = None if recorded.fed is None else recorded.fed.at_end_of(text, length)
+            if found is None:
+                return None
+            each.append(found)
+        return RunningStates.stacked(each)
+
+    def drafted(self, input_ids: torch.Tensor) -> Optional[int]:
+        """How many tokens more than those of `input_ids` the last forward pass read; None if that isn't known."""
+        recorded = self.recorded
+        cache = None if recorded is None else recorded.cache()
+        if recorded is None or cache is None:
+            return None
+        begun, more = getattr(self._local, "more", (None, 0))
+        if begun is None or begun() is not cache:
+            if recorded.tokens != recorded.length:
+                return None
+            more = 0
+            self._local.more = (weakref.ref(cache), more)
+        return recorded.length - more - input_ids.shape[1]
+
+    def whole(self, recorded: RecordedForward, cache: Cache) -> Optional[Prefix]:
+        """All tokens of a forward pass's cache as a text, without what else is read of it; None if candidates can't be encoded on it."""
+        if not can_branch(cache):
+            return None
+        mask = self._mask(recorded, cache)
+        if mask is not None and mask.shape != (len(recorded.hidden), recorded.length):
+            return None
+        positions = None if recorded.positions is None else recorded.positions[..., -1:] + 1
+        return Prefix(cache, recorded.length, recorded.hidden, mask, positions, recorded.cross)
 
     def prefix(self, input_ids: torch.Tensor) -> Optional[Prefix]:
         """One of the last forward passes as the encoding of `input_ids`, or None if none was that.
@@ -118,16 +184,11 @@ class ForwardRecorder:
             input_ids: The text so far, `[batch, tokens]`.
         """
         recorded, cache = self._of(input_ids)
-        if recorded is None or cache is None or not can_branch(cache):
+        if recorded is None or cache is None:
             return None
-        mask = self._mask(recorded, cache)
-        if mask is not None and mask.shape != (len(recorded.hidden), recorded.length):
-            return None
-        positions = None if recorded.positions is None else recorded.positions[..., -1:] + 1
-        running = self._running(recorded, input_ids)
-        if running is None:
-            return None
-        return Prefix(cache, recorded.length, recorded.hidden, mask, positions, recorded.cross, running)
+        whole = self.whole(recorded, cache)
+        running = None if whole is None else self._running(recorded, input_ids)
+        return None if whole is None or running is None else replace(whole, running=running)
 
     def last(self, input_ids: torch.Tensor) -> Optional[LastStates]:
         """What is read of `input_ids`, if one of the last forward passes gave it, with a cache or without."""
@@ -240,11 +301,13 @@ class ForwardRecorder:
             hidden=hidden[:, -1].clone(),
             tokens=hidden.shape[1],
             cross={name: given[name] for name in _CROSS if given.get(name) is not None},
+            states=hidden.detach().clone() if hidden.shape[0] == 1 < hidden.shape[1] else None,
         )
         inner, self._local.inner = getattr(self._local, "inner", {}), {}
         if self.wanted.layers:
             last = {index: hidden.detach() for index in self.wanted.layers if index not in self._inner}
             recorded.fed = self._fed_by(recorded, cache, {**last, **inner}, given)
+        self._local.logits = None
         self._local.cross = recorded.cross
         self._local.recent = [recorded, *self._recent[: _KEPT - 1]]
 
@@ -450,6 +513,15 @@ def _layer_hook(recorder: Callable[[], Optional[ForwardRecorder]], index: int) -
         own._local.inner = {**getattr(own._local, "inner", {}), index: output_state(output).detach().clone()}
 
     return hook
+def is_drafting() -> bool:
+    """Whether this is called while tokens are drafted: there, `generate` shows its processors texts that the model hasn't
+    read, for the assistant to be steered by, or to see what they rule out."""
+    frame: Any = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "get_candidates" and isinstance(frame.f_locals.get("self"), CandidateGenerator):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _remove(handles: list[Any]) -> None:

@@ -4,7 +4,7 @@ in another order for beams, in as many ways as there are candidates."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Optional
 
@@ -66,6 +66,16 @@ class RunningStates:
             {index: change(state) for index, state in self.states.items()},
             {index: change(total) for index, total in self.sums.items()},
             None if self.counts is None else change(self.counts),
+        )
+
+    @classmethod
+    def stacked(cls, each: Sequence[RunningStates]) -> RunningStates:
+        """Those of several batches as one."""
+        counts = [one.counts for one in each if one.counts is not None]
+        return cls(
+            {index: torch.cat([one.states[index] for one in each]) for index in each[0].states},
+            {index: torch.cat([one.sums[index] for one in each]) for index in each[0].sums},
+            torch.cat(counts) if counts else None,
         )
 
     def rows(self, rows: torch.Tensor) -> RunningStates:

@@ -386,15 +386,6 @@ def test_a_prompt_of_embeddings():
     assert torch.equal(sequences, expected.sequences[:, ids.shape[1] :])
 
 
-def test_assisted_decoding():
-    model, critic = shared("llama"), random_critic(shared("llama"))
-    ids = torch.tensor([[9, 3, 77, 4, 9, 3, 77, 4, 9, 3]])
-    expected = generate(model, [SlowProcessor(model, [critic], [STRENGTH], TOP_K)], ids, max_new_tokens=12)
-    with CriticLogitsProcessor(model, critic, TOP_K, STRENGTH) as processor:
-        output = generate(model, [processor], ids, max_new_tokens=12, prompt_lookup_num_tokens=3)
-    assert torch.equal(output.sequences, expected.sequences)
-
-
 def test_outside_of_generate():
     model, critic = shared("llama"), random_critic(shared("llama"))
     scores = torch.randn(3, VOCAB)
