@@ -53,6 +53,9 @@ SEAMS = {
         "_attn_implementation": "language_model, granularity: which attention runs, and what masks it takes",
         "_name_or_path": "everywhere: what the user called the model",
     },
+    "transformers.generation.candidate_generator.CandidateGenerator": {
+        "get_candidates": "generation_ext.shared_prefix: found among the callers, whether tokens are being drafted",
+    },
     "transformers.utils.PushToHubMixin": {
         "_upload_modified_files(working_dir, repo_id)": "peft_ext.packed_cards: writes the card before it is uploaded",
     },

@@ -40,6 +40,22 @@ KNOWN_ATTENTIONS = (
     "MistralAttention",
     "Qwen2Attention",
     "Qwen3Attention",
+    "Qwen3MoeAttention",
+    "Qwen3NextAttention",
+    "Qwen2_5_VLAttention",
+    "MixtralAttention",
+    "Gemma3Attention",
+    "Phi3Attention",
+    "Olmo2Attention",
+    "Cohere2Attention",
+    "SmolLM3Attention",
+    "GraniteAttention",
+    "GPTJAttention",
+    "OPTAttention",
+    "JambaAttention",
+    "BambaAttention",
+    "FalconH1Attention",
+    "Lfm2Attention",
 )
 HEAD = "granularity"
 
@@ -53,8 +69,8 @@ def convert_to_granularity_attention(model: Model, config: Optional[GranularityC
     it was, convert it, and [`load_granularities`] from the folder.
 
     Args:
-        model: A BART, T5, BERT, Llama, Mistral or Qwen, or a relative that shares their attention; not a `PeftModel`
-            (convert the base first).
+        model: A BART, T5, BERT, Llama, Mistral, Qwen, Gemma 3, Phi 3 or another one with attentions of `KNOWN_ATTENTIONS`;
+            not a `PeftModel` (convert the base first).
         config: See [`GranularityConfig`]; None: `link="rectified"`, `initial=0`, and the model's own longest text as
             `max_length`.
 
@@ -175,7 +191,7 @@ def _looks_back(module: Any) -> bool:
 
 
 def _input_size(module: Any) -> int:
-    for name in ("q_proj", "q", "query"):
+    for name in ("q_proj", "q", "query", "qkv_proj"):
         if hasattr(module, name):
             return getattr(module, name).in_features
     raise ValueError(f"{type(module).__name__} has no projection of queries that is known.")

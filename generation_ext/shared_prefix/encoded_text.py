@@ -168,7 +168,8 @@ class ForwardRecorder:
         return recorded.length - more - input_ids.shape[1]
 
     def whole(self, recorded: RecordedForward, cache: Cache) -> Optional[Prefix]:
-        """All tokens of a forward pass's cache as a text, without what else is read of it; None if candidates can't be encoded on it."""
+        """All tokens of a forward pass's cache as a text, without what else is read of it; None if candidates can't be
+        encoded on it."""
         if not can_branch(cache):
             return None
         mask = self._mask(recorded, cache)

@@ -22,16 +22,13 @@ OLD_FLAGS = {"prompts": "data"}
 
 
 @dataclass
-class CriticArguments(ModelArguments):
-    """Which critic, and how it steers."""
+class NamedCriticArguments(ModelArguments):
+    """Which critic."""
 
     critic: list[str] = field(
         default_factory=list,
         metadata={"help": "Folder or hub id of a critic, or of a run (or the first argument); or several."},
     )
-    critic_top_k: int = field(default=10, metadata={"help": "Tokens that are re-weighted in each step."})
-    mode: str = field(default="exact", metadata={"help": "exact, or action-value (a critic with that head)."})
-    mask_others: bool = field(default=False, metadata={"help": "Rule out all other tokens."})
 
     def load(self, kind: str = "causal") -> tuple[Any, Any]:
         """The language model in eval mode, and its tokenizer; the first critic's run's if the flags name none."""
@@ -39,6 +36,15 @@ class CriticArguments(ModelArguments):
             run = read_settings(Path(self.critic[0], "config.yaml")) or {}
             self.model, self.adapter = run.get("model"), self.adapter or run.get("adapter")
         return super().load(kind)
+
+
+@dataclass
+class CriticArguments(NamedCriticArguments):
+    """Which critic, and how it steers."""
+
+    critic_top_k: int = field(default=10, metadata={"help": "Tokens that are re-weighted in each step."})
+    mode: str = field(default="exact", metadata={"help": "exact, or action-value (a critic with that head)."})
+    mask_others: bool = field(default=False, metadata={"help": "Rule out all other tokens."})
 
     def processor(
         self, model: Any, critics: Sequence[Critic], strength: Union[float, list[float]], **kwargs: Any

@@ -8,26 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
-from generation_ext.critic.commands.arguments import CriticArguments, critic_folders, load_critics
+from generation_ext.critic.commands.arguments import NamedCriticArguments, critic_folders, load_critics
 from generation_ext.critic.to_lora import FORMATS
-from peft_ext.command_line import ModelArguments, parse, show
+from peft_ext.command_line import parse, show
 from peft_ext.files import check_folder_writable
 
 
 @dataclass
-class ExportArguments(ModelArguments):
+class ExportArguments(NamedCriticArguments):
     """Which critic, how strong, and where to."""
 
-    critic: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Folder or hub id of a critic, or of a run (or the first argument)."},
-    )
     strength: float = field(default=1.0, metadata={"help": "Exponent of the odds ratio; below 0: steers away."})
     to: str = field(default="peft", metadata={"help": "peft (an adapter for PEFT, vLLM) or gguf (for llama.cpp)."})
     output_dir: Optional[str] = field(default=None, metadata={"help": "Folder of the adapter."})
-
-    # the critic's run knows its model
-    load = CriticArguments.load
 
 
 def main(argv: Sequence[str]) -> None:

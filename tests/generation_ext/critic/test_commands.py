@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 import yaml
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from generation_ext.critic import Critic
+from generation_ext.critic import Critic, CriticLogitsProcessor
 from generation_ext.critic.commands.arguments import PromptArguments, load_prompts
 from generation_ext.critic.commands.reward_arguments import RewardArguments, load_reward
 from generation_ext.critic.rollout_files import read_rollouts
@@ -293,6 +293,32 @@ def test_bad_arguments_of_generate_and_evaluate(place, run, tmp_path, capsys):
     assert "data is missing" in last_error(capsys)
     assert main(["evaluate", str(run), "--rollouts", str(run / "rollouts"), "--strengths", "1"]) == 2
     assert "leave out --rollouts" in last_error(capsys)
+
+
+def test_export(place, tmp_path, capsys):
+    flags = {"num_iterations": 1, "action_values": "true", "action_form": "linear", "action_rank": 4}
+    assert train(place, tmp_path / "run", **flags) == 0
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "run"), "--strength", "8", "--output_dir", str(tmp_path / "out")]) == 0
+    assert "a LoRA of rank 4 on the output head" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(place / "model")
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        before = model(ids).logits[:, -1]
+        critic = Critic.from_pretrained(tmp_path / "run" / "critic").attach(model)
+        with CriticLogitsProcessor(model, critic, before.shape[1], 8.0, mode="action-value") as processor:
+            expected = processor(ids, before.clone()).log_softmax(-1)
+        steered = PeftModel.from_pretrained(model, str(tmp_path / "out"))(ids).logits[:, -1].log_softmax(-1)
+    torch.testing.assert_close(steered, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_bad_arguments_of_export(run, tmp_path, capsys):
+    assert main(["export", str(run)]) == 2
+    assert "output_dir is missing" in last_error(capsys)
+    assert main(["export", str(run), "--to", "onnx", "--output_dir", str(tmp_path / "out")]) == 2
+    assert "to='onnx' is unknown" in last_error(capsys)
+    assert main(["export", str(run), "--output_dir", str(tmp_path / "out")]) == 2
+    assert "action_form='affine'" in last_error(capsys) and not (tmp_path / "out").exists()
 
 
 def test_usage(capsys):
