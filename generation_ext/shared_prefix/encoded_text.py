@@ -514,6 +514,8 @@ def _layer_hook(recorder: Callable[[], Optional[ForwardRecorder]], index: int) -
         own._local.inner = {**getattr(own._local, "inner", {}), index: output_state(output).detach().clone()}
 
     return hook
+
+
 def is_drafting() -> bool:
     """Whether this is called while tokens are drafted: there, `generate` shows its processors texts that the model hasn't
     read, for the assistant to be steered by, or to see what they rule out."""

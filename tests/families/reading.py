@@ -18,7 +18,7 @@ from generation_ext.in_context.scoring import LabelScorer
 from generation_ext.probing import FeatureExtractor
 from generation_ext.prompts import Task
 from peft_ext.language_model import backbone
-from tests.generation_ext.critic.reference import WITHOUT_EMBEDDINGS, SlowProcessor, random_critic
+from tests.generation_ext.critic.reference import WITHOUT_EMBEDDINGS, SlowProcessor, random_critic, read_slowly
 from tests.tiny.tokenizers import tiny_tokenizer
 
 
@@ -54,7 +54,9 @@ def guessed(model: Any) -> None:
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
             result = scores.clone()
             for row, ids in enumerate(input_ids):
-                state = backbone(model)(input_ids=ids[ids.cumsum(0) > 0][None], use_cache=False)[0][0, -1]
+                text = ids[ids.cumsum(0) > 0][None]
+                states = model(input_ids=text, use_cache=False, output_hidden_states=True).hidden_states
+                state = read_slowly(model, critic, states)
                 for token in scores[row].topk(TOP_K).indices:
                     after = critic.action_log_values(state, token[None])[0]
                     result[row, token] += STRENGTH * (after - critic.log_value(state))

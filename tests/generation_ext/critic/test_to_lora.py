@@ -172,6 +172,12 @@ def test_gguf(tmp_path):
         ("llama", {"action_values": False}, "linear in the hidden state, and this one has none"),
         ("llama", {"action_form": "affine"}, "action_form='affine'"),
         ("llama", {"lora_rank": 2}, "lora_rank=2"),
+        (
+            "llama",
+            {"layer": 1, "running_mean": False},
+            r"reads layers=\[1\], running_mean=False.*layer=-1, running_mean=False",
+        ),
+        ("llama", {"layer": -1}, "reads running_mean=True"),
         ("gemma2", {}, "final_logit_softcapping"),
     ],
 )
