@@ -70,7 +70,7 @@ def passes_of(model) -> tuple[list[int], Any]:
     counts: list[int] = []
 
     def count(module, args, kwargs):  # before it: a pass may end at an inner layer
-        counts.append(kwargs["input_ids"].shape[1])
+        counts.append((args[0] if args else kwargs["input_ids"]).shape[1])
 
     return counts, backbone(model).register_forward_pre_hook(count, with_kwargs=True)
 
