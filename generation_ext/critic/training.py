@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import broadcast, broadcast_object_list
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.utils import logging
 
 from generation_ext.critic.action_values import Tried, action_value_loss, stacked, try_candidates
@@ -34,6 +34,7 @@ from generation_ext.critic.batches import (
 )
 from generation_ext.critic.diagnostics import by_position, summary
 from generation_ext.critic.losses import value_loss
+from generation_ext.critic.processor import CriticLogitsProcessor
 from generation_ext.critic.reading import AUTO
 from generation_ext.critic.rewards import RewardFunc, check_callable
 from generation_ext.critic.ridge import Explained, best_of, candidate_layers, explained_by, fit_head, slope_of
@@ -353,13 +354,16 @@ class CriticTrainer(Trainer):
         if len(rollouts) == len(rows):
             return rollouts
         write = self._files.writer(iteration, keep=len(rollouts))
-        for batch in self._sampled(rows, seed, len(rollouts), f"roll-outs {iteration + 1}"):
+        for batch in self._sampled(rows, seed, len(rollouts), f"roll-outs {iteration + 1}", steered=iteration > 0):
             write(batch)
             rollouts += batch
         return rollouts
 
-    def _sampled(self, rows: list[dict[str, Any]], seed: int, done: int, title: str) -> Iterator[list[Rollout]]:
-        size = self.args.rollout_batch_size
+    def _sampled(
+        self, rows: list[dict[str, Any]], seed: int, done: int, title: str, steered: bool = False
+    ) -> Iterator[list[Rollout]]:
+        """Batches of roll-outs; `steered`: every second one under the critic, if the settings say so."""
+        size, strength = self.args.rollout_batch_size, self.args.steered_strength
         bar = logging.tqdm(
             total=len(rows),
             initial=done,
@@ -370,9 +374,19 @@ class CriticTrainer(Trainer):
             batch = rows[start : start + size]
             # before a layer is chosen, states of another would be kept
             with_hidden = not has_lora(self._critic) and not self._layer_is_open
-            yield self._sampler.sample(batch, seed_of(seed, start), with_hidden)
+            if steered and strength and start // size % 2:
+                yield self._steered(batch, seed_of(seed, start))
+            else:
+                yield self._sampler.sample(batch, seed_of(seed, start), with_hidden)
             bar.update(len(batch))
         bar.close()
+
+    def _steered(self, rows: list[dict[str, Any]], seed: int) -> list[Rollout]:
+        strength = self.args.steered_strength
+        with CriticLogitsProcessor(
+            self.language_model, self._critic, strength=strength, mask_others=True
+        ) as processor:
+            return self._sampler.sample(rows, seed, False, logits_processor=LogitsProcessorList([processor]))
 
     def _held_out(self, eval_dataset: Optional[Iterable[Any]]) -> list[Rollout]:
         source = self._eval_source if eval_dataset is None else _source(eval_dataset, "eval_dataset")
@@ -549,7 +563,8 @@ class CriticTrainer(Trainer):
         args: CriticConfig = self.args
         names = (
             "seed", "rollouts_per_iteration", "epochs_per_iteration", "rollout_batch_size", *_SAMPLING, "gamma", "lam",
-            "action_value_candidates", "closed_form", "l2", "per_device_train_batch_size", "gradient_accumulation_steps",
+            "action_value_candidates", "closed_form", "l2", "steered_strength",
+            "per_device_train_batch_size", "gradient_accumulation_steps",
         )  # fmt: skip
         config = self._critic.config
         source = repr([_content(entry) for entry in self._train_source])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Optional
 
@@ -58,6 +59,13 @@ class CriticConfig(TrainingArguments):
     )
     top_k: int = field(default=0, metadata={"help": "Sample from so many most likely tokens; 0: from all."})
     top_p: float = field(default=1.0, metadata={"help": "Sample from the tokens of this share of probability."})
+    steered_strength: float = field(
+        default=0.0,
+        metadata={
+            "help": "From the second iteration on, sample every second batch of roll-outs under the critic as it is then, at "
+            "this strength and among its candidates alone, so that it learns values of texts as it steers them; 0: none."
+        },
+    )
     gamma: float = field(default=1.0, metadata={"help": "Discount of the reward per token, in [0, 1]."})
     lam: float = field(
         default=1.0, metadata={"help": "GAE's lambda, in [0, 1]; 1 regresses on the reward, 0 on the next value."}
@@ -128,7 +136,14 @@ class CriticConfig(TrainingArguments):
                 f"cliprange_value={self.cliprange_value} is for value_loss='squared_error', not {self.value_loss!r}; "
                 "leave one of them out."
             )
-        if self.l2 is not None and not 0 <= self.l2 < float("inf"):
+        if not math.isfinite(self.steered_strength):
+            raise ValueError(f"steered_strength={self.steered_strength} must be a finite number; 0 doesn't steer.")
+        if self.steered_strength and not self.save_rollouts:
+            raise ValueError(
+                f"steered_strength={self.steered_strength} with save_rollouts=False: a resumed run would sample them again under "
+                "a critic that has learnt since; leave one of them out."
+            )
+        if self.l2 is not None and not 0 <= self.l2 < math.inf:
             raise ValueError(f"l2={self.l2} must be a number of at least 0, or None.")
         if self.action_value_coef < 0:
             raise ValueError(f"action_value_coef={self.action_value_coef} must not be below 0.")

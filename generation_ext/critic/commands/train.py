@@ -173,7 +173,7 @@ def _settings(args: TrainArguments, training: CriticConfig, stored: Optional[dic
         return _arguments(args, training)
     note(f"{training.output_dir} holds a run of an earlier version, whose critic reads the last hidden state alone.")
     args.layer, args.running_mean, training.closed_form = "-1", False, False
-    new = (*unset, "closed_form", "l2")
+    new = (*unset, "closed_form", "l2", "steered_strength")
     return {name: value for name, value in _arguments(args, training).items() if name not in new}
 
 

@@ -418,10 +418,22 @@ def test_a_killed_run_goes_on_to_the_same_critic(tmp_path, monkeypatch, kind, st
     assert_same(weights(whole), weights(going_on))
 
 
-@pytest.mark.parametrize("texts", [20, 40])
-def test_a_run_killed_while_collecting_goes_on_with_its_rollouts(tmp_path, monkeypatch, texts):
+def test_every_second_batch_of_later_iterations_is_steered(tmp_path):
+    found = []
+    for strength in (0.0, 20.0):
+        trainer(tmp_path / str(strength), steered_strength=strength).train()
+        found.append([each.completion_ids for each in read_rollouts(tmp_path / str(strength) / "rollouts")])
+    plain, steered = ([texts[start : start + 8] for start in range(0, 48, 8)] for texts in found)
+    assert [one == other for one, other in zip(plain, steered)] == [True, True, True, True, False, True]
+    with pytest.raises(ValueError, match="save_rollouts=False"):
+        trainer(tmp_path / "not kept", steered_strength=1.0, save_rollouts=False)
+
+
+@pytest.mark.parametrize(("texts", "steered"), [(20, 0.0), (40, 0.0), (40, 4.0)])
+def test_a_run_killed_while_collecting_goes_on_with_its_rollouts(tmp_path, monkeypatch, texts, steered):
     """After 20 of the first 24 roll-outs there is no checkpoint yet; after 40 there is one."""
-    whole = trainer(tmp_path / "whole", save_strategy="steps", save_steps=3)
+    options = {"save_strategy": "steps", "save_steps": 3, "steered_strength": steered}
+    whole = trainer(tmp_path / "whole", **options)
     whole.train()
     count = 0
 
@@ -433,8 +445,8 @@ def test_a_run_killed_while_collecting_goes_on_with_its_rollouts(tmp_path, monke
         return small_share(completion_ids)
 
     with pytest.raises(KeyboardInterrupt):
-        trainer(tmp_path / "killed", reward=killed, save_strategy="steps", save_steps=3).train()
-    going_on = trainer(tmp_path / "killed", save_strategy="steps", save_steps=3)
+        trainer(tmp_path / "killed", reward=killed, **options).train()
+    going_on = trainer(tmp_path / "killed", **options)
     sizes = count_generate(going_on.language_model, monkeypatch)
     going_on.train(resume_from_checkpoint=True)
     assert sum(sizes) == 48 - texts // 8 * 8
