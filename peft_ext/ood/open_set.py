@@ -67,7 +67,7 @@ class OpenSetClassifier(ClassifierMixin, BaseEstimator):
         encoder: Any = None,
         head: Any = None,
         *,
-        detector: Union[str, Mapping[str, Any], Detector] = "mahalanobis",
+        detector: Union[str, Mapping[str, Any], Detector] = "mahalanobis_cosine",
         id_recall: float = 0.95,
         thresholds: str = COMMON,
         outside_share: float = 0.5,
@@ -272,10 +272,10 @@ class _Parts:
                 f"detector={self.detector.name!r} needs dense features, the encoder's are sparse; take detector='energy' or "
                 "'msp', or put TruncatedSVD behind the encoder."
             )
-        if features.shape[1] == 1 and self.detector.needs_features and getattr(self.detector, "normalize", False):
+        if features.shape[1] == 1 and self.detector.needs_features and getattr(self.detector, "normalize", True):
             raise ValueError(
                 f"there is 1 feature(s), and detector={self.detector.name!r} scales features to length 1, which leaves a sign; "
-                f"take detector={{'name': {self.detector.name!r}, 'normalize': False}}."
+                "take detector={'name': 'mahalanobis', 'normalize': False}."
             )
         self.detector.fit(None if issparse(features) else features, self._logits(features), local)
 
