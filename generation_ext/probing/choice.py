@@ -3,7 +3,7 @@
 
 A block is what one layer and pooling give. Blocks are compared by ridge regression on the classes, whose leave-one-out
 predictions have a closed form: one eigendecomposition a block, no head is fitted. With few texts the best of sixty
-blocks is best by luck, so blocks that are expected to be good are given a start: those of the last third of the layers'
+blocks is best by luck, so the layers beside one count as well, and blocks that are expected to be good are given a start: those of the last third of the layers'
 last token where a template asks there for the label, means of the middle third elsewhere. The head's own C is then chosen
 by stratified folds on the block that was taken.
 """
@@ -25,9 +25,9 @@ MOST_TEXTS, MOST_BYTES = 1500, 2**30
 # Penalties of the ridge regression, over the mean eigenvalue, and factors from its scores to logits.
 _PENALTIES = np.array([0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0])
 _FACTORS = np.array([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
-# The start of blocks that are expected to be good, in nats over all texts: what one text in fifty is worth with 1,500, and
-# half of them with eight. (0, 2, 4, 6 and 9 were compared on the benchmark's training pools, at 4 to 16 texts a class.)
-START = 4.0
+# The start of blocks that are expected to be good, in nats over all texts. (0 to 9, and means over 1 to 11 layers, were
+# compared on texts of the benchmark's training pools that draws of 4 to 16 a class left over.)
+START = 2.0
 # Folds for C, and rows of features times classes that heads are fitted on in all of them together: of many texts of many
 # classes, fewer folds are run.
 _FOLDS, _MOST_WORK = 5, 300_000
@@ -115,14 +115,20 @@ def _log_probability(scores: np.ndarray, codes: np.ndarray) -> float:
 
 
 def best(scores: Mapping[Block, float], texts: int, expected: Collection[Block] = ()) -> Block:
-    """The block to read.
+    """The block to read: its score is taken together with those of the layers beside it, which see much the same.
 
     Args:
         scores: Of [`scores_of`].
         texts: How many they are means of.
         expected: Blocks that have a start; see [`expected_blocks`].
     """
-    return max(scores, key=lambda block: texts * scores[block] + START * (block in expected))
+
+    def smooth(block: Block) -> float:
+        layer, pooling = block
+        near = [scores[each, pooling] for each in (layer - 1, layer, layer + 1) if (each, pooling) in scores]
+        return sum(near) / len(near)
+
+    return max(scores, key=lambda block: texts * smooth(block) + START * (block in expected))
 
 
 def expected_blocks(blocks: Collection[Block], asks_for_the_label: bool) -> list[Block]:
