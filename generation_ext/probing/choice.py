@@ -3,9 +3,9 @@
 
 A block is what one layer and pooling give. Blocks are compared by ridge regression on the classes, whose leave-one-out
 predictions have a closed form: one eigendecomposition a block, no head is fitted. With few texts the best of sixty
-blocks is best by luck, so the layers beside one count as well, and blocks that are expected to be good are given a start: those of the last third of the layers'
-last token where a template asks there for the label, means of the middle third elsewhere. The head's own C is then chosen
-by stratified folds on the block that was taken.
+blocks is best by luck, so the layers beside one count as well, and blocks that are expected to be good are given a start:
+those of the last third of the layers' last token where a template asks there for the label, means of the middle third
+elsewhere. The head's own C is then chosen by stratified folds on the block that was taken.
 """
 
 from __future__ import annotations

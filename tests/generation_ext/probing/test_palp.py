@@ -236,15 +236,15 @@ def test_texts_that_tell_nothing_leave_what_is_expected(template, expected):
 
 
 def test_more_texts_than_blocks_are_compared_on(monkeypatch):
-    monkeypatch.setattr(choice, "MOST_TEXTS", 20)
-    texts, labels = _tell(50)
+    monkeypatch.setattr(choice, "MOST_TEXTS", 40)
+    texts, labels = _tell(60)
     stub = Blocks()
     fitted = PALPClassifier(stub, random_state=0).fit(texts, labels)
-    assert (fitted.layer_, fitted.pooling_) == (2, "mean") and [count for count, _ in stub.asked] == [20, 30]
+    assert (fitted.layer_, fitted.pooling_) == (2, "mean") and [count for count, _ in stub.asked] == [40, 20]
     np.testing.assert_array_equal(fitted.transform(texts), Blocks().extract(texts)[:, 25:])
     np.testing.assert_allclose(fitted.mean_, Blocks().extract(texts)[:, 25:].mean(0))
-    rows = choice.sample(np.array([0] * 40 + [1] * 8), 30)
-    assert len(rows) == 20 and (rows >= 40).sum() == 8, "as many of each class as there are"
+    rows = choice.sample(np.array([0] * 60 + [1] * 8), 30)
+    assert len(rows) == 40 and (rows >= 60).sum() == 8, "as many of each class as there are"
 
 
 def test_one_forward_pass_has_all_layers(monkeypatch):
