@@ -125,7 +125,8 @@ def best(scores: Mapping[Block, float], texts: int, expected: Collection[Block] 
 
     def smooth(block: Block) -> float:
         layer, pooling = block
-        near = [scores[each, pooling] for each in (layer - 1, layer, layer + 1) if (each, pooling) in scores]
+        # its own counts twice
+        near = [scores[each, pooling] for each in (layer - 1, layer, layer, layer + 1) if (each, pooling) in scores]
         return sum(near) / len(near)
 
     return max(scores, key=lambda block: texts * smooth(block) + START * (block in expected))
