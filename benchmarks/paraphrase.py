@@ -36,6 +36,7 @@ from generation_ext.granularity.metrics import PAPERS_IBLEU, paraphrase_metrics
 from generation_ext.granularity.pictures import sentence_granularities
 from generation_ext.granularity.tokenizer import train_tokenizer
 from peft_ext.files import written_whole
+from peft_ext.runs import lock
 
 
 TRANSFORMER = "Transformer"
@@ -160,13 +161,18 @@ class Paraphrasing:
         path.write_text(json.dumps(list(zip(*(column[:20] for column in columns))), indent=1), encoding="utf-8")
 
     def tokenizer(self, data: str) -> Any:
-        """A set's tokenizer, trained on its training pairs; where models go on from the first set's, that one's."""
-        data = self.run.sets[0] if "transfer_steps" in self.run.settings else data
+        """A set's tokenizer, trained on its training pairs; in the long training, the first set's."""
         folder = self.run.work / f"{data}-tokenizer"
-        if not folder.is_dir():
-            texts = (pair[name] for pair in self.pairs(data)["train"] for name in ("source", "target"))
-            with written_whole(folder) as partial:
-                train_tokenizer(texts, self.run.vocab, max_length=self.run.max_length).save_pretrained(partial)
+        if self.run.experiment.startswith(LONG):
+            # of all these files one: ties between pieces are broken otherwise in every process
+            run, data = self.run, self.run.sets[0]
+            folder = run.path.parent / f"{LONG}.work" / f"{data}-{run.vocab}-{run.max_length}-tokenizer"
+            folder.parent.mkdir(exist_ok=True)
+        with lock(folder.with_suffix(".lock")):
+            if not folder.is_dir():
+                texts = (pair[name] for pair in self.pairs(data)["train"] for name in ("source", "target"))
+                with written_whole(folder) as partial:
+                    train_tokenizer(texts, self.run.vocab, max_length=self.run.max_length).save_pretrained(partial)
         return AutoTokenizer.from_pretrained(folder)
 
     def _beams(self, model: Any, tokenizer: Any, pairs: list[dict[str, str]]) -> list[list[Candidate]]:
