@@ -17,7 +17,7 @@ from trl_ext.almost.prompts.roles import AUTO, FORMATS, OWN, PLAIN, load_style
 # What settings were called in earlier versions, whose recipes and runs are read; old name -> new.
 RENAMED = {"ladder": "generators"}
 # Settings that came later, with what earlier versions did: a file or folder that was begun without them goes on under these.
-LATER: dict[str, Any] = {"repetition_weight": 0.0, "heuristic_filter": False}
+LATER: dict[str, Any] = {"repetition_weight": 0.0, "heuristic_filter": False, "whole_sentences": False}
 # Settings that say where something is computed, not what is made.
 WHERE = ("device",)
 
@@ -163,6 +163,10 @@ class SelfPlayConfig(WritingConfig):
     heuristic_filter: bool = field(
         default=False,
         metadata={"help": "An answer that is bad by its looks, as in comparisons, is chosen only if all are."},
+    )
+    whole_sentences: bool = field(
+        default=False,
+        metadata={"help": "An answer that breaks off, as at max_new_tokens, loses its unfinished last sentence."},
     )
 
     def __post_init__(self) -> None:

@@ -130,6 +130,16 @@ def test_answers_that_go_in_circles_or_break_off_lose(tmp_path, settings, chosen
     assert counts["repeated 3-grams"] == (share if chosen == CIRCLES else 0)
 
 
+def test_an_answer_that_breaks_off_is_scored_and_kept_without_its_last_sentence(tmp_path):
+    config = SelfPlayConfig(samples=2, max_turns=1, shots=1, whole_sentences=True)
+    seen, writer = [], Writer(lambda key, n: ["It boils. And the", "It."][n])
+    self_play(
+        writer, config, QUERIES[:1], tmp_path / "d.jsonl", lambda p, r: seen.extend(r) or [float(len(t)) for t in r]
+    )
+    assert seen == ["It boils.", "It."]
+    assert read_rows(tmp_path / "d.jsonl")[0]["messages"][1]["content"] == "It boils."
+
+
 def test_faults(tmp_path):
     with pytest.raises(ValueError, match="NaN for conversation 3"):
         self_play(Writer(write), CONFIG, QUERIES[:4], tmp_path / "d.jsonl", lambda p, r: [math.nan] * len(r))

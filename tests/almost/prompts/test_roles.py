@@ -21,6 +21,7 @@ from trl_ext.almost.prompts.roles import (
     seed_queries,
     user_prompt,
     uses_chat,
+    whole_sentences,
 )
 
 
@@ -71,6 +72,23 @@ def test_the_prompt_is_chosen_by_what_the_model_has(plain, chat):
     # whoever asks for shots wants demonstrations, as before
     assert chosen_prompt(chat, "auto", 2) == ("faithful", 2) and chosen_prompt(chat, "auto", 0) == ("faithful", 0)
     assert chosen_prompt(chat, "hhh") == ("hhh", 3) and chosen_prompt(chat, "own") == ("own", 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [
+        ("It boils. It then", "It boils."),
+        ("It boils.", "It boils."),
+        ('He said "It boils." And th', 'He said "It boils."'),
+        ("Boil it!\n\n1. Take a pot.\n2. Fi", "Boil it!\n\n1. Take a pot."),  # not behind the number of an item
+        ("It is 3.5 degrees at the", "It is 3.5 degrees at the"),
+        ("no end at all", "no end at all"),
+        ("水开了。然后", "水开了。"),
+        ("", ""),
+    ],
+)
+def test_an_unfinished_sentence_is_left_out(text, whole):
+    assert whole_sentences(text) == whole
 
 
 def test_prompts_of_a_stage_share_their_beginning(plain, chat):

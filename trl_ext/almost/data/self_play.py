@@ -29,6 +29,7 @@ from trl_ext.almost.prompts.roles import (
     clean_turn,
     load_style,
     user_prompt,
+    whole_sentences,
 )
 from trl_ext.almost.repetition import repeated_share
 from trl_ext.almost.rewards import AnswerScorer, RewardModel
@@ -192,6 +193,8 @@ def _answer(
     stops = OWN_STOPS if config.prompt == OWN else ASSISTANT_STOPS
     answers = backend.generate(requests, config.sampling(samples=config.samples, stop=stops))
     cleaned = [[clean_turn(text, stops) for text in texts] for texts in answers]
+    if config.whole_sentences:  # before they are scored: what is chosen is what is learned
+        cleaned = [[whole_sentences(text) for text in texts] for texts in cleaned]
     scores = _scores(talks, cleaned, reward, config.repetition_weight)
     for talk, texts, rewards in zip(talks, cleaned, scores):
         best = max(range(len(texts)), key=lambda n: _preference(texts[n], rewards[n], config.heuristic_filter))

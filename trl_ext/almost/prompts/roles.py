@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -35,6 +36,8 @@ ASSISTANT_STOPS = ("Human:", SEPARATOR)
 OWN_STOPS = (HUMAN,)
 USER_STOPS = ("Assistant:", "Human:", SEPARATOR)
 MINING_STOPS = ("\n",)
+# A mark, with quotes and brackets that close behind it, before white space or the end; scripts without spaces need none.
+_SENTENCE_END = re.compile(r"(?<![0-9])[.!?…।۔]+[\"')\]*»”’]*(?=\s|$)|[。！？]+[」』”’）]*")
 _USER_TASK = (
     "You write the messages of a person who talks to an AI assistant. Reply with the person's next message only: one or two "
     "sentences that build on what the assistant has just said."
@@ -159,6 +162,13 @@ def mining_prompt(shots: Sequence[str]) -> str:
 def clean_turn(text: str, stops: Sequence[str] = ASSISTANT_STOPS) -> str:
     """What a model wrote for a turn: up to the next turn or separator, without white space around it."""
     return before_marks(text, stops).strip()
+
+
+def whole_sentences(text: str) -> str:
+    """A text without an unfinished sentence at its end; as it is where no sentence ends in it. The number of a list's item
+    ends none."""
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    return text[: ends[-1]] if ends else text
 
 
 def seed_queries(path: str = "") -> list[str]:
