@@ -45,13 +45,14 @@ class CriticLogitsProcessor(LogitsProcessor):
     `logits_processor`, it works on the language model's own distribution, before temperature, `top_k` and `top_p`.
     Strength 0 or a constant critic change nothing; a negative strength steers away from the attribute.
 
-    In `"exact"` mode, `V(s + a)` of all candidates of all rows comes from one forward pass of the language model (without
-    its output head) on the cache that `generate` has just filled, which it finds through a hook on the model and only
-    reads. In assisted decoding (an assistant model, prompt lookup), that one pass is of the candidates behind all drafted
-    tokens; drafting itself isn't steered. Where the last forward pass wasn't the one that led to these scores
-    (`use_cache=False`, a compiled model, a call outside of `generate`), or candidates can't be a tree behind several texts
-    (ALiBi, relative positions, a critic with a LoRA), it encodes the text by itself, which is slower. In `"action-value"`
-    mode, the critic guesses `V(s + a)` from the state before the token, without a forward pass.
+    In `"exact"` mode, `V(s + a)` of all candidates of all rows comes from one forward pass of the language model (up
+    to the layer that critics read, without its output head) on the cache that `generate` has just filled, which it
+    finds through a hook on the model and only reads. In assisted decoding (an assistant model, prompt lookup), that
+    one pass is of the candidates behind all drafted tokens; drafting itself isn't steered. Where the last forward
+    pass wasn't the one that led to these scores (`use_cache=False`, a compiled model, a call outside of `generate`),
+    or candidates can't be a tree behind several texts (ALiBi, relative positions, a critic with a LoRA), it encodes
+    the text by itself, which is slower. In `"action-value"` mode, the critic guesses `V(s + a)` from the state before
+    the token, without a forward pass.
 
     ```python
     with CriticLogitsProcessor(model, critic, strength=4.0) as processor:
