@@ -31,7 +31,7 @@ for _ in range(8):
     optimizer.step()
     optimizer.zero_grad()
 
-pipeline = OODPipeline.fit(model.eval(), tokenizer, texts, labels, held_out, "mahalanobis", label_names=names)
+pipeline = OODPipeline.fit(model.eval(), tokenizer, texts, labels, held_out, label_names=names)
 for text in [*held_out, *OTHERS]:
     print(text, "->", pipeline(text))
 pipeline.save_pretrained("runs/intents")

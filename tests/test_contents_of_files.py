@@ -23,7 +23,16 @@ from generation_ext.critic import Critic  # noqa: E402
 from generation_ext.granularity.modeling import CDNPGConfig  # noqa: E402
 from generation_ext.probing import PALPClassifier  # noqa: E402
 from peft_ext.ood.classifier import PooledClassifier  # noqa: E402
-from peft_ext.ood.detectors import KNN, Energy, Mahalanobis, MaxCosine, RelativeMahalanobis, ViM, load_detector  # noqa: E402
+from peft_ext.ood.detectors import (  # noqa: E402
+    KNN,
+    Energy,
+    Mahalanobis,
+    MahalanobisCosine,
+    MaxCosine,
+    RelativeMahalanobis,
+    ViM,
+    load_detector,
+)
 from peft_ext.ood.pipeline import OODPipeline  # noqa: E402
 from peft_ext.tensor_files import carries_digest, read_header  # noqa: E402
 from tests.tiny.models import tiny  # noqa: E402
@@ -106,7 +115,7 @@ HIDDEN = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
 KINDS = {
     **{
         each.name: _detector(each)
-        for each in (Energy(), Mahalanobis(), RelativeMahalanobis(), KNN(3), MaxCosine(), ViM(2))
+        for each in (Energy(), Mahalanobis(), RelativeMahalanobis(), MahalanobisCosine(), KNN(3), MaxCosine(), ViM(2))
     },
     **{f"palp-{head}": _palp(head) for head in ("logistic", "knn", "mlp")},
     "critic": (
@@ -212,6 +221,7 @@ VALUES = {
         "detector": ["odin", [1], None],
         "params": [[1], None, {"k": 1}],
     },
+    "mahalanobis_cosine": {"params.shrinkage": [0, 1.5, "1", True, None]},
     "vim": {"params.dim": ["2", 0, True], "format": [2, True, "1", None]},
     "palp-logistic": {
         "classes": ["pn", ["p"], ["p", "p"], ["p", "n", "q"], None],

@@ -485,7 +485,7 @@ KINDS: dict[str, list[Saved]] = {
     "AWQ base": _foreign(awq_layer, _AWQ),
     "detector": [
         Saved(_write_detector(name), _use_detector)
-        for name in ("mahalanobis", "relative_mahalanobis", "knn", "vim", "energy", "cosine")
+        for name in ("mahalanobis", "relative_mahalanobis", "mahalanobis_cosine", "knn", "vim", "energy", "cosine")
     ],
     "OOD pipeline": [
         Saved(_write_ood("mahalanobis", adapter=True), _use_ood, _NO_TEXTS),
