@@ -16,8 +16,10 @@ from benchmarks import ood  # noqa: E402
 from benchmarks.core.run import RESULTS  # noqa: E402
 from benchmarks.core.runner import open_runs  # noqa: E402
 from benchmarks.ood_baselines import TITLES  # noqa: E402
+from benchmarks.ood_tables import recommended_table  # noqa: E402
 from peft_ext.ood.study.grid import DETECTORS  # noqa: E402
 from peft_ext.ood.study.methods import METHODS  # noqa: E402
+from peft_ext.ood.study.results import CellResult  # noqa: E402
 from tests.ood.conftest import LABELS, write_corpus  # noqa: E402
 
 
@@ -62,6 +64,27 @@ def test_cells_that_chose_learning_rates_are_in_no_mean():
     assert {name: shown[name] for name in studies} == studies
     assert set(shown) - set(studies) - {"recommended"} == {"minilm_rates", "smollm2_rates"}
     assert "| LoRA | 0.006: " in shown["minilm_rates"], "the rate that minilm's study takes isn't the best one"
+
+
+def test_what_is_recommended_stands_beside_the_study():
+    """Cells without a contrastive term are the study's own way, which takes the study's cells as well."""
+    (run,) = open_runs("ood", ["recommended"])
+    study = list(ood.study_of(next(iter(open_runs("ood", ["minilm"]))), RESULTS).cells())
+
+    def made(cells, value):
+        detectors = {
+            name: {"auroc": value, "fpr95": 0.1} for name in ("msp", "mahalanobis", "mahalanobis_cosine_layers")
+        }
+        return [CellResult(cell, {"id_accuracy": 0.9, "detectors": detectors}) for cell in cells]
+
+    cells = ood.study_of(run, RESULTS).cells()
+    assert {cell.setting.name for cell in cells} >= {"clinc150_quarter", "banking77_quarter", "clinc150_oos_all"}
+    shown = recommended_table(made(study, 0.5), made(cells, 0.75)).splitlines()
+    lines = {line.split(" | ")[0].strip("| "): line for line in shown}
+    plain = lines["LoRA as in the study: Mahalanobis"].split(" | ")
+    assert plain[1].startswith("50.0 ± 0.0 / 10 (90.0; 3)") and "75.0" in "".join(plain)
+    assert "| 75.0 ± 0.0 / 10 (90.0; 3)" in lines["LoRA, contrastive: Mahalanobis cosine, two layers"]
+    assert "MiniLM as it is: Mahalanobis" in lines and "LoRA, contrastive: Mahalanobis cosine" not in lines
 
 
 def test_baselines(smoke):
