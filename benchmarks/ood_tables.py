@@ -161,11 +161,14 @@ def recommended_table(study: Sequence[CellResult], recommended: Sequence[CellRes
     kinds: list[tuple[str, list[CellResult], str]] = [
         ("MiniLM as it is: MSP of a linear probe", frozen, "msp"),
         ("MiniLM as it is: Mahalanobis", frozen, "mahalanobis"),
+        ("MiniLM as it is: nearest text (cosine)", frozen, "cosine"),
         ("MiniLM as it is: Mahalanobis cosine, two layers", frozen, "mahalanobis_cosine_layers"),
         ("LoRA as in the study: MSP", plain, "msp"),
         ("LoRA as in the study: Mahalanobis", plain, "mahalanobis"),
+        ("LoRA as in the study: nearest text (cosine)", plain, "cosine"),
         ("LoRA, contrastive: MSP", contrastive, "msp"),
         ("LoRA, contrastive: Mahalanobis", contrastive, "mahalanobis"),
+        ("LoRA, contrastive: nearest text (cosine)", contrastive, "cosine"),
         ("LoRA, contrastive: Mahalanobis cosine", contrastive, "mahalanobis_cosine"),
         ("LoRA, contrastive: Mahalanobis cosine, two layers", contrastive, "mahalanobis_cosine_layers"),
     ]
