@@ -169,6 +169,7 @@ def recommended_table(study: Sequence[CellResult], recommended: Sequence[CellRes
         ("LoRA, contrastive: MSP", contrastive, "msp"),
         ("LoRA, contrastive: Mahalanobis", contrastive, "mahalanobis"),
         ("LoRA, contrastive: nearest text (cosine)", contrastive, "cosine"),
+        ("LoRA, contrastive: nearest text (cosine), two layers", contrastive, "cosine_layers"),
         ("LoRA, contrastive: Mahalanobis cosine", contrastive, "mahalanobis_cosine"),
         ("LoRA, contrastive: Mahalanobis cosine, two layers", contrastive, "mahalanobis_cosine_layers"),
     ]
