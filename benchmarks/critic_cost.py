@@ -98,10 +98,11 @@ def seconds_per_token(run: Run, batch: int) -> dict[str, list[float]]:
 
 
 def _as_lora(model: Any) -> Any:
-    """A twin of the model, as PEFT loads it with a critic's LoRA."""
+    """A twin of the model, as PEFT loads it with a critic's LoRA; its own generate, since PEFT's adds a constant to each call."""
     critic = _critic(model, action_form="linear", action_rank=RANK)
     with scratch("critic-lora") as folder:
-        return PeftModel.from_pretrained(copy.deepcopy(model), str(critic.to_lora(model, folder))).eval()
+        steered = PeftModel.from_pretrained(copy.deepcopy(model), str(critic.to_lora(model, folder))).eval()
+    return steered.get_base_model()
 
 
 def _critic(model: Any, **kwargs: Any) -> Critic:
