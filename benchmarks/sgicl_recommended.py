@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Optional
 
 import numpy as np
 
-from benchmarks.core.claims import Claim, markdown_table
+from benchmarks.core.claims import Claim, Headline, markdown_table, unless
 from benchmarks.core.run import Run, log
 from benchmarks.in_context import TITLES, Example, demonstrations
 from generation_ext.in_context import LabelScorer, SelfGeneratedICL
@@ -219,6 +219,22 @@ def claims(run: Optional[Run]) -> list[Claim]:
             Claim(f"its deviation over that of 8 gold demonstrations{beside}", spread, 0.0, " points"),
         ]
     return result
+
+
+def headlines(run: Optional[Run], page: str) -> list[Headline]:
+    """The averages of the sets, beside peers with the same calibration."""
+    own, deviation = (average(run, Line(OWN, CALIBRATED), of) for of in (statistics.mean, statistics.pstdev))
+    zero, gold = (average(run, Line(method, CALIBRATED)) for method in (ZERO_SHOT, GOLD))
+    shaky = average(run, Line(GOLD, CALIBRATED), statistics.pstdev)
+    if own is None or zero is None or gold is None or deviation is None or shaky is None:
+        return []
+    shown = f"{own:.1f} ± {deviation:.1f}; zero-shot {zero:.1f}, eight gold demonstrations {gold:.1f} ± {shaky:.1f}"
+    wanted = [
+        unless(own >= zero, "above zero-shot"),
+        unless((worth(run, CALIBRATED) or 0) >= WORTH, "half of gold's gain"),
+        unless(deviation <= shaky, "steadier than gold"),
+    ]
+    return [Headline("Reading", 'SG-ICL, `"recommended"`; all of them calibrated', shown, ", ".join(wanted), page)]
 
 
 def _minus(one: Optional[float], two: Optional[float]) -> Optional[float]:

@@ -19,6 +19,6 @@ scorer = LabelScorer(model, tokenizer, task)
 print("zero-shot:            ", scorer.score(TEXTS).predictions())
 print("behind demonstrations:", scorer.score(TEXTS, DEMONSTRATIONS).predictions())
 
-sg_icl = SelfGeneratedICL(model, tokenizer, task, shots=4, samples=4, balanced=True, calibrate=True)
+sg_icl = SelfGeneratedICL(model, tokenizer, task, preset="recommended", shots=4, samples=4)
 scores = sg_icl.score(TEXTS, pool_file="sg_icl_pools.jsonl")  # kept; a second run reads them
 print("behind its own:       ", scores.predictions())
