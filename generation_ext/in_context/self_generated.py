@@ -102,7 +102,7 @@ class SelfGeneratedICL:
     Example:
 
     ```py
-    >>> sg_icl = SelfGeneratedICL(model, tokenizer, SST2, self_consistent=True)
+    >>> sg_icl = SelfGeneratedICL(model, tokenizer, SST2, preset="recommended")
     >>> sg_icl.score(["two lost hours"], pool_file="pools.jsonl").predictions()
     ['negative']
     ```
