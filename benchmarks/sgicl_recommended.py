@@ -222,17 +222,17 @@ def claims(run: Optional[Run]) -> list[Claim]:
 
 
 def headlines(run: Optional[Run], page: str) -> list[Headline]:
-    """The averages of the sets, beside peers with the same calibration."""
+    """The averages of the sets, beside peers with the same calibration; met is what is met beside plain ones, too."""
     own, deviation = (average(run, Line(OWN, CALIBRATED), of) for of in (statistics.mean, statistics.pstdev))
     zero, gold = (average(run, Line(method, CALIBRATED)) for method in (ZERO_SHOT, GOLD))
     shaky = average(run, Line(GOLD, CALIBRATED), statistics.pstdev)
     if own is None or zero is None or gold is None or deviation is None or shaky is None:
         return []
     shown = f"{own:.1f} ± {deviation:.1f}; zero-shot {zero:.1f}, eight gold demonstrations {gold:.1f} ± {shaky:.1f}"
+    bars = claims(run)
+    both = [bool(plain.met and calibrated.met) for plain, calibrated in zip(bars[:3], bars[3:])]
     wanted = [
-        unless(own >= zero, "above zero-shot"),
-        unless((worth(run, CALIBRATED) or 0) >= WORTH, "half of gold's gain"),
-        unless(deviation <= shaky, "steadier than gold"),
+        unless(met, what) for met, what in zip(both, ("above zero-shot", "half of gold's gain", "steadier than gold"))
     ]
     return [Headline("Reading", 'SG-ICL, `"recommended"`; all of them calibrated', shown, ", ".join(wanted), page)]
 
