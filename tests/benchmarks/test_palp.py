@@ -40,7 +40,7 @@ def test_from_end_to_end(smoke, tmp_path):
     for title in ("PALP-D, 16 a class", "In-context learning, 4 a class", "LoRA, full pool"):
         assert f"| {title} |" in found.shown
     for title in (
-        "MiniLM, logistic regression, full pool",
+        "MiniLM, linear probing, full pool",
         "TF-IDF, logistic regression, 4 a class",
         "PALP-D, chosen, 8 a class",
     ):
