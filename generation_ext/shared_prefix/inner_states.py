@@ -35,8 +35,10 @@ def layers_of(stack: nn.Module, count: int) -> Optional[nn.ModuleList]:
 
 def decoder_layers(model: LanguageModel) -> Optional[nn.ModuleList]:
     """The layers that a language model's backbone runs in turn; None if it has no such list."""
+    # the decoder's own config has lost the names of the whole model's, and answers with its class's defaults
     names = ("decoder_layers", "num_decoder_layers") if model.kind == ENCODER_DECODER else ()
-    counts = (getattr(model.config, name, None) for name in (*names, "num_hidden_layers"))
+    own = (getattr(model.base.config, name, None) for name in names)
+    counts = (*own, getattr(model.config, "num_hidden_layers", None))
     count = next((count for count in counts if isinstance(count, int)), None)
     return None if count is None else layers_of(model.backbone, count)
 
