@@ -25,8 +25,8 @@ MOST_TEXTS, MOST_BYTES = 1500, 2**30
 # Penalties of the ridge regression, over the mean eigenvalue, and factors from its scores to logits.
 _PENALTIES = np.array([0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0])
 _FACTORS = np.array([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
-# The start of blocks that are expected to be good, in nats over all texts. (0 to 9, and means over 1 to 11 layers, were
-# compared on texts of the benchmark's training pools that draws of 4 to 16 a class left over.)
+# The start of blocks that are expected to be good, in nats over all texts. (Compared on texts of the benchmark's training pools
+# that draws of 4 to 16 a class left over: 0 to 9 on two sets, means over 1 to 11 layers at 2 and 4 on six.)
 START = 2.0
 # Folds for C, and rows of features times classes that heads are fitted on in all of them together: of many texts of many
 # classes, fewer folds are run.
