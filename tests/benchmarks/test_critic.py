@@ -19,7 +19,7 @@ from sklearn.feature_extraction.text import CountVectorizer  # noqa: E402
 from sklearn.naive_bayes import MultinomialNB  # noqa: E402
 from sklearn.pipeline import make_pipeline  # noqa: E402
 
-from benchmarks import critic_cost, critic_tasks, text_quality  # noqa: E402
+from benchmarks import critic_control, critic_cost, critic_tasks, critic_training, text_quality  # noqa: E402
 from tests.tiny.models import tiny  # noqa: E402
 
 
@@ -71,6 +71,24 @@ def test_control(data, smoke):
     assert set(found.rows) == {*critic_tasks.TASKS, "sentiment_running_mean", "topic_running_mean"}
     assert len(found.rows["topic"]) == 9, "every method, and topics that the critic never saw"
     assert all(result["perplexity"] > 1 for result in found.results)
+
+
+def test_rows_are_found_under_the_keys_that_they_had():
+    assert critic_control.Row("CriticControl", 4.0).key == {"method": "CriticControl", "level": 4.0}
+    best = critic_control.Row("CriticControl", 4.0, 2)
+    assert best.key["best_of"] == 2 and best.title == "CriticControl, strength 4, best of 2"
+    assert [row.texts for row in (best, critic_control.Row("Best of N", 4), critic_control.Row("Frozen model"))] == [
+        2,
+        4,
+        1,
+    ]
+
+
+def test_odds_of_an_unseen_topic():
+    """Scale and bias are those that made the rewards."""
+    scores = torch.randn(400, 3, generator=torch.Generator().manual_seed(0)) / 50
+    scale, bias = critic_training._odds(scores, torch.sigmoid(30 * scores - 1))
+    assert scale == pytest.approx(30, rel=1e-2) and bias == pytest.approx(-1, rel=1e-2)
 
 
 def test_cost(smoke):
