@@ -355,12 +355,12 @@ def headlines(runs: Runs) -> list[Headline]:
         ("sentiment", "Sentiment, strength 16, by two judges", "30 points more at 1.35 times"),
         ("topic", "Topics, strength 16", "40 points more at 2 times"),
     ):
-        both = (run_named(runs, f"{name}_running_mean"), run_named(runs, name))
-        chosen = next((run for run in both if run and run.rows), None)
-        results = {} if chosen is None else found(chosen)
-        compared = next((row for row in (Row(BEST, 10), Row(BEST, 2)) if row in results), None)
-        if chosen is None or compared is None or not {strong, Row(FROZEN)} <= set(results):
+        both = [run for ending in ("_running_mean", "") if (run := run_named(runs, name + ending))]
+        chosen = next((run for run in both if {strong, Row(FROZEN), Row(BEST, 2)} <= set(found(run))), None)
+        if chosen is None:
             continue
+        results = found(chosen)
+        compared = Row(BEST, 10) if Row(BEST, 10) in results else Row(BEST, 2)
         ours, frozen = results[strong], results[Row(FROZEN)]
         what = JUDGED[name]
         percent = [
