@@ -348,17 +348,21 @@ def _first(result: dict[str, Any]) -> float:
 
 
 def headlines(runs: Runs) -> list[Headline]:
-    """Sentiment and topics at one strength."""
+    """Sentiment and topics at one strength, of the newer experiments where they are measured."""
     area, page, shown = "Steering", "../benchmarks/critic_control.md", []
-    strong = Row(CRITIC, 16.0)
     for name, title, wanted in (
-        ("sentiment", "Sentiment, strength 16, by two judges", "30 points more at 1.35 times"),
-        ("topic", "Topics, strength 16", "40 points more at 2 times"),
+        ("sentiment", "Sentiment, strength {:g}, by two judges", "30 points more at 1.35 times"),
+        ("topic", "Topics, strength {:g}", "40 points more at 2 times"),
     ):
-        both = [run for ending in ("_running_mean", "") if (run := run_named(runs, name + ending))]
-        chosen = next((run for run in both if {strong, Row(FROZEN), Row(BEST, 2)} <= set(found(run))), None)
-        if chosen is None:
+        both = [
+            (run, Row(CRITIC, strength))
+            for ending, strength in (("_running_mean", 40.0), ("", 16.0))
+            if (run := run_named(runs, name + ending))
+        ]
+        measured = [(run, row) for run, row in both if {row, Row(FROZEN), Row(BEST, 2)} <= set(found(run))]
+        if not measured:
             continue
+        chosen, strong = measured[0]
         results = found(chosen)
         compared = Row(BEST, 10) if Row(BEST, 10) in results else Row(BEST, 2)
         ours, frozen = results[strong], results[Row(FROZEN)]
@@ -374,7 +378,7 @@ def headlines(runs: Runs) -> list[Headline]:
             f"{percent[0]} % {what} at {ratio:.2f} times the perplexity; frozen model {percent[1]} %, "
             f"{compared.title.lower()} {percent[2]} %"
         )
-        shown.append(Headline(area, title, figures, unless(met, wanted), page))
+        shown.append(Headline(area, title.format(strong.level), figures, unless(met, wanted), page))
     return shown
 
 
