@@ -23,7 +23,7 @@ from generation_ext.columns import DataArguments, columns_of, fields_of, read_te
 from generation_ext.in_context.calibration import BY_CONTENT_FREE, CALIBRATIONS
 from generation_ext.in_context.overflow import DROP, OVERFLOW
 from generation_ext.in_context.scoring import Demonstration, LabelScorer, LabelScores
-from generation_ext.in_context.self_generated import PRESETS, SelfGeneratedICL
+from generation_ext.in_context.self_generated import PRESETS, SelfGeneratedICL, options_of
 from generation_ext.prompts import TASKS, Task
 from peft_ext.command_line import ModelArguments, parse, show
 from peft_ext.files import check_writable, read_json, written_whole
@@ -98,6 +98,13 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"calibration={args.calibration!r} is unknown; choose one of {', '.join(CALIBRATIONS)}.")
     if args.calibration != BY_CONTENT_FREE and not args.calibrate:
         raise ValueError(f"calibration={args.calibration!r} goes with --calibrate; pass that too.")
+    calibrate = args.calibration if args.calibrate else False
+    # a flag that isn't given leaves the preset's value
+    flags = {name: getattr(args, name) or None for name in ("balanced", "self_consistent", "shared")}
+    own = {name: getattr(args, name) for name in ("keep", "pool_inputs", "draws", "strength")} | flags
+    own["calibrate"] = calibrate or None
+    if args.method == SG_ICL:
+        options_of(args.preset, args.shots, args.samples, own)
     task = read_task(args.task)
     columns = columns_of(task.fields, args.fields)
     rows, examples = read_texts(args.data, columns, limit=args.limit)
@@ -107,13 +114,9 @@ def main(argv: Sequence[str]) -> None:
     options = {
         name: getattr(args, name) for name in ("chat", "normalization", "overflow", "max_length", "memory_limit")
     }
-    calibrate = args.calibration if args.calibrate else False
     options["progressbar"] = sys.stderr.isatty()
     if args.method == SG_ICL:
-        # a flag that isn't given leaves the preset's value
-        flags = {name: getattr(args, name) or None for name in ("balanced", "self_consistent", "shared")}
-        names = ("shots", "samples", "preset", "keep", "pool_inputs", "draws", "strength", "seed")
-        own = {name: getattr(args, name) for name in names} | flags | {"calibrate": calibrate or None}
+        own |= {name: getattr(args, name) for name in ("shots", "samples", "preset", "seed")}
         sg_icl = SelfGeneratedICL(model, tokenizer, task, conditioned=not args.class_only, **own, **options)
         scores = sg_icl.score(examples, args.pool_file)
     else:

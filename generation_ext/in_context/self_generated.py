@@ -135,8 +135,6 @@ class SelfGeneratedICL:
         seed: int = 13,
         progressbar: bool = False,
     ) -> None:
-        if preset not in PRESETS:
-            raise ValueError(f"preset={preset!r} is unknown; choose one of {tuple(PRESETS)}.")
         given = {
             "balanced": balanced,
             "self_consistent": self_consistent,
@@ -147,10 +145,7 @@ class SelfGeneratedICL:
             "pool_inputs": pool_inputs,
             "draws": draws,
         }
-        options = PRESETS[preset] | {name: value for name, value in given.items() if value is not None}
-        if not options["shared"] and pool_inputs is None:
-            options["pool_inputs"] = None  # the preset's is of no use without it
-        _check(shots, samples, options)
+        options = options_of(preset, shots, samples, given)
         probe = dict.fromkeys(task.fields, "x")
         task.generation_prompt(probe, next(iter(task.labels)), conditioned)
         self.scorer = LabelScorer(
@@ -427,12 +422,22 @@ class SelfGeneratedICL:
         return fitting[1]
 
 
-def _check(shots: int, samples: int, options: Mapping[str, Any]) -> None:
-    """Whether numbers are in their range, and options go together.
+def options_of(preset: str, shots: int, samples: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A preset's options with those that are given in their place, checked before a model is loaded.
+
+    Args:
+        preset: Of `PRESETS`.
+        shots, samples: Of [`SelfGeneratedICL`].
+        given: Options by name; None leaves the preset's.
 
     Raises:
-        ValueError: If not.
+        ValueError: If the preset is unknown, a number is out of its range, or options don't go together.
     """
+    if preset not in PRESETS:
+        raise ValueError(f"preset={preset!r} is unknown; choose one of {tuple(PRESETS)}.")
+    options = PRESETS[preset] | {name: value for name, value in given.items() if value is not None}
+    if not options["shared"] and given.get("pool_inputs") is None:
+        options["pool_inputs"] = None  # the preset's is of no use without it
     for name, value in (("shots", shots), ("samples", samples), ("draws", options["draws"])):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r} must be a positive integer.")
@@ -447,6 +452,7 @@ def _check(shots: int, samples: int, options: Mapping[str, Any]) -> None:
         raise ValueError(
             f"pool_inputs={inputs} needs shared=True: without it, every input stands behind texts of its own."
         )
+    return options
 
 
 def _mean(scores: Sequence[LabelScores]) -> LabelScores:

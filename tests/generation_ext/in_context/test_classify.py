@@ -142,7 +142,8 @@ def test_task_of_a_file(folder):
         (["--method", "demonstrations", "--demonstrations", "data.jsonl"], "has 3 rows, fewer than --shots 8"),
         (["--method", "demonstrations", "--demonstrations", "data.jsonl", "--shots", "3"], "label=None is none of"),
         (["--shots", "0"], "shots=0 must be a positive"),
-        (["--preset", "best"], "preset='best' is unknown"),
+        (["--preset", "best", "--model", "./nowhere"], "preset='best' is unknown"),  # before a model is looked for
+        (["--keep", "2", "--model", "./nowhere"], "keep=2.0 must be above 0 and at most 1"),
         (["--calibration", "batches"], "calibration='batches' is unknown; choose one of content_free, batch"),
         (["--calibration", "batch"], "calibration='batch' goes with --calibrate; pass that too"),
     ],
