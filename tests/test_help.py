@@ -78,7 +78,7 @@ def test_completion_knows_commands_verbs_and_flags(tmp_path, capsys):
         return done.stdout.split()
 
     assert completed("tu") == ["tune"]
-    assert completed("critic", "") == ["train", "generate", "evaluate"]
+    assert completed("critic", "") == ["train", "generate", "export", "evaluate"]
     assert "--bits" in completed("tune", "--model", "x", "--b")
     assert "--strength" in completed("critic", "generate", "--st")
     assert "sft" in completed("almost", "s")

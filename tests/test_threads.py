@@ -13,6 +13,7 @@ import torch
 from peft import get_peft_model
 
 from generation_ext.critic import CriticLogitsProcessor, generate
+from generation_ext.critic.reading import Reading
 from generation_ext.critic.rollouts import _recording
 from generation_ext.granularity import convert_to_granularity_attention, recorded
 from generation_ext.in_context import LabelScorer
@@ -335,14 +336,21 @@ def test_two_threads_that_ask_for_the_head_alone(monkeypatch):
 def test_recorded_states_are_the_threads_own():
     model = tiny("llama")
 
-    def recording(wanted):
-        with _recording(model, wanted) as steps:
+    last = model.config.num_hidden_layers
+    readings = [Reading((last,), last), Reading((1,), last, running_mean=True)]
+
+    def recording(reading):
+        with _recording(model, reading, None) as steps:
             logits(model)
         return steps
 
+    alone = [recording(reading) for reading in readings]
     with meeting(last_layer(model), 3):
-        one, other, none = at_once(lambda: recording(True), lambda: recording(True), lambda: recording(False))
-    assert len(one) == len(other) == 1 and not none
+        *found, _ = at_once(
+            *(lambda reading=reading: recording(reading) for reading in readings), lambda: logits(model)
+        )
+    for (mine,), (expected,) in zip(found, alone):  # a step each: that of its own pass
+        assert torch.equal(mine, expected)
 
 
 def test_features_of_a_classifier_in_threads():

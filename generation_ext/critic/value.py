@@ -305,11 +305,12 @@ class Critic(OwnFiles, PreTrainedModel):
         Raises:
             ValueError: If the critic has no such head, or doesn't know its language model yet.
         """
+        match = self._match(hidden, candidates)  # says what is missing
         states = self._standardised(hidden)
         own = self._value_logit(states)
         if self.action_bias is not None:
             own = own + self.action_bias(states).squeeze(-1).float()
-        return own.unsqueeze(-1) + self._match(hidden, candidates)
+        return own.unsqueeze(-1) + match
 
     def action_log_ratio(self, hidden: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
         """What each token's log-probability gains at strength 1, float32 `[..., k]`: `log Q(s, a) - log V(s)`, or, of a
