@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 import torch
 
-from benchmarks.core.claims import Claim, Headline, markdown_table, unless
+from benchmarks.core.claims import Claim, Headline, markdown_table, spread, unless
 from benchmarks.core.run import Run, data_folder, log
 from benchmarks.core.task import Runs, Task, run_named
 from benchmarks.in_context import TITLES, smoke_model
@@ -314,7 +314,13 @@ def table(run: Run, methods: Sequence[str] = METHODS) -> str:
                 continue
             value = average(run, method, shots, shown)
             title = f"{method}, {shots} a class" if shots else f"{method}, full pool"
-            lines.append([title, *map(_spread, found.values()), "" if value is None else f"{value:.1f}"])
+            lines.append(
+                [
+                    title,
+                    *(spread(each) if each else "" for each in found.values()),
+                    "" if value is None else f"{value:.1f}",
+                ]
+            )
     return markdown_table(["Accuracy, %", *(TITLES[name] for name in run.sets), f"first {len(shown)}"], lines)
 
 
@@ -449,13 +455,6 @@ def draw(runs: Runs, folder: Path) -> None:
     figure.tight_layout()
     figure.savefig(folder / "accuracy.png", dpi=120)
     pyplot.close(figure)
-
-
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    mean = f"{statistics.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.pstdev(values):.1f}"
 
 
 def headlines(runs: Runs) -> list[Headline]:

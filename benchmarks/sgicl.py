@@ -23,7 +23,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from benchmarks import sgicl_recommended
-from benchmarks.core.claims import Claim, Headline, markdown_table, unless
+from benchmarks.core.claims import Claim, Headline, markdown_table, minus, spread, unless
 from benchmarks.core.run import Run, data_folder, log
 from benchmarks.core.task import Runs, run_named
 from benchmarks.core.task import Task as Benchmark
@@ -234,7 +234,7 @@ def table(run: Run) -> str:
             whole = len(measured) == len(run.sets)
             mean = f"{statistics.mean(map(statistics.mean, measured)):.1f}" if whole else None
             deviation = f"{statistics.mean(map(statistics.pstdev, measured)):.1f}" if whole else None
-            lines.append([row.title, *(None if each is None else _spread(each) for each in values), mean, deviation])
+            lines.append([row.title, *(None if each is None else spread(each) for each in values), mean, deviation])
     return markdown_table(["Accuracy, %", *(TITLES[name] for name in run.sets), "average", "average deviation"], lines)
 
 
@@ -253,8 +253,8 @@ def claims(runs: Runs) -> list[Claim]:
     curve = [zero, *(average(run, Row(GOLD, shots)) for shots in range(1, SHOTS + 1))]
     known = None not in (reached, zero, gold)
     return [
-        Claim("average of SG-ICL over zero-shot", _minus(reached, zero), 0.0, " points", at_least=True),
-        Claim("deviation of SG-ICL over that of 8 gold demonstrations", _minus(steady, shaky), 0.0, " points"),
+        Claim("average of SG-ICL over zero-shot", minus(reached, zero), 0.0, " points", at_least=True),
+        Claim("deviation of SG-ICL over that of 8 gold demonstrations", minus(steady, shaky), 0.0, " points"),
         Claim("worth, on the averages", worth(curve, reached) if known else None, WORTH, at_least=True),
         *sgicl_recommended.claims(run_named(runs, RECOMMENDED)),
     ]
@@ -276,22 +276,12 @@ def tables(runs: Runs) -> dict[str, str]:
         shown["worth"] = markdown_table(["Set", f"gold demonstrations that SG-ICL is worth, over {SHOTS}"], lines)
     base, lines = average(development, own), []
     for row in development_rows():
-        gain = _minus(average(development, row), base)
+        gain = minus(average(development, row), base)
         if row.method == SG_ICL and row != own and gain is not None:
             lines.append([row.title, f"{gain:+.1f}"])
     if lines:
         shown["options"] = markdown_table(["Option", "points"], lines)
     return shown
-
-
-def _minus(one: Optional[float], two: Optional[float]) -> Optional[float]:
-    return None if one is None or two is None else one - two
-
-
-def _spread(values: Sequence[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.1f}"
-    return f"{statistics.mean(values):.1f} ± {statistics.pstdev(values):.1f}"
 
 
 def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:

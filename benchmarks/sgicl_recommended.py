@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Optional
 
 import numpy as np
 
-from benchmarks.core.claims import Claim, Headline, markdown_table, unless
+from benchmarks.core.claims import Claim, Headline, markdown_table, minus, spread, unless
 from benchmarks.core.run import Run, log
 from benchmarks.in_context import TITLES, Example, demonstrations
 from generation_ext.in_context import LabelScorer, SelfGeneratedICL
@@ -181,9 +181,9 @@ def table(run: Run) -> str:
     for line in LINES:
         values = accuracies(run, line)
         if values is not None:
-            shown = [_spread(each) for each in values]
+            shown = [spread(each) for each in values]
             averages = [f"{average(run, line):.1f}", f"{average(run, line, statistics.pstdev):.1f}"]
-            ahead, reach = _minus(average(run, own), average(run, line)), interval(run, own, line)
+            ahead, reach = minus(average(run, own), average(run, line)), interval(run, own, line)
             known = ahead is not None and reach is not None and line != own
             lines.append(
                 [line.title, *shown, *averages, f"{ahead:+.1f} ({reach[0]:+.1f} to {reach[1]:+.1f})" if known else ""]
@@ -209,14 +209,14 @@ def claims(run: Optional[Run]) -> list[Claim]:
     own, result = Line(OWN, CALIBRATED), []
     for treatment, beside in ((PLAIN, ""), (CALIBRATED, ", all calibrated")):
         zero, gold = (Line(method, treatment) for method in (ZERO_SHOT, GOLD))
-        ahead = _minus(average(run, own), average(run, zero))
-        spread = _minus(average(run, own, statistics.pstdev), average(run, gold, statistics.pstdev))
+        ahead = minus(average(run, own), average(run, zero))
+        steadier = minus(average(run, own, statistics.pstdev), average(run, gold, statistics.pstdev))
         result += [
             Claim(f"recommended SG-ICL over zero-shot{beside}", ahead, 0.0, " points", at_least=True),
             Claim(
                 f"its share of the gain of 8 gold demonstrations{beside}", worth(run, treatment), WORTH, at_least=True
             ),
-            Claim(f"its deviation over that of 8 gold demonstrations{beside}", spread, 0.0, " points"),
+            Claim(f"its deviation over that of 8 gold demonstrations{beside}", steadier, 0.0, " points"),
         ]
     return result
 
@@ -235,13 +235,3 @@ def headlines(run: Optional[Run], page: str) -> list[Headline]:
         unless(met, what) for met, what in zip(both, ("above zero-shot", "half of gold's gain", "steadier than gold"))
     ]
     return [Headline("Reading", 'SG-ICL, `"recommended"`; all of them calibrated', shown, ", ".join(wanted), page)]
-
-
-def _minus(one: Optional[float], two: Optional[float]) -> Optional[float]:
-    return None if one is None or two is None else one - two
-
-
-def _spread(values: Sequence[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.1f}"
-    return f"{statistics.mean(values):.1f} ± {statistics.pstdev(values):.1f}"

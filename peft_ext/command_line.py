@@ -25,7 +25,7 @@ BATCH_SIZE = {"batch_size": "per_device_train_batch_size"}
 # Of transformers' TrainingArguments, what `--help` shows although no class of ours changes it.
 _MUCH_USED = (
     *("output_dir", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("num_train_epochs", "max_steps", "warmup_steps", "seed", "bf16", "gradient_checkpointing", "use_cpu"),
+    *("num_train_epochs", "max_steps", "warmup_steps", "seed", "bf16", "gradient_checkpointing"),
     *("logging_steps", "save_steps", "report_to"),
 )
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Optional
 
@@ -70,6 +71,17 @@ class Headline(NamedTuple):
 def unless(met: Optional[bool], text: str) -> str:
     """The text in bold, unless what it wants was met."""
     return text if met else f"**{text}**"
+
+
+def minus(one: Optional[float], other: Optional[float]) -> Optional[float]:
+    """A difference; None while one of the two isn't measured."""
+    return None if one is None or other is None else one - other
+
+
+def spread(values: Sequence[float]) -> str:
+    """A mean with its deviation, or a single figure."""
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.pstdev(values):.1f}"
 
 
 def markdown_table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -28,6 +28,9 @@ PADDED = torch.tensor([[0, 0, 0, 5, 17, 40, 8], [9, 3, 77, 4, 61, 12, 30], [0, 3
 TASK = Task("w5 {text} w7", {"one": " w8 w9", "two": " w8", "three": " w11 w12 w13"})
 TEXTS = ["w20 w21", "w30", "w40 w41 w42 w43 w44 w45", "w50 w51", "w60", "w61 w62", "w70 w71 w72", "w80", "w81 w82"]
 SHOWN = [("w33 w34", "one"), ("w35", "three")]
+# Whose own steps with a cache, without any critic, are off from its passes without one: by 2e-3 in transformers 5.24, in float64
+# as well. Nothing that reads those states can be nearer.
+STEPS_ARE_OFF = ("zamba2",)
 EQUAL, REFUSED, NOT_THERE = "✓", "refused", "–"
 
 
@@ -83,16 +86,25 @@ def looped(model: Any) -> None:
     same(model, generated(model, [], PADDED, critic_top_k=TOP_K, **own), PADDED)
 
 
+def own_difference(model: Any, prompts: torch.Tensor, **options: Any) -> float:
+    """How far a model's own scores with a cache are from those without one, nothing being steered."""
+    cached, whole = (generated(model, [], prompts, **{**options, "use_cache": use}) for use in (True, False))
+    assert torch.equal(cached.sequences, whole.sequences)
+    return max((one - other).abs().max().item() for one, other in zip(cached.scores, whole.scores))
+
+
 def same(model: Any, found: Any, prompts: torch.Tensor, slow: Any = None, **options: Any) -> None:
     """Compare with a slow processor."""
     slow = slow or SlowProcessor(model, [random_critic(model)], [STRENGTH], TOP_K)
     expected = generated(model, [slow], prompts, **options)
     assert torch.equal(found.sequences, expected.sequences)
     written = expected.sequences[:, prompts.shape[1] :]
+    own = own_difference(model, prompts, **options) if model.config.model_type in STEPS_ARE_OFF else 0.0
+    allowed = 2e-3 + own
     for step, (ours, theirs) in enumerate(zip(found.scores, expected.scores)):
         # of a text that has ended, scores decide nothing
         goes_on = (written[:, :step] != 2).all(dim=1) if "num_beams" not in options else slice(None)
-        torch.testing.assert_close(ours[goes_on], theirs[goes_on], rtol=1e-3, atol=4e-3)
+        torch.testing.assert_close(ours[goes_on], theirs[goes_on], rtol=1e-3, atol=allowed)
     alone = generated(model, [], prompts, **options)
     assert not torch.allclose(found.scores[0], alone.scores[0], atol=0.1), "nothing is steered"
 

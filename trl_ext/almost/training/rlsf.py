@@ -64,10 +64,7 @@ class RLSFArguments(StageArguments):
     reward_dtype: str = field(default="float32", metadata={"help": "Float type of the reward model."})
     repetition_weight: float = field(
         default=0.0,
-        metadata={
-            "help": "The share of an answer's repeated word 3-grams, times this, is taken off its reward; 0: repetition doesn't "
-            "matter."
-        },
+        metadata={"help": "This times the share of repeated word 3-grams is taken off a reward."},
     )
     merged_generation: bool = field(
         default=False,
