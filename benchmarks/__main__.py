@@ -14,6 +14,9 @@ from peft_ext.command_line import run_main
 
 # Name -> what it is about, and its module. The order of `all`.
 TASKS = {
+    "float_base": Entry(
+        "A base of true floats, off the lattice that the default model's file has", "benchmarks.float_base"
+    ),
     "peqa_quality": Entry(
         "Perplexity after tuning scales, against LoRA, QLoRA and rounding", "benchmarks.peqa_quality"
     ),

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from benchmarks import baselines
 from benchmarks.core.claims import Claim, Headline, markdown_table, unless
+from benchmarks.core.models import named
 from benchmarks.core.run import NotHere, Run, data_folder, log
 from benchmarks.core.task import Runs, Task, claims_of_each, tables_of_each
 from benchmarks.fast_linear import fast_linear
@@ -114,7 +115,7 @@ class Bench:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.tokenizer = _ByteTokenizer() if run.model == TINY else load_tokenizer(run.model)
+        self.tokenizer = _ByteTokenizer() if run.model == TINY else load_tokenizer(named(run.model))
         self.data = {name: _made_up() if name == MADE_UP else self.load(name) for name in run.data}
         self.float_model = float_model(run.model, run.seed)
         self.base: tuple[Any, Optional[nn.Module]] = (None, None)  # the last calibrated one

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import LogitsProcessorList
 
@@ -22,7 +23,7 @@ from benchmarks.core.run import Run, log
 from benchmarks.core.task import Runs, Task, claims_of_each, run_named, tables_of_each
 from benchmarks.critic_rloo import tuned_by_rloo
 from benchmarks.critic_tasks import TaskData
-from benchmarks.critic_training import SEPARATE, UNSEEN, WEIGHTED, Critics
+from benchmarks.critic_training import AS_LORA, SEPARATE, UNSEEN, WEIGHTED, Critics
 from benchmarks.in_context import smoke_model
 from benchmarks.text_quality import continuation_perplexity, distinct, repetition
 from generation_ext.critic import CriticLogitsProcessor, critic_generate
@@ -37,32 +38,35 @@ FROZEN, NARROW, PROMPT, BEST, ACTION, RLOO = (
     "CriticControl, action-value",
     "RLOO, LoRA",
 )
-CRITIC = SEPARATE
+CRITIC, LORA = SEPARATE, AS_LORA
+TOP_K = 10
 JUDGED = {"sentiment": "positive", "topic": "on topic", "detoxification": "clean"}
 # Points of success above the frozen model, at this ratio of its perplexity.
 WANTED, RATIO = {"sentiment": 30, "topic": 40}, 1.35
-TOP_K = 10
 
 
 class Row(NamedTuple):
-    """A method at one strength, or N; perhaps the best of several texts of it, by the reward."""
+    """A method at one strength, or N; perhaps the best of several texts of it, by the reward, or among more candidates."""
 
     method: str
     level: float = 0.0
     best_of: int = 1
+    top_k: int = TOP_K
 
     @property
     def key(self) -> dict[str, Any]:
         """What the row is stored under."""
-        return {name: value for name, value in self._asdict().items() if name != "best_of" or value > 1}
+        usual = {"best_of": 1, "top_k": TOP_K}
+        return {name: value for name, value in self._asdict().items() if value != usual.get(name)}
 
     @property
     def title(self) -> str:
         """A row's first column."""
         if self.method == BEST:
             return f"Best of {self.level:g}"
+        among = f", {self.top_k} candidates" if self.top_k != TOP_K else ""
         best = f", best of {self.best_of}" if self.best_of > 1 else ""
-        return self.method + (f", strength {self.level:g}" if self.level else "") + best
+        return self.method + (f", strength {self.level:g}" if self.level else "") + among + best
 
     @property
     def texts(self) -> int:
@@ -81,6 +85,8 @@ def rows_of(run: Run) -> list[Row]:
         *(Row(ACTION, strength) for strength in run.action_strengths),
         *(Row(WEIGHTED, strength) for strength in run.weighted_strengths),
         *(Row(CRITIC, *each) for each in run.settings.get("steered_best", [])),
+        *(Row(CRITIC, strength, top_k=top_k) for strength, top_k in run.settings.get("wide", [])),
+        *(Row(LORA, strength) for strength in run.settings.get("lora_strengths", [])),
         *([Row(RLOO)] if run.rloo_steps else []),
         *(Row(UNSEEN, strength) for strength in run.unseen_strengths),
     ]
@@ -120,7 +126,7 @@ class Steering:
         """All figures of a row."""
         result = self.measure(self.write(row))
         kind = CRITIC if row.method == ACTION else row.method
-        codes = self.task.codes if row.method in (CRITIC, ACTION) else (None,)
+        codes = self.task.codes if row.method in (CRITIC, ACTION, LORA) else (None,)
         known = {str(code): self.critics.knowledge(kind, code) for code in codes}
         return {**result, "classifiers": self.accuracies, "explained_variance": known}
 
@@ -133,7 +139,7 @@ class Steering:
         samples = (self.run.samples or self.task.samples) * row.texts
         prompts = self.task.test_prompts[: self.run.test_prompts]
         pairs = [(prompt, code) for prompt in prompts for code in codes for _ in range(samples)]
-        separate = (CRITIC, ACTION, UNSEEN) if self.run.settings.get("unseen_by_name") else (CRITIC, ACTION)
+        separate = (CRITIC, ACTION, LORA, *([UNSEEN] if self.run.settings.get("unseen_by_name") else []))
         by_code = row.method in separate and codes != (None,)
         started = time.perf_counter()
         texts = self._by_code(row, pairs, codes) if by_code else self._write(row, pairs, None)
@@ -153,13 +159,15 @@ class Steering:
             model, before = self._tuned(), self._with_code
         elif row.method == BEST:
             before = self._with_code
+        elif row.method == LORA:
+            model = self._with_lora(row.level, code)
         elif row.method not in (FROZEN, NARROW):
             processor = CriticLogitsProcessor(
                 self.model,
                 self.critics(CRITIC if row.method == ACTION else row.method, code),
                 strength=row.level,
                 mode="action-value" if row.method == ACTION else "exact",
-                **{"top_k": TOP_K, **self._options(row.method)},
+                **{"top_k": row.top_k, **self._options(row.method)},
             )
             before = self._plain if code is not None else self._with_code
         started = time.perf_counter()
@@ -223,6 +231,12 @@ class Steering:
 
     def _decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def _with_lora(self, strength: float, code: Optional[str]) -> nn.Module:
+        """The frozen model under a critic's LoRA, as PEFT loads it."""
+        folder = self.run.work / f"lora-{strength:g}-{self.task.codes.index(code)}"
+        self.critics(LORA, code).to_lora(self.model, folder, strength)
+        return PeftModel.from_pretrained(self.fresh(), folder).eval()
 
     def _tuned(self) -> nn.Module:
         return tuned_by_rloo(self.run, self.task, self.fresh, self.tokenizer)

@@ -26,6 +26,8 @@ RIDGE = 1.0  # of the map to sentence embeddings, on standardised states
 HELD_OUT = 256  # roll-outs that a critic is measured on, at most; a quarter of what it learns from
 # Kinds of critics, by the titles of their rows.
 SEPARATE, UNSEEN, WEIGHTED = "CriticControl", "CriticControl, unseen topics", "Weighted decoding"
+AS_LORA = "CriticControl, its LoRA on the output head"
+LORA_RANK = 16
 
 
 class Critics:
@@ -41,7 +43,7 @@ class Critics:
         self.task, self.model, self.tokenizer, self.run = task, model, tokenizer, run
 
     def __call__(self, kind: str, code: Optional[str] = None) -> Critic:
-        """SEPARATE (the one of a code; with an action-value head), UNSEEN or WEIGHTED."""
+        """SEPARATE (the one of a code; with an action-value head), AS_LORA (linear in the last state), UNSEEN or WEIGHTED."""
         folder = self._folder(kind, code)
         if not (folder / "config.json").is_file():
             torch.manual_seed(self.run.seed)
@@ -112,21 +114,26 @@ class Critics:
         return folder.with_name(folder.name + "-held-out.json")
 
     def _train(self, kind: str, code: Optional[str]) -> Critic:
-        """On roll-outs; separate critics share theirs, since their prompts have no codes."""
+        """On roll-outs; separate critics and those for LoRAs share theirs, since their prompts have no codes."""
         codes = OTHER_TOPICS if kind == UNSEEN else ()
         reward = self.task.universal_reward if kind == UNSEEN else self.task.reward
         if reward is None:
             raise ValueError(f"task {self.task.name!r} has no reward for {kind!r}.")
+        reading = (
+            {"layer": -1, "running_mean": False, "action_form": "linear", "action_rank": LORA_RANK}
+            if kind == AS_LORA
+            else self._reading()
+        )
         critic = Critic.for_model(
-            self.model, head=self.run.head, action_values=True, control_codes=list(codes), **self._reading()
+            self.model, head=self.run.head, action_values=True, control_codes=list(codes), **reading
         )
         folder, count = self._folder(kind, code), self._rollouts(kind)
         rng = np.random.default_rng(self.run.seed)
         training: list[Any] = self._prompts(rng, codes, count)
         held_out = self._prompts(rng, codes, min(HELD_OUT, count // 4))
-        first = self._folder(kind, self.task.codes[0])
-        if code is not None and code != self.task.codes[0]:
-            self(kind, self.task.codes[0])
+        first = self._folder(SEPARATE if kind == AS_LORA else kind, self.task.codes[0])
+        if first != folder and kind != UNSEEN:
+            self(SEPARATE, self.task.codes[0])
             training = self._rewarded(read_rollouts(_training_folder(first) / "rollouts"), reward, code)
 
         def reward_func(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:

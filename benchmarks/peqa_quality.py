@@ -26,6 +26,7 @@ from torch import nn
 
 from benchmarks import baselines
 from benchmarks.core.claims import Claim, Headline, markdown_table, unless
+from benchmarks.core.models import named
 from benchmarks.core.run import NotHere, Run, data_folder, log
 from benchmarks.core.task import Runs, Task, claims_of_each, run_named, tables_of_each
 from benchmarks.fast_linear import fast_linear
@@ -266,7 +267,7 @@ class Bench:
 
 def load_data(run: Run) -> Data:
     """Token blocks of the data folder's splits and of Python's documentation."""
-    folder, tokenizer = data_folder(run.data), load_tokenizer(run.model)
+    folder, tokenizer = data_folder(run.data), load_tokenizer(named(run.model))
     paths = {name: find_split(folder, name) for name in SPLITS}
 
     def blocks(name: str) -> torch.Tensor:

@@ -21,6 +21,7 @@ from torch import nn
 
 from benchmarks import baselines
 from benchmarks.core.claims import Claim, markdown_table
+from benchmarks.core.models import named
 from benchmarks.core.run import Run, data_folder, log
 from benchmarks.core.task import Runs, Task, claims_of_each, tables_of_each
 from benchmarks.fast_linear import fast_linear
@@ -160,7 +161,7 @@ def load_blocks(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     if run.data == BYTES:
         train, held_out = (byte_blocks(part[:5], run.block_size) for part in load_text(PYTHON_DOCS))
         return train[: run.calibration_blocks], held_out[: run.blocks]
-    folder, tokenizer = data_folder(run.data), load_tokenizer(run.model)
+    folder, tokenizer = data_folder(run.data), load_tokenizer(named(run.model))
     train, held_out = (
         token_blocks(tokenizer, [find_split(folder, name).read_text(encoding="utf-8")], run.block_size, name=name)
         for name in ("train", "validation")

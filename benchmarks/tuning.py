@@ -12,6 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.core.models import named
 from peft_ext.models import load
 from peft_ext.text import PYTHON_DOCS, load_text
 
@@ -129,10 +130,12 @@ def tiny_llama(hidden_size: int = 128, layers: int = 2, seed: int = 0) -> LlamaF
 
 
 def float_model(name: str, seed: int = 0) -> nn.Module:
-    """A model in float32: [`TINY`], [`SMALL`], or any that `peft_ext.models.load` knows."""
+    """A model in float32: [`TINY`], [`SMALL`], `FLOAT_BASE`, or any that `peft_ext.models.load` knows."""
     if name == TINY:
         return tiny_llama(seed=seed)
-    return trained_llama(64, steps=_SMALL_STEPS, seed=seed) if name == SMALL else load(name, dtype=torch.float32)
+    return (
+        trained_llama(64, steps=_SMALL_STEPS, seed=seed) if name == SMALL else load(named(name), dtype=torch.float32)
+    )
 
 
 def trained_llama(
