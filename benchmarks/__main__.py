@@ -22,6 +22,7 @@ TASKS = {
     ),
     "peqa_training": Entry("Time and memory of a training step, against LoRA's", "benchmarks.peqa_training"),
     "peqa_learning_rate": Entry("One learning rate for scales in every model", "benchmarks.peqa_learning_rate"),
+    "distillation": Entry("Scales trained towards the float model, and what they forget", "benchmarks.distillation"),
     "reconstruction": Entry("Which initialisation comes closest, before any tuning", "benchmarks.reconstruction"),
     "alphatuning_nlg": Entry("AlphaTuning's texts from data, against full fine-tuning", "benchmarks.alphatuning_nlg"),
     "alphatuning_sizes": Entry("Bytes and trained numbers under AlphaTuning", "benchmarks.alphatuning_sizes"),

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Optional
 
 import torch
@@ -36,6 +36,7 @@ def train(
     name: str = "Training",
     warmup_share: float = 0.1,
     progressbar: bool = True,
+    loss_of: Optional[Callable[[nn.Module, Mapping[str, torch.Tensor]], torch.Tensor]] = None,
 ) -> list[float]:
     """One pass over `batches`, with AdamW and no weight decay, linear warm-up, then cosine decay to zero.
 
@@ -43,6 +44,7 @@ def train(
         model: A causal language model; what `requires_grad` is trained.
         batches: Its inputs with labels, taken in order, so that every method sees the same; see [`causal_batches`].
         learning_rate: The peak learning rate.
+        loss_of: The loss of model and batch; by default the model's own.
 
     Returns:
         The loss of every step; cut short if it is NaN or infinite.
@@ -53,7 +55,7 @@ def train(
     model.train()
     losses: list[float] = []
     for batch in tqdm(batches, desc=name, disable=not progressbar, leave=False):
-        loss = model(**batch, use_cache=False).loss
+        loss = model(**batch, use_cache=False).loss if loss_of is None else loss_of(model, batch)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             break

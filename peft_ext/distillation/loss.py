@@ -205,7 +205,7 @@ class _InPieces(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: torch.Tensor, *_: Any):  # type: ignore[override]
+    def backward(ctx, grad: torch.Tensor, *_: Any):
         # without dimensions, so that it is taken as it is and the gradients keep their type
         states, *parameters = (each * grad for each in ctx.saved_tensors)
         return states, None, None, None, None, None, None, *parameters

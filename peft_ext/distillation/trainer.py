@@ -1,5 +1,5 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""Distillation for any of transformers' trainers whose model predicts next tokens: `class Mine(DistillationMixin, SFTTrainer)`."""
+"""Distillation for transformers' and TRL's trainers: `class Mine(DistillationMixin, SFTTrainer)`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any, Optional, Union
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import Trainer
 
 from peft_ext.distillation.cached_logits import (
@@ -20,11 +19,12 @@ from peft_ext.distillation.cached_logits import (
     texts_of,
     tokenizer_digest,
 )
-from peft_ext.distillation.loss import Objective, distillation_loss
+from peft_ext.distillation.loss import Objective
 from peft_ext.distillation.output_head import OutputHead, output_head
-from peft_ext.distillation.teacher import LiveTeacher, load_teacher, supervised, teacher_digest
-from peft_ext.examples import IGNORED, Example
-from peft_ext.language_model import is_causal, text_config
+from peft_ext.distillation.student import student_pass
+from peft_ext.distillation.teacher import LiveTeacher, load_teacher, teacher_digest
+from peft_ext.examples import Example
+from peft_ext.language_model import is_causal, text_config, unwrapped
 
 
 logger = logging.getLogger(__name__)
@@ -100,9 +100,13 @@ class DistillationMixin:
         }
         for name, value in unsupported.items():
             if value is not None:
-                raise ValueError(f"{name}={value!r} is another loss than distillation's; leave it out, or pass distill=0.")
+                raise ValueError(
+                    f"{name}={value!r} is another loss than distillation's; leave it out, or pass distill=0."
+                )
         if not is_causal(self.accelerator.unwrap_model(self.model)):
-            raise ValueError(f"distillation is for causal language models; the model is a {type(self.model).__name__}.")
+            raise ValueError(
+                f"distillation is for causal language models; the model is a {type(self.model).__name__}."
+            )
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"distillation runs one process for each device, and here one has {self.args.n_gpu}; start it with "
@@ -119,7 +123,10 @@ class DistillationMixin:
         student = self.accelerator.unwrap_model(self.model)
         self._head = output_head(student)
         if self._head is None:
-            logger.warning("The logits of a batch are made at once: those of a %s can't be in pieces.", type(student).__name__)
+            kind = type(unwrapped(student)).__name__
+            logger.warning(
+                "All logits of a batch are made at once, which takes memory: a %s can't make some of them.", kind
+            )
         if self._teacher_logits is None:
             self._teacher = self._live()
             self._compare_vocabularies(self._teacher.vocabulary)
@@ -187,42 +194,18 @@ class DistillationMixin:
         if "labels" not in inputs:
             raise ValueError("distillation needs labels in every batch, and the tokens of a whole text in each row.")
         assert self._teacher is not None
-        teaching, labels = self._teacher.of(inputs), inputs["labels"]
-        options = {name: value for name, value in inputs.items() if name != "labels"}
-        options["use_cache"] = False
         balanced = getattr(self, "aux_loss_enabled", False)  # SFTTrainer's, of a mixture of experts
-        if balanced:
-            options["output_router_logits"] = True
-        sums: list[torch.Tensor] = []
-
-        def loss_of(states: torch.Tensor, head: Optional[OutputHead]) -> torch.Tensor:
-            # prompt tuning puts states before the text's
-            targets = F.pad(labels.to(states.device), (states.shape[1] - labels.shape[1], 0), value=IGNORED)
-            kept = supervised(targets)
-            chosen, right = states[:, :-1][kept], targets[:, 1:][kept]
-            found = distillation_loss(
-                chosen, right, teaching, self.objective, head, () if head is None else head.parameters()
-            )
-            sums[:] = [found.cross_entropy, found.divergence, kept.sum()]
-            return found.loss
-
-        if self._head is None:
-            outputs = model(**options)
-            loss = loss_of(outputs["logits"], None)
-        else:
-            with self._head.finished_by(lambda states: loss_of(states, self._head)):
-                outputs = model(**options, **self._head.fewest_logits())
-            loss = outputs["loss"]
-        loss = self._scaled(loss, sums[2], num_items_in_batch)
+        batch = {**inputs, **({"output_router_logits": True} if balanced else {})}
+        sums, tokens, outputs = student_pass(model, batch, self._teacher.of(inputs), self.objective, self._head)
+        loss = self._scaled(sums.loss, tokens, num_items_in_batch)
         if balanced:
             steps = getattr(self, "current_gradient_accumulation_steps", 1) if num_items_in_batch is not None else 1
             loss = loss + getattr(self, "router_aux_loss_coef", 0.0) * outputs["aux_loss"].to(loss.device) / steps
-        for name, value in zip(self._parts, sums):
-            self._parts[name].append(torch.stack([value.float(), sums[2].to(value.dtype).float()]))
+        for name, values in self._parts.items():
+            values.append(torch.stack([getattr(sums, name).float(), tokens.float()]))
         if return_outputs:
             with torch.no_grad():
-                options.pop("output_router_logits", None)
-                return loss, model(**options)
+                return loss, model(**{name: value for name, value in inputs.items() if name != "labels"})
         return loss
 
     def _scaled(self, total: torch.Tensor, count: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
@@ -248,4 +231,3 @@ class DistillationMixin:
 
 class DistillationTrainer(DistillationMixin, Trainer):
     """transformers' Trainer with [`DistillationMixin`]."""
-

@@ -41,6 +41,12 @@ def test_quality(smoke):
     assert "PEQA, 4 bits, group 64, over LoRA float" in found.shown
 
 
+def test_distillation(smoke):
+    found = smoke("distillation")
+    assert "not measured" not in found.shown and "| the float model (divergence) |" in found.shown
+    assert "2 bits, group 64, both over cross-entropy, other text" in found.shown
+
+
 def test_quality_goes_on_after_a_kill(tmp_path):
     settings = {
         **experiments.settings("peqa_quality", "wikitext2", "smoke"),

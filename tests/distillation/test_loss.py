@@ -89,9 +89,9 @@ def test_gradients(case, objective, top_k):
     states, head, labels, logits = case
     teacher = Teacher(logits, objective.temperature, top_k)
     torch.autograd.gradcheck(
-        lambda states, *parameters: distillation_loss(
-            states, labels, teacher, objective, head, parameters, 2 * WORDS
-        ).loss,
+        lambda states, *parameters: (
+            distillation_loss(states, labels, teacher, objective, head, parameters, 2 * WORDS).loss
+        ),
         (states, *head.parameters()),
     )
 
