@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from transformers import AutoModelForSeq2SeqLM, Seq2SeqTrainingArguments, TrainerCallback, set_seed
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    EarlyStoppingCallback,
+    Seq2SeqTrainingArguments,
+    TrainerCallback,
+    set_seed,
+)
 
 from benchmarks.core.run import Run
 from generation_ext.granularity import CDNPGConfig, CDNPGForConditionalGeneration
@@ -90,6 +96,8 @@ def train_model(
     clock = Clock()
     trainer.add_callback(clock)
     if every:
+        if settings.get("patience"):
+            trainer.add_callback(EarlyStoppingCallback(settings["patience"]))
         trainer_checkpoints.train(trainer)
     else:
         trainer.train()
@@ -97,7 +105,7 @@ def train_model(
         "seconds": clock.seconds,
         "loss": trainer.evaluate()["eval_loss"],
         "parameters": model.num_parameters(),
-        "steps": steps,
+        "steps": trainer.state.global_step,
     }
     if every:
         record["losses"] = [

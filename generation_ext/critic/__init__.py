@@ -8,10 +8,11 @@ from generation_ext.lazy import found_in
 
 if TYPE_CHECKING:
     from generation_ext.critic.generate import critic_generate
+    from generation_ext.critic.model_config import CriticModelConfig
     from generation_ext.critic.processor import CriticLogitsProcessor
     from generation_ext.critic.rewards import from_classifier, from_pipeline, from_texts
     from generation_ext.critic.training import CriticConfig, CriticTrainer
-    from generation_ext.critic.value import Critic, CriticModelConfig
+    from generation_ext.critic.value import Critic
     from peft_ext.language_model import backbone, base_fingerprint
 
 

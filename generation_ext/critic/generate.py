@@ -17,9 +17,9 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDe
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from generation_ext.critic.processor import CriticLogitsProcessor
-from generation_ext.critic.value import Critic, backbone
+from generation_ext.critic.value import Critic
 from generation_ext.shared_prefix.candidates import Branches, PreallocatedCache, Prefix, branch, unrecorded
-from peft_ext.language_model import CACHE_NAMES
+from peft_ext.language_model import CACHE_NAMES, backbone
 
 
 # What generate appends after a user's own processors.

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from generation_ext.critic.model_config import CriticModelConfig
 from generation_ext.critic.reading import Reading, read, reading_of
 from generation_ext.critic.rewards import RewardFunc, score
-from generation_ext.critic.value import Critic, CriticModelConfig
+from generation_ext.critic.value import Critic
 from generation_ext.shared_prefix.encoded_text import LastStates
 from generation_ext.shared_prefix.encoding import TextEncoder
 from generation_ext.shared_prefix.inner_states import decoder_layers, output_state

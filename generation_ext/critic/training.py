@@ -6,13 +6,11 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
-from accelerate.utils import broadcast, broadcast_object_list
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase, Trainer, TrainerCallback
@@ -32,24 +30,23 @@ from generation_ext.critic.batches import (
     states_mask,
     values_of,
 )
+from generation_ext.critic.beginning import Beginning
 from generation_ext.critic.diagnostics import by_position, summary
 from generation_ext.critic.losses import value_loss
+from generation_ext.critic.model_config import CriticModelConfig
 from generation_ext.critic.processor import CriticLogitsProcessor
 from generation_ext.critic.reading import AUTO
 from generation_ext.critic.rewards import RewardFunc, check_callable
-from generation_ext.critic.ridge import Explained, best_of, candidate_layers, explained_by, fit_head, slope_of
 from generation_ext.critic.rollouts import (
     Rollout,
     RolloutSampler,
     encode,
-    fill_hidden,
     prompt_rows,
     schedule,
-    without_hidden,
 )
 from generation_ext.critic.run_files import RunFiles
 from generation_ext.critic.training_config import CriticConfig
-from generation_ext.critic.value import Critic, CriticModelConfig
+from generation_ext.critic.value import Critic
 from peft_ext import trainer_checkpoints
 from peft_ext.language_model import adapters_fingerprint
 
@@ -57,7 +54,7 @@ from peft_ext.language_model import adapters_fingerprint
 __all__ = ["CriticConfig", "CriticTrainer"]
 
 _SAMPLING = ("max_new_tokens", "max_prompt_length", "temperature", "top_k", "top_p")
-_EVALUATION, _TRIED, _LAYER = -1, -2, -3  # in the place of an iteration's number, for seeds
+_EVALUATION, _TRIED = -1, -2  # in the place of an iteration's number, for seeds
 
 
 class CriticTrainer(Trainer):
@@ -141,10 +138,7 @@ class CriticTrainer(Trainer):
         self._iteration: Optional[int] = None
         self._resuming = False
         self._evaluated: Optional[list[Rollout]] = None
-        self.layers_explained: dict[int, float] = {}
-        self._layers_to_log: dict[int, float] = {}
-        self._penalty: Optional[float] = None
-        self._l2 = 0.0
+        self._beginning = Beginning(model, language_model, args, self._files)
         self._sums: dict[str, list[float]] = {}
         self.add_callback(_BeginsEpoch(self))
 
@@ -166,7 +160,8 @@ class CriticTrainer(Trainer):
             ValueError: If the run that is there had other settings.
         """
         self._resuming = resume_from_checkpoint not in (None, False)
-        self._iteration, self._penalty, self._l2 = None, None, 0.0
+        self._iteration = None
+        self._beginning.forget()
         with trainer_checkpoints.going_on(self, resume_from_checkpoint) as checkpoint:
             if self._resuming:
                 self._files.check(self._settings())
@@ -229,8 +224,8 @@ class CriticTrainer(Trainer):
             action_loss = action_value_loss(self._critic, hidden.detach(), values, inputs, args.value_loss)
             self._sums.setdefault("action_value_loss", []).append(float(action_loss.detach()))
             loss = loss + args.action_value_coef * action_loss
-        if self._l2:
-            loss = loss + self._l2 * self._critic.head.weight.square().sum()
+        if self._beginning.l2:
+            loss = loss + self._beginning.l2 * self._critic.head.weight.square().sum()
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: Optional[float] = None) -> None:
@@ -271,6 +266,11 @@ class CriticTrainer(Trainer):
 
     # ---- further
 
+    @property
+    def layers_explained(self) -> dict[int, float]:
+        """Share of the outcome's variance that each layer explains, where the critic's was chosen."""
+        return self._beginning.layers_explained
+
     def evaluate_positions(self, eval_dataset: Optional[Iterable[Any]] = None) -> list[dict[str, Any]]:
         """Explained variance and calibration of each position, see `diagnostics.by_position`; roll-outs as in
         `evaluate`."""
@@ -298,17 +298,15 @@ class CriticTrainer(Trainer):
         start = time.perf_counter()
         rollouts = self._rollouts(iteration)
         seconds = time.perf_counter() - start
-        if self.args.l2 is not None:
-            self._l2 = self.args.l2
         if begins:
-            self._prepare_critic(rollouts)
+            self._beginning.prepare(rollouts)
             estimates = self._values(rollouts)
             self._files.keep_values(iteration, estimates.values)
         else:
             if not has_lora(self._critic):
-                self._fill_hidden(rollouts)
+                self._beginning.fill_hidden(rollouts)
             estimates = self._kept_values(iteration, rollouts)
-            self._l2 = self._kept_penalty(rollouts)
+            self._beginning.go_on(rollouts)
         rewards = terminal_rewards(estimates.outcomes, estimates.mask)
         advantages = generalized_advantages(rewards, estimates.values, estimates.mask, self.args.gamma, self.args.lam)
         targets = advantages + estimates.values
@@ -323,7 +321,7 @@ class CriticTrainer(Trainer):
         for item, tried in zip(self._data.items, self._tried(rollouts, iteration)):
             item["tried"] = tried
         if begins:
-            self._fit_head(rollouts, targets)
+            self._beginning.fit_head(rollouts, targets)
             self._log_iteration(estimates, seconds)
 
     def _rollouts(self, iteration: int) -> list[Rollout]:
@@ -373,7 +371,7 @@ class CriticTrainer(Trainer):
         for start in range(done, len(rows), size):
             batch = rows[start : start + size]
             # before a layer is chosen, states of another would be kept
-            with_hidden = not has_lora(self._critic) and not self._layer_is_open
+            with_hidden = not has_lora(self._critic) and not self._beginning.layer_is_open
             if steered and strength and start // size % 2:
                 yield self._steered(batch, seed_of(seed, start))
             else:
@@ -414,10 +412,6 @@ class CriticTrainer(Trainer):
     def _values(self, rollouts: list[Rollout]) -> Values:
         return values_of(self._critic, self.language_model, rollouts, self.args.rollout_batch_size)
 
-    def _fill_hidden(self, rollouts: list[Rollout]) -> None:
-        missing = without_hidden(rollouts, self._critic.reading(self.language_model))
-        fill_hidden(self.language_model, missing, self.args.rollout_batch_size, self._critic)
-
     def _tried(self, rollouts: list[Rollout], iteration: int) -> list[Tried]:
         """Candidates at one state of each roll-out; none if the action-value head learns from sampled tokens alone."""
         args: CriticConfig = self.args
@@ -426,101 +420,6 @@ class CriticTrainer(Trainer):
         count = min(args.action_value_candidates, self._critic.config.vocab_size or args.action_value_candidates)
         seed = seed_of(args.seed, _TRIED, iteration, args.process_index)
         return try_candidates(self.language_model, self._critic, rollouts, count, seed, args.rollout_batch_size)
-
-    def _prepare_critic(self, rollouts: list[Rollout]) -> None:
-        """Choose the layer, standardise hidden states and start at the mean outcome, by the first roll-outs; unless the critic
-        has been trained before."""
-        critic = self._critic
-        if self._is_prepared:
-            return
-        mask = states_mask(rollouts)
-        outcomes = discounted_outcomes(outcomes_of(rollouts), mask, self.args.gamma)
-        explained = self._explain(rollouts, outcomes)
-        self._fill_hidden(rollouts)
-        critic.fit_standardisation(torch.cat([rollout.hidden for rollout in rollouts if rollout.hidden is not None]))
-        if has_lora(critic):
-            for rollout in rollouts:
-                rollout.hidden = None
-        start = float(outcomes[mask].mean())
-        critic.start_at(start)
-        if explained is not None and critic.config.head == "linear" and self.args.closed_form:
-            self._penalty = explained.penalty_of(len(rollouts))
-            if self.args.l2 is None:
-                self._l2 = self._penalty_in_loss(explained, start)
-                self._files.keep_l2(self._l2)
-        with torch.no_grad():
-            for fitted in (critic.mean, critic.std, critic.head.bias):
-                fitted.copy_(broadcast(fitted.detach()))
-
-    @property
-    def _is_prepared(self) -> bool:
-        return bool((self._critic.mean != 0).any()) or bool((self._critic.std != 1).any())
-
-    @property
-    def _layer_is_open(self) -> bool:
-        return self._critic.config.choose_layer and not self._is_prepared
-
-    def _explain(self, rollouts: list[Rollout], outcomes: torch.Tensor) -> Optional[Explained]:
-        """What a linear map of the critic's layer knows; the layer is chosen, if it still is to be. All processes take the first
-        one's."""
-        args: CriticConfig = self.args
-        config, reading = self._critic.config, self._critic.reading(self.language_model)
-        choices = [reading.layers]
-        if self._layer_is_open:
-            choices = [(index,) for index in candidate_layers(self.language_model, reading)]
-        elif has_lora(self._critic) or config.head != "linear" or not args.closed_form:
-            return None
-        seed = seed_of(args.seed, _LAYER)
-        found: list[Any] = [explained_by(self.language_model, self._critic, choices, rollouts, outcomes, seed)]
-        broadcast_object_list(found)
-        if not found[0]:
-            if self._layer_is_open:
-                warnings.warn(
-                    f"layer='auto': {len(rollouts)} roll-outs, or outcomes that are all the same, don't tell layers apart; the "
-                    f"critic reads layer {reading.layers[0]}.",
-                    stacklevel=2,
-                )
-            return None
-        if not self._layer_is_open:
-            return found[0][0]
-        by_layer = {layers[0]: each for layers, each in zip(choices, found[0])}
-        best = best_of(by_layer)
-        config.layers = None if best == reading.last else [best]
-        self.layers_explained = self._layers_to_log = {index: each.share for index, each in by_layer.items()}
-        return by_layer[best]
-
-    def _penalty_in_loss(self, explained: Explained, mean: float) -> float:
-        args: CriticConfig = self.args
-        return explained.penalty_of(args.rollouts_per_iteration) * slope_of(args.value_loss, mean)
-
-    def _kept_penalty(self, rollouts: list[Rollout]) -> float:
-        """The loss's penalty in a run that goes on in the middle of an iteration: the one on disk; where nothing is kept, chosen
-        on this iteration's roll-outs."""
-        args: CriticConfig = self.args
-        if args.l2 is not None:
-            return args.l2
-        kept = self._files.kept_l2()
-        if kept is not None or args.save_rollouts or not args.closed_form:
-            return kept or 0.0
-        outcomes = discounted_outcomes(outcomes_of(rollouts), states_mask(rollouts), args.gamma)
-        explained = self._explain(rollouts, outcomes)
-        return (
-            0.0
-            if explained is None
-            else self._penalty_in_loss(explained, float(outcomes[states_mask(rollouts)].mean()))
-        )
-
-    def _fit_head(self, rollouts: list[Rollout], targets: torch.Tensor) -> None:
-        """Begin where ridge regression on the first roll-outs ends; all processes take the first one's."""
-        if self._penalty is None:
-            return
-        states = [rollout.hidden for rollout in rollouts if rollout.hidden is not None]
-        rows = [row[: rollout.states] for row, rollout in zip(targets, rollouts)]
-        fit_head(self._critic, states, rows, self._penalty)
-        self._penalty = None
-        with torch.no_grad():
-            for fitted in (self._critic.head.weight, self._critic.head.bias):
-                fitted.copy_(broadcast(fitted.detach()))
 
     def _collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         rollouts = [item["rollout"] for item in items]
@@ -542,8 +441,8 @@ class CriticTrainer(Trainer):
         values, mask, outcomes = estimates
         figures = summary(values, discounted_outcomes(outcomes, mask, self.args.gamma), mask)
         rewards = {"reward_mean": float(outcomes.mean()), "reward_std": float(outcomes.std(correction=0))}
-        layers = {f"explained_variance_layer_{index}": each for index, each in self._layers_to_log.items()}
-        self._layers_to_log = {}
+        layers = {f"explained_variance_layer_{index}": each for index, each in self._beginning.unlogged.items()}
+        self._beginning.unlogged = {}
         self.log({**rewards, **figures, **layers, "rollout_seconds": round(seconds, 2)})
 
     def _gathered(self, estimates: Values, width: int) -> Values:

@@ -89,6 +89,12 @@ def test_a_long_training_goes_on_where_it_was_killed(data, measured, monkeypatch
     assert not list(run.work.glob("*-training"))
 
 
+def test_a_long_training_ends_where_validation_is_flat(data, measured):
+    run = measured("paraphrase", "long_rxs", sets=["quora"], steps=10, warmup=0, patience=2, learning_rate=1e-12)
+    found = run.find(paraphrase.Row("quora", "R*S", 0)._asdict())
+    assert found["steps"] < 10 and len(found["losses"]) < 5
+
+
 def test_the_long_trainings_differ_in_the_variant_alone():
     settings = [experiments.settings("paraphrase", name) for name in experiments.names("paraphrase") if "long" in name]
     modes = [each.pop("modes") for each in settings]

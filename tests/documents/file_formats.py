@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from generation_ext.critic import rollout_files, value
+from generation_ext.critic import model_config, rollout_files
 from generation_ext.in_context import pools
 from generation_ext.probing import saving
 from generation_ext.probing.heads import HEADS
@@ -39,7 +39,7 @@ def tables() -> dict[str, str]:
         **{f"tensors of {name}": tensor_table(each) for name, each in layers.items()},
         "tensors of bcq": tensor_table({f"<layer>.{part}": each for part, each in LAYER.items()}),
         "index": INDEX.table(),
-        "critic": field_table(value.FIELDS),
+        "critic": field_table(model_config.FIELDS),
         "palp.json": saving.FILE.table(),
         "params of palp.json": field_table(saving.PARAMS),
         "palp": tensor_table(saving.STANDARDISATION),
