@@ -23,7 +23,17 @@ from peft_ext.quant.binary import (
     sorted_levels,
 )
 from peft_ext.quant.matmul import linear
-from peft_ext.quant.uniform import SHRINK_FACTORS, Grid, Quantized, check_format, check_weight, search_grid
+from peft_ext.quant.uniform import (
+    SHRINK_FACTORS,
+    Grid,
+    Quantized,
+    check_format,
+    check_weight,
+    check_zero,
+    nearest_codes,
+    search_grid,
+    stored_zero_point,
+)
 
 
 # Maps a column of weights [out] and its index in the weight to codes uint8 [out] and the values [out] of these.
@@ -45,13 +55,14 @@ def quantize_calibrated(
     sym: bool = False,
     damping: float = 0.01,
     shift: Optional[torch.Tensor] = None,
+    zero: str = "int",
 ) -> Quantized:
     """Quantise so that the layer's *output* on the calibration data changes least.
 
     Args:
         weight: float `[out, in]`.
         hessian: float `[in, in]`, the sum (or mean) of `x x^T` over the calibration inputs.
-        bits, group_size, sym: As in [`peft_ext.quant.uniform.quantize`].
+        bits, group_size, sym, zero: As in [`peft_ext.quant.uniform.quantize`].
         damping: Share of the mean diagonal that is added to the Hessian's diagonal.
         shift: float `[in, in]`, the sum (or mean) of `(x_float - x) x^T`, with `x_float` what the layer would get in
             the float model; the weight then makes up for part of what the layers before it changed.
@@ -63,10 +74,11 @@ def quantize_calibrated(
         ValueError: If the format is unknown, the shapes don't fit, or the weight or the Hessian has NaN or infinity.
     """
     check_format(bits, group_size, weight.shape[1])
+    check_zero(zero, sym)
     weight, hessian, input_weight = _prepare(weight, hessian, shift)
-    grid = search_grid(weight, bits, group_size, sym, SHRINK_FACTORS, input_weight)
-    codes = error_feedback(weight, hessian, uniform_rounding(grid, bits, weight.shape[1]), damping)
-    return Quantized(codes, grid.scale, grid.zero_point.to(torch.uint8))
+    grid = search_grid(weight, bits, group_size, sym, SHRINK_FACTORS, input_weight, zero)
+    codes = error_feedback(weight, hessian, uniform_rounding(grid, bits, weight.shape[1], zero), damping)
+    return Quantized(codes, grid.scale, stored_zero_point(grid.zero_point, zero))
 
 
 def quantize_binary_calibrated(
@@ -168,14 +180,14 @@ def follow_shift(
     return torch.add(weight, step, alpha=share).contiguous()
 
 
-def uniform_rounding(grid: Grid, bits: int, in_features: int) -> ColumnRounding:
+def uniform_rounding(grid: Grid, bits: int, in_features: int, zero: str = "int") -> ColumnRounding:
     """Rounding of one column onto a uniform grid, for [`error_feedback`]."""
     size = in_features // grid.scale.shape[1]
-    scales, zero_points, top = grid.scale.t().contiguous(), grid.zero_point.t().contiguous(), 2**bits - 1
+    scales, zero_points = grid.scale.t().contiguous(), grid.zero_point.t().contiguous()
 
     def round_column(column: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         scale, zero_point = scales[index // size], zero_points[index // size]
-        codes = (column / scale).round_().add_(zero_point).clamp_(0, top)
+        codes = nearest_codes(column, scale, zero_point, bits, zero)
         return codes.to(torch.uint8), codes.sub_(zero_point).mul_(scale)
 
     return round_column

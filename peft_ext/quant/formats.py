@@ -10,7 +10,7 @@ import torch
 
 from peft_ext.quant.binary import BINARY_BITS, BINARY_METHODS, BinaryQuantized, quantize_binary
 from peft_ext.quant.error_feedback import quantize_binary_calibrated, quantize_calibrated
-from peft_ext.quant.uniform import UNIFORM_BITS, UNIFORM_METHODS, Quantized, check_format, quantize
+from peft_ext.quant.uniform import UNIFORM_BITS, UNIFORM_METHODS, Quantized, check_format, check_zero, quantize
 
 
 CALIBRATED = "calibrated"
@@ -18,11 +18,15 @@ CALIBRATED = "calibrated"
 
 @dataclass(frozen=True)
 class Uniform:
-    """Integers with a scale and a zero point per output channel, or per group of inputs. See `uniform.py`."""
+    """Integers with a scale and a zero point per output channel, or per group of inputs. See `uniform.py`.
+
+    `zero` says whether zero points are among the codes (`"int"`) or any numbers (`"float"`), which keep a group's minimum.
+    """
 
     bits: int
     group_size: int = -1
     sym: bool = False
+    zero: str = "int"
 
     name: ClassVar[str] = "uniform integers"
     supported_bits: ClassVar[tuple[int, ...]] = UNIFORM_BITS
@@ -43,8 +47,10 @@ class Uniform:
     ) -> Quantized:
         """Quantise a weight `[out, in]` by a data-free method, or on its inputs' moments where these are given."""
         if hessian is None:
-            return quantize(weight, self.bits, self.group_size, self.sym, method)
-        return quantize_calibrated(weight, hessian, self.bits, self.group_size, self.sym, shift=shift)
+            return quantize(weight, self.bits, self.group_size, self.sym, method, self.zero)
+        return quantize_calibrated(
+            weight, hessian, self.bits, self.group_size, self.sym, shift=shift, zero=self.zero
+        )
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,8 @@ def group_size_of(in_features: int, groups: int) -> int:
 def check_number_format(number_format: NumberFormat, in_features: Optional[int] = None) -> None:
     """Refuse widths and group sizes that the format doesn't have, or that don't fit a layer; see `check_format`."""
     check_format(number_format.bits, number_format.group_size, in_features, number_format.supported_bits)
+    if isinstance(number_format, Uniform):
+        check_zero(number_format.zero, number_format.sym)
 
 
 def same_format(one: NumberFormat, other: NumberFormat, in_features: int) -> bool:
@@ -112,4 +120,5 @@ def empty_quantized(
     scale = torch.empty(number_format.scale_shape(*shape), device="meta", dtype=dtype)
     if isinstance(number_format, BinaryCoding):
         return BinaryQuantized(codes, scale)
-    return Quantized(codes, scale, torch.empty_like(scale, dtype=torch.uint8))
+    kept = dtype if number_format.zero == "float" else torch.uint8
+    return Quantized(codes, scale, torch.empty_like(scale, dtype=kept))

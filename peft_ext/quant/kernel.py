@@ -28,7 +28,7 @@ CAPABILITY_VARIABLE = "PEFT_EXT_CPU_CAPABILITY"
 CAPABILITIES = ("portable", "avx2", "avx512")
 
 # What the module was built from must be what this file calls: PEFT_EXT_KERNEL_VERSION in csrc/packed_linear.h.
-VERSION = 2
+VERSION = 3
 # Up to so many rows the kernel takes over from unpacking and a dense product, by capability. Only roughly known: for 400 tokens
 # of SmolLM2 it took 2.2 s (AVX-512), 4.6 s (AVX2) and 24 s (portable) against torch's 3.1 to 3.7 s, on one thread.
 MAX_ROWS = (8, 64, 1024)
@@ -110,6 +110,7 @@ def check(
     # called for every layer and token: what fits is told by tensors' cheapest properties, what doesn't is then looked for.
     # All of this file's checks took 1.1 us of the 15.1 us of one row times 576 x 576 (EPYC, 1 thread, best of 1,500 bursts).
     packed, layout, shape = planes.shape, scale.shape, x.shape
+    whole_layout = layout
     if choice is not None:
         layout = layout[1:]
     fits = (
@@ -120,7 +121,12 @@ def check(
         and layout[0] == out_features
         and layout[1] > 0
         and in_features % layout[1] == 0
-        and (layout[2] == packed[2] if zero_point is None else zero_point.shape == layout and zero_point.dtype == torch.uint8)
+        and (
+            layout[2] == packed[2]
+            if zero_point is None
+            else (zero_point.shape == layout and zero_point.dtype == torch.uint8)
+            or (zero_point.dtype.is_floating_point and zero_point.shape in (layout, whole_layout))
+        )
         and planes.dtype == torch.uint8
         and (bias is None or (bias.shape == (out_features,) and bias.dtype.is_floating_point))
         and scale.dtype.is_floating_point
@@ -157,7 +163,8 @@ def packed_linear(
         x: float `[..., in]`.
         planes: uint8 `[tiles, input bytes, bits, 32]`.
         scale: `[out, groups]`, of a binary coding `[out, groups, bits]`; with `choice` another dimension in front.
-        zero_point: uint8 `[out, groups]`; None for a binary coding.
+        zero_point: uint8 or float `[out, groups]`; float ones, with `choice`, perhaps `[n, out, groups]`; None for a binary
+            coding.
         bias: `[out]` or None.
         size: The weight's outputs and inputs, and what `check` gives: bits and groups.
         choice: int64, for each row of `x` (its leading dimensions flattened) which scale it takes.
@@ -216,7 +223,10 @@ def _run(
         x = x.contiguous()
     # each a check where it is one already; zero points read from checkpoints often aren't
     planes, scale = planes.contiguous(), scale.contiguous()
+    float_zero = 0
     if zero_point is not None:
+        if zero_point.dtype != torch.uint8:
+            zero_point, float_zero = zero_point.float().resolve_neg(), 1 if zero_point.dim() == 2 else 2
         zero_point = zero_point.contiguous()
     if bias is not None:
         bias = (bias if bias.dtype in _DTYPES else bias.float()).contiguous()
@@ -245,6 +255,7 @@ def _run(
         groups,
         0 if choice is None else choice.data_ptr(),
         of_zero_point,
+        float_zero,
         0 if bias is None else bias.data_ptr(),
         0 if bias is None else _DTYPES[bias.dtype],
         exact,
@@ -338,9 +349,10 @@ def _misfit(
     if bias is not None and (not bias.is_floating_point() or bias.shape != (out_features,)):
         return ValueError(f"bias is {_told(bias)}; expected float [{out_features}].")
     if zero_point is not None and len(layout) == 2 and layout[0] == out_features and layout[1] > 0:
-        if zero_point.dtype != torch.uint8 or zero_point.shape != layout:
+        kind = zero_point.dtype == torch.uint8 or zero_point.is_floating_point()
+        if not kind or zero_point.shape != layout:
             return ValueError(
-                f"zero_point is {_told(zero_point)}; expected uint8 [{layout[0]}, {layout[1]}] like scale."
+                f"zero_point is {_told(zero_point)}; expected uint8 or float [{layout[0]}, {layout[1]}] like scale."
             )
     wanted = f"{out_features}, groups" + ("" if zero_point is not None else f", {bits}")
     if len(layout) < scale.dim():

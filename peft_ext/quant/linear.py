@@ -58,7 +58,7 @@ class PackedLinear(nn.Linear):
         planes: uint8 `[ceil(out / 32), ceil(in / 8), bits, 32]`, see `packing.py`.
         scale: float `[out, groups]`; of a binary coding the alphas `[out, groups, bits]`. Kept in float32 at least: half
             precision would round away a fifth of what tuning changes about a scale by one percent.
-        zero_point: uint8 `[out, groups]`; None for a binary coding.
+        zero_point: uint8 `[out, groups]`, or float, kept in float32 at least; None for a binary coding.
         bias: float `[out]` or None.
         in_features, out_features: Size of the weight.
         sym: Whether every zero point is `2**(bits - 1)`.
@@ -93,7 +93,9 @@ class PackedLinear(nn.Linear):
         self.sym = sym
         self.conv1d = conv1d
         self.compute_dtype = compute_dtype or scale.dtype
-        scale = scale.to(torch.promote_types(scale.dtype, torch.float32))
+        scale = scale.to(_kept(scale.dtype))
+        if zero_point is not None and zero_point.is_floating_point():
+            zero_point = zero_point.to(_kept(zero_point.dtype))
         self._check_shapes(planes, scale, zero_point)
         self.planes = PackedParameter(planes, in_features * out_features)
         self.scale = nn.Parameter(scale, requires_grad=False)
@@ -156,7 +158,7 @@ class PackedLinear(nn.Linear):
         """What the weight is quantised to."""
         if self.zero_point is None:
             return BinaryCoding(self.bits, self.group_size)
-        return Uniform(self.bits, self.group_size, self.sym)
+        return Uniform(self.bits, self.group_size, self.sym, "float" if self.zero_point.is_floating_point() else "int")
 
     @property
     def bits(self) -> int:
@@ -273,8 +275,14 @@ class PackedLinear(nn.Linear):
                 f"{'' if zero_point is not None else f', bits={bits}'} and in_features={self.in_features} a multiple of "
                 "groups."
             )
-        if zero_point is not None and (zero_point.dtype != torch.uint8 or zero_point.shape != scale.shape):
-            raise ValueError(f"zero_point is {zero_point.dtype} {tuple(zero_point.shape)}; expected uint8 like scale.")
+        if zero_point is not None:
+            fits = zero_point.dtype == torch.uint8 or zero_point.is_floating_point()
+            if not fits or zero_point.shape != scale.shape:
+                raise ValueError(
+                    f"zero_point is {zero_point.dtype} {tuple(zero_point.shape)}; expected uint8 or float like scale."
+                )
+            if self.sym and zero_point.is_floating_point():
+                raise ValueError("sym=True is of zero points in the middle of the codes, but zero_point is float.")
 
     def freeze(self) -> None:
         """Make frozen parameters of what a loader has put in their place."""
@@ -284,10 +292,13 @@ class PackedLinear(nn.Linear):
     def _apply(self, fn, recurse=True):
         # a cast is of the weight that the scales stand for; they themselves stay as precise as they are
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.scale.device)).dtype
-        before = self.scale.data
+        before = {name: self._parameters.get(name) for name in ("scale", "zero_point")}
+        before = {name: tensor.data for name, tensor in before.items() if tensor is not None}
         super()._apply(fn, recurse)
-        if torch.promote_types(self.scale.dtype, before.dtype) != self.scale.dtype:
-            self.scale.data = before.to(self.scale.device)
+        for name, tensor in before.items():
+            parameter = self._parameters[name]
+            if torch.promote_types(parameter.dtype, tensor.dtype) != parameter.dtype:
+                parameter.data = tensor.to(parameter.device)
         return self._keep_packed_parameter()
 
     def _load_from_state_dict(self, *args, **kwargs):
@@ -302,6 +313,11 @@ class PackedLinear(nn.Linear):
         elif isinstance(planes, PackedParameter):
             planes.logical_numel = count
         return self
+
+
+def _kept(dtype: torch.dtype) -> torch.dtype:
+    """What scales and float zero points are kept in."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _autocast(x: torch.Tensor) -> torch.Tensor:

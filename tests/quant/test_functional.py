@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from peft_ext.quant import functional
+from peft_ext.quant import functional, kernel
 from peft_ext.quant.binary import dequantize_binary, quantize_binary
 from peft_ext.quant.functional import PackedWeight, mixed_packed_linear, packed_linear
 from peft_ext.quant.packing import pack
@@ -30,11 +30,11 @@ def packed_weight(form, bits, group_size=-1, dtype=torch.float64):
     if form == "binary":
         codes, scale = quantize_binary(weight, bits, group_size)
         return PackedWeight(pack(codes, bits), None, OUT, IN), scale, codes
-    codes, scale, zero_point = quantize(weight, bits, group_size)
+    codes, scale, zero_point = quantize(weight, bits, group_size, zero="float" if form == "float" else "int")
     return PackedWeight(pack(codes, bits), zero_point, OUT, IN), scale, codes
 
 
-FORMS = [("uniform", 2), ("uniform", 3), ("uniform", 4), ("uniform", 8), ("binary", 1), ("binary", 3), ("binary", 4)]
+FORMS = [("uniform", 2), ("uniform", 3), ("uniform", 4), ("uniform", 8), ("float", 2), ("float", 4), ("binary", 1), ("binary", 3), ("binary", 4)]
 
 
 @pytest.fixture(params=FORMS, ids=lambda form: f"{form[0]}-{form[1]}bit")
@@ -72,6 +72,34 @@ def test_gradcheck(make, group_size, keep_product, shape):
     scale[3] = 0  # a scale of zero has a gradient too
     inputs = (torch.randn(shape, dtype=torch.float64, requires_grad=True), scale.requires_grad_())
     assert torch.autograd.gradcheck(lambda x, s: packed_linear(x, packed, s, keep_product=keep_product), inputs)
+
+
+@pytest.mark.parametrize("shape", [(5, IN), (2, 3, IN), (0, IN)], ids=str)
+@pytest.mark.parametrize(("group_size", "keep_product"), MODES)
+def test_gradcheck_of_zero_points(group_size, keep_product, shape):
+    packed, scale, _ = packed_weight("float", 3, group_size)
+    inputs = (torch.randn(shape, dtype=torch.float64), scale, packed.zero_point)
+    for wanted in ((0, 1, 2), (1, 2), (2,)):
+        leaves = [tensor.clone().requires_grad_(place in wanted) for place, tensor in enumerate(inputs)]
+        assert torch.autograd.gradcheck(
+            lambda x, s, z: packed_linear(x, packed._replace(zero_point=z), s, keep_product=keep_product), leaves
+        )
+
+
+@pytest.mark.parametrize("group_size", [-1, 128])
+def test_half_precision_keeps_the_precision_of_zero_points(group_size):
+    """Rounded to bfloat16, a zero point would move all of a group's weights the same way."""
+    wide = 16 * IN  # what rounds each weight by itself cancels
+    codes, scale, zero_point = quantize(torch.rand(OUT, wide) - torch.rand(OUT, 1), 4, group_size, zero="float")
+    packed, x = PackedWeight(pack(codes, 4), zero_point, OUT, wide), torch.eye(wide, dtype=torch.bfloat16)
+    y = packed_linear(x, packed, scale.clone().requires_grad_()).detach().float().t()
+
+    def bias_of_groups(zero_points):
+        """How far the groups' means are off, in steps."""
+        off = (y - dequantize(codes, scale, zero_points)).view(OUT, scale.shape[1], -1).mean(-1)
+        return (off / scale).square().mean().sqrt()
+
+    assert bias_of_groups(zero_point) < 0.7 * bias_of_groups(zero_point.bfloat16().float())
 
 
 @pytest.mark.parametrize(("group_size", "keep_product"), MODES)
@@ -241,6 +269,21 @@ def test_mixed_batch_is_each_sample_with_its_own_scale(make, group_size):
     x, choice = torch.randn(5, 4, IN, dtype=torch.float64), torch.tensor([2, 0, 1, 1, 2])
     expected = torch.stack([reference(x[i], packed, scales[choice[i]], codes) for i in range(5)])
     torch.testing.assert_close(mixed_packed_linear(x, packed, scales, choice), expected)
+
+
+@pytest.mark.parametrize("group_size", [-1, 8])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_mixed_batch_with_zero_points_of_their_own(group_size, dtype):
+    packed, scale, codes = packed_weight("float", 3, group_size, dtype)
+    scales = torch.stack([scale, scale * 1.5, scale * torch.rand_like(scale)])
+    zero_points = packed.zero_point + torch.randn(3, *scale.shape, dtype=dtype)
+    x, choice = torch.randn(5, 4, IN, dtype=dtype), torch.tensor([2, 0, 1, 1, 2])
+    expected = torch.stack(
+        [reference(x[i], packed._replace(zero_point=zero_points[choice[i]]), scales[choice[i]], codes) for i in range(5)]
+    )
+    with kernel.using(PEFT_EXT_KERNEL="torch"):
+        found = mixed_packed_linear(x, packed._replace(zero_point=zero_points), scales, choice)
+    torch.testing.assert_close(found, expected)
 
 
 def test_mixed_batch_multiplies_by_the_codes_once(make_uniform, monkeypatch):

@@ -45,15 +45,21 @@ def only_the_kernel(monkeypatch):
     monkeypatch.setattr(functional, "code_blocks", boom)
 
 
-def make(out_features, in_features, bits, groups=1, binary=False, adapters=1, seed=0):
-    """A packed weight, its scales `[adapters, ...]`, and the float64 weights `[adapters, out, in]`."""
+FORMS = ["uniform", "float", "chosen", "binary"]
+
+
+def make(out_features, in_features, bits, groups=1, form="uniform", adapters=1, seed=0):
+    """A packed weight, its scales `[adapters, ...]`, and the float64 weights `[adapters, out, in]`.
+
+    form: integers with whole zero points, float ones, float ones for each adapter; or a binary coding.
+    """
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 2**bits, (out_features, in_features), generator=generator, dtype=torch.uint8)
-    shape = (adapters, out_features, groups) + ((bits,) if binary else ())
+    shape = (adapters, out_features, groups) + ((bits,) if form == "binary" else ())
     scale = torch.rand(shape, generator=generator) + 0.1
     per_input = in_features // groups
     spread = scale.double().repeat_interleave(per_input, 2)
-    if binary:
+    if form == "binary":
         zero_point = None
         signs = torch.stack([((codes >> p) & 1).double() * 2 - 1 for p in range(bits)], -1)
         dense = (spread * signs).sum(-1)
@@ -66,7 +72,10 @@ def make(out_features, in_features, bits, groups=1, binary=False, adapters=1, se
             generator=generator,
             dtype=torch.uint8,
         )
-        dense = spread * (codes.double() - zero_point.double().repeat_interleave(per_input, 1))
+        if form != "uniform":
+            of_each = (adapters, out_features, groups) if form == "chosen" else (out_features, groups)
+            zero_point = zero_point + 4 * torch.randn(of_each, generator=generator)
+        dense = spread * (codes.double() - zero_point.double().repeat_interleave(per_input, -1))
     return PackedWeight(pack(codes, bits), zero_point, out_features, in_features), scale, dense
 
 
@@ -75,11 +84,11 @@ def error(found, expected):
 
 
 @needs_kernel
-@pytest.mark.parametrize("binary", [False, True], ids=["uniform", "binary"])
+@pytest.mark.parametrize("form", ["uniform", "float", "binary"])
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("groups", [1, 5], ids=["channel", "groups"])
-def test_product(path, tolerance, only_the_kernel, bits, binary, groups):
-    weight, scale, dense = make(70, 320, bits, groups, binary)
+def test_product(path, tolerance, only_the_kernel, bits, form, groups):
+    weight, scale, dense = make(70, 320, bits, groups, form)
     bias = torch.randn(70)
     for rows in (1, 2, 3, 7):
         x = torch.randn(rows, 320)
@@ -96,13 +105,13 @@ def test_product(path, tolerance, only_the_kernel, bits, binary, groups):
     cut=st.integers(0, 7),
     groups=st.sampled_from([1, 2, 3]),
     bits=st.integers(1, 8),
-    binary=st.booleans(),
+    form=st.sampled_from(["uniform", "float", "binary"]),
     rows=st.integers(1, 40),
     capability=st.sampled_from(CAPABILITIES),
 )
-def test_any_size(out_features, in_bytes, cut, groups, bits, binary, rows, capability):
+def test_any_size(out_features, in_bytes, cut, groups, bits, form, rows, capability):
     in_features = 8 * in_bytes * groups - (cut if groups == 1 else 0)
-    weight, scale, dense = make(out_features, in_features, bits, groups, binary, seed=rows)
+    weight, scale, dense = make(out_features, in_features, bits, groups, form, seed=rows)
     x = torch.randn(rows, in_features, generator=torch.Generator().manual_seed(1))
     chosen = kernel.using(**{CAPABILITY_VARIABLE: capability, KERNEL_VARIABLE: "exact"})
     with chosen, pytest.MonkeyPatch.context() as patch, torch.no_grad():
@@ -117,10 +126,10 @@ def test_any_size(out_features, in_bytes, cut, groups, bits, binary, rows, capab
 
 @needs_kernel
 @pytest.mark.parametrize("groups", [1, 4], ids=["channel", "groups"])
-@pytest.mark.parametrize("binary", [False, True], ids=["uniform", "binary"])
-def test_rows_with_scales_of_their_own(path, tolerance, only_the_kernel, binary, groups, monkeypatch):
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_with_scales_of_their_own(path, tolerance, only_the_kernel, form, groups, monkeypatch):
     monkeypatch.setattr(kernel, "MAX_ROWS", (14, 14, 14))
-    weight, scales, dense = make(48, 128, 3, groups, binary, adapters=5)
+    weight, scales, dense = make(48, 128, 3, groups, form, adapters=5)
     x, bias = torch.randn(7, 2, 128), torch.randn(48)
     choice = torch.tensor([4, 0, 0, 2, 1, 3, 4])
     found = mixed_packed_linear(x, weight, scales, choice, bias)
@@ -202,6 +211,21 @@ def test_not_a_number_stays_one(path, tolerance):
 
 
 @needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_float_zero_points_of_any_dtype_and_view(path, only_the_kernel, dtype):
+    weight, scale, dense = make(40, 64, 4, 2, "float")
+    zero_point = weight.zero_point.to(dtype)
+    dense = dense + scale[0].double().repeat_interleave(32, 1) * (
+        weight.zero_point.double() - zero_point.double()
+    ).repeat_interleave(32, 1)
+    x = torch.randn(3, 64)
+    for view in (zero_point, zero_point.t().contiguous().t(), torch._neg_view(-zero_point)):
+        with torch.no_grad():
+            found = packed_linear(x, weight._replace(zero_point=view), scale[0])
+        assert error(found, x.double() @ dense[0].t()) < FAST
+
+
+@needs_kernel
 def test_threads_dont_change_the_result(path, tolerance):
     weight, scale, _ = make(2000, 1024, 3)  # smaller ones aren't shared among threads
     x = torch.randn(2, 1024)
@@ -218,8 +242,9 @@ def test_threads_dont_change_the_result(path, tolerance):
 
 
 @needs_kernel
-def test_operator_is_well_formed():
-    weight, scale, _ = make(40, 64, 4, 2)
+@pytest.mark.parametrize("form", ["uniform", "float"])
+def test_operator_is_well_formed(form):
+    weight, scale, _ = make(40, 64, 4, 2, form)
     inputs = (torch.randn(3, 64), weight.planes, scale[0], weight.zero_point, torch.randn(40), None, 40, True)
     torch.library.opcheck(torch.ops.peft_ext.packed_linear.default, inputs)
 

@@ -79,7 +79,13 @@ MISFITS = {
     "scale on meta": (changed(scale=moved("scale")), "scale is on meta"),
     "zero_point as int64": (changed(zero_point=lambda given: given["zero_point"].long()), "zero_point"),
     "zero_point as int8": (changed(zero_point=lambda given: given["zero_point"].to(torch.int8)), "zero_point"),
-    "zero_point as float": (changed(zero_point=lambda given: given["zero_point"].float()), "zero_point"),
+    "zero_point as bool": (changed(zero_point=lambda given: given["zero_point"].bool()), "zero_point"),
+    "zero_point as complex": (changed(zero_point=lambda given: given["zero_point"].cfloat()), "zero_point"),
+    "float zero_point of one row": (changed(zero_point=lambda given: given["zero_point"][:1].float()), "zero_point"),
+    "float zero_point in three dimensions": (
+        changed(zero_point=lambda given: given["zero_point"][None].float()),
+        "zero_point",
+    ),
     "zero_point of one row": (changed(zero_point=lambda given: given["zero_point"][:1]), "zero_point"),
     "zero_point of one group": (changed(zero_point=lambda given: given["zero_point"][:, :1]), "zero_point"),
     "zero_point on meta": (changed(zero_point=moved("zero_point")), "zero_point is on meta"),
@@ -116,6 +122,15 @@ MIXED = {
     "scales without their number": (changed(scale=lambda given: given["scale"][0]), "scale"),
     "scales of two rows": (changed(scale=scales(2, 2, GROUPS)), "scale"),
     "scales of no adapter": (changed(scale=scales(0, OUT, GROUPS)), "choice has 0, but there are 0"),
+    "zero points of one adapter": (changed(zero_point=lambda given: given["zero_point"][None].float()), "zero_point"),
+    "zero points of three adapters": (
+        changed(zero_point=lambda given: given["zero_point"].expand(3, -1, -1).float()),
+        "zero_point",
+    ),
+    "whole zero points of each": (
+        changed(zero_point=lambda given: given["zero_point"].expand(2, -1, -1)),
+        "zero_point",
+    ),
     "no sample's dimension": (changed(x=lambda given: torch.ones(IN)), "choice"),
 }
 

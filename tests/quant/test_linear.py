@@ -12,6 +12,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 from peft_ext.quant.binary import quantize_binary
+from peft_ext.quant.formats import Uniform
 from peft_ext.quant.linear import PackedLinear, PackedParameter
 from peft_ext.quant.uniform import quantize
 
@@ -178,7 +179,33 @@ def test_refuses_tensors_that_do_not_fit(layer):
     with pytest.raises(ValueError, match="scale"):
         PackedLinear(layer.planes, layer.scale[:-1], layer.zero_point, None, **good)
     with pytest.raises(ValueError, match="zero_point"):
-        PackedLinear(layer.planes, layer.scale, layer.zero_point.float(), None, **good)
+        PackedLinear(layer.planes, layer.scale, layer.zero_point.long(), None, **good)
+    with pytest.raises(ValueError, match="zero_point"):
+        PackedLinear(layer.planes, layer.scale, layer.zero_point.float()[:-1], None, **good)
+    with pytest.raises(ValueError, match="sym=True.*zero_point is float"):
+        PackedLinear(layer.planes, layer.scale, layer.zero_point.float(), None, sym=True, **good)
+
+
+def test_float_zero_points_are_kept_as_precise_as_scales():
+    weight = torch.randn(OUT, IN) + 0.3
+    layer = PackedLinear.from_quantized(quantize(weight, 4, 8, zero="float"), 4, None)
+    assert layer.number_format == Uniform(4, 8, zero="float") and "zero='float'" in repr(layer)
+    before = layer.zero_point.clone()
+    for dtype in (torch.bfloat16, torch.float16):
+        layer.to(dtype)
+        assert torch.equal(layer.zero_point, before) and layer.weight.dtype == dtype
+    assert not layer.zero_point.requires_grad
+    whole = PackedLinear.from_quantized(quantize(weight, 4, 8), 4, None)
+    assert whole.number_format == Uniform(4, 8) and whole.zero_point.dtype == torch.uint8
+    made = PackedLinear.empty(Uniform(4, 8, zero="float"), weight.shape, torch.bfloat16, None)
+    assert made.zero_point.dtype == torch.float32 and made.number_format == layer.number_format
+
+
+def test_the_fingerprint_has_float_zero_points_in_it():
+    quantized = quantize(torch.randn(OUT, IN), 4, 8, zero="float")
+    moved = quantized._replace(zero_point=quantized.zero_point + 1e-3)
+    one, other = (PackedLinear.from_quantized(each, 4, None).fingerprint() for each in (quantized, moved))
+    assert one != other
 
 
 def test_casts_reach_the_weight_that_the_layer_stands_for():

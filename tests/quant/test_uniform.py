@@ -44,6 +44,54 @@ def test_minmax_is_rounding_to_nearest(bits, group_size, sym):
     torch.testing.assert_close(dequantize(*quantized), slow_minmax(weight, bits, group_size, sym))
 
 
+def q4_1_like():
+    """A weight as Q4_1 holds it: codes of 0 to 15, with float16 scales and minimums for 32 of them."""
+    codes = torch.randint(0, 16, (24, 4, 32))
+    codes[..., 0], codes[..., 1] = 0, 15  # llama.cpp's scale is the range over 15
+    scale, minimum = (torch.rand(24, 4) * 0.01 + 1e-3).half(), (-torch.rand(24, 4) * 0.1).half()
+    weight = codes * scale.float()[..., None] + minimum.float()[..., None]
+    return weight.view(24, -1), codes.view(24, -1)
+
+
+def test_float_zero_points_represent_a_q4_1_weight():
+    """Integers don't. What is left is the rounding of float32, in the weight itself, the division, the difference and the
+    product: four times half a unit in the last place of the largest number that takes part."""
+    weight, codes = q4_1_like()
+    whole, exact = (quantize(weight, 4, 32, zero=zero) for zero in ("int", "float"))
+    assert torch.equal(exact.codes.long(), codes)
+    assert exact.zero_point.dtype == torch.float32 and whole.zero_point.dtype == torch.uint8
+    largest = weight.view(24, 4, 32).abs().amax(-1).repeat_interleave(32, 1)
+    assert ((dequantize(*exact) - weight).abs() <= 4 * 2**-24 * largest).all()
+    assert (dequantize(*whole) - weight).abs().max() > 0.2 * whole.scale.max()
+
+
+@pytest.mark.parametrize("method", ["minmax", "mse"])
+@pytest.mark.parametrize("bits", UNIFORM_BITS)
+def test_a_constant_group_is_exact_with_float_zero_points(bits, method):
+    constants = torch.tensor([0.37, -2.5, 0.0, 1e-30, -1e-42, 3e4])
+    weight = constants[:, None].expand(6, 16).contiguous()
+    quantized = quantize(weight, bits, 8, method=method, zero="float")
+    assert torch.equal(dequantize(*quantized), weight)
+    assert not quantized.codes.any() and (quantized.scale == 1).all()
+
+
+@pytest.mark.parametrize("group_size", [-1, 8])
+@pytest.mark.parametrize("bits", UNIFORM_BITS)
+def test_float_zero_points_cost_at_most_half_a_step(bits, group_size):
+    weight = torch.randn(16, 64, dtype=torch.float64) + torch.randn(16, 1, dtype=torch.float64)
+    quantized = quantize(weight, bits, group_size, zero="float")
+    step = quantized.scale.repeat_interleave(64 // quantized.scale.shape[1], 1)
+    assert ((dequantize(*quantized) - weight).abs() <= 0.5 * step * (1 + 1e-9)).all()
+    assert error(weight, quantize(weight, bits, group_size, method="mse", zero="float")) <= error(weight, quantized)
+
+
+def test_float_zero_points_and_symmetry_exclude_each_other():
+    with pytest.raises(ValueError, match="sym=True.*zero='float'"):
+        quantize(torch.randn(2, 8), 4, sym=True, zero="float")
+    with pytest.raises(ValueError, match="zero='bfloat16' is unknown; choose one of"):
+        quantize(torch.randn(2, 8), 4, zero="bfloat16")
+
+
 @pytest.mark.parametrize("sym", [False, True])
 def test_rounding_error_is_at_most_half_a_step(sym):
     weight = torch.randn(16, 64)

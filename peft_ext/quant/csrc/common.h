@@ -245,6 +245,19 @@ inline void transpose(const float* in, int64_t width, int64_t columns, float* ou
     for (int64_t row = 0; row < kTileRows; ++row) out[c * stride + row] = in[row * width + c];
 }
 
+// The float zero points [out][groups] that go with one of the scales.
+inline const float* float_zeros(const peft_ext_problem& p, int64_t which) {
+  const float* zero_point = static_cast<const float*>(p.zero_point);
+  return p.zero == PEFT_EXT_ZERO_CHOSEN ? zero_point + which * p.out_features * p.groups : zero_point;
+}
+
+// Makes offsets of scales [rows][count]. zero_point: of the first row, `stride` to the next.
+template <typename Zero>
+inline void shift_scales(const Zero* zero_point, int64_t stride, int64_t rows, int64_t count, float centre, float* scales) {
+  for (int64_t row = 0; row < rows; ++row, zero_point += stride)
+    for (int64_t g = 0; g < count; ++g) scales[row * count + g] *= centre - static_cast<float>(zero_point[g]);
+}
+
 // Coefficients [groups][parts][32] and offsets [groups][32] of groups [first, first + count) of a tile. Rows beyond
 // the weight's get zeros.
 template <typename T>
@@ -255,8 +268,13 @@ struct ScalesOfTile {
     const typename T::Stored* scale = static_cast<const typename T::Stored*>(p.scale) + which * p.out_features + channel;
     float shift[kTileRows];
     std::fill(shift, shift + kTileRows, scheme.centre - static_cast<float>(1 << (p.bits - 1)));
-    for (int64_t row = 0; row < rows && p.zero_point; ++row)
-      shift[row] = scheme.centre - static_cast<float>(p.zero_point[channel + row]);
+    if (p.zero == PEFT_EXT_ZERO_BYTE) {
+      const uint8_t* zero_point = static_cast<const uint8_t*>(p.zero_point) + channel;
+      for (int64_t row = 0; row < rows && p.zero_point; ++row) shift[row] = scheme.centre - static_cast<float>(zero_point[row]);
+    } else {
+      const float* zero_point = float_zeros(p, which) + channel;
+      for (int64_t row = 0; row < rows; ++row) shift[row] = scheme.centre - zero_point[row];
+    }
     std::fill(offsets, offsets + kTileRows, 0.0f);
     for (int64_t row = 0; row < rows; ++row) offsets[row] = T::load(scale[row]);
     for (int v = 0; v < scheme.parts; ++v)
@@ -300,10 +318,11 @@ struct ScalesOfTile {
         for (int64_t row = 0; row < kTileRows; ++row)
           offsets[g * kTileRows + row] = symmetric * coefficients[g * of_group + row];
     } else {
-      for (int64_t row = 0; row < rows; ++row) {
-        const uint8_t* zero_point = p.zero_point + (tile * kTileRows + row) * p.groups + first;
-        for (int64_t g = 0; g < count; ++g)
-          scales[row * width + g] *= scheme.centre - static_cast<float>(zero_point[g]);
+      const int64_t of_tile = tile * kTileRows * p.groups + first;
+      if (p.zero == PEFT_EXT_ZERO_BYTE) {
+        shift_scales(static_cast<const uint8_t*>(p.zero_point) + of_tile, p.groups, rows, count, scheme.centre, scales);
+      } else {
+        shift_scales(float_zeros(p, which) + of_tile, p.groups, rows, count, scheme.centre, scales);
       }
       transpose(scales, width, count, offsets, kTileRows);
     }

@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr int kArguments = 21;
+constexpr int kArguments = 22;
 
 PyObject* packed_linear(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (count != kArguments) return PyErr_Format(PyExc_TypeError, "packed_linear takes %d integers, got %zd", kArguments, count);
@@ -36,7 +36,8 @@ PyObject* packed_linear(PyObject*, PyObject* const* arguments, Py_ssize_t count)
   problem.scale_dtype = number();
   problem.groups = *next++;
   problem.choice = static_cast<const int64_t*>(address());
-  problem.zero_point = static_cast<const uint8_t*>(address());
+  problem.zero_point = address();
+  problem.zero = number();
   problem.bias = address();
   problem.bias_dtype = number();
   problem.exact = number();

@@ -9,9 +9,12 @@ extern "C" {
 #endif
 
 // Counts up whenever this file changes; the Python side refuses a kernel of another version.
-#define PEFT_EXT_KERNEL_VERSION 2
+#define PEFT_EXT_KERNEL_VERSION 3
 
 enum peft_ext_dtype { PEFT_EXT_FLOAT32 = 0, PEFT_EXT_BFLOAT16 = 1, PEFT_EXT_FLOAT16 = 2 };
+
+// What zero points are: bytes, floats, or floats that go with the scale that a row takes.
+enum peft_ext_zero { PEFT_EXT_ZERO_BYTE = 0, PEFT_EXT_ZERO_FLOAT = 1, PEFT_EXT_ZERO_CHOSEN = 2 };
 
 // What the instructions of a path need; a processor with one has those before it.
 enum peft_ext_level { PEFT_EXT_PORTABLE = 0, PEFT_EXT_AVX2 = 1, PEFT_EXT_AVX512 = 2 };
@@ -37,7 +40,8 @@ typedef struct {
   int32_t scale_dtype;
   int64_t groups;
   const int64_t* choice;       // which of the n scales each row takes; NULL: the first
-  const uint8_t* zero_point;   // [out][groups]; NULL: all 2^(bits - 1), or a binary coding
+  const void* zero_point;      // [out][groups] or [n][out][groups]; NULL: all 2^(bits - 1), or a binary coding
+  int32_t zero;                // peft_ext_zero: uint8, float, or [n][out][groups] of float
   const void* bias;            // [out] or NULL
   int32_t bias_dtype;
 
