@@ -74,7 +74,7 @@ def _format(kind: str, always: tuple[str, ...], /, **fields: Field) -> JsonForma
 
 # By `peft_type`.
 CONFIGS: dict[str, JsonFormat] = {
-    "PEQA": _format("PEQA", (), **_SCALES, sym=truth().or_null(), keep_product=truth()),
+    "PEQA": _format("PEQA", (), **_SCALES, sym=truth().or_null(), zero=text().or_null(), keep_product=truth()),
     "ALPHATUNING": _format("ALPHATUNING", (), **_SCALES, trained_alphas=text()),
     "BOTTLENECK": _format(
         "BOTTLENECK",

@@ -72,6 +72,7 @@ _PLAIN = {
     "bits",
     "group_size",
     "sym",
+    "zero",
     "init_method",
 }
 _KINDS = {"SEQ_2_SEQ_LM": "seq2seq", "SEQ_CLS": "classifier", "FEATURE_EXTRACTION": "encoder"}
@@ -194,6 +195,7 @@ def codes_digest(model: nn.Module) -> Optional[str]:
             if is_spread(tensor) or tensor.device.type == "meta":
                 return None
             flat = tensor.detach().as_subclass(torch.Tensor).flatten()
+            flat = flat.view(torch.uint8) if flat.is_floating_point() else flat
             digest.update(bytes(flat[:: max(1, flat.numel() // _SAMPLED)].to("cpu", torch.uint8).tolist()))
     return digest.hexdigest()[:12]
 
@@ -353,7 +355,8 @@ def _formats(layers: dict[str, Any]) -> str:
 def _format_in_words(number_format: NumberFormat) -> str:
     groups = "per channel" if number_format.group_size == -1 else f"in groups of {number_format.group_size}"
     symmetric = ", symmetric" if isinstance(number_format, Uniform) and number_format.sym else ""
-    return f"{number_format.name} of {number_format.bits} bits, {groups}{symmetric}"
+    zero = ", float zero points" if isinstance(number_format, Uniform) and number_format.zero == "float" else ""
+    return f"{number_format.name} of {number_format.bits} bits, {groups}{symmetric}{zero}"
 
 
 def _of_bits(layers: dict[str, Any]) -> str:

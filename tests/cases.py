@@ -112,6 +112,8 @@ CASES = [
     ),
     _peqa("llama-absolute", "llama", bits=4, parametrization="absolute", task_type="CAUSAL_LM", strength=0.01),
     _peqa("llama-log", "llama", bits=2, group_size=8, parametrization="log", task_type="CAUSAL_LM"),
+    _peqa("llama-float-zeros", "llama", bits=4, group_size=16, zero="float", task_type="CAUSAL_LM"),
+    _peqa("gpt2-2bit-float-zeros", "gpt2", bits=2, zero="float", fan_in_fan_out=True, task_type="CAUSAL_LM"),
     _peqa("gpt2-4bit", "gpt2", bits=4, fan_in_fan_out=True, task_type="CAUSAL_LM"),
     _peqa("gpt2-3bit-groups", "gpt2", bits=3, group_size=32, fan_in_fan_out=True),
     _peqa("opt-4bit", "opt", bits=4, target_modules="all-linear", task_type="CAUSAL_LM"),

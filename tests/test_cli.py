@@ -204,6 +204,8 @@ def test_tune_under_a_launcher(launcher, launch, flags, tmp_path):
         (["--method", "alphatuning", "--bits", "9"], "bits=9"),
         (["--method", "alphatuning", "--trained_alphas", "second"], "trained_alphas='second'"),
         (["--method", "alphatuning", "--sym", "True"], "sym=True"),
+        (["--method", "alphatuning", "--zero", "float"], "zero='float'"),
+        (["--zero", "half"], "zero='half' is unknown"),
         (["--eval_strategy", "steps", "--eval_steps", "1"], "eval_strategy="),
         (["--output_dir", "{tmp}/short.txt"], "is a file"),
     ],
@@ -250,16 +252,26 @@ def test_alphatuning(trained_alphas, count, flags, tmp_path, capsys):
     assert "is finished already" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("checkpoint_format", ["pack-quantized", "bcq"])
-def test_quantize(checkpoint_format, quantize_flags, tmp_path, capsys):
+@pytest.mark.parametrize(("checkpoint_format", "zero"), [("pack-quantized", "int"), ("bcq", "int"), ("bcq", "float")])
+def test_quantize(checkpoint_format, zero, quantize_flags, tmp_path, capsys):
     folder = tmp_path / "packed"
-    arguments = [*quantize_flags, "--format", checkpoint_format, "--bits", "3", "--output_dir", str(folder)]
+    arguments = [
+        *quantize_flags,
+        "--format",
+        checkpoint_format,
+        "--zero",
+        zero,
+        "--bits",
+        "3",
+        "--output_dir",
+        str(folder),
+    ]
     assert main(["quantize", *arguments]) == 0
     out = capsys.readouterr().out
     assert "perplexity, 3 bits" in out and "packed checkpoint" in out
     assert main(["generate", "--model", str(folder), "--prompt", "one", "--max_new_tokens", "2"]) == 0
     # a base that is packed already is tuned as it is
-    method = "peqa" if checkpoint_format == "pack-quantized" else "alphatuning"
+    method = "alphatuning" if (checkpoint_format, zero) == ("bcq", "int") else "peqa"
     position = quantize_flags.index("--model")
     quantize_flags[position + 1] = str(folder)
     training = ["--method", method, "--bits", "3", "--max_steps", "1", "--use_cpu", "True"]
@@ -281,6 +293,12 @@ def quantize_flags(flags):
         (["--format", "bcq", "--bits", "0"], "bits=0"),
         (["--format", "bcq", "--bits", "9"], "bits=9"),
         (["--format", "bcq", "--sym", "True"], "sym=True"),
+        (
+            ["--zero", "float"],
+            "zero='float': format='pack-quantized' has no room for float zero points; pass --format bcq",
+        ),
+        (["--format", "bcq", "--zero", "half"], "zero='half' is unknown"),
+        (["--format", "bcq", "--zero", "float", "--sym", "True"], "sym=True"),
         (["--format", "bcq", "--init_method", "minmax"], "init_method='minmax'"),
         (["--group_size", "48"], "group_size=48 does not divide"),
         (["--data", "missing.txt"], "missing.txt"),

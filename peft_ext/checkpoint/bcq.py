@@ -2,11 +2,11 @@
 """`bcq`, our own checkpoint: bit-planes and scales as the layers hold them, read and written by a transformers quantizer.
 
 It holds binary codings, and uniform integers, which are binary codings with tied alphas (`binary.py`): those that
-compressed-tensors has no room for (`Conv1D`, several group sizes). Tensors of a layer, see `PackedLinear`:
+compressed-tensors has no room for (`Conv1D`, several group sizes, float zero points). Tensors of a layer, see `PackedLinear`:
 
 <layer>.planes       uint8 [tiles, input bytes, bits, 32]
 <layer>.scale        float [out, groups, bits] (alphas), or [out, groups] of uniform integers
-<layer>.zero_point   uint8 [out, groups], of uniform integers
+<layer>.zero_point   uint8 [out, groups], of uniform integers; float where the config's `zero` says so
 <layer>.bias         float [out], where the layer has one
 
 Loading makes no float weight: the layers are packed on the meta device before the tensors arrive. A float checkpoint
@@ -57,6 +57,7 @@ from peft_ext.quant.formats import BinaryCoding, NumberFormat, Uniform, check_nu
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.packing import TILE_ROWS
 from peft_ext.quant.replaceable import acts_linearly
+from peft_ext.quant.uniform import check_zero
 from peft_ext.routers import routers
 from peft_ext.tensor_files import PLACEHOLDER
 
@@ -69,7 +70,9 @@ LAYER = {
         ("U8",), ("tiles", "input bytes", "bits", TILE_ROWS), note="bit-planes, as the CPU kernel reads them"
     ),
     "scale": Tensor(FLOATS, ("out", "groups", "bits, of alphas alone"), note="alphas, or scales of integers"),
-    "zero_point": Tensor(("U8",), ("out", "groups"), optional=True, note="of integers"),
+    "zero_point": Tensor(
+        ("U8", *FLOATS), ("out", "groups"), optional=True, note="of integers: whole ones, or of `zero` `float` floats"
+    ),
     "bias": Tensor(FLOATS, ("out",), optional=True, note="where the layer has one"),
 }
 # Counts up when the layout of the tensors changes.
@@ -94,10 +97,14 @@ class BcqConfig(QuantizationConfigMixin):
             `"binary"`, with free alphas, or `"uniform"`, integers with a scale and a zero point.
         sym (`bool`, *optional*, defaults to `False`):
             Of uniform integers: keep every zero point in the middle of the range.
+        zero (`str`, *optional*, defaults to `"int"`):
+            Of uniform integers: zero points are whole (`"int"`), or floats that keep a group's minimum (`"float"`).
         bits_pattern (`dict`, *optional*):
             Other widths for some layers: module names or regular expressions mapped to bits, as in the tuners' configs.
         group_size_pattern (`dict`, *optional*):
             Other group sizes for some layers: module names or regular expressions mapped to group sizes.
+        zero_pattern (`dict`, *optional*):
+            Other kinds of zero points for some layers: module names or regular expressions mapped to `"int"` or `"float"`.
         modules_to_not_convert (`list[str]`, *optional*):
             Modules that stay float; the output layer and tied weights by default.
         format_version (`int`, *optional*, defaults to `1`):
@@ -113,6 +120,8 @@ class BcqConfig(QuantizationConfigMixin):
         sym: bool = False,
         bits_pattern: Optional[dict[str, int]] = None,
         group_size_pattern: Optional[dict[str, int]] = None,
+        zero: str = "int",
+        zero_pattern: Optional[dict[str, str]] = None,
         modules_to_not_convert: Optional[list[str]] = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = QUANT_METHOD,
@@ -127,6 +136,7 @@ class BcqConfig(QuantizationConfigMixin):
         self.bits, self.group_size, self.sym = bits, group_size, sym
         self.number_format = number_format
         self.bits_pattern, self.group_size_pattern = bits_pattern or {}, group_size_pattern or {}
+        self.zero, self.zero_pattern = zero, zero_pattern or {}
         self.modules_to_not_convert = modules_to_not_convert
         self.format_version = format_version
         check_quantization({key: value for key, value in vars(self).items() if value is not None})
@@ -139,10 +149,17 @@ class BcqConfig(QuantizationConfigMixin):
             raise ValueError(f"quant_method={quant_method!r} is another method; BcqConfig's is {QUANT_METHOD!r}.")
         if number_format not in FORMATS:
             raise ValueError(f"number_format={number_format!r} is unknown; choose one of {FORMATS}.")
+        zeros = {zero, *self.zero_pattern.values()}
+        if number_format == "binary" and zeros != {"int"}:
+            raise ValueError(
+                f"zero={max(zeros - {'int'})!r} is of number_format='uniform'; binary codings have no zero points."
+            )
         kind, given = type(self.format_of("")), (bits, *self.bits_pattern.values())
         for width in given:
             for size in (group_size, *self.group_size_pattern.values()):
                 check_number_format(kind(width, size))
+        for each in zeros:
+            check_zero(each, sym)
         methods = self.format_of("").methods
         self.init_method = init_method or self.format_of("").default_method
         if self.init_method not in methods:
@@ -158,7 +175,13 @@ class BcqConfig(QuantizationConfigMixin):
         group_size = groups.get(get_pattern_key(list(groups), name), self.group_size)
         if self.number_format == "binary":
             return BinaryCoding(bits, group_size)
-        return Uniform(bits, group_size, self.sym)
+        zero = self.zero_pattern.get(get_pattern_key(list(self.zero_pattern), name), self.zero)
+        return Uniform(bits, group_size, self.sym, zero)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For config.json; without what there is only one kind of, so that earlier releases read what they can."""
+        whole = {"zero": "int", "zero_pattern": {}}
+        return {name: value for name, value in super().to_dict().items() if whole.get(name, ...) != value}
 
 
 class BcqHfQuantizer(HfQuantizer):
@@ -203,7 +226,7 @@ class BcqHfQuantizer(HfQuantizer):
                 f"modules_to_not_convert={config.modules_to_not_convert!r} leaves no linear layer to quantise in "
                 f"{type(model).__name__}."
             )
-        for pattern in ("bits_pattern", "group_size_pattern"):
+        for pattern in ("bits_pattern", "group_size_pattern", "zero_pattern"):
             hit = {get_pattern_key(list(getattr(config, pattern)), name) for name in self.targets}
             missed = [key for key in getattr(config, pattern) if key not in hit]
             if missed:
@@ -323,6 +346,8 @@ def describe(model: PreTrainedModel) -> BcqConfig:
     if len(kinds) > 1:
         raise ValueError("the model has uniform integers and binary codings; a checkpoint holds layers of one kind.")
     most, groups = _most_frequent([f.bits for f in formats]), _most_frequent([f.group_size for f in formats])
+    zeros = {name: getattr(layer.number_format, "zero", "int") for name, layer in layers.items()}
+    zero = _most_frequent(list(zeros.values())) if zeros else "int"
     config = BcqConfig(
         bits=most,
         group_size=groups,
@@ -330,6 +355,8 @@ def describe(model: PreTrainedModel) -> BcqConfig:
         sym=all(getattr(number_format, "sym", False) for number_format in formats),
         bits_pattern={name: layer.bits for name, layer in layers.items() if layer.bits != most},
         group_size_pattern={name: layer.group_size for name, layer in layers.items() if layer.group_size != groups},
+        zero=zero,
+        zero_pattern={name: each for name, each in zeros.items() if each != zero},
         modules_to_not_convert=list(float_layers(model)),
     )
     model.config.quantization_config = config
@@ -356,7 +383,9 @@ def stored_format(headers: dict[str, TensorHeader], name: str) -> NumberFormat:
             "or download the checkpoint again."
         )
     group_size = group_size_of(8 * planes[1], scale.shape[1])
-    return BinaryCoding(planes[2], group_size) if zero_point is None else Uniform(planes[2], group_size)
+    if zero_point is None:
+        return BinaryCoding(planes[2], group_size)
+    return Uniform(planes[2], group_size, zero="int" if zero_point.dtype == "U8" else "float")
 
 
 def _check_tensors(key: str, headers: dict[str, TensorHeader], empty: PackedLinear, shape: list[int]) -> None:
@@ -388,9 +417,9 @@ def _checked(key: str, headers: dict[str, TensorHeader], name: str, module: Any,
     """
     in_features = weight_of(module).shape[1]
     stored = stored_format(headers, key)
-    found = (stored.name, stored.bits, headers[f"{key}.scale"].shape[1])
+    found = (stored.title, stored.bits, headers[f"{key}.scale"].shape[1])
     stated = [config.format_of(possible) for possible in (name, key)]
-    as_found = [(one.name, one.bits, groups_of(in_features, one.group_size)) for one in stated]
+    as_found = [(one.title, one.bits, groups_of(in_features, one.group_size)) for one in stated]
     if found in as_found:
         return stated[as_found.index(found)]
     raise ValueError(
@@ -401,5 +430,5 @@ def _checked(key: str, headers: dict[str, TensorHeader], name: str, module: Any,
     )
 
 
-def _most_frequent(values: list[int]) -> int:
+def _most_frequent(values: list[Any]) -> Any:
     return max(sorted(set(values)), key=values.count) if values else -1

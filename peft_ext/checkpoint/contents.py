@@ -24,7 +24,7 @@ class LayerContents:
 
     Args:
         name: Its name in the files.
-        number_format: `"uniform integers"`, `"binary coding"`, or a GGUF's block type.
+        number_format: `"uniform integers"`, perhaps `"... with float zero points"`, `"binary coding"`, or a GGUF's block type.
         bits: Width of a code; None where blocks mix widths.
         group_size: Inputs that share a scale; -1: all of an output channel.
         shape: `[out, in]`; of an adapter the shape of its scales, `[out, groups]` or `[out, groups, trained alphas]`.
@@ -136,7 +136,7 @@ def _bcq(headers: dict[str, TensorHeader], name: str, stored: dict[str, Any], co
     groups = headers[f"{name}.scale"].shape[1]
     in_features = 8 * headers[f"{name}.planes"].shape[1] if groups == 1 else groups * group_size
     shape = (headers[f"{name}.scale"].shape[0], in_features)
-    return number_format.name, number_format.bits, group_size_of(in_features, groups), shape
+    return number_format.title, number_format.bits, group_size_of(in_features, groups), shape
 
 
 def _gptq(headers: dict[str, TensorHeader], name: str, stored: dict[str, Any], config: dict[str, Any]) -> _Layout:
@@ -183,7 +183,7 @@ def _adapter(path: Path) -> Contents:
         layers.append(
             LayerContents(
                 name=name.removeprefix("base_model.model."),
-                number_format=number_format.name,
+                number_format=number_format.title,
                 bits=number_format.bits,
                 group_size=-1 if scale.shape[1] == 1 else number_format.group_size,
                 shape=scale.shape,

@@ -72,7 +72,8 @@ def export_gguf(
     """Write a model with packed layers as one GGUF file, which llama.cpp runs; whole or not at all.
 
     Uniform integers keep their codes: up to 3 bits, and symmetric ones of 4, become Q4_0, asymmetric ones of 4 bits Q4_1,
-    wider ones Q5_0, Q5_1 or Q8_0, whichever is the smallest that holds them. Scales per channel, and per group of a
+    wider ones Q5_0, Q5_1 or Q8_0, whichever is the smallest that holds them; with float zero points up to 4 bits become
+    Q4_1, 5 bits Q5_1. Scales per channel, and per group of a
     multiple of 32 inputs, are repeated for every block of 32. Scales are rounded to float16. What has no place in blocks
     (binary codings, other groups, asymmetric 8 bits) is stored like the embeddings, with a warning.
 

@@ -3,7 +3,8 @@
 
 Source: `ggml-common.h` and `ggml-quants.c` of llama.cpp; `gguf.quants` reads what is written here. A block's weight is
 `d * (code - offset)` (Q4_0, Q5_0, Q8_0) or `d * code + m` (Q4_1, Q5_1). What ours has to give up is the precision of
-its scale, at most 2^-11 of it, and in Q4_1 and Q5_1 that of `m = -d * zero_point`.
+its scale, at most 2^-11 of it, and in Q4_1 and Q5_1 that of `m = -d * zero_point`. Float zero points that came from a
+float16 `m` give that very `m` again.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ def block_type(layer: PackedLinear) -> Optional[str]:
     """
     if layer.zero_point is None or _group(layer) % BLOCK_SIZE:
         return None
+    if layer.zero_point.is_floating_point():
+        fitting = (name for name, (bits, offset) in BLOCK_TYPES.items() if offset is None and layer.bits <= bits)
+        return next(fitting, None)
     low, high = -int(layer.zero_point.max()), 2**layer.bits - 1 - int(layer.zero_point.min())
     for name, (bits, offset) in BLOCK_TYPES.items():
         if layer.bits <= bits if offset is None else -offset <= low and high < 2**bits - offset:
@@ -57,6 +61,8 @@ def why_no_blocks(layer: PackedLinear) -> str:
         return "binary codings have levels that GGUF's blocks don't have"
     if _group(layer) % BLOCK_SIZE:
         return f"groups of {_group(layer)} aren't multiples of GGUF's blocks of {BLOCK_SIZE}"
+    if layer.zero_point.is_floating_point():
+        return f"codes of {layer.bits} bits with a minimum don't fit any of GGUF's blocks"
     return f"asymmetric codes of {layer.bits} bits don't fit any of GGUF's blocks"
 
 
@@ -78,11 +84,15 @@ def to_blocks(layer: PackedLinear, name: str, rows: Optional[torch.Tensor] = Non
     with np.errstate(over="ignore"):
         d = scale.astype(np.float16).repeat(repeats, axis=1)
         zero_point = zero_point.repeat(repeats, axis=1)
-        # of the rounded scale, so that zero stays zero
-        m = (-d.astype(np.float32) * zero_point).astype(np.float16)
+        # of the rounded scale, so that zero stays zero; float zero points stand for a minimum, also where a scale is so small
+        # that it becomes zero
+        of_scale = scale.repeat(repeats, axis=1) if zero_point.dtype.kind == "f" else d.astype(np.float32)
+        m_exact = -of_scale * zero_point
+        m = m_exact.astype(np.float16)
     if not np.isfinite(d).all() or (offset is None and not np.isfinite(m).all()):
         raise ValueError(
-            f"the scales reach {np.abs(scale).max():.3g}, beyond float16, in which GGUF's blocks keep them."
+            f"the scales reach {np.abs(scale).max():.3g} and their products with zero points {np.abs(m_exact).max():.3g}, beyond "
+            "float16, in which GGUF's blocks keep them."
         )
     if offset is None:
         return _joined(d, m, *_packed(blocks, bits))

@@ -25,7 +25,6 @@ from transformers.quantizers.base import HfQuantizer
 from peft_ext.checkpoint import pack_quantized
 from peft_ext.checkpoint.pack_quantized import OWN_BITS, StoredConfig, compress, is_compressed
 from peft_ext.quant.conversion import packed_layers, replace_layer
-from peft_ext.quant.formats import Uniform
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.tensor_files import PLACEHOLDER
 
@@ -45,7 +44,7 @@ def check_room(model: nn.Module, layers: Iterable[str], packs: bool) -> None:
     Args:
         model: May have kept layers.
         layers: Names of the layers to be tuned.
-        packs: Whether they become uniform integers in `nn.Linear` layers.
+        packs: Whether they become uniform integers with whole zero points in `nn.Linear` layers.
 
     Raises:
         ValueError: Names a layer of either kind and the way out.
@@ -54,8 +53,8 @@ def check_room(model: nn.Module, layers: Iterable[str], packs: bool) -> None:
     if kept and first is not None and not packs:
         raise ValueError(
             f"layer {next(iter(kept))!r} ({len(kept)} such) is stored by compressed-tensors in a way that is kept as it is, and "
-            f"a checkpoint that has it beside {first!r} can hold uniform integers alone. Use PeqaConfig, or start from the "
-            "float model."
+            f"a checkpoint that has it beside {first!r} can hold uniform integers with whole zero points alone. Use PeqaConfig "
+            "(zero='int'), or start from the float model."
         )
 
 
@@ -215,9 +214,9 @@ def _packed_scheme(layer: PackedLinear, container_bits: Optional[int]) -> dict[s
 
 
 def _check_fits(name: str, layer: PackedLinear, container_bits: Optional[int]) -> None:
-    if not isinstance(layer.number_format, Uniform) or layer.conv1d:
+    if not pack_quantized.has_room_for(layer):
         raise ValueError(
-            f"layer {name!r} holds {layer.number_format.name}{' as Conv1D' if layer.conv1d else ''}, which compressed-tensors "
+            f"layer {name!r} holds {layer.number_format.title}{' as Conv1D' if layer.conv1d else ''}, which compressed-tensors "
             "has no room for, and other layers of the model are stored by it; dequantise the packed ones "
             "(merge_and_unload(dequantize=True))."
         )

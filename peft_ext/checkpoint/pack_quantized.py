@@ -399,14 +399,21 @@ def _describe(
     return config
 
 
+def has_room_for(layer: PackedLinear) -> bool:
+    """Whether a layer's numbers have a place in pack-quantized: whole zero points, and an `nn.Linear`."""
+    number_format = layer.number_format
+    return isinstance(number_format, Uniform) and number_format.zero == "int" and not layer.conv1d
+
+
 def can_store(model: PreTrainedModel) -> bool:
-    """Whether pack-quantized has room for a model's layers: uniform integers of one group size, no `Conv1D`.
+    """Whether pack-quantized has room for a model's layers: uniform integers of one group size, no `Conv1D`, no float zero
+    points (the library packs them among the codes, whatever the schema's `zp_dtype` says).
 
     Experts have room where stock transformers finds each of them in the file, and reads it without zero points: all packed,
     symmetric, of a family whose checkpoints keep them apart.
     """
     layers = packed_layers(model)
-    uniform = all(isinstance(layer.number_format, Uniform) and not layer.conv1d for layer in layers.values())
+    uniform = all(has_room_for(layer) for layer in layers.values())
     return uniform and len(group_sizes(layers)) == 1 and not is_rebuilt(model) and _experts_fit(model, layers)
 
 

@@ -73,8 +73,8 @@ def _writer(model: PreTrainedModel, checkpoint_format: Optional[str], container_
         return bcq.BcqHfQuantizer(bcq.describe(model), pre_quantized=True)
     if not room:
         raise ValueError(
-            "format='pack-quantized' holds uniform integers of one group size in nn.Linear layers only (and no merged "
-            "experts), which this model's aren't all; pass format='bcq'."
+            "format='pack-quantized' holds uniform integers of one group size, with whole zero points, in nn.Linear layers only "
+            "(and no merged experts), which this model's aren't all; pass format='bcq'."
         )
     return pack_quantized.PackQuantizedWriter(model, container_bits)
 

@@ -5,8 +5,9 @@ zero points are numbers that a weight can have."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Optional
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -15,6 +16,8 @@ from peft_ext.checkpoint.files import TensorHeader, names_in_model, stored_layer
 from peft_ext.file_formats import Field, check_fields, mapping_of, number, one_of, text, truth, values_problem, whole
 from peft_ext.language_model import is_causal_config
 from peft_ext.quant.conversion import LINEAR_LAYERS, packed_layers
+from peft_ext.quant.linear import PackedLinear
+from peft_ext.quant.uniform import ZEROS
 
 
 _AGAIN = "The checkpoint is damaged, or its config.json is another's; download or save it again."
@@ -26,6 +29,8 @@ QUANTIZATION: dict[str, Field] = {
         "group_size": whole(),
         "sym": truth(),
         "zero_point": truth(),
+        "zero": text(*ZEROS),
+        "zero_pattern": mapping_of(text(*ZEROS)).or_null(),
         "number_format": text(),
         "init_method": text(),
         "bits_pattern": mapping_of(whole()).or_null(),
@@ -100,8 +105,8 @@ def _in_a_block(name: str) -> bool:
 
 
 def check_numbers(model: nn.Module) -> None:
-    """Refuse packed layers whose scales are NaN, infinite or so large that a product overflows, or whose zero points lie
-    outside of the codes' range.
+    """Refuse packed layers whose scales (or float zero points, or the minimums that both stand for) are NaN, infinite or so
+    large that a product overflows, or whose whole zero points lie outside of the codes' range.
 
     Raises:
         ValueError: Names the checkpoint, the layer and the value.
@@ -114,6 +119,16 @@ def check_numbers(model: nn.Module) -> None:
         if problem:
             raise ValueError(f"{str(where)!r}: layer {name!r}: scale {problem}. {_AGAIN}")
         zero_point = layer.zero_point
-        problem = None if zero_point is None else values_problem(zero_point, 0, 2**layer.bits - 1)
+        problem = None if zero_point is None else _problem_of_zero_point(layer, zero_point)
         if problem:
             raise ValueError(f"{str(where)!r}: layer {name!r}: zero_point {problem}. {_AGAIN}")
+
+
+def _problem_of_zero_point(layer: PackedLinear, zero_point: torch.Tensor) -> Optional[str]:
+    if not zero_point.is_floating_point():
+        return values_problem(zero_point, 0, 2**layer.bits - 1)
+    problem = values_problem(zero_point, -LARGEST, LARGEST)
+    if problem:
+        return problem
+    of_minimum = values_problem(layer.scale * zero_point, -LARGEST, LARGEST)
+    return of_minimum and f"times scale {of_minimum}"

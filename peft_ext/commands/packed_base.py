@@ -53,6 +53,13 @@ class PackedBaseArguments(DataArguments):
     )
     group_size: int = field(default=-1, metadata={"help": "Inputs that share a scale; -1: one scale per channel."})
     sym: bool = field(default=False, metadata={"help": "Of integers: keep every zero point in the middle."})
+    zero: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "Of integers, zero points: int (whole, for stock transformers and vLLM; the default) or float (a group "
+            "keeps its own minimum; written as bcq). A packed base keeps its own."
+        },
+    )
     init_method: str = field(
         default=CALIBRATED,
         metadata={
@@ -86,8 +93,8 @@ class PackedBaseArguments(DataArguments):
             raise ValueError(f"bits={self.bits!r} is no width of a weight; pass 2, 3, 4 or 8, or {BASE}.") from None
 
     def check_base_format(self) -> None:
-        """Refuse a group size or symmetry beside a base that keeps its own."""
-        for name, default in (("group_size", -1), ("sym", False)):
+        """Refuse a group size, symmetry or kind of zero points beside a base that keeps its own."""
+        for name, default in (("group_size", -1), ("sym", False), ("zero", None)):
             if getattr(self, name) != default and self.width() == BASE:
                 raise ValueError(
                     f"{name}={getattr(self, name)}: model={self.model!r} is packed already and keeps its own format; leave "

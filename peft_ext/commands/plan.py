@@ -47,6 +47,9 @@ class PlanArguments:
     )
     group_size: int = field(default=-1, metadata={"help": "Inputs that share a scale; -1: one scale per channel."})
     sym: bool = field(default=False, metadata={"help": "Of integers: no zero points in vLLM's checkpoint."})
+    zero: str = field(
+        default="int", metadata={"help": "Of integers, zero points: int or float (which vLLM doesn't take)."}
+    )
     lora_r: int = field(default=8, metadata={"help": "Rank of LoRA, on all linear layers but the output layer."})
     dtype: str = field(
         default="auto",
@@ -84,7 +87,7 @@ def main(argv: Sequence[str]) -> None:
 def _peft_config(args: PlanArguments, method: str) -> Optional[PeftConfig]:
     """The method's config; None for full fine-tuning."""
     if method == "peqa":
-        return PeqaConfig(bits=args.bits, group_size=args.group_size, sym=args.sym)
+        return PeqaConfig(bits=args.bits, group_size=args.group_size, sym=args.sym, zero=args.zero)
     if method == "alphatuning":
         return AlphaTuningConfig(bits=args.bits, group_size=args.group_size)
     if method == "lora":

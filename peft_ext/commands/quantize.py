@@ -34,7 +34,10 @@ class QuantizeArguments(PackedBaseArguments, ExampleArguments):
 
     format: str = field(
         default="pack-quantized",
-        metadata={"help": "pack-quantized (integers, for stock transformers and vLLM) or bcq (binary codings)."},
+        metadata={
+            "help": "pack-quantized (integers, for stock transformers and vLLM) or bcq (binary codings; with --zero "
+            "float integers)."
+        },
     )
     output_dir: Optional[str] = field(default=None, metadata={"help": "The folder to write the checkpoint to."})
     device: Optional[str] = field(
@@ -75,8 +78,14 @@ def _config(args: QuantizeArguments) -> ScaleTuningConfig:
         raise ValueError(f"format={args.format!r} is unknown; choose one of {tuple(FORMATS)}.")
     if args.sym and args.format == "bcq":
         raise ValueError("sym=True is for integers (format='pack-quantized'); a binary coding is symmetric anyway.")
+    if args.zero not in (None, "int") and args.format == "pack-quantized":
+        raise ValueError(
+            f"zero={args.zero!r}: format='pack-quantized' has no room for float zero points; pass --format bcq, or --zero int."
+        )
     bits = args.width()
     if bits == BASE:
         raise ValueError(f"model={args.model!r} is packed already; name a float model, or its width with --bits.")
     common: dict[str, Any] = {"bits": bits, "group_size": args.group_size, "init_method": args.init_method}
-    return PeqaConfig(**common, sym=args.sym) if args.format == "pack-quantized" else AlphaTuningConfig(**common)
+    if args.format == "pack-quantized" or args.zero not in (None, "int"):
+        return PeqaConfig(**common, sym=args.sym, zero=args.zero)
+    return AlphaTuningConfig(**common)

@@ -114,18 +114,20 @@ def _config(args: TuneArguments, base: Optional[PreTrainedModel] = None) -> Opti
     bits: Union[int, str] = args.width()
     if args.sym and args.method == "alphatuning":
         raise ValueError("sym=True is for integers (method='peqa'); a binary coding is symmetric anyway.")
+    if args.zero not in (None, "int") and args.method == "alphatuning":
+        raise ValueError(f"zero={args.zero!r} is for integers (method='peqa'); a binary coding has no zero points.")
     common: dict[str, Any] = {"bits": bits, "group_size": args.group_size, "init_method": args.init_method}
-    sym: Optional[bool] = args.sym
+    integers: dict[str, Any] = {"sym": args.sym, "zero": args.zero}
     if bits == BASE:
         if base is None:
             return None
-        common, sym = {"bits": BASE, "target_modules": list(packed_layers(base))}, None
+        common, integers = {"bits": BASE, "target_modules": list(packed_layers(base))}, {}
     if args.method == "alphatuning":
         config: ScaleTuningConfig = AlphaTuningConfig(
             **common, trained_alphas=args.trained_alphas, task_type="CAUSAL_LM"
         )
     else:
-        config = PeqaConfig(**common, sym=sym, task_type="CAUSAL_LM")
+        config = PeqaConfig(**common, **integers, task_type="CAUSAL_LM")
     if bits == BASE and base is not None:
         check_targets(config, base)
     return config

@@ -32,6 +32,11 @@ class PeqaConfig(ScaleTuningConfig):
         sym (`bool`, *optional*):
             Keep every zero point in the middle of the range. Some engines run only symmetric weights. Left out, it is
             what each layer of a packed base has, and `False` on a float one.
+        zero (`str`, *optional*):
+            What zero points are: `"int"`, one of the codes in 8 bits, which stock transformers and vLLM read; or `"float"`,
+            any number in 32 bits, so that a group keeps its own minimum (as GGUF's Q4_1 and K-quants, MLX and HQQ have it).
+            Floats pay in small groups, where a rounded zero point costs most; the checkpoint is then our own (`bcq`).
+            Left out, it is what each layer of a packed base has, and `"int"` on a float one.
         init_method (`str`, *optional*, defaults to `"minmax"`):
             Where the integers come from: `"minmax"` rounds to the nearest level of each channel's range; `"mse"`
             shrinks the range to the least squared error, as in the paper; `"calibrated"` needs a call of [`calibrate`]
@@ -75,6 +80,13 @@ class PeqaConfig(ScaleTuningConfig):
             "help": "Keep every zero point in the middle of the range. Default: as a packed base has them, or False."
         },
     )
+    zero: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "Zero points: 'int' (one of the codes) or 'float' (a group's own minimum). Default: as a packed base "
+            "has them, or 'int'."
+        },
+    )
     init_method: str = field(
         default=Uniform.default_method,
         metadata={"help": "Where the integers come from: 'minmax', 'mse' or 'calibrated' (call calibrate first)."},
@@ -89,6 +101,7 @@ class PeqaConfig(ScaleTuningConfig):
         self.peft_type = PeftType.PEQA
 
     def number_format(self, bits: int, group_size: int, base: Optional[NumberFormat] = None) -> Uniform:
-        """Integers of that width; symmetric as `sym` says."""
+        """Integers of that width; symmetric as `sym` says, with zero points as `zero` says."""
         sym = getattr(base, "sym", False) if self.sym is None else self.sym
-        return Uniform(bits, group_size, sym)
+        zero = getattr(base, "zero", "int") if self.zero is None else self.zero
+        return Uniform(bits, group_size, sym, zero)

@@ -34,6 +34,15 @@ class Uniform:
     # the best without data, measured: benchmarks/peqa_quality.py
     default_method: ClassVar[str] = "minmax"
 
+    def __repr__(self) -> str:  # digests of earlier files have it without what there was only one kind of
+        zero = "" if self.zero == "int" else f", zero={self.zero!r}"
+        return f"Uniform(bits={self.bits}, group_size={self.group_size}, sym={self.sym}{zero})"
+
+    @property
+    def title(self) -> str:
+        """What it is called where formats are listed."""
+        return self.name if self.zero == "int" else f"{self.name} with float zero points"
+
     def scale_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
         """Shape of the scales: `[out, groups]`."""
         return out_features, groups_of(in_features, self.group_size)
@@ -48,9 +57,7 @@ class Uniform:
         """Quantise a weight `[out, in]` by a data-free method, or on its inputs' moments where these are given."""
         if hessian is None:
             return quantize(weight, self.bits, self.group_size, self.sym, method, self.zero)
-        return quantize_calibrated(
-            weight, hessian, self.bits, self.group_size, self.sym, shift=shift, zero=self.zero
-        )
+        return quantize_calibrated(weight, hessian, self.bits, self.group_size, self.sym, shift=shift, zero=self.zero)
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,11 @@ class BinaryCoding:
     supported_bits: ClassVar[tuple[int, ...]] = BINARY_BITS
     methods: ClassVar[tuple[str, ...]] = BINARY_METHODS
     default_method: ClassVar[str] = "alternating"
+
+    @property
+    def title(self) -> str:
+        """As [`Uniform.title`]."""
+        return self.name
 
     def scale_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
         """Shape of the alphas: `[out, groups, bits]`."""

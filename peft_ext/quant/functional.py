@@ -55,8 +55,8 @@ def packed_linear(
 ) -> torch.Tensor:
     """`x (scale * (codes - zero_point))^T + bias`, or `x (sum_p alpha_p B_p)^T + bias`.
 
-    Differentiable in `x`, `scale`, `bias`, and float zero points. Without gradients, few rows on a CPU go to the kernel, whose activations
-    are rounded to 8 bits; see `kernel.py`.
+    Differentiable in `x`, `scale`, `bias`, and float zero points. Without gradients, few rows on a CPU go to the kernel,
+    whose activations are rounded to 8 bits; see `kernel.py`.
 
     Args:
         x: float `[..., in]`.
@@ -176,7 +176,11 @@ def code_blocks(weight: PackedWeight, groups: int, dtype: torch.dtype) -> Iterat
             codes = unpack(planes, stop - start, weight.in_features)
             codes = codes.reshape(stop - start, groups, weight.in_features // groups)
             # a uint8 tensor minus a float one: conversion and difference in one pass
-            yield start, stop, codes - weight.zero_point[start:stop].detach().to(_block_dtype(weight, dtype))[..., None]
+            yield (
+                start,
+                stop,
+                codes - weight.zero_point[start:stop].detach().to(_block_dtype(weight, dtype))[..., None],
+            )
 
 
 def _block_dtype(weight: PackedWeight, dtype: torch.dtype) -> torch.dtype:

@@ -292,11 +292,11 @@ class PackedLinear(nn.Linear):
     def _apply(self, fn, recurse=True):
         # a cast is of the weight that the scales stand for; they themselves stay as precise as they are
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.scale.device)).dtype
-        before = {name: self._parameters.get(name) for name in ("scale", "zero_point")}
-        before = {name: tensor.data for name, tensor in before.items() if tensor is not None}
+        kept = [parameter for parameter in (self.scale, self.zero_point) if parameter is not None]
+        before = [parameter.data for parameter in kept]
         super()._apply(fn, recurse)
-        for name, tensor in before.items():
-            parameter = self._parameters[name]
+        for name, tensor in zip(("scale", "zero_point"), before):
+            parameter = getattr(self, name)
             if torch.promote_types(parameter.dtype, tensor.dtype) != parameter.dtype:
                 parameter.data = tensor.to(parameter.device)
         return self._keep_packed_parameter()

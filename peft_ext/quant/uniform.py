@@ -70,7 +70,9 @@ def check_zero(zero: str, sym: bool = False) -> None:
     if zero not in ZEROS:
         raise ValueError(f"zero={zero!r} is unknown; choose one of {ZEROS}.")
     if sym and zero == "float":
-        raise ValueError("sym=True keeps every zero point in the middle of the range, so zero='float' can't be; drop one.")
+        raise ValueError(
+            "sym=True keeps every zero point in the middle of the range, so zero='float' can't be; drop one."
+        )
 
 
 def quantize(
@@ -235,9 +237,7 @@ def _shrunk(low: torch.Tensor, high: torch.Tensor, factor: float) -> torch.Tenso
     return anchor + (low - anchor) * factor
 
 
-def _error(
-    groups: torch.Tensor, grid: Grid, bits: int, zero: str, weights: Optional[torch.Tensor]
-) -> torch.Tensor:
+def _error(groups: torch.Tensor, grid: Grid, bits: int, zero: str, weights: Optional[torch.Tensor]) -> torch.Tensor:
     """(Weighted) squared rounding error of each group; summed in float64, so that all machines break ties alike."""
     scale, zero_point = grid.scale[..., None], grid.zero_point[..., None]
     squared = nearest_codes(groups, scale, zero_point, bits, zero).sub_(zero_point).mul_(scale).sub_(groups).square_()

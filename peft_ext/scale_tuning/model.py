@@ -150,7 +150,7 @@ class ScaleTuningModel(TunerModel):
             "group_size_pattern": {
                 name: one.group_size for name, one in formats.items() if one.group_size != first.group_size
             },
-            **({"sym": None} if hasattr(first, "sym") else {}),  # as the layers have it
+            **{name: None for name in ("sym", "zero") if hasattr(first, name)},  # as the layers have it
             "parametrization": "relative" if first.parametrization == "log" else first.parametrization,
         }
 
@@ -190,7 +190,7 @@ def check_targets(config: ScaleTuningConfig, model: nn.Module) -> dict[str, nn.M
     take_format_of_base(config, targets)
     for name, module in targets.items():
         check_target(module, config, name)
-    integers = config.number_format_cls is Uniform
+    integers = config.number_format_cls is Uniform and getattr(config, "zero", None) != "float"
     mixed_precision.check_room(model, targets, integers and not any(isinstance(m, Conv1D) for m in targets.values()))
     mixed_precision.let_gradients_through(model)
     return targets

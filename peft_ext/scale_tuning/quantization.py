@@ -94,16 +94,17 @@ def take_format_of_base(config: ScaleTuningConfig, targets: Mapping[str, Any]) -
     fresh = [name for name in found if name not in packed]
     if fresh and not packed:
         config.format_of(fresh[0])  # refuses "base"
-    kinds: dict[str, set[Any]] = {"bits": set(), "group_size": set(), "sym": set()}
+    kinds: dict[str, set[Any]] = {"bits": set(), "group_size": set(), "sym": set(), "zero": set()}
     for name, (in_features, number_format) in own.items():
         bits, group_size = config.asked_of(name)
         if bits is None or bits == BASE:
             kinds["bits"].add(number_format.bits)
         if group_size is None:
             kinds["group_size"].add((in_features, number_format.group_size))
-        kinds["sym"].add(getattr(number_format, "sym", None))
+        for kind in ("sym", "zero"):
+            kinds[kind].add(getattr(number_format, kind, None))
     kinds["group_size"] = _group_sizes(kinds["group_size"])
-    defaults = {"bits": DEFAULT_BITS, "group_size": DEFAULT_GROUP_SIZE, "sym": False}
+    defaults = {"bits": DEFAULT_BITS, "group_size": DEFAULT_GROUP_SIZE, "sym": False, "zero": "int"}
     left_open = [name for name in kinds if getattr(config, name, 0) in (None, BASE)]
     differing = [name for name in left_open if len(kinds[name]) > 1]
     if differing and fresh:
@@ -194,6 +195,6 @@ def _check_format_of_base(config: ScaleTuningConfig, name: str, in_features: int
         raise ValueError(
             f"layer {name!r} is quantised already with {differing}, but the config asks for "
             f"{ {key: getattr(asked, key) for key in differing} }. Its codes are never rounded again: pass "
-            f"{', '.join(f'{key}={value}' for key, value in differing.items())}, or leave that out to take what each layer "
+            f"{', '.join(f'{key}={value!r}' for key, value in differing.items())}, or leave that out to take what each layer "
             "has, or start from the float model. (A config that was used on one model says what that had.)"
         )

@@ -273,7 +273,7 @@ def _plain(name: str, wrappers: set[str]) -> Optional[str]:
 
 def _described(number_format: NumberFormat) -> str:
     groups = "per channel" if number_format.group_size == -1 else f"in groups of {number_format.group_size}"
-    return f"{number_format.bits} bits {groups} ({number_format.name})"
+    return f"{number_format.bits} bits {groups} ({number_format.title})"
 
 
 def _counted(left: Mapping[str, LeftPart]) -> str:

@@ -30,7 +30,7 @@ def check_layers(contents: dict, model) -> None:
     assert [layer["name"] for layer in contents["layers"]] == sorted(layers)  # layers 0 and 1
     for found in contents["layers"]:
         layer = layers[found["name"]]
-        assert (found["number_format"], found["bits"]) == (layer.number_format.name, layer.bits)
+        assert (found["number_format"], found["bits"]) == (layer.number_format.title, layer.bits)
         assert found["group_size"] == layer.group_size
         assert found["shape"] == [layer.out_features, layer.in_features]
 
@@ -53,6 +53,7 @@ FORMATS = {
     "pack-quantized-container": ({"bits": 3, "sym": True}, "pack-quantized", 4),
     "bcq": ({"bits": 3, "group_size": 16}, "bcq", None),
     "bcq-channel": ({"bits": 8}, "bcq", None),
+    "bcq-float-zeros": ({"bits": 4, "group_size": 16, "zero": "float"}, "bcq", None),
 }
 
 

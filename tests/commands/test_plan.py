@@ -82,6 +82,7 @@ def test_every_flag_of_tuning_counts(flags, column, smaller, config_file, plain,
     ("flags", "row"),
     [
         (["--batch_size", "2"], "peqa, 4 bits"),
+        (["--zero", "float"], "peqa, 4 bits"),
         (["--sym", "True"], "peqa, 4 bits, in vLLM on one device"),
         (["--context_length", "32"], "float (float32)"),
     ],

@@ -34,7 +34,11 @@ def packed_weight(form, bits, group_size=-1, dtype=torch.float64):
     return PackedWeight(pack(codes, bits), zero_point, OUT, IN), scale, codes
 
 
-FORMS = [("uniform", 2), ("uniform", 3), ("uniform", 4), ("uniform", 8), ("float", 2), ("float", 4), ("binary", 1), ("binary", 3), ("binary", 4)]
+FORMS = [
+    *(("uniform", bits) for bits in (2, 3, 4, 8)),
+    *(("float", bits) for bits in (2, 4)),
+    *(("binary", bits) for bits in (1, 3, 4)),
+]
 
 
 @pytest.fixture(params=FORMS, ids=lambda form: f"{form[0]}-{form[1]}bit")
@@ -279,7 +283,10 @@ def test_mixed_batch_with_zero_points_of_their_own(group_size, dtype):
     zero_points = packed.zero_point + torch.randn(3, *scale.shape, dtype=dtype)
     x, choice = torch.randn(5, 4, IN, dtype=dtype), torch.tensor([2, 0, 1, 1, 2])
     expected = torch.stack(
-        [reference(x[i], packed._replace(zero_point=zero_points[choice[i]]), scales[choice[i]], codes) for i in range(5)]
+        [
+            reference(x[i], packed._replace(zero_point=zero_points[choice[i]]), scales[choice[i]], codes)
+            for i in range(5)
+        ]
     )
     with kernel.using(PEFT_EXT_KERNEL="torch"):
         found = mixed_packed_linear(x, packed._replace(zero_point=zero_points), scales, choice)
