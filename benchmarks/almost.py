@@ -109,6 +109,7 @@ class Almost:
             ("samples", "", lambda: self.ablations.samples()),
             *(("speed", stage, lambda stage=stage: self._speed(stage)) for stage in self.run.speed_stages),
             ("unpenalised", "", lambda: self.ablations.unpenalised()),
+            ("tasks", "", lambda: self.ablations.tasks()),
         ]
 
     def found(self, part: str, name: str = "") -> Any:
@@ -176,6 +177,7 @@ class Seeds:
             "reward models, filters": self._ablation("filters", FILTERS),
             "reward models, generators": self._ablation("generators", GENERATORS),
             "gains": self._gains(),
+            "length": self._reward_models(),
             "tasks": self._tasks(),
             "speed": self._speeds(),
             "answers": self.first.answers(),
@@ -226,13 +228,34 @@ class Seeds:
             for row in _gain_rows(found)
         ]
         head = ["Compared, under the second reward model", "reward", "difference", "characters", "repeated 3-grams, %"]
+        if any(len(row) > len(head) for row in rows):
+            head = [*head, "difference at equal length"]
+        return markdown_table(head, [[*row, *[None] * (len(head) - len(row))] for row in rows]) if rows else ""
+
+    def _reward_models(self) -> str:
+        rows = []
+        for seed, gains in self.found("gains"):
+            for name, found in gains.get("reward_models", {}).items():
+                held_out, control = found["held_out_correlation"], found["length_control"]
+                if held_out and control:
+                    correlations = [f"{part['log_tokens']:+.2f}" for part in (control["before"], held_out)]
+                    cells = [name, found["pairs"], f"{100 * found['held_out_accuracy']:.1f}", *correlations]
+                    rows.append(self._of_seed(seed, cells))
+        head = [
+            "Reward model",
+            "pairs",
+            "held-out pairs right, %",
+            "correlation with length before its head changed",
+            "held out",
+        ]
         return markdown_table(head, rows) if rows else ""
 
     def _tasks(self) -> str:
         rows = [
             self._of_seed(seed, [name, _percent(tasks.get("hhh")), _percent(tasks.get("truthfulqa"))])
-            for seed, gains in self.found("gains")
-            for name, tasks in gains["static"].items()
+            for part in ("gains", "tasks")
+            for seed, found in self.found(part)
+            for name, tasks in found["static"].items()
         ]
         return markdown_table(["Model", "HHH", "TruthfulQA MC1"], rows) if rows else ""
 
@@ -305,6 +328,7 @@ def _gain_rows(part: Mapping[str, Any]) -> list[list[Any]]:
             None if row["difference"] is None else _interval(row["difference"], "{:+.3f}"),
             None if row["length"] is None else f"{row['length']:.0f}",
             _percent(row.get("repetition")),
+            *([_interval(row["equal"], "{:+.3f}")] if row.get("equal") else []),
         ]
         for row in part["rows"]
     ]

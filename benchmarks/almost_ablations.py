@@ -27,6 +27,7 @@ from trl_ext.almost.recipe import (
     EVALUATION,
     RESPONSES,
     REWARD,
+    REWARD_2,
     RLSF,
     SCRIPTS,
     SELF_PLAY,
@@ -108,6 +109,16 @@ class Ablations:
         ]
         return {"rows": rows, "differences": {"best of N over best of 1": difference}}
 
+    def tasks(self) -> dict[str, Any]:
+        """HHH and TruthfulQA of all models, where the run's own evaluation leaves them out."""
+        block = {key: value for key, value in self.config.block(EVALUATION).items() if key != "tasks"}
+        found = evaluate(
+            EvaluationArguments(
+                **{**block, "tasks": ["hhh", "truthfulqa"], "output_dir": str(self.work / "tasks"), "batch_size": 32}
+            )
+        )
+        return {"static": {Path(name).name: _without_win_rate(tasks) for name, tasks in found.items()}}
+
     def unpenalised(self) -> dict[str, Any]:
         """RLSF from the same SFT policy by the reward model alone, over SFT."""
         folder = self.work / "no penalty"
@@ -141,15 +152,28 @@ class Ablations:
                 "RLSF over the start": rlsf["repetition_difference"],
             },
             "length_ratios": [each["length"][0] / each["length"][1] for each in (sft, rlsf)],
-            "static": {Path(name).name: _without_win_rate(tasks) for name, tasks in static.items()},
+            "static": {
+                Path(name).name: tasks
+                for name, tasks in ((name, _without_win_rate(tasks)) for name, tasks in static.items())
+                if tasks
+            },
             "kl": training.get("kl"),
+            "length_correlation": sft.get("length_correlation"),
+            "reward_models": {name: self._of_training(name) for name in (REWARD, REWARD_2)},
         }
 
+    def _of_training(self, name: str) -> dict[str, Any]:
+        """What a reward model's training says of it."""
+        training = json.loads((self.run / name / "training.json").read_text(encoding="utf-8"))
+        names = ("pairs", "held_out_accuracy", "held_out_correlation", "length_control")
+        return {key: training.get(key) for key in names}
+
     def _copy_answers(self, folder: Path) -> None:
-        """The run's answers to where they would be written anew."""
+        """The run's answers and their scores to where they would be made anew."""
         folder.mkdir(parents=True, exist_ok=True)
-        for path in (self.run / "evaluation").glob("answers-*.jsonl"):
-            shutil.copy2(path, folder)
+        for name in ("answers", "scores"):
+            for path in (self.run / "evaluation").glob(f"{name}-*.jsonl"):
+                shutil.copy2(path, folder)
 
     def second(self) -> RewardModel:
         """The reward model that was trained on other queries."""
@@ -222,7 +246,8 @@ def _row(
 
 def _compared(name: str, win: Any) -> dict[str, Any]:
     """A row of a model against its baseline."""
-    return _row(name, win["reward"], win["reward_difference"], win["length"][0], win["repetition"])
+    row = _row(name, win["reward"], win["reward_difference"], win["length"][0], win["repetition"])
+    return {**row, "equal": win.get("reward_difference_at_equal_length")}
 
 
 def _shifted(result: Any, what: str) -> dict[str, Any]:

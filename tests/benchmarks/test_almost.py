@@ -20,6 +20,7 @@ def test_almost(smoke):
     for seed in (0, 1):
         assert f"| RLSF, over SFT (seed {seed}) |" in found.shown
     assert "| RLSF without the penalty of repetitions, over SFT (seed 0) |" in found.shown
-    assert len(found.results) == 6 + len(FILTERS) + len(GENERATORS) + len(SPEED_STAGES)
+    assert "| rlsf (seed 0) |" in found.shown and "| reward_model_2 (seed 1) |" in found.shown
+    assert len(found.results) == 7 + len(FILTERS) + len(GENERATORS) + len(SPEED_STAGES)
     (filters,) = (row["result"] for row in found.rows["smollm2"] if row["key"]["name"] == "none")
     assert filters["pairs"] > 0 and 0 <= filters["heldout"]["value"] <= 1

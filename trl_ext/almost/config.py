@@ -17,7 +17,13 @@ from trl_ext.almost.prompts.roles import AUTO, FORMATS, OWN, PLAIN, load_style
 # What settings were called in earlier versions, whose recipes and runs are read; old name -> new.
 RENAMED = {"ladder": "generators"}
 # Settings that came later, with what earlier versions did: a file or folder that was begun without them goes on under these.
-LATER: dict[str, Any] = {"repetition_weight": 0.0, "heuristic_filter": False, "whole_sentences": False}
+LATER: dict[str, Any] = {
+    "repetition_weight": 0.0,
+    "heuristic_filter": False,
+    "whole_sentences": False,
+    "length_control": False,
+    "max_length_ratio": None,
+}
 # Settings that say where something is computed, not what is made.
 WHERE = ("device",)
 
@@ -124,6 +130,12 @@ class ComparisonsConfig:
     length_aware: bool = field(
         default=True, metadata={"help": "The better answer must not be short; otherwise neighbours are paired."}
     )
+    max_length_ratio: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "Answers of which one is more than so many times as long as the other aren't compared; 2, say."
+        },
+    )
     as_is_reward_model: Optional[str] = field(
         default=None, metadata={"help": "A reward model that must agree with a pair; default: none is asked."}
     )
@@ -136,6 +148,10 @@ class ComparisonsConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.heldout_share < 1:
             raise ValueError(f"heldout_share={self.heldout_share} must be at least 0 and below 1.")
+        if self.max_length_ratio is not None and not 1 <= self.max_length_ratio < math.inf:
+            raise ValueError(
+                f"max_length_ratio={self.max_length_ratio} must be a number of at least 1, or not be given."
+            )
 
 
 @dataclass

@@ -210,6 +210,15 @@ def encode_answer(
     return ids if max_length is None else ids[-max_length:]
 
 
+def answer_text(response: Response) -> str:
+    """What the assistant says in an answer, as a reward model reads it.
+
+    Raises:
+        ValueError: If it is neither a string nor one message of the assistant.
+    """
+    return _answer(response)[0]["content"]
+
+
 def _answer(response: Response) -> list[dict[str, str]]:
     if isinstance(response, str):
         return [{"role": "assistant", "content": response.strip()}]

@@ -89,6 +89,24 @@ def test_pairing_by_hand():
     assert pair_up([], [], []) == []
 
 
+def test_answers_of_too_different_lengths_are_not_compared():
+    lengths = [100, 40, 80]
+    assert pair_up([0, 1, 2], lengths, lengths) == [(0, 1)]
+    # not the first, but the next that fits
+    assert pair_up([0, 1, 2], lengths, lengths, max_length_ratio=2) == [(0, 2)]
+    assert pair_up([0, 1, 2], lengths, lengths, length_aware=False, max_length_ratio=2) == [(0, 2)]
+    assert pair_up([0, 1], [0, 0], [0, 0], max_length_ratio=1) == [(0, 1)], "two empty answers are of one length"
+    assert pair_up([0, 1, 2], lengths, lengths, max_length_ratio=1.2) == []
+    with pytest.raises(ValueError, match=r"max_length_ratio=0.5 must be a number of at least 1"):
+        ComparisonsConfig(max_length_ratio=0.5)
+
+
+def test_the_longest_ratio_is_counted_among_what_length_drops():
+    rows = answers([[GOOD * 3, GOOD], [GOOD, GOOD]])
+    pairs, counts = build_comparisons(rows, GENERATORS, ComparisonsConfig(max_length_ratio=2))
+    assert [pair["query_id"] for pair in pairs] == [1] and counts["pairs that length dropped"] == 1
+
+
 def answers(texts):
     return [
         {"id": f"{q}/{r}", "query_id": q, "rung": r, "query": f"What is {q}?", "response": text}

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -185,6 +186,44 @@ def test_a_reward_judge_averages_a_question_s_rewards_and_scores_a_text_once():
     assert found["reward"] == {**found["reward"], "value": (2.5 + 4) / 2, "n": 2}
     assert found["reward_difference"]["value"] == (1.5 + 2) / 2
     assert sorted(asked) == ["a", "aa", "aaaa", "aaaaaa", "b", "bb"]
+
+
+@pytest.mark.parametrize("better", [0.0, 0.5])
+def test_a_reward_that_is_length_has_no_difference_left_at_equal_length(better):
+    class Rewards:
+        """The logarithm of the characters, and what the first letter is worth."""
+
+        def score(self, prompts, responses):
+            return [math.log(len(text)) + better * text.startswith("x") for text in responses]
+
+    questions = {key: str(key) for key in range(6)}
+    answers = {key: ["x" * (4 + key), "x" * (9 + key), "x" * 30] for key in questions}
+    baseline = {key: ["y" * (2 + key), "y" * 5, "y" * (7 + key)] for key in questions}
+    found = compare(questions, answers, baseline, RewardJudge(Rewards()))
+    assert found["length_correlation"] == pytest.approx(1)
+    assert found["reward_difference"]["value"] > better + 0.5
+    assert found["reward_difference_at_equal_length"]["value"] == pytest.approx(better)
+    one = [{key: texts[:1] for key, texts in each.items()} for each in (answers, baseline)]
+    assert "length_correlation" not in compare(questions, *one, RewardJudge(Rewards())), (
+        "one answer varies with nothing"
+    )
+
+
+def test_a_reward_judge_s_scores_are_kept_for_other_comparisons(tmp_path):
+    class Rewards:
+        asked = 0
+
+        def score(self, prompts, responses):
+            self.asked += len(responses)
+            return [float(len(response)) for response in responses]
+
+    rewards, path = Rewards(), tmp_path / "scores.jsonl"
+    first = compare(QUESTIONS, ANSWERS, BASELINE, RewardJudge(rewards, path))
+    asked = rewards.asked
+    assert len(read_rows(path)) == asked
+    assert compare(QUESTIONS, ANSWERS, BASELINE, RewardJudge(rewards, path)) == first and rewards.asked == asked
+    compare(QUESTIONS, {**ANSWERS, 4: ["new one"]}, BASELINE, RewardJudge(rewards, path))
+    assert rewards.asked == asked + 1, "the same answers against others need no further score"
 
 
 def test_missing_answers_are_named():

@@ -108,6 +108,14 @@ def test_a_reward_model_learns_and_is_written_whole(run, reward_models, kind):
     )
 
 
+def test_texts_of_about_one_length_are_beside_each_other_if_asked_for(run, tmp_path):
+    flags = ["--train_sampling_strategy", "group_by_length", "--max_steps", "2"]
+    almost_reward.main(reward_flags(run, tmp_path / "grouped", *flags))
+    assert result(tmp_path / "grouped")["steps"] == 2
+    almost_sft.main(sft_flags(run, tmp_path / "sft", *flags))
+    assert result(tmp_path / "sft")["steps"] == 2
+
+
 def test_the_papers_settings_are_the_defaults(reward_models):
     settings = json.loads((reward_models("whole") / "settings.json").read_text())
     expected = {

@@ -51,7 +51,11 @@ def heuristic_filter(response: str) -> Optional[str]:
 
 
 def pair_up(
-    ranks: Sequence[int], lengths: Sequence[int], everything: Sequence[int], length_aware: bool = True
+    ranks: Sequence[int],
+    lengths: Sequence[int],
+    everything: Sequence[int],
+    length_aware: bool = True,
+    max_length_ratio: Optional[float] = None,
 ) -> list[Pair]:
     """Pairs of one query's answers.
 
@@ -63,6 +67,7 @@ def pair_up(
         lengths: In characters.
         everything: Lengths of all answers to the query, dropped ones too.
         length_aware: Without it, length doesn't matter.
+        max_length_ratio: Answers of which one is more than so many times as long as the other aren't compared; None: they are.
 
     Returns:
         At most one pair less than there are answers.
@@ -75,11 +80,17 @@ def pair_up(
         for worse in order:
             if ranks[worse] <= ranks[better] or worse in taken:
                 continue
+            if max_length_ratio is not None and _ratio(lengths[better], lengths[worse]) > max_length_ratio:
+                continue
             if not length_aware or lengths[better] >= lengths[worse] or lengths[better] >= usual:
                 pairs.append(Pair(better, worse))
                 taken.add(worse)
                 break
     return pairs
+
+
+def _ratio(one: int, other: int) -> float:
+    return max(one, other) / max(min(one, other), 1)
 
 
 def run(config: ComparisonsConfig, generators: Sequence[Any], responses: Path, folder: Path) -> dict[str, int]:
@@ -123,7 +134,9 @@ def build_comparisons(
         kept = [row for row in answers if not _is_bad(row["response"], config.heuristic_filter, counts)]
         lengths = [len(row["response"]) for row in kept]
         everything = [len(row["response"]) for row in answers]
-        pairs = pair_up([ranks[row["rung"]] for row in kept], lengths, everything, config.length_aware)
+        pairs = pair_up(
+            [ranks[row["rung"]] for row in kept], lengths, everything, config.length_aware, config.max_length_ratio
+        )
         possible = max(len({ranks[row["rung"]] for row in kept}) - 1, 0)
         counts["pairs that length dropped"] += max(possible - len(pairs), 0)
         rows += [_comparison(query, kept[pair.better], kept[pair.worse], config.conversational) for pair in pairs]

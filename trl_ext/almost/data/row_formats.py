@@ -24,3 +24,5 @@ def response(generators: int) -> dict[str, Field]:
 
 # `rewards`: for each answer in a conversation those of its candidates, null where one was empty.
 DEMONSTRATION: dict[str, Field] = {"id": ID, "rewards": list_of(list_of(number().or_null()))}
+# What a reward model as judge thinks of an answer; the id is of the question with it.
+SCORE: dict[str, Field] = {"id": text(), "score": number()}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
 import os
@@ -11,8 +12,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Optional, Protocol
 
+from peft_ext.rows import RowFile
+from trl_ext.almost.data.row_formats import SCORE
 from trl_ext.almost.rewards import RewardModel
 
 
@@ -60,23 +64,32 @@ class Judge(Protocol):
 
 
 class RewardJudge:
-    """A reward model as judge: the higher reward wins, whatever the order.
+    """A reward model as judge: the higher reward wins, whatever the order. It scores an answer once, however many others it is
+    compared with.
 
     Args:
         rewards: The reward model; for a fair comparison not the one that the answers were trained on.
+        path: A .jsonl file to keep scores in, of this reward model alone; default: they are kept as long as the judge is.
     """
 
     symmetric = True
     batch_size = 64  # its texts are sorted by length, so that more of them are padded less
 
-    def __init__(self, rewards: RewardModel) -> None:
-        self.rewards = rewards
+    def __init__(self, rewards: RewardModel, path: Optional[Path] = None) -> None:
+        self.rewards, self._file = rewards, None if path is None else RowFile(path, SCORE)
+        self._scores = {} if self._file is None else {name: row["score"] for name, row in self._file.rows.items()}
 
     def compare(self, pairs: Sequence[AnswerPair]) -> list[Judgement]:
         """Rewards of both answers."""
-        texts = list(dict.fromkeys((each.question, text) for each in pairs for text in each[1:]))
-        scores = dict(zip(texts, self.rewards.score([question for question, _ in texts], [text for _, text in texts])))
-        return [Judgement(*(scores[each.question, text] for text in each[1:])) for each in pairs]
+        names = {(each.question, text): _name(each.question, text) for each in pairs for text in each[1:]}
+        missing = [texts for texts, name in names.items() if name not in self._scores]
+        if missing:
+            made = self.rewards.score([question for question, _ in missing], [text for _, text in missing])
+            new = {names[texts]: score for texts, score in zip(missing, made)}
+            self._scores.update(new)
+            if self._file is not None:
+                self._file.append([{"id": name, "score": score} for name, score in new.items()])
+        return [Judgement(*(self._scores[names[each.question, text]] for text in each[1:])) for each in pairs]
 
 
 class ChatJudge:
@@ -175,6 +188,10 @@ class ChatJudge:
                 ) from error
             return f"{error.code} {said}"
         return str(error)
+
+
+def _name(question: str, answer: str) -> str:
+    return hashlib.sha256(f"{question}\0{answer}".encode()).hexdigest()[:24]
 
 
 def parse_scores(text: str) -> Optional[Judgement]:

@@ -244,8 +244,8 @@ def _evaluate_win_rates(
     questions = {row["id"]: row["query"] if "query" in row else row["turns"][0] for row in rows}
     baseline = str(args.baseline)
     judged_by = [args.judge, args.judge_model, _fingerprint(args.judge)]
-    judgements = folder / f"judgements-{_short_hash(judged_by)}.jsonl"
-    judge = functools.cache(lambda: _judge(args))
+    judgements, scores = (folder / f"{name}-{_short_hash(judged_by)}.jsonl" for name in ("judgements", "scores"))
+    judge = functools.cache(lambda: _judge(args, scores))
 
     def compared(name: str) -> dict[str, Any]:
         answers = {each: _answers(args, loader, each, questions, folder) for each in (baseline, name)}
@@ -283,11 +283,11 @@ def _answers(
     return write_answers(*loader(name), questions, path, sampling, args.batch_size)
 
 
-def _judge(args: EvaluationArguments) -> Judge:
+def _judge(args: EvaluationArguments, scores: Path) -> Judge:
     judge = str(args.judge)
     if judge.startswith(("http://", "https://")):
         return ChatJudge(str(args.judge_model), judge, api_key_variable=args.judge_key_variable)
-    return RewardJudge(_rewards(args, judge))
+    return RewardJudge(_rewards(args, judge), scores)
 
 
 def _rewards(args: EvaluationArguments, name: str) -> RewardModel:

@@ -91,7 +91,9 @@ def compare(
         `consistent` (share of comparisons whose orders agree), `scores` (sums), `length` (means, in characters),
         `repetition` (mean share of an answer's repeated word 3-grams) and its difference to the baseline's, with their
         intervals, and `unreadable` (questions left out); of a reward model also the mean `reward` and the mean
-        `reward_difference` to the baseline, with their intervals.
+        `reward_difference` to the baseline, with their intervals; and, where a question has several answers,
+        `length_correlation`, of rewards with the logarithm of the characters among one model's answers to a question, and
+        `reward_difference_at_equal_length`, less what that dependence makes of the difference in length.
 
     Raises:
         ValueError: If an answer is missing, a question has another number of answers than its baseline, or no judgement
@@ -119,6 +121,7 @@ def compare(
         rewards = np.array([np.mean([both[0] for both in scores], axis=0) for scores in judged.values()])
         result["reward"] = with_interval(rewards[:, 0], seed=seed)
         result["reward_difference"] = with_interval(rewards[:, 0] - rewards[:, 1], seed=seed)
+        result.update(_at_equal_length(judged, pairs, seed))
     return result
 
 
@@ -204,6 +207,30 @@ def _summary(
         "length": lengths.mean(axis=0).tolist(),
         "repetition": with_interval(repeated[:, 0], seed=seed),
         "repetition_difference": with_interval(repeated[:, 0] - repeated[:, 1], seed=seed),
+    }
+
+
+def _at_equal_length(
+    judged: Mapping[Any, Sequence[Sequence[Scores]]], pairs: Mapping[Any, Sequence[tuple[str, str]]], seed: int
+) -> dict[str, Any]:
+    """How rewards go with length among a model's answers to one question, and differences of rewards without it; nothing
+    where each question has one answer, or all are of one length."""
+    rewards = [np.array([both[0] for both in scores]) for scores in judged.values()]
+    lengths = [np.log([[max(len(text), 1) for text in texts] for texts in pairs[key]]) for key in judged]
+    # a baseline's one answer, which all are compared with, varies with nothing
+    score, length = (
+        np.concatenate([part - part.mean(axis=0) for part in parts]).ravel() for parts in (rewards, lengths)
+    )
+    if not (score @ score and length @ length):
+        return {}
+    slope = score @ length / (length @ length)
+    differences = [
+        np.mean((reward[:, 0] - reward[:, 1]) - slope * (each[:, 0] - each[:, 1]))
+        for reward, each in zip(rewards, lengths)
+    ]
+    return {
+        "length_correlation": float(score @ length / np.sqrt((score @ score) * (length @ length))),
+        "reward_difference_at_equal_length": with_interval(differences, seed=seed),
     }
 
 

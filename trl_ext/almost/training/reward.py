@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig, RewardConfig, RewardTrainer
@@ -16,7 +17,15 @@ from peft_ext import command_line
 from trl_ext.almost.data.preferences import preference_pairs
 from trl_ext.almost.models import load_chat_tokenizer, load_classifier
 from trl_ext.almost.prompts.chat import as_messages
-from trl_ext.almost.rewards import RewardModel, encode_answer
+from trl_ext.almost.rewards import PairScores, RewardModel, answer_text, encode_answer
+from trl_ext.almost.training.length_control import (
+    MOST_ANSWERS,
+    control_head,
+    correlations,
+    covariates,
+    explained,
+    score_head,
+)
 from trl_ext.almost.training.stage import (
     TRAINING_FLAGS,
     AlmostModelConfig,
@@ -41,6 +50,14 @@ class RewardArguments(StageArguments):
         metadata={
             "help": "0: all comparisons. 1 or 2: those of one half of the queries, for two reward models that share no "
             "query."
+        },
+    )
+
+    length_control: bool = field(
+        default=False,
+        metadata={
+            "help": "The reward says what length and repetition don't: in training they count beside it, and what is left of "
+            "them is taken out of its head."
         },
     )
 
@@ -77,7 +94,9 @@ def run(script_args: RewardArguments, training_args: RewardConfig, model_args: M
         model_args: The language model to start from, and the adapter if any.
 
     Returns:
-        What `training.json` holds: pairs, accuracy on the held-out ones, TRL's log.
+        What `training.json` holds: pairs; accuracy on the held-out ones, and how their scores vary with length and repetition
+        among equally good answers; with `length_control`, the same of the pairs trained on, before and after the head lost
+        it; TRL's log.
 
     Raises:
         ValueError, OSError: If an argument or a file doesn't fit, or the folder holds another training.
@@ -92,15 +111,20 @@ def run(script_args: RewardArguments, training_args: RewardConfig, model_args: M
     held_out = preference_pairs(script_args.held_out_rows())
     tokenizer = load_chat_tokenizer(model_args.model_name_or_path)
     set_seed(training_args.seed)  # of the new head
+    control = _Control(tokenizer, pairs, held_out, training_args.max_length) if script_args.length_control else None
+    margins = control.margins if control else (None, None)
+    training_args.remove_unused_columns = False  # else `length` is gone before batches are made by it
     trainer = RewardTrainer(
         model=load_classifier(model_args.model_name_or_path, dtype=model_args.dtype or "float32"),
         args=training_args,
-        train_dataset=encode_pairs(tokenizer, pairs, training_args.max_length),
-        eval_dataset=encode_pairs(tokenizer, held_out, training_args.max_length) if held_out else None,
+        train_dataset=encode_pairs(tokenizer, pairs, training_args.max_length, margins[0]),
+        eval_dataset=encode_pairs(tokenizer, held_out, training_args.max_length, margins[1]) if held_out else None,
         processing_class=tokenizer,
         peft_config=adapter_config(model_args, "SEQ_CLS"),
     )
-    model = train(trainer, tokenizer, script_args.merge_adapter)
+    if control:
+        control.check(trainer)
+    model = train(trainer, tokenizer, script_args.merge_adapter, control.of(trainer) if control else None)
     result: dict[str, Any] = {"pairs": len(pairs), "held_out_pairs": len(held_out)}
     if held_out:
         scorer = RewardModel(
@@ -109,15 +133,23 @@ def run(script_args: RewardArguments, training_args: RewardConfig, model_args: M
             max_length=training_args.max_length or 1 << 30,
             batch_size=training_args.per_device_eval_batch_size,
         )
-        result["held_out_accuracy"] = scorer.score_pairs(held_out).accuracy
+        with trainer.accelerator.autocast():  # in the type that it was trained in
+            scores = scorer.score_pairs(held_out)
+        result["held_out_accuracy"] = scores.accuracy
+        result["held_out_correlation"] = _correlation(tokenizer, held_out, scores)
+    if control:
+        result["length_control"] = control.found
     return finish(trainer, result, script_args.dataset_name)
 
 
 def encode_pairs(
-    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[dict[str, Any]], max_length: Optional[int]
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[dict[str, Any]],
+    max_length: Optional[int],
+    margins: Optional[Sequence[float]] = None,
 ) -> Dataset:
-    """Token ids as RewardTrainer takes them, and the longer answer's `length`, by which
-    `--train_sampling_strategy group_by_length` makes batches; TRL itself would drop a pair that is too long."""
+    """Token ids as RewardTrainer takes them, with each pair's `margin` if there is one, and the longer answer's `length`, by
+    which `--train_sampling_strategy group_by_length` makes batches; TRL itself would drop a pair that is too long."""
     rows = [
         {
             f"{key}_ids": encode_answer(tokenizer, pair["prompt"], pair[key], max_length)
@@ -125,7 +157,69 @@ def encode_pairs(
         }
         for pair in pairs
     ]
-    return Dataset.from_list([{**row, "length": max(map(len, row.values()))} for row in rows])
+    more: Sequence[dict[str, Any]] = [{}] * len(rows) if margins is None else [{"margin": float(m)} for m in margins]
+    return Dataset.from_list([{**row, "length": max(map(len, row.values())), **m} for row, m in zip(rows, more)])
+
+
+class _Control:
+    """Length control of one training: the pairs' margins, then the head."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        pairs: Sequence[dict[str, Any]],
+        held_out: Sequence[dict[str, Any]],
+        max_length: Optional[int],
+    ) -> None:
+        self.found: dict[str, Any] = {}
+        self._tokenizer, self._max_length = tokenizer, max_length
+        (chosen, rejected), held = _sides(tokenizer, pairs), _sides(tokenizer, held_out)
+        logits = explained(chosen, rejected, [held[0] - held[1]])
+        # TRL takes a margin off the difference of rewards
+        self.margins = tuple((-each).tolist() for each in logits)
+        self._read = pairs[: MOST_ANSWERS // 2]
+        self._varying = np.concatenate([side[: len(self._read)] for side in (chosen, rejected)])
+
+    def check(self, trainer: RewardTrainer) -> None:
+        """Refuse before training what the head can't be changed in."""
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise ValueError(
+                "length_control changes the trained head, which FSDP and DeepSpeed have in pieces; leave it out, or launch "
+                "without them."
+            )
+        score_head(trainer.model)
+
+    def of(self, trainer: RewardTrainer) -> Callable[[Any], None]:
+        """What changes the trained model's head, and keeps what that did."""
+
+        def change(model: Any) -> None:
+            rows = [
+                encode_answer(self._tokenizer, pair["prompt"], pair[key], self._max_length)
+                for key in ("chosen", "rejected")
+                for pair in self._read
+            ]
+            size = 2 * trainer.args.per_device_train_batch_size
+            with trainer.accelerator.autocast():
+                self.found = control_head(model, rows, self._varying, self._tokenizer.pad_token_id, size)
+
+        return change
+
+
+def _sides(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Covariates `[pairs, 2]` of the chosen answers, and of the rejected ones."""
+    chosen, rejected = (
+        covariates(tokenizer, [answer_text(pair[key]) for pair in pairs]) for key in ("chosen", "rejected")
+    )
+    return chosen, rejected
+
+
+def _correlation(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[dict[str, Any]], scores: PairScores
+) -> dict[str, float]:
+    """Of scores with length and repetition, among chosen and among rejected answers."""
+    centred = [part - part.mean(axis=0) for part in _sides(tokenizer, pairs)]
+    values = [np.array(part) - np.mean(part) for part in scores]
+    return correlations(np.concatenate(values), np.concatenate(centred))
 
 
 def half_of(prompt: Any) -> int:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -178,16 +178,24 @@ def start(training_args: TrainingArguments, *others: Any) -> Optional[dict[str, 
     return result
 
 
-def train(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, merge_adapter: bool) -> Any:
+def train(
+    trainer: Trainer,
+    tokenizer: PreTrainedTokenizerBase,
+    merge_adapter: bool,
+    change: Optional[Callable[[Any], None]] = None,
+) -> Any:
     """Train from the last checkpoint, and write the model whole; returns the model as it was written.
 
     A LoRA is written merged into `output_dir`, and by itself into its folder `adapter`; PEQA's scales, merged, make a
-    packed checkpoint. With `merge_adapter=False`, `output_dir` holds the adapter.
+    packed checkpoint. With `merge_adapter=False`, `output_dir` holds the adapter. `change` is done to the trained model
+    before it is written.
     """
     folder = Path(str(trainer.args.output_dir))
     trainer_checkpoints.train(trainer)
     trainer.accelerator.wait_for_everyone()
     model = trainer.accelerator.unwrap_model(trainer.model)
+    if change is not None:
+        change(model)
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if hasattr(model, "peft_config") and merge_adapter and sharded:
         logger.warning("The model is sharded, so that the adapter in %s is not merged into it.", folder)
