@@ -30,7 +30,7 @@ _RECIPE: dict[str, Any] = {
         "generators": [{"shots": 1}, {"shots": 0}, {"shots": 0, "bits": 3}],
     },
     "comparisons": {"heuristic_filter": False, "length_aware": False, "heldout_share": 0.25},
-    "reward_model": {**_TRAINING, "max_length": 128},
+    "reward_model": {**_TRAINING, "max_length": 128, "length_control": True},
     "self_play": {
         "count": 4,
         "samples": 2,
