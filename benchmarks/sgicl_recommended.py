@@ -24,7 +24,12 @@ from generation_ext.in_context import LabelScorer, SelfGeneratedICL
 from generation_ext.in_context.self_generated import PRESETS
 
 
-ZERO_SHOT, GOLD, OWN = METHODS = ("Zero-shot", "Gold demonstrations, k = 8", 'SG-ICL, "recommended"')
+ZERO_SHOT, GOLD, TWO, OWN = METHODS = (
+    "Zero-shot",
+    "Gold demonstrations, k = 8",
+    'SG-ICL, "recommended" of two draws',  # as it was at first
+    'SG-ICL, "recommended"',
+)
 SHOTS, WORTH = 8, 0.5
 _OVERFLOW = "drop_then_truncate"
 _RESAMPLES = 2000
@@ -53,7 +58,7 @@ class Line(NamedTuple):
     @property
     def title(self) -> str:
         """The first column."""
-        own = self.method == OWN
+        own = self.method in (TWO, OWN)
         return (
             self.method
             + (", calibrated" if self.treatment.calibrated and not own else "")
@@ -118,8 +123,15 @@ def _measure(run: Run, setting: Any, method: str, name: str, seed: int, usable: 
     examples: list[Example] = data["main"][: run.inputs[name]]
     fields = [example.fields for example in examples]
     preset = PRESETS["recommended"]
-    if method == OWN:
-        options = {"preset": "recommended", "shots": SHOTS, "overflow": _OVERFLOW, "seed": run.seeds[0]}
+    if method in (TWO, OWN):
+        draws = 2 if method == TWO else preset["draws"]
+        options = {
+            "preset": "recommended",
+            "shots": SHOTS,
+            "overflow": _OVERFLOW,
+            "seed": run.seeds[0],
+            "draws": draws,
+        }
         if name not in usable:  # the seeds are of the draws
             ours = SelfGeneratedICL(setting.model, setting.tokenizer, task, progressbar=not run.smoke, **options)
             pools = ours.generate(ours.sources(fields), run.work / f"{name}-{run.seeds[0]}-{len(fields)}.jsonl")

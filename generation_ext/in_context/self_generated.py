@@ -52,7 +52,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "strength": 0.5,
         "shared": True,
         "pool_inputs": 8,
-        "draws": 2,
+        "draws": 8,
     },
 }
 # Generated texts that stand beside the inputs where these are too few for batch calibration; as many for all labels.

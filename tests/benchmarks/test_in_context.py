@@ -102,8 +102,9 @@ def recommended_run(tmp_path, right, seeds=(13, 21)):
 
 
 def test_recommended_sgicl_against_gold(tmp_path):
-    zero, gold, own = sgicl_recommended.METHODS
-    run = recommended_run(tmp_path, {zero: ["1100"], gold: ["1111", "1100"], own: ["1101", "0111"]})
+    zero, gold, two, own = sgicl_recommended.METHODS
+    ours = ["1101", "0111"]
+    run = recommended_run(tmp_path, {zero: ["1100"], gold: ["1111", "1100"], two: ours, own: ours})
     values = {claim.name: claim.value for claim in sgicl_recommended.claims(run)}
     assert values["recommended SG-ICL over zero-shot"] == 25.0
     assert values["its share of the gain of 8 gold demonstrations"] == 1.0
@@ -111,7 +112,9 @@ def test_recommended_sgicl_against_gold(tmp_path):
     line = sgicl_recommended.Line(own, sgicl_recommended.CALIBRATED)
     low, high = sgicl_recommended.interval(run, line, sgicl_recommended.Line(zero, sgicl_recommended.CALIBRATED))
     assert low < 25 < high
-    less = recommended_run(tmp_path / "less", {zero: ["1100"], gold: ["1110", "1110"], own: ["1000", "1000"]})
+    less = recommended_run(
+        tmp_path / "less", {zero: ["1100"], gold: ["1110", "1110"], two: ours, own: ["1000", "1000"]}
+    )
     assert sgicl_recommended.worth(less, sgicl_recommended.PLAIN) == -1.0
 
 

@@ -410,6 +410,7 @@ def test_presets():
     paper, ours = sg_icl(), sg_icl(preset="recommended", draws=2)
     assert (paper.balanced, paper.shared, paper.calibrate, paper.draws, paper.keep) == (False, False, False, 1, 1.0)
     assert ours.balanced and ours.shared and ours.calibrate == "batch" and ours.draws == 2
+    assert sg_icl(preset="recommended").draws == 8
     alone = sg_icl(preset="recommended", shared=False)
     assert alone.balanced and not alone.shared and alone.pool_inputs is None
     assert sg_icl(preset="recommended", calibrate=False).calibrate is False
