@@ -124,6 +124,19 @@ def read_adapter(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
     return tensors
 
 
+def fingerprints_in(folder: Path) -> dict[str, int]:
+    """The fingerprints of the codes that an adapter of ours belongs to, by the layer's name in the base; none of others.
+
+    Raises:
+        ValueError: If its file is damaged.
+    """
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    if type_of(folder) not in CONFIGS or not path.is_file():
+        return {}
+    codes = {key.rpartition("."): tensor for key, tensor in read_adapter(path).items() if key.endswith("_codes")}
+    return {name.removeprefix("base_model.model."): int(tensor) for (name, _, _), tensor in codes.items()}
+
+
 def check_adapter(tensors: Mapping[str, torch.Tensor], kind: str, where: str) -> None:
     """Check the tensors of an adapter of ours: those of each layer are all there and are what they must be, and no number
     anywhere is NaN or infinite.

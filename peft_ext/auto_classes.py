@@ -84,6 +84,8 @@ def _stock_loads(stored: dict[str, Any]) -> bool:
     method = stored["quant_method"]
     if method == "compressed-tensors":  # layers have no weight before the first forward, zero points no room
         return bool(stored.get("dequantize"))
+    if method == "gguf":  # transformers wants the file's name apart from its folder, which an adapter doesn't say
+        return False
     return is_auto_round_available() if "auto-round" in method else is_gptqmodel_available()
 
 

@@ -34,11 +34,16 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 from transformers.utils import cached_file
 
+from peft_ext.adapter_files import fingerprints_in
 from peft_ext.checkpoint.files import check_config
+from peft_ext.checkpoint.gguf_header import read_header
+from peft_ext.checkpoint.gguf_loading import readable
 from peft_ext.checkpoint.loading import HUB_ARGUMENTS, load_packed, stored_quantization
+from peft_ext.checkpoint.saving import make_saveable
 from peft_ext.files import read_json
 from peft_ext.hub import is_hub_id
 from peft_ext.language_model import is_causal_config
+from peft_ext.quant.conversion import packed_layers
 
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -113,20 +118,23 @@ def load(
     kind: str = "causal",
     dtype: Union[str, torch.dtype] = "auto",
     merge: bool = False,
+    packed: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Load a language model in eval mode.
 
     Args:
         name: What to load, see [`resolve_model`]; or the folder or hub id of an adapter, or the folder of a run of
-            `peft-ext tune`, which name their base. A GGUF's weights become plain float tensors, what others have packed
-            becomes packed layers where [`peft_ext.load_packed`] reads it.
+            `peft-ext tune`, which name their base. A GGUF's weights become plain float tensors unless `packed`, what others
+            have packed becomes packed layers where [`peft_ext.load_packed`] reads it.
         adapter: Folder or hub id of a PEFT adapter to put onto it.
         kind: `"causal"` (it may see or hear beside), `"seq2seq"`, `"encoder"` (hidden states alone), `"classifier"`
             (of whole texts; a model without such a head gets a new one), or `"auto"`: whichever of the first three the
             config names.
         dtype: Float type of the weights; `"auto"`: the checkpoint's own (float32 for a quantised GGUF).
         merge: Merge an adapter into its base. One that lies below another adapter always is.
+        packed: Keep a GGUF's integers as packed layers, as [`peft_ext.load_packed`] does. An adapter that was trained on them
+            has its base loaded so without being asked.
         **kwargs: Passed to `from_pretrained` of the base.
 
     Returns:
@@ -146,13 +154,14 @@ def load(
         import peft_ext  # noqa: F401 (registers the tuner that the adapter names)
 
         _check_adapter(adapter)
-        model = PeftModel.from_pretrained(load(base, kind=kind, dtype=dtype, merge=True, **kwargs), adapter)
+        kwargs = {"kind": kind, "dtype": dtype, "packed": packed, **kwargs}
+        model = PeftModel.from_pretrained(_base_of(base, adapter, kwargs), adapter)
         return (_named(model.merge_and_unload(), adapter) if merge else model).eval()
     if kind == "auto":
         kind = _kind_of(load_config(base))
     source = resolve_model(base)
     with _named_if_missing(base, source):
-        return _named(_load_base(source, kind, dtype, kwargs), base).eval()
+        return _named(_load_base(source, kind, dtype, packed, kwargs), base).eval()
 
 
 def locate(name: str, adapter: Optional[str] = None) -> tuple[str, Optional[str]]:
@@ -294,15 +303,50 @@ def _named(model: PreTrainedModel, name: str) -> PreTrainedModel:
     return model
 
 
-def _load_base(source: ModelSource, kind: str, dtype: Any, kwargs: dict[str, Any]) -> Any:
+def _base_of(base: str, adapter: str, kwargs: dict[str, Any]) -> Any:
+    """What an adapter goes onto. Of a GGUF that is its own integers where the adapter was trained on these, which the codes'
+    fingerprints in the adapter tell."""
+    name, below = locate(base)
+    codes = {} if kwargs["packed"] or below is not None or not own_integers(name) else fingerprints_in(Path(adapter))
+    if codes:
+        model = load(base, **{**kwargs, "packed": True})
+        layers = packed_layers(model)
+        if all(name in layers and layers[name].fingerprint() == code for name, code in codes.items()):
+            return model
+    return load(base, merge=True, **kwargs)
+
+
+def own_integers(model: Optional[str] = None) -> dict[str, int]:
+    """How many matrices of a GGUF hold integers that [`peft_ext.load_packed`] takes as they are, by type; empty for anything
+    else than a GGUF.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: As [`resolve_model`], or the file is damaged.
+    """
+    source = resolve_model(model)
+    if source.gguf_file is None:
+        return {}
+    return readable(read_header(Path(source.name_or_path, source.gguf_file)))
+
+
+def _load_base(source: ModelSource, kind: str, dtype: Any, packed: bool, kwargs: dict[str, Any]) -> Any:
     if source.gguf_file is not None:
-        # without it, transformers may keep the weights in GGUF's blocks, which can be neither tuned nor saved
-        kwargs = {"quantization_config": GgufConfig(dequantize=True), "gguf_file": source.gguf_file, **kwargs}
-        if kind in ("encoder", "classifier"):  # a GGUF names its tensors as of a model with an output head
-            num_labels = kwargs.pop("num_labels", 2)
-            model = AutoModelForCausalLM.from_pretrained(source.name_or_path, dtype=dtype, **kwargs)
-            return model.base_model if kind == "encoder" else _classifier_on(model, num_labels)
-        return KINDS[kind].from_pretrained(source.name_or_path, dtype=dtype, **kwargs)
+        path = Path(source.name_or_path, source.gguf_file)
+        read_header(path)  # a damaged one is refused before transformers makes something of it
+        num_labels = kwargs.pop("num_labels", 2) if kind == "classifier" else 0
+        # a GGUF names its tensors as of a model with an output head
+        auto_class = AutoModelForCausalLM if kind in ("encoder", "classifier") else KINDS[kind]
+        if packed:
+            model = load_packed(path, auto_class, dtype=dtype, **kwargs)
+        else:
+            # without it, transformers may keep the weights in GGUF's blocks, which can be neither tuned nor saved
+            kwargs = {"quantization_config": GgufConfig(dequantize=True), "gguf_file": source.gguf_file, **kwargs}
+            model = auto_class.from_pretrained(source.name_or_path, dtype=dtype, **kwargs)
+        if kind in ("encoder", "classifier"):
+            model = model.base_model if kind == "encoder" else _classifier_on(model, num_labels)
+            if packed:
+                make_saveable(model)
+        return model
     auto_class = _auto_class(kind, source.name_or_path, kwargs)
     if "quantization_config" not in kwargs and stored_quantization(source.name_or_path, **kwargs) is not None:
         return load_packed(source.name_or_path, auto_class, dtype=dtype, **kwargs)

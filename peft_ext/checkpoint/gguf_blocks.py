@@ -1,23 +1,32 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""Packed layers as GGUF's quantised blocks: 32 codes of one row with a float16 scale, the codes as they are.
+"""Packed layers as GGUF's quantised blocks, and back: 32 codes of one row with a float16 scale, the codes as they are.
 
-Source: `ggml-common.h` and `ggml-quants.c` of llama.cpp; `gguf.quants` reads what is written here. A block's weight is
-`d * (code - offset)` (Q4_0, Q5_0, Q8_0) or `d * code + m` (Q4_1, Q5_1). What ours has to give up is the precision of
-its scale, at most 2^-11 of it, and in Q4_1 and Q5_1 that of `m = -d * zero_point`. Float zero points that came from a
-float16 `m` give that very `m` again.
+Source: `ggml-common.h` and `ggml-quants.c` of llama.cpp; `gguf.quants` reads what is written here, and tests hold what is
+read here against it. A block's weight is `d * (code - offset)` (Q4_0, Q5_0, Q8_0) or `d * code + m` (Q4_1, Q5_1). What ours
+has to give up is the precision of its scale, at most 2^-11 of it, and in Q4_1 and Q5_1 that of `m = -d * zero_point`. Float
+zero points that came from a float16 `m` give that very `m` again.
+
+Reading gives nothing up: scales become float32, two-level ones (K-quants) their product, which float32 holds exactly, and a
+minimum becomes the float zero point `-m / d`. Ternary and binary blocks become 2-bit codes, of which they use three or two.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Optional, cast
 
 import numpy as np
 import torch
 
 from peft_ext.quant.linear import PackedLinear
+from peft_ext.quant.uniform import Quantized
 
 
 BLOCK_SIZE = 32
+# Weights of a K-quant's block, which has a second level of scales.
+_SUPER_BLOCK = 256
+# Rows are read some at a time: bits are taken apart in several bytes for a code.
+_WEIGHTS_AT_ONCE = 1 << 20
 
 
 class BlockType(NamedTuple):
@@ -120,3 +129,178 @@ def _joined(*parts: np.ndarray) -> np.ndarray:
 
 def _group(layer: PackedLinear) -> int:
     return layer.in_features // layer.scale.shape[1]
+
+
+class ReadType(NamedTuple):
+    """How a block type is read.
+
+    Args:
+        bits: Width of a code.
+        group_size: Weights that share a scale.
+        zero_point: The code that stands for zero; None: each group has a minimum, and a float zero point.
+        read: Blocks uint8 `[n, bytes]` to codes uint8 `[n, weights]`, scales float32 `[n, groups]` and, if there is no
+            `zero_point`, minimums float32 `[n, groups]`.
+        nbytes, weights: Of a block.
+    """
+
+    bits: int
+    group_size: int
+    zero_point: Optional[int]
+    read: Callable[[np.ndarray], tuple[np.ndarray, ...]]
+    nbytes: int
+    weights: int = BLOCK_SIZE
+
+
+def from_blocks(data: np.ndarray, name: str) -> Quantized:
+    """A weight out of its blocks, with the file's codes.
+
+    Args:
+        data: uint8 `[out, bytes of a row]`.
+        name: The type, one of `READ_TYPES`.
+
+    Returns:
+        Codes uint8 `[out, in]`, scales float32 and zero points uint8 or float32 `[out, groups]`. A group of scale 0 that has a
+        minimum is constant, whatever its codes: they become 0, the scale 1 and the zero point minus the minimum.
+
+    Raises:
+        ValueError: If a block holds what its type can't.
+    """
+    kind = READ_TYPES[name]
+    rows, blocks = len(data), data.shape[1] // kind.nbytes
+    columns, groups = blocks * kind.weights, blocks * kind.weights // kind.group_size
+    codes = np.empty((rows, columns), np.uint8)
+    scale = np.empty((rows, groups), np.float32)
+    zero_point = np.empty((rows, groups), np.uint8 if kind.zero_point is not None else np.float32)
+    step = max(1, _WEIGHTS_AT_ONCE // max(1, columns))
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        found = kind.read(np.ascontiguousarray(data[part]).reshape(-1, kind.nbytes))
+        codes[part], scale[part] = found[0].reshape(-1, columns), found[1].reshape(-1, groups)
+        if name == "TQ2_0" and codes[part].size and codes[part].max() >= 2**kind.bits:
+            raise ValueError("a block of TQ2_0 has a fourth level, which no ternary weight has; the file is damaged.")
+        if kind.zero_point is not None:
+            zero_point[part] = kind.zero_point
+            continue
+        minimum = found[2].reshape(-1, groups)
+        constant = scale[part] == 0
+        scale[part][constant] = 1
+        zero_point[part] = -minimum / scale[part]
+        if constant.any():
+            codes[part].reshape(-1, groups, kind.group_size)[constant] = 0
+    return Quantized(*(torch.from_numpy(each) for each in (codes, scale, zero_point)))
+
+
+def _halves(blocks: np.ndarray, start: int) -> np.ndarray:
+    """The float16 at a byte of every block as float32, `[n, 1]`."""
+    return np.ascontiguousarray(blocks[:, start : start + 2]).view("<f2").astype(np.float32)
+
+
+def _spread(part: np.ndarray, run: int, bits: int) -> np.ndarray:
+    """Codes whose bytes lie in runs: of each run first the lowest `bits` of all its bytes, then the next.
+
+    Args:
+        part: uint8 `[n, bytes]`, a multiple of `run`.
+
+    Returns:
+        uint8 `[n, 8 / bits * bytes]`.
+    """
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
+    spread = (part.reshape(len(part), -1, 1, run) >> shifts) & np.uint8(2**bits - 1)
+    return spread.reshape(len(part), -1)
+
+
+def _fifth(blocks: np.ndarray, start: int) -> np.ndarray:
+    """The upper bits of 32 codes, in the place that they have in a code."""
+    return np.unpackbits(np.ascontiguousarray(blocks[:, start : start + 4]), axis=-1, bitorder="little") << 4
+
+
+def _q4_0(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
+    return _spread(blocks[:, 2:], 16, 4), _halves(blocks, 0)
+
+
+def _q4_1(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
+    return _spread(blocks[:, 4:], 16, 4), _halves(blocks, 0), _halves(blocks, 2)
+
+
+def _q5_0(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
+    return _spread(blocks[:, 6:], 16, 4) | _fifth(blocks, 2), _halves(blocks, 0)
+
+
+def _q5_1(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
+    return _spread(blocks[:, 8:], 16, 4) | _fifth(blocks, 4), _halves(blocks, 0), _halves(blocks, 2)
+
+
+def _q8_0(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
+    return blocks[:, 2:] ^ np.uint8(128), _halves(blocks, 0)  # two's complement plus 128
+
+
+def _q2_k(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
+    scales = blocks[:, :16]
+    scale = _halves(blocks, 80) * (scales & 15).astype(np.float32)
+    minimum = -_halves(blocks, 82) * (scales >> 4).astype(np.float32)
+    return _spread(blocks[:, 16:80], 32, 2), scale, minimum
+
+
+def _q3_k(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
+    low, high = _spread(blocks[:, 96:104], 8, 4), _spread(blocks[:, 104:108], 4, 2)
+    scales = (low | high << 4).astype(np.float32) - 32
+    codes = _spread(blocks[:, 32:96], 32, 2) | _spread(blocks[:, :32], 32, 1) << 2
+    return codes, _halves(blocks, 108) * scales
+
+
+def _scales_of_k(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scales and minimums `[n, 8]` of Q4_K and Q5_K: six bits each, the last four of either split over two places."""
+    first, second, low = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
+    scales = np.concatenate([first & 63, low & 15 | first >> 6 << 4], axis=-1)
+    minimums = np.concatenate([second & 63, low >> 4 | second >> 6 << 4], axis=-1)
+    return _halves(blocks, 0) * scales.astype(np.float32), -_halves(blocks, 2) * minimums.astype(np.float32)
+
+
+def _q4_k(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
+    return _spread(blocks[:, 16:], 32, 4), *_scales_of_k(blocks)
+
+
+def _q5_k(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
+    return _spread(blocks[:, 48:], 32, 4) | _spread(blocks[:, 16:48], 32, 1) << 4, *_scales_of_k(blocks)
+
+
+def _q6_k(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
+    codes = _spread(blocks[:, :128], 64, 4) | _spread(blocks[:, 128:192], 32, 2) << 4
+    return codes, _halves(blocks, 208) * np.ascontiguousarray(blocks[:, 192:208]).view(np.int8).astype(np.float32)
+
+
+def _q1_0(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
+    bits = np.unpackbits(np.ascontiguousarray(blocks[:, 2:]), axis=-1, bitorder="little")
+    return bits * np.uint8(2) + np.uint8(1), _halves(blocks, 0)  # -d and d, without the 0 between them
+
+
+def _tq1_0(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
+    powers = np.array([1, 3, 9, 27, 81], np.uint8)
+    # five digits of base three to a byte, four in the last bytes; multiplying wraps, which leaves the fraction behind a digit
+    parts = [(blocks[:, :32], 5), (blocks[:, 32:48], 5), (blocks[:, 48:52], 4)]
+    digits = [(part[:, None] * powers[:count, None]).reshape(len(part), -1) for part, count in parts]
+    codes = (np.concatenate(digits, axis=-1).astype(np.uint16) * 3 >> 8).astype(np.uint8)
+    return codes + np.uint8(1), _halves(blocks, 52)
+
+
+def _tq2_0(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
+    return _spread(blocks[:, :64], 32, 2) + np.uint8(1), _halves(blocks, 64)
+
+
+# By name in gguf.GGMLQuantizationType: what has integers with a scale (and a minimum) for each group. The IQ types and the
+# four-bit floats have levels of their own instead.
+READ_TYPES = {
+    "Q1_0": ReadType(2, 128, 2, _q1_0, 18, 128),
+    "TQ1_0": ReadType(2, _SUPER_BLOCK, 2, _tq1_0, 54, _SUPER_BLOCK),
+    "TQ2_0": ReadType(2, _SUPER_BLOCK, 2, _tq2_0, 66, _SUPER_BLOCK),
+    "Q2_K": ReadType(2, 16, None, _q2_k, 84, _SUPER_BLOCK),
+    "Q3_K": ReadType(3, 16, 4, _q3_k, 110, _SUPER_BLOCK),
+    "Q4_0": ReadType(4, BLOCK_SIZE, 8, _q4_0, 18),
+    "Q4_1": ReadType(4, BLOCK_SIZE, None, _q4_1, 20),
+    "Q4_K": ReadType(4, BLOCK_SIZE, None, _q4_k, 144, _SUPER_BLOCK),
+    "Q5_0": ReadType(5, BLOCK_SIZE, 16, _q5_0, 22),
+    "Q5_1": ReadType(5, BLOCK_SIZE, None, _q5_1, 24),
+    "Q5_K": ReadType(5, BLOCK_SIZE, None, _q5_k, 176, _SUPER_BLOCK),
+    "Q6_K": ReadType(6, 16, 32, _q6_k, 210, _SUPER_BLOCK),
+    "Q8_0": ReadType(8, BLOCK_SIZE, 128, _q8_0, 34),
+}

@@ -17,14 +17,15 @@ from typing import Any, Optional
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from peft_ext.checkpoint import awq, bcq, gptq, pack_quantized_loading
+from peft_ext.checkpoint import awq, bcq, gguf_loading, gptq, pack_quantized_loading
 from peft_ext.checkpoint.files import check_config
+from peft_ext.checkpoint.gguf_header import read_header
 from peft_ext.checkpoint.pack_quantized import OWN_BITS
 
 
 # Of `from_pretrained`, what finds the files.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-_READABLE = "compressed-tensors (pack-quantized integers), GPTQ, AWQ (gemm), AutoRound or bcq"
+_READABLE = "compressed-tensors (pack-quantized integers), GPTQ, AWQ (gemm), AutoRound, GGUF or bcq"
 
 
 def load_packed(
@@ -36,7 +37,8 @@ def load_packed(
     ours. `docs/loading.md` says what of whom is read.
 
     Args:
-        pretrained_model_name_or_path: A folder, or a model id of the hub, with safetensors files.
+        pretrained_model_name_or_path: A folder, or a model id of the hub, with safetensors files; or a `.gguf` file (of a
+            folder or the hub: `gguf_file=`, as `from_pretrained` has it).
         auto_class: The class whose `from_pretrained` loads it.
         **kwargs: Passed to `from_pretrained`; also what changes the config, such as `num_labels`.
 
@@ -49,7 +51,14 @@ def load_packed(
         raise ValueError(
             "quantization_config is the checkpoint's own in load_packed; leave it out, or use from_pretrained."
         )
-    config, rest = _config(pretrained_model_name_or_path, kwargs)
+    folder, kwargs = _named_gguf(pretrained_model_name_or_path, kwargs)
+    config, rest = _config(folder, kwargs)
+    if rest.get("gguf_file") is not None:
+        quantization = gguf_loading.PackedGgufConfig()
+        model = auto_class.from_pretrained(folder, config=config, quantization_config=quantization, **rest)
+        if folder != pretrained_model_name_or_path:  # an adapter's file names its base by what the user called it
+            model.name_or_path = model.config._name_or_path = str(pretrained_model_name_or_path)
+        return model
     stored = _stored(config, pretrained_model_name_or_path, rest)
     method = stored.get("quant_method")
     if method == bcq.QUANT_METHOD or hasattr(config, OWN_BITS):
@@ -77,6 +86,10 @@ def stored_quantization(pretrained_model_name_or_path: Any, **kwargs: Any) -> Op
     Args:
         **kwargs: Of `from_pretrained`; what finds the files is used.
     """
+    folder, kwargs = _named_gguf(pretrained_model_name_or_path, kwargs)
+    if folder != pretrained_model_name_or_path:
+        found = gguf_loading.readable(read_header(Path(folder, kwargs["gguf_file"])))
+        return {"quant_method": "gguf", "types": found} if found else None
     config, rest = _config(pretrained_model_name_or_path, kwargs)
     stored = _stored(config, pretrained_model_name_or_path, rest)
     if hasattr(config, OWN_BITS) or stored.get("quant_method") not in _READERS:
@@ -84,6 +97,22 @@ def stored_quantization(pretrained_model_name_or_path: Any, **kwargs: Any) -> Op
     if stored["quant_method"] == "compressed-tensors" and not pack_quantized_loading.has_packed_integers(stored):
         return None
     return stored
+
+
+def _named_gguf(name: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A `.gguf` file's folder, with its name among the keyword arguments, as transformers wants it; others as they are.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is one part of several.
+    """
+    path = Path(name).expanduser() if isinstance(name, (str, PathLike)) else None
+    if path is None or path.suffix.lower() != ".gguf" or kwargs.get("gguf_file") is not None:
+        return name, kwargs
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(name)!r}: there is no such GGUF file.")
+    read_header(path)  # a damaged one is refused before transformers makes something of it
+    return str(path.parent), {**kwargs, "gguf_file": path.name}
 
 
 def _config(name: Any, kwargs: dict[str, Any]) -> tuple[PretrainedConfig, dict[str, Any]]:
@@ -96,7 +125,7 @@ def _config(name: Any, kwargs: dict[str, Any]) -> tuple[PretrainedConfig, dict[s
         return copy.deepcopy(given), kwargs
     # for the model alone, as in AutoModel.from_pretrained; a config would keep "auto" as if it were a type
     held_back = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype", "quantization_config") if key in kwargs}
-    finding = {key: kwargs[key] for key in (*HUB_ARGUMENTS, "trust_remote_code") if key in kwargs}
+    finding = {key: kwargs[key] for key in (*HUB_ARGUMENTS, "trust_remote_code", "gguf_file") if key in kwargs}
     config, rest = AutoConfig.from_pretrained(name if given is None else given, return_unused_kwargs=True, **kwargs)
     return config, {**finding, **rest, **held_back}
 

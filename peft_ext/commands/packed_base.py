@@ -20,13 +20,22 @@ from peft_ext import devices
 from peft_ext.checkpoint.gptq import QUANTIZE_CONFIG
 from peft_ext.checkpoint.pack_quantized import is_packed
 from peft_ext.checkpoint.saving import make_saveable, take_over
+from peft_ext.command_line import note
 from peft_ext.commands.training_data import DataArguments, TrainingData
 from peft_ext.data import PYTHON_DOCS
 from peft_ext.files import written_whole
 from peft_ext.hub import is_hub_id
 from peft_ext.language_model import device_of
 from peft_ext.model_card import note_measured
-from peft_ext.models import DEFAULT_MODEL, copy_processor, load, load_config
+from peft_ext.models import (
+    DEFAULT_MODEL,
+    copy_processor,
+    load,
+    load_config,
+    locate,
+    own_integers,
+    resolve_model,
+)
 from peft_ext.perplexity import example_perplexity, padded
 from peft_ext.quant.conversion import packed_layers
 from peft_ext.quant.formats import CALIBRATED
@@ -92,6 +101,11 @@ class PackedBaseArguments(DataArguments):
         except ValueError:
             raise ValueError(f"bits={self.bits!r} is no width of a weight; pass 2, 3, 4 or 8, or {BASE}.") from None
 
+    def keeps_integers(self) -> bool:
+        """Whether the model is a GGUF whose integers are tuned as they are, since nothing is said of another format."""
+        default = self.bits is None and self.group_size == -1 and not self.sym and self.init_method == CALIBRATED
+        return default and is_gguf(self.model) and bool(own_integers(self.model))
+
     def check_base_format(self) -> None:
         """Refuse a group size, symmetry or kind of zero points beside a base that keeps its own."""
         for name, default in (("group_size", -1), ("sym", False), ("zero", None)):
@@ -109,11 +123,17 @@ class PackedBaseArguments(DataArguments):
 
 
 def is_packed_model(model: str) -> bool:
-    """Whether a model's config says that its weights are packed; a GGUF's are loaded as floats."""
+    """Whether a model's config says that its weights are packed; of a GGUF no."""
     if model.lower().endswith(".gguf") or model == DEFAULT_MODEL:
         return False
     stored = getattr(load_config(model), "quantization_config", None)
     return stored is not None or Path(model, QUANTIZE_CONFIG).is_file()
+
+
+def is_gguf(model: str) -> bool:
+    """Whether a model argument names a GGUF; an adapter on one doesn't."""
+    name, adapter = locate(model)
+    return adapter is None and resolve_model(name).gguf_file is not None
 
 
 def load_checked(
@@ -127,7 +147,12 @@ def load_checked(
         checkpoint_format: As of `make_saveable`.
     """
     try:
-        model = load(args.model, dtype=args.dtype, merge=True).to(args.device or "cpu")
+        kept = own_integers(args.model) if is_gguf(args.model) else {}
+        if kept and config is not None:
+            listed = ", ".join(f"{kind} x{count}" for kind, count in kept.items())
+            note(f"{args.model} holds integers already ({listed}); they become floats and are rounded to {config.bits} bits again.")
+        model = load(args.model, dtype=args.dtype, merge=True, packed=bool(kept) and config is None)
+        model = model.to(args.device or "cpu")
     except TypeError as error:  # packed codes are never rounded again
         raise ValueError(
             f"model={args.model!r} has an adapter that can't be merged into its base, so nothing can be tuned on top of "

@@ -70,6 +70,10 @@ class TuneArguments(PackedBaseArguments):
         default=None, metadata={"help": "Of lora: names of the layers; all linear ones but the output by default."}
     )
 
+    def width(self) -> Union[int, str]:
+        """As of every packed base; a GGUF's own integers are tuned where no format is asked for, and the method can."""
+        return BASE if self.method != "alphatuning" and self.keeps_integers() else super().width()
+
 
 def main(argv: Sequence[str]) -> None:
     """Check everything, then quantise, tune and compare."""

@@ -1,0 +1,96 @@
+# Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
+"""GGUF files of tiny models with blocks of any type, as llama.cpp's converter and quantiser would leave them behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+from transformers.pytorch_utils import Conv1D
+
+
+# Where the float16 numbers of a block lie, by type.
+HALVES = {
+    "Q1_0": (0,),
+    "TQ1_0": (52,),
+    "TQ2_0": (64,),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q4_K": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "Q8_0": (0,),
+    "IQ4_NL": (0,),
+}
+
+
+def random_blocks(rng: np.random.Generator, shape: tuple[int, ...], name: str, size: float = 0.01) -> np.ndarray:
+    """Blocks with any codes and scales of about `size`, uint8 `[..., bytes of a row]`."""
+    kind = gguf.GGMLQuantizationType[name]
+    data = rng.integers(0, 256, gguf.quant_shape_to_byte_shape(shape, kind), dtype=np.uint8)
+    blocks = data.reshape(-1, gguf.GGML_QUANT_SIZES[kind][1])
+    if name == "TQ2_0":  # no fourth level
+        codes = rng.integers(0, 3, (4, len(blocks), 64), dtype=np.uint8)
+        blocks[:, :64] = codes[0] | codes[1] << 2 | codes[2] << 4 | codes[3] << 6
+    for start in HALVES[name]:
+        scales = size * rng.uniform(0.5, 1.5, (len(blocks), 1)) * rng.choice([-1, 1], (len(blocks), 1))
+        blocks[:, start : start + 2] = scales.astype(np.float16).view(np.uint8)
+    return data
+
+
+def write_gguf(
+    path: Path, architecture: str, config: PretrainedConfig, kind_of: Callable[[str], str], seed: int = 0, **values: Any
+) -> Path:
+    """A file of random numbers for a tiny model.
+
+    Args:
+        path: The file.
+        architecture: llama.cpp's name.
+        config: The model's.
+        kind_of: A matrix's type by llama.cpp's name of it.
+        values: What else the header has.
+    """
+    rng, model = np.random.default_rng(seed), AutoModelForCausalLM.from_config(config)
+    writer = gguf.GGUFWriter(path, architecture)
+    of_config = GGUF_CONFIG_MAPPING.get(config.model_type) or GGUF_CONFIG_MAPPING[architecture]
+    for key, name in of_config.items():
+        value = None if name is None else getattr(config, name, None)
+        if isinstance(value, (int, float)):
+            add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+            add(f"{architecture}.{key}", value)
+    writer.add_token_list([f"<{index}>" for index in range(config.vocab_size)])
+    for key, value in values.items():
+        writer.add_uint32(key.replace("__", "."), value)
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
+    state, modules = model.state_dict(), dict(model.named_modules())
+    for name, target in get_gguf_hf_weights_map(model, processor).items():
+        shape = tuple(state[target].shape)
+        if isinstance(modules.get(target.rpartition(".")[0]), Conv1D) and target.endswith(".weight"):
+            shape = shape[::-1]
+        if name.endswith((".ffn_gate_exps", ".ffn_up_exps")):
+            shape = (shape[0], shape[1] // 2, shape[2])
+        if "conv" in name and len(shape) == 3:
+            shape = (shape[0], shape[2])
+        name = name if name.endswith((".weight", ".bias")) else f"{name}.weight"
+        kind = kind_of(name) if len(shape) > 1 else "F32"
+        if kind == "F32":
+            size = 0.02 if len(shape) > 1 else 0.5
+            offset = 1.0 if name.endswith("norm.weight") else 0.0
+            writer.add_tensor(name, (offset + size * rng.standard_normal(shape)).astype(np.float32))
+        else:
+            writer.add_tensor(name, random_blocks(rng, shape, kind), raw_dtype=gguf.GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
