@@ -85,7 +85,7 @@ class BcqConfig(QuantizationConfigMixin):
 
     Args:
         bits (`int`, *optional*, defaults to `4`):
-            Number of sign planes: 1, 2, 3, 4 or 8 (of uniform integers 2, 3, 4 or 8).
+            Number of sign planes: 1, 2, 3, 4 or 8 (of uniform integers 2, 3, 4, 5, 6 or 8).
         group_size (`int`, *optional*, defaults to `-1`):
             Number of inputs that share their alphas; -1: all inputs of an output channel.
         init_method (`str`, *optional*):

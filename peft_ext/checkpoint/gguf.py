@@ -301,7 +301,8 @@ def _file_type(tensors: list[_Tensor]) -> int:
     for tensor in tensors:
         weights[tensor.type.name] += math.prod(tensor.shape)
     most = weights.most_common(1)[0][0]
-    return gguf.LlamaFileType["ALL_F32" if most == "F32" else f"MOSTLY_{most}"]
+    names = ("ALL_F32",) if most == "F32" else (f"MOSTLY_{most}", f"MOSTLY_{most}_M")
+    return next(gguf.LlamaFileType[name] for name in names if name in gguf.LlamaFileType.__members__)
 
 
 def _write(writer: Any, tensors: list[_Tensor], path: Path) -> None:

@@ -18,13 +18,13 @@ from typing import NamedTuple, Optional, cast
 import numpy as np
 import torch
 
+from peft_ext.checkpoint.gguf_bytes import halves, spread
+from peft_ext.checkpoint.gguf_k_quants import SUPER_BLOCK, k_type, q2_k, q3_k, q4_k, q5_k, q6_k, to_k_blocks
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.uniform import Quantized
 
 
 BLOCK_SIZE = 32
-# Weights of a K-quant's block, which has a second level of scales.
-_SUPER_BLOCK = 256
 # Rows are read some at a time: bits are taken apart in several bytes for a code.
 _WEIGHTS_AT_ONCE = 1 << 20
 
@@ -52,6 +52,8 @@ def block_type(layer: PackedLinear) -> Optional[str]:
     A type without a minimum takes every zero point that leaves the differences `code - zero_point` in its range: all of
     2 and 3 bits fit Q4_0, so that asymmetric ones lose nothing but the precision of their scales.
     """
+    if (exact := k_type(layer)) is not None:
+        return exact
     if layer.zero_point is None or _group(layer) % BLOCK_SIZE:
         return None
     if layer.zero_point.is_floating_point():
@@ -84,8 +86,10 @@ def to_blocks(layer: PackedLinear, name: str, rows: Optional[torch.Tensor] = Non
     Raises:
         ValueError: If a scale is outside of float16's range.
     """
-    bits, offset = BLOCK_TYPES[name]
     rows = torch.arange(layer.out_features) if rows is None else rows
+    if name not in BLOCK_TYPES:
+        return to_k_blocks(layer, name, rows.numpy())
+    bits, offset = BLOCK_TYPES[name]
     codes, scale = layer.codes().cpu()[rows].numpy(), layer.scale.detach().float().cpu()[rows].numpy()
     zero_point = cast(torch.Tensor, layer.zero_point).detach().cpu()[rows].numpy()
     blocks = codes.reshape(layer.out_features, -1, BLOCK_SIZE)
@@ -190,88 +194,34 @@ def from_blocks(data: np.ndarray, name: str) -> Quantized:
     return Quantized(*(torch.from_numpy(each) for each in (codes, scale, zero_point)))
 
 
-def _halves(blocks: np.ndarray, start: int) -> np.ndarray:
-    """The float16 at a byte of every block as float32, `[n, 1]`."""
-    return np.ascontiguousarray(blocks[:, start : start + 2]).view("<f2").astype(np.float32)
-
-
-def _spread(part: np.ndarray, run: int, bits: int) -> np.ndarray:
-    """Codes whose bytes lie in runs: of each run first the lowest `bits` of all its bytes, then the next.
-
-    Args:
-        part: uint8 `[n, bytes]`, a multiple of `run`.
-
-    Returns:
-        uint8 `[n, 8 / bits * bytes]`.
-    """
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
-    spread = (part.reshape(len(part), -1, 1, run) >> shifts) & np.uint8(2**bits - 1)
-    return spread.reshape(len(part), -1)
-
-
 def _fifth(blocks: np.ndarray, start: int) -> np.ndarray:
     """The upper bits of 32 codes, in the place that they have in a code."""
     return np.unpackbits(np.ascontiguousarray(blocks[:, start : start + 4]), axis=-1, bitorder="little") << 4
 
 
 def _q4_0(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
-    return _spread(blocks[:, 2:], 16, 4), _halves(blocks, 0)
+    return spread(blocks[:, 2:], 16, 4), halves(blocks, 0)
 
 
 def _q4_1(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
-    return _spread(blocks[:, 4:], 16, 4), _halves(blocks, 0), _halves(blocks, 2)
+    return spread(blocks[:, 4:], 16, 4), halves(blocks, 0), halves(blocks, 2)
 
 
 def _q5_0(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
-    return _spread(blocks[:, 6:], 16, 4) | _fifth(blocks, 2), _halves(blocks, 0)
+    return spread(blocks[:, 6:], 16, 4) | _fifth(blocks, 2), halves(blocks, 0)
 
 
 def _q5_1(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
-    return _spread(blocks[:, 8:], 16, 4) | _fifth(blocks, 4), _halves(blocks, 0), _halves(blocks, 2)
+    return spread(blocks[:, 8:], 16, 4) | _fifth(blocks, 4), halves(blocks, 0), halves(blocks, 2)
 
 
 def _q8_0(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
-    return blocks[:, 2:] ^ np.uint8(128), _halves(blocks, 0)  # two's complement plus 128
-
-
-def _q2_k(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
-    scales = blocks[:, :16]
-    scale = _halves(blocks, 80) * (scales & 15).astype(np.float32)
-    minimum = -_halves(blocks, 82) * (scales >> 4).astype(np.float32)
-    return _spread(blocks[:, 16:80], 32, 2), scale, minimum
-
-
-def _q3_k(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
-    low, high = _spread(blocks[:, 96:104], 8, 4), _spread(blocks[:, 104:108], 4, 2)
-    scales = (low | high << 4).astype(np.float32) - 32
-    codes = _spread(blocks[:, 32:96], 32, 2) | _spread(blocks[:, :32], 32, 1) << 2
-    return codes, _halves(blocks, 108) * scales
-
-
-def _scales_of_k(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scales and minimums `[n, 8]` of Q4_K and Q5_K: six bits each, the last four of either split over two places."""
-    first, second, low = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
-    scales = np.concatenate([first & 63, low & 15 | first >> 6 << 4], axis=-1)
-    minimums = np.concatenate([second & 63, low >> 4 | second >> 6 << 4], axis=-1)
-    return _halves(blocks, 0) * scales.astype(np.float32), -_halves(blocks, 2) * minimums.astype(np.float32)
-
-
-def _q4_k(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
-    return _spread(blocks[:, 16:], 32, 4), *_scales_of_k(blocks)
-
-
-def _q5_k(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
-    return _spread(blocks[:, 48:], 32, 4) | _spread(blocks[:, 16:48], 32, 1) << 4, *_scales_of_k(blocks)
-
-
-def _q6_k(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
-    codes = _spread(blocks[:, :128], 64, 4) | _spread(blocks[:, 128:192], 32, 2) << 4
-    return codes, _halves(blocks, 208) * np.ascontiguousarray(blocks[:, 192:208]).view(np.int8).astype(np.float32)
+    return blocks[:, 2:] ^ np.uint8(128), halves(blocks, 0)  # two's complement plus 128
 
 
 def _q1_0(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
     bits = np.unpackbits(np.ascontiguousarray(blocks[:, 2:]), axis=-1, bitorder="little")
-    return bits * np.uint8(2) + np.uint8(1), _halves(blocks, 0)  # -d and d, without the 0 between them
+    return bits * np.uint8(2) + np.uint8(1), halves(blocks, 0)  # -d and d, without the 0 between them
 
 
 def _tq1_0(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -280,27 +230,27 @@ def _tq1_0(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
     parts = [(blocks[:, :32], 5), (blocks[:, 32:48], 5), (blocks[:, 48:52], 4)]
     digits = [(part[:, None] * powers[:count, None]).reshape(len(part), -1) for part, count in parts]
     codes = (np.concatenate(digits, axis=-1).astype(np.uint16) * 3 >> 8).astype(np.uint8)
-    return codes + np.uint8(1), _halves(blocks, 52)
+    return codes + np.uint8(1), halves(blocks, 52)
 
 
 def _tq2_0(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
-    return _spread(blocks[:, :64], 32, 2) + np.uint8(1), _halves(blocks, 64)
+    return spread(blocks[:, :64], 32, 2) + np.uint8(1), halves(blocks, 64)
 
 
 # By name in gguf.GGMLQuantizationType: what has integers with a scale (and a minimum) for each group. The IQ types and the
 # four-bit floats have levels of their own instead.
 READ_TYPES = {
     "Q1_0": ReadType(2, 128, 2, _q1_0, 18, 128),
-    "TQ1_0": ReadType(2, _SUPER_BLOCK, 2, _tq1_0, 54, _SUPER_BLOCK),
-    "TQ2_0": ReadType(2, _SUPER_BLOCK, 2, _tq2_0, 66, _SUPER_BLOCK),
-    "Q2_K": ReadType(2, 16, None, _q2_k, 84, _SUPER_BLOCK),
-    "Q3_K": ReadType(3, 16, 4, _q3_k, 110, _SUPER_BLOCK),
+    "TQ1_0": ReadType(2, SUPER_BLOCK, 2, _tq1_0, 54, SUPER_BLOCK),
+    "TQ2_0": ReadType(2, SUPER_BLOCK, 2, _tq2_0, 66, SUPER_BLOCK),
+    "Q2_K": ReadType(2, 16, None, q2_k, 84, SUPER_BLOCK),
+    "Q3_K": ReadType(3, 16, 4, q3_k, 110, SUPER_BLOCK),
     "Q4_0": ReadType(4, BLOCK_SIZE, 8, _q4_0, 18),
     "Q4_1": ReadType(4, BLOCK_SIZE, None, _q4_1, 20),
-    "Q4_K": ReadType(4, BLOCK_SIZE, None, _q4_k, 144, _SUPER_BLOCK),
+    "Q4_K": ReadType(4, BLOCK_SIZE, None, q4_k, 144, SUPER_BLOCK),
     "Q5_0": ReadType(5, BLOCK_SIZE, 16, _q5_0, 22),
     "Q5_1": ReadType(5, BLOCK_SIZE, None, _q5_1, 24),
-    "Q5_K": ReadType(5, BLOCK_SIZE, None, _q5_k, 176, _SUPER_BLOCK),
-    "Q6_K": ReadType(6, 16, 32, _q6_k, 210, _SUPER_BLOCK),
+    "Q5_K": ReadType(5, BLOCK_SIZE, None, q5_k, 176, SUPER_BLOCK),
+    "Q6_K": ReadType(6, 16, 32, q6_k, 210, SUPER_BLOCK),
     "Q8_0": ReadType(8, BLOCK_SIZE, 128, _q8_0, 34),
 }

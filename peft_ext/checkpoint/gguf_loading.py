@@ -106,7 +106,8 @@ class PackedGgufHfQuantizer(GgufHfQuantizer):
     def _make_room(self, model: PreTrainedModel) -> None:
         """Put what knows its blocks in the place of every layer that has any that can be read as they are."""
         conversions = self._conversions(model)
-        _check_complete(model, self.own_header.path, self.names.values())
+        there = [self.names[name] for name in self.own_header.tensors if name in self.names]
+        _check_complete(model, self.own_header.path, there)
         places = _places(model, self.own_header, conversions, self.names)
         if not places:
             raise ValueError(_nothing(self.own_header))
@@ -395,7 +396,7 @@ def _warn_of_floats(header: GgufHeader, taken: set[str], names: Mapping[str, str
     for kind, count in Counter(tensor.type.name for tensor in left).items():
         first = next(tensor.name for tensor in left if tensor.type.name == kind)
         why = (
-            "its values or columns are in another order or scale in transformers"
+            "transformers keeps them in another form than a linear layer's rows"
             if kind in READ_TYPES
             else "it has levels of its own, which aren't integers with a scale"
         )

@@ -31,12 +31,12 @@ from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from peft_ext.checkpoint.files import TensorHeader, read_json, read_tensor, tensors_of
-from peft_ext.checkpoint.pack_quantized import CODES_AT_ONCE, unpack_words
+from peft_ext.checkpoint.pack_quantized import CODES_AT_ONCE, CONTAINER_BITS, unpack_words
 from peft_ext.checkpoint.soundness import check_quantization
 from peft_ext.checkpoint.stored_layer import StoredLayer, StoredLayersHfQuantizer, check_stored, release_pages
 from peft_ext.quant.conversion import weight_of
 from peft_ext.quant.linear import PackedLinear
-from peft_ext.quant.uniform import UNIFORM_BITS, Quantized
+from peft_ext.quant.uniform import Quantized
 
 
 # Not "gptq", which is transformers' own; stands in configs only while a checkpoint is loaded.
@@ -98,8 +98,8 @@ class PackedGptqConfig(QuantizationConfigMixin):
                 f"checkpoint_format={self.checkpoint_format!r} is a layout that is unknown here; {tuple(VERSIONS)} can be "
                 "read. Save the checkpoint in one of them with the tool that made it."
             )
-        if bits not in UNIFORM_BITS:
-            raise ValueError(f"bits={bits!r} is not supported; GPTQ checkpoints of {UNIFORM_BITS} bits can be read.")
+        if bits not in CONTAINER_BITS:
+            raise ValueError(f"bits={bits!r} is not supported; GPTQ checkpoints of {CONTAINER_BITS} bits can be read.")
         if pack_dtype != "int32":
             raise ValueError(f"pack_dtype={pack_dtype!r} is not supported; only words of int32 can be read.")
 
@@ -213,14 +213,14 @@ def _check_tensors(
 def _width(name: str, shape: tuple[int, ...], in_features: int, out_features: int, config: PackedGptqConfig) -> int:
     """The width of a layer's codes: the config's, or with `dynamic` what the shape of its words says."""
     rows = shape[0] if len(shape) == 2 else 0
-    fitting = [bits for bits in UNIFORM_BITS if math.ceil(in_features * bits / 32) == rows]
+    fitting = [bits for bits in CONTAINER_BITS if math.ceil(in_features * bits / 32) == rows]
     stated = config.of_layer(name).get("bits", config.bits)
     if stated in fitting or not config.dynamic:
         return stated  # that the shape agrees is checked with the others
     if not fitting:
         raise ValueError(
             f"layer {name!r}: qweight of shape {list(shape)} holds no weight of [{out_features}, {in_features}] at any "
-            f"width of {UNIFORM_BITS}; the checkpoint is damaged."
+            f"width of {CONTAINER_BITS}; the checkpoint is damaged."
         )
     return fitting[0]
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
 from peft_ext.checkpoint import pack_quantized
-from peft_ext.checkpoint.pack_quantized import OWN_BITS, StoredConfig, compress, is_compressed
+from peft_ext.checkpoint.pack_quantized import OWN_BITS, StoredConfig, compress, container_of, is_compressed
 from peft_ext.quant.conversion import packed_layers, replace_layer
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.tensor_files import PLACEHOLDER
@@ -85,7 +85,7 @@ class MixedPrecisionWriter(HfQuantizer):
         self.quantization_config = _describe(model, self.container_bits)
         state_dict = model.state_dict()
         for name, layer in packed_layers(model).items():
-            tensors = compress(layer, self.container_bits or layer.bits, layer.sym)
+            tensors = compress(layer, self.container_bits or container_of(layer.bits), layer.sym)
             _put(state_dict, name, ("planes", "scale", "zero_point"), tensors)
         for name, module in _compressed(model).items():
             _put(state_dict, name, module.state_dict(), _stored(module))
@@ -182,7 +182,7 @@ def _describe(model: PreTrainedModel, container_bits: Optional[int]) -> StoredCo
     for name, layer in packed_layers(model).items():
         _check_fits(name, layer, container_bits)
         add(_packed_scheme(layer, container_bits), name)
-        if container_bits not in (None, layer.bits):
+        if (container_bits or container_of(layer.bits)) != layer.bits:
             own_bits[name] = layer.bits
     kept = _compressed(model)
     for name, module in kept.items():
@@ -204,7 +204,7 @@ def _describe(model: PreTrainedModel, container_bits: Optional[int]) -> StoredCo
 
 def _packed_scheme(layer: PackedLinear, container_bits: Optional[int]) -> dict[str, Any]:
     weights = {
-        "num_bits": container_bits or layer.bits,
+        "num_bits": container_bits or container_of(layer.bits),
         "type": "int",
         "symmetric": layer.sym,
         "strategy": "channel" if layer.group_size == -1 else "group",

@@ -59,6 +59,8 @@ VLLM_BITS, _VLLM_GROUP_SIZES = (4, 8), (32, 64, 128)
 OWN_BITS = "packed_bits"
 # Unpacking takes several bytes for a code, so large layers are unpacked some rows at a time.
 CODES_AT_ONCE = 1 << 20
+# What compressed-tensors keeps a code in; one of 5 or 6 bits lies in a container of 8.
+CONTAINER_BITS = (2, 3, 4, 8)
 TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
 
@@ -336,8 +338,8 @@ def check_taken_over(module: Any, name: str) -> None:
     scheme = module.quantization_scheme
     weights = scheme.weights
     found = f"{weights.num_bits}-bit {weights.type} per {weights.strategy}"
-    if weights.type != "int" or weights.num_bits not in UNIFORM_BITS or weights.strategy not in ("channel", "group"):
-        raise ValueError(f"layer {name!r} is {found}; only integers of {UNIFORM_BITS} bits per channel or group fit.")
+    if weights.type != "int" or weights.num_bits not in CONTAINER_BITS or weights.strategy not in ("channel", "group"):
+        raise ValueError(f"layer {name!r} is {found}; only integers of {CONTAINER_BITS} bits per channel or group fit.")
     if scheme.input_activations is not None or scheme.output_activations is not None:
         raise ValueError(f"layer {name!r} quantises activations too; only weight-only checkpoints can be tuned.")
     if weights.actorder not in (None, "static", "weight") or hasattr(module, "weight_g_idx"):
@@ -373,9 +375,9 @@ def _describe(
 ) -> CompressedTensorsConfig:
     """Write the format of the packed layers into the model's config, and return it."""
     widest = max(layer.bits for layer in layers.values())
-    bits = widest if container_bits is None else container_bits
-    if bits not in UNIFORM_BITS or bits < widest:
-        fitting = tuple(width for width in UNIFORM_BITS if width >= widest)
+    bits = container_of(widest) if container_bits is None else container_bits
+    if bits not in CONTAINER_BITS or bits < widest:
+        fitting = tuple(width for width in CONTAINER_BITS if width >= widest)
         raise ValueError(f"container_bits={bits!r} can't hold codes of {widest} bits; choose one of {fitting}.")
     group_size = max(group_sizes(layers))
     sym = all(layer.sym for layer in layers.values())
@@ -403,6 +405,11 @@ def has_room_for(layer: PackedLinear) -> bool:
     """Whether a layer's numbers have a place in pack-quantized: whole zero points, and an `nn.Linear`."""
     number_format = layer.number_format
     return isinstance(number_format, Uniform) and number_format.zero == "int" and not layer.conv1d
+
+
+def container_of(bits: int) -> int:
+    """The smallest container of a code."""
+    return next(width for width in CONTAINER_BITS if width >= bits)
 
 
 def can_store(model: PreTrainedModel) -> bool:
@@ -456,7 +463,7 @@ def _checkpoint(model: PreTrainedModel) -> Optional[tuple[dict[str, Any], dict[s
     quantization = config.get("quantization_config") or {}
     groups = quantization.get("config_groups") or {}
     weights = [group.get("weights") or {} for group in groups.values()]
-    fits = len(weights) == 1 and weights[0].get("type") == "int" and weights[0].get("num_bits") in UNIFORM_BITS
+    fits = len(weights) == 1 and weights[0].get("type") == "int" and weights[0].get("num_bits") in CONTAINER_BITS
     ours = quantization.get("quant_method") == "compressed-tensors" and quantization.get("format") == "pack-quantized"
     if not (ours and fits):
         return None

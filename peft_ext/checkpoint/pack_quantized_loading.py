@@ -36,7 +36,7 @@ from peft_ext.checkpoint.files import (
     without_merging,
 )
 from peft_ext.checkpoint.mixed_precision import let_gradients_through
-from peft_ext.checkpoint.pack_quantized import OWN_BITS, TENSORS, check_shape, expand, own_bits_of
+from peft_ext.checkpoint.pack_quantized import CONTAINER_BITS, OWN_BITS, TENSORS, check_shape, expand, own_bits_of
 from peft_ext.checkpoint.saving import make_saveable
 from peft_ext.checkpoint.soundness import check_complete, check_numbers
 from peft_ext.checkpoint.stored_layer import (
@@ -48,7 +48,6 @@ from peft_ext.checkpoint.stored_layer import (
 from peft_ext.checkpoint.tied_weights import untie
 from peft_ext.quant.conversion import weight_of
 from peft_ext.quant.linear import PackedLinear
-from peft_ext.quant.uniform import UNIFORM_BITS
 
 
 # Not "compressed-tensors", whose checkpoints load as stock transformers loads them; stands in configs while one is loaded.
@@ -192,9 +191,9 @@ def check_scheme(name: str, scheme: Optional[QuantizationScheme]) -> Any:
             f"layer {name!r} is packed in the files, but no config_groups of config.json has it; one of the two isn't this "
             "checkpoint's. Save or download both again."
         )
-    if weights.num_bits not in UNIFORM_BITS or weights.strategy not in ("channel", "group"):
+    if weights.num_bits not in CONTAINER_BITS or weights.strategy not in ("channel", "group"):
         raise ValueError(
-            f"layer {name!r} is {weights.num_bits}-bit {weights.type} per {weights.strategy}; only integers of {UNIFORM_BITS} "
+            f"layer {name!r} is {weights.num_bits}-bit {weights.type} per {weights.strategy}; only integers of {CONTAINER_BITS} "
             "bits per channel or group fit into packed layers. Load it with from_pretrained, or quantise the float model again."
         )
     return weights

@@ -56,7 +56,7 @@ class PackedBaseArguments(DataArguments):
     bits: Optional[str] = field(
         default=None,
         metadata={
-            "help": "Width of a weight: 2, 3, 4 or 8; of binary codings 1, too. 4 by default; a model that is packed "
+            "help": "Width of a weight: 2, 3, 4, 5, 6 or 8; of binary codings 1, too. 4 by default; a model that is packed "
             f"already stays as it is ({BASE})."
         },
     )
@@ -99,7 +99,7 @@ class PackedBaseArguments(DataArguments):
         try:
             return int(self.bits)
         except ValueError:
-            raise ValueError(f"bits={self.bits!r} is no width of a weight; pass 2, 3, 4 or 8, or {BASE}.") from None
+            raise ValueError(f"bits={self.bits!r} is no width of a weight; pass 2, 3, 4, 5, 6 or 8, or {BASE}.") from None
 
     def keeps_integers(self) -> bool:
         """Whether the model is a GGUF whose integers are tuned as they are, since nothing is said of another format."""

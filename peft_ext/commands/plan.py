@@ -43,7 +43,7 @@ class PlanArguments:
         default_factory=lambda: list(METHODS), metadata={"help": f"What to compare, of {', '.join(METHODS)}; all."}
     )
     bits: int = field(
-        default=4, metadata={"help": "Width of a packed weight: 2, 3, 4 or 8; of binary codings 1, too."}
+        default=4, metadata={"help": "Width of a packed weight: 2, 3, 4, 5, 6 or 8; of binary codings 1, too."}
     )
     group_size: int = field(default=-1, metadata={"help": "Inputs that share a scale; -1: one scale per channel."})
     sym: bool = field(default=False, metadata={"help": "Of integers: no zero points in vLLM's checkpoint."})

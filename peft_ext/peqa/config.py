@@ -22,7 +22,7 @@ class PeqaConfig(ScaleTuningConfig):
 
     Args:
         bits (`int` or `str`, *optional*):
-            Width of an integer weight: 2, 3, 4 or 8. Left out, it is what each layer of a packed base has, whose
+            Width of an integer weight: 2, 3, 4, 5, 6 or 8. Left out, it is what each layer of a packed base has, whose
             integers are taken over as they are, and `4` on a float one. `"base"`: the same, and a float layer is
             refused. After injection it is the number; or `"base"`, where the layers of a packed base differ.
         group_size (`int`, *optional*):

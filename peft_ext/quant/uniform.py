@@ -15,7 +15,7 @@ from typing import NamedTuple, Optional
 import torch
 
 
-UNIFORM_BITS = (2, 3, 4, 8)
+UNIFORM_BITS = (2, 3, 4, 5, 6, 8)
 UNIFORM_METHODS = ("minmax", "mse")
 # What a zero point is: a whole number among the codes, or any number.
 ZEROS = ("int", "float")
@@ -87,7 +87,7 @@ def quantize(
 
     Args:
         weight: float `[out, in]`.
-        bits: 2, 3, 4 or 8.
+        bits: 2, 3, 4, 5, 6 or 8.
         group_size: Inputs that share a scale; -1 for all inputs of an output channel.
         sym: Keep the zero point at `2**(bits - 1)` for every group.
         method: `"minmax"` (the range of each row or group) or `"mse"` (the range shrunk to the least squared error).

@@ -34,6 +34,60 @@ HALVES = {
 }
 
 
+# Of families that transformers reads by a conversion mapping: its names and llama.cpp's.
+_DECODER = {
+    "model.embed_tokens.": "token_embd.",
+    "model.layers.": "blk.",
+    ".self_attn.q_proj.": ".attn_q.",
+    ".self_attn.k_proj.": ".attn_k.",
+    ".self_attn.v_proj.": ".attn_v.",
+    "lm_head.": "output.",
+}
+NEWER = {
+    "lfm2": {
+        **_DECODER,
+        "model.embedding_norm.": "token_embd_norm.",
+        ".operator_norm.": ".attn_norm.",
+        ".self_attn.out_proj.": ".attn_output.",
+        ".self_attn.q_layernorm.": ".attn_q_norm.",
+        ".self_attn.k_layernorm.": ".attn_k_norm.",
+        ".feed_forward.w1.": ".ffn_gate.",
+        ".feed_forward.w3.": ".ffn_up.",
+        ".feed_forward.w2.": ".ffn_down.",
+        ".conv.in_proj.": ".shortconv.in_proj.",
+        ".conv.out_proj.": ".shortconv.out_proj.",
+        ".conv.conv.": ".shortconv.conv.",
+    },
+    "qwen35": {
+        **_DECODER,
+        ".self_attn.o_proj.": ".attn_output.",
+        ".mlp.gate_proj.": ".ffn_gate.",
+        ".mlp.up_proj.": ".ffn_up.",
+        ".mlp.down_proj.": ".ffn_down.",
+        "model.norm.": "output_norm.",
+        ".input_layernorm.": ".attn_norm.",
+        ".post_attention_layernorm.": ".post_attention_norm.",
+        ".self_attn.q_norm.": ".attn_q_norm.",
+        ".self_attn.k_norm.": ".attn_k_norm.",
+        ".linear_attn.in_proj_qkv.": ".attn_qkv.",
+        ".linear_attn.in_proj_z.": ".attn_gate.",
+        ".linear_attn.in_proj_a.": ".ssm_alpha.",
+        ".linear_attn.in_proj_b.": ".ssm_beta.",
+        ".linear_attn.conv1d.": ".ssm_conv1d.",
+        ".linear_attn.norm.": ".ssm_norm.",
+        ".linear_attn.out_proj.": ".ssm_out.",
+        ".linear_attn.A_log": ".ssm_a",
+        ".linear_attn.dt_bias": ".ssm_dt.bias",
+    },
+}
+
+
+def _newer_name(target: str, names: dict[str, str]) -> str:
+    for ours, theirs in names.items():
+        target = target.replace(ours, theirs)
+    return target
+
+
 def random_blocks(rng: np.random.Generator, shape: tuple[int, ...], name: str, size: float = 0.01) -> np.ndarray:
     """Blocks with any codes and scales of about `size`, uint8 `[..., bytes of a row]`."""
     kind = gguf.GGMLQuantizationType[name]
@@ -62,7 +116,7 @@ def write_gguf(
     """
     rng, model = np.random.default_rng(seed), AutoModelForCausalLM.from_config(config)
     writer = gguf.GGUFWriter(path, architecture)
-    of_config = GGUF_CONFIG_MAPPING.get(config.model_type) or GGUF_CONFIG_MAPPING[architecture]
+    of_config = {} if architecture == "qwen35" else GGUF_CONFIG_MAPPING.get(config.model_type) or GGUF_CONFIG_MAPPING[architecture]
     for key, name in of_config.items():
         value = None if name is None else getattr(config, name, None)
         if isinstance(value, (int, float)):
@@ -70,10 +124,20 @@ def write_gguf(
             add(f"{architecture}.{key}", value)
     writer.add_token_list([f"<{index}>" for index in range(config.vocab_size)])
     for key, value in values.items():
-        writer.add_uint32(key.replace("__", "."), value)
-    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
+        key = key.replace("__", ".")
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        else:
+            (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(key, value)
     state, modules = model.state_dict(), dict(model.named_modules())
-    for name, target in get_gguf_hf_weights_map(model, processor).items():
+    if architecture in NEWER:
+        names = {_newer_name(target, NEWER[architecture]): target for target in state}
+    else:
+        processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
+        names = get_gguf_hf_weights_map(model, processor)
+    for name, target in names.items():
+        if target == "lm_head.weight" and config.tie_word_embeddings:
+            continue
         shape = tuple(state[target].shape)
         if isinstance(modules.get(target.rpartition(".")[0]), Conv1D) and target.endswith(".weight"):
             shape = shape[::-1]
@@ -81,12 +145,13 @@ def write_gguf(
             shape = (shape[0], shape[1] // 2, shape[2])
         if "conv" in name and len(shape) == 3:
             shape = (shape[0], shape[2])
-        name = name if name.endswith((".weight", ".bias")) else f"{name}.weight"
+        name = name if name.endswith((".weight", ".bias", ".ssm_a")) else f"{name}.weight"
         kind = kind_of(name) if len(shape) > 1 else "F32"
         if kind == "F32":
             size = 0.02 if len(shape) > 1 else 0.5
             offset = 1.0 if name.endswith("norm.weight") else 0.0
-            writer.add_tensor(name, (offset + size * rng.standard_normal(shape)).astype(np.float32))
+            values_of = offset + size * rng.standard_normal(shape)
+            writer.add_tensor(name, (-np.exp(values_of) if name.endswith("ssm_a") else values_of).astype(np.float32))
         else:
             writer.add_tensor(name, random_blocks(rng, shape, kind), raw_dtype=gguf.GGMLQuantizationType[kind])
     writer.write_header_to_file()

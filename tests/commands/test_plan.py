@@ -111,7 +111,7 @@ def test_accumulation_keeps_gradients(config_file, capsys):
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        (["--bits", "5"], "bits=5"),
+        (["--bits", "7"], "bits=7"),
         (["--method", "alphatuning", "--bits", "9"], "bits=9"),
         (["--group_size", "24"], "q_proj': group_size=24 does not divide in_features=32"),
         (["--gpus", "0"], "gpus=0 must be at least 1"),
