@@ -119,6 +119,18 @@ SEAMS = {
         "_process_model_after_weight_loading(model)": "peft_ext.checkpoint: bcq and GPTQ finish packed layers",
         "_dequantize": "peft_ext.checkpoint: model.dequantize()",
     },
+    "transformers.quantizers.quantizer_gguf.GgufHfQuantizer": {
+        "read_header(gguf_file)": "peft_ext.checkpoint.gguf_loading: overridden, reads our own header as well",
+        "get_state_dict(checkpoint_file, model)": "peft_ext.checkpoint.gguf_loading: overridden, what stays blocks is left out",
+        "_process_model_before_weight_loading(model, kwargs)": "peft_ext.checkpoint.gguf_loading: overridden, makes room",
+    },
+    "transformers.modeling_gguf_pytorch_utils": {
+        "TENSOR_PROCESSORS": "peft_ext.checkpoint.gguf_loading: what a family's tensors become",
+        "get_gguf_hf_weights_map(hf_model, processor)": "peft_ext.checkpoint.gguf_loading: what the model calls them",
+    },
+    "transformers.modeling_gguf_pytorch_utils.TensorProcessor": {
+        "process(weights, name, kwargs)": "peft_ext.checkpoint.gguf_loading: rows that come out in another order are found by it",
+    },
     "transformers.quantizers.auto": {
         "AUTO_QUANTIZER_MAPPING": "peft_ext.registration: whether a name is taken",
         "AUTO_QUANTIZATION_CONFIG_MAPPING": "peft_ext.registration: whether a name is taken",

@@ -4,9 +4,9 @@
 from peft_ext.checkpoint.awq import QUANT_METHOD as AWQ_QUANT_METHOD
 from peft_ext.checkpoint.awq import PackedAwqConfig, PackedAwqHfQuantizer
 from peft_ext.checkpoint.bcq import QUANT_METHOD, BcqConfig, BcqHfQuantizer
+from peft_ext.checkpoint.gguf_loading import PackedGgufHfQuantizer
 from peft_ext.checkpoint.gptq import QUANT_METHOD as GPTQ_QUANT_METHOD
 from peft_ext.checkpoint.gptq import PackedGptqConfig, PackedGptqHfQuantizer
-from peft_ext.checkpoint.gguf_loading import PackedGgufHfQuantizer
 from peft_ext.checkpoint.loading import load_gptq, load_packed
 from peft_ext.checkpoint.pack_quantized_loading import QUANT_METHOD as TENSORS_QUANT_METHOD
 from peft_ext.checkpoint.pack_quantized_loading import (

@@ -85,13 +85,13 @@ def read_header(path: Path) -> GgufHeader:
             nbytes = math.prod(gguf.quant_shape_to_byte_shape(shape, kind)) if shape else 0
         except (KeyError, ValueError) as error:
             raise ValueError(
-                f"{str(path)!r}: tensor {name!r} {list(shape)} of type {number} can't be read by gguf {_version(gguf)} ({error}). Update "
-                "it (pip install -U gguf), or use a file in another quantisation."
+                f"{str(path)!r}: tensor {name!r} {list(shape)} of type {number} can't be read by gguf {_version(gguf)} "
+                f"({error}). Update it (pip install -U gguf), or use a file in another quantisation."
             ) from None
         if start + offset + nbytes > size:
             raise ValueError(
-                f"{str(path)!r} ends before its tensor {name!r} does ({size:,} of at least {start + offset + nbytes:,} bytes): it "
-                "is truncated. Download or copy it again."
+                f"{str(path)!r} ends before its tensor {name!r} does ({size:,} of at least {start + offset + nbytes:,} bytes): "
+                "it is truncated. Download or copy it again."
             )
         tensors[name] = GgufTensor(name, shape, kind, start + offset, nbytes)
     return GgufHeader(path, values, tensors)
@@ -142,7 +142,7 @@ def _tensor_info(file: BinaryIO) -> tuple[str, tuple[int, ...], int, int]:
         raise ValueError(f"the GGUF's tensor {name!r} has {dimensions} dimensions; the file is damaged.")
     # llama.cpp counts the other way round
     shape = tuple(reversed(_unpack(file, f"{dimensions}Q")))
-    return (name, shape, *_unpack(file, "IQ"))  # type: ignore[return-value]
+    return (name, shape, *_unpack(file, "IQ"))
 
 
 def _unpack(file: BinaryIO, layout: str) -> tuple[Any, ...]:
@@ -175,7 +175,9 @@ def _value(file: BinaryIO, kind: int) -> Any:
         return None
     if kind in _LAYOUTS:
         return _unpack(file, _LAYOUTS[kind])[0]
-    raise ValueError(f"{file.name!r} has a value of type {kind}, which is unknown; the file is damaged, or of a later format.")
+    raise ValueError(
+        f"{file.name!r} has a value of type {kind}, which is unknown; the file is damaged, or of a later format."
+    )
 
 
 def _skip(file: BinaryIO, kind: int) -> None:

@@ -178,9 +178,7 @@ def _stored(factor: np.ndarray, integers: np.ndarray, kind: _KType) -> tuple[np.
     return factor.astype("<f2").view(np.uint8), (shifted & 255).astype(np.uint8)
 
 
-def _factors(
-    products: np.ndarray, kind: _KType, tolerance: float = 0.0
-) -> Optional[tuple[np.ndarray, np.ndarray]]:
+def _factors(products: np.ndarray, kind: _KType, tolerance: float = 0.0) -> Optional[tuple[np.ndarray, np.ndarray]]:
     """A float16 `[n, 1]` and integers `[n, groups]` whose products these are; None where a block has none.
 
     Args:

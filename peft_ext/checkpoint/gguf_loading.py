@@ -38,7 +38,13 @@ from peft_ext.checkpoint.soundness import check_numbers
 from peft_ext.checkpoint.stored_layer import StoredLayer, pack_stored_layers
 from peft_ext.checkpoint.tied_weights import untie
 from peft_ext.quant.conversion import LINEAR_LAYERS, weight_of
-from peft_ext.quant.experts import fused_experts, layout_of, names_for, projection_names, unfuse_experts, unfused_experts
+from peft_ext.quant.experts import (
+    fused_experts,
+    layout_of,
+    names_for,
+    projection_names,
+    unfuse_experts,
+)
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.replaceable import acts_linearly
 from peft_ext.quant.uniform import Quantized, dequantize
@@ -262,8 +268,8 @@ def _places(
         if tuple(weight_of(module).shape) != tensor.shape:
             raise ValueError(
                 f"{str(header.path)!r}: tensor {name!r} measures {list(tensor.shape)}, and the model has a weight of "
-                f"{list(weight_of(module).shape)} there ({target!r}); the file is damaged, or of a family that is only named like "
-                "this one."
+                f"{list(weight_of(module).shape)} there ({target!r}); the file is damaged, or of a family that is only named "
+                "like this one."
             )
         rows = rows_of(conversions[name], target, tensor.shape, isinstance(module, Conv1D))
         if rows is not None:
@@ -278,10 +284,10 @@ def _places_of_experts(
     """The same of experts, which GGUF and transformers keep fused; of a block, all that it has or none."""
     found: dict[str, dict[str, GgufTensor]] = {}
     for name, tensor in header.tensors.items():
-        kind = _EXPERTS.search(name)
-        if kind and name in conversions:
+        matched = _EXPERTS.search(name)
+        if matched and name in conversions:
             target = names.get(name) or names.get(name.removesuffix(".weight")) or ""
-            found.setdefault(target.rpartition(".")[0], {})[kind[1]] = tensor
+            found.setdefault(target.rpartition(".")[0], {})[matched[1]] = tensor
     fused, places = fused_experts(model), {}
     names_of_layers = projection_names(model) if found else None
     for prefix, tensors in found.items():
@@ -297,8 +303,8 @@ def _places_of_experts(
         for kind, layer in wanted.items():
             if len(tensors[kind].shape) != 3 or tensors[kind].shape[0] != module.num_experts:
                 raise ValueError(
-                    f"{str(header.path)!r}: tensor {tensors[kind].name!r} measures {list(tensors[kind].shape)}, and the model has "
-                    f"{module.num_experts} experts there; the file is damaged."
+                    f"{str(header.path)!r}: tensor {tensors[kind].name!r} measures {list(tensors[kind].shape)}, and the model "
+                    f"has {module.num_experts} experts there; the file is damaged."
                 )
             for expert in range(module.num_experts):
                 places[f"{prefix}.{expert}.{layer}"] = Place(tensors[kind], expert)
@@ -356,8 +362,8 @@ def _floats(header: GgufHeader, tensor: GgufTensor) -> np.ndarray:
     except NotImplementedError:
         if name not in READ_TYPES:
             raise ValueError(
-                f"{str(header.path)!r}: tensor {tensor.name!r} is {name}, which the installed gguf can't read; update it (pip install -U "
-                "gguf), or use a file in another quantisation."
+                f"{str(header.path)!r}: tensor {tensor.name!r} is {name}, which the installed gguf can't read; update it (pip "
+                "install -U gguf), or use a file in another quantisation."
             ) from None
     quantized: Quantized = from_blocks(data.reshape(-1, data.shape[-1]), name)
     return dequantize(*quantized).numpy().reshape(tensor.shape)
@@ -380,8 +386,8 @@ def _check_complete(model: PreTrainedModel, path: Path, names: Iterable[str]) ->
     ]
     if lost:
         raise ValueError(
-            f"{str(path)!r} has no tensor for {lost[0]!r} ({len(lost)} such layers) of {type(model).__name__}. Load it with the class "
-            "that it was made from (auto_class=AutoModelForCausalLM), or use a complete file."
+            f"{str(path)!r} has no tensor for {lost[0]!r} ({len(lost)} such layers) of {type(model).__name__}. Load it with the "
+            "class that it was made from (auto_class=AutoModelForCausalLM), or use a complete file."
         )
 
 
@@ -401,7 +407,8 @@ def _warn_of_floats(header: GgufHeader, taken: set[str], names: Mapping[str, str
             else "it has levels of its own, which aren't integers with a scale"
         )
         warnings.warn(
-            f"{count} weights of {header.path.name} are {kind} and become floats ({why}); first: {first!r}.", stacklevel=4
+            f"{count} weights of {header.path.name} are {kind} and become floats ({why}); first: {first!r}.",
+            stacklevel=4,
         )
 
 

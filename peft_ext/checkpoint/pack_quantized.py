@@ -339,7 +339,9 @@ def check_taken_over(module: Any, name: str) -> None:
     weights = scheme.weights
     found = f"{weights.num_bits}-bit {weights.type} per {weights.strategy}"
     if weights.type != "int" or weights.num_bits not in CONTAINER_BITS or weights.strategy not in ("channel", "group"):
-        raise ValueError(f"layer {name!r} is {found}; only integers of {CONTAINER_BITS} bits per channel or group fit.")
+        raise ValueError(
+            f"layer {name!r} is {found}; only integers of {CONTAINER_BITS} bits per channel or group fit."
+        )
     if scheme.input_activations is not None or scheme.output_activations is not None:
         raise ValueError(f"layer {name!r} quantises activations too; only weight-only checkpoints can be tuned.")
     if weights.actorder not in (None, "static", "weight") or hasattr(module, "weight_g_idx"):

@@ -99,11 +99,19 @@ class PackedBaseArguments(DataArguments):
         try:
             return int(self.bits)
         except ValueError:
-            raise ValueError(f"bits={self.bits!r} is no width of a weight; pass 2, 3, 4, 5, 6 or 8, or {BASE}.") from None
+            raise ValueError(
+                f"bits={self.bits!r} is no width of a weight; pass 2, 3, 4, 5, 6 or 8, or {BASE}."
+            ) from None
 
     def keeps_integers(self) -> bool:
         """Whether the model is a GGUF whose integers are tuned as they are, since nothing is said of another format."""
-        default = self.bits is None and self.group_size == -1 and not self.sym and self.init_method == CALIBRATED
+        default = (self.bits, self.group_size, self.sym, self.zero, self.init_method) == (
+            None,
+            -1,
+            False,
+            None,
+            CALIBRATED,
+        )
         return default and is_gguf(self.model) and bool(own_integers(self.model))
 
     def check_base_format(self) -> None:
@@ -150,7 +158,9 @@ def load_checked(
         kept = own_integers(args.model) if is_gguf(args.model) else {}
         if kept and config is not None:
             listed = ", ".join(f"{kind} x{count}" for kind, count in kept.items())
-            note(f"{args.model} holds integers already ({listed}); they become floats and are rounded to {config.bits} bits again.")
+            note(
+                f"{args.model} holds integers already ({listed}); they become floats and are rounded to {config.bits} bits again."
+            )
         model = load(args.model, dtype=args.dtype, merge=True, packed=bool(kept) and config is None)
         model = model.to(args.device or "cpu")
     except TypeError as error:  # packed codes are never rounded again

@@ -103,7 +103,12 @@ def random_blocks(rng: np.random.Generator, shape: tuple[int, ...], name: str, s
 
 
 def write_gguf(
-    path: Path, architecture: str, config: PretrainedConfig, kind_of: Callable[[str], str], seed: int = 0, **values: Any
+    path: Path,
+    architecture: str,
+    config: PretrainedConfig,
+    kind_of: Callable[[str], str],
+    seed: int = 0,
+    **values: Any,
 ) -> Path:
     """A file of random numbers for a tiny model.
 
@@ -116,7 +121,11 @@ def write_gguf(
     """
     rng, model = np.random.default_rng(seed), AutoModelForCausalLM.from_config(config)
     writer = gguf.GGUFWriter(path, architecture)
-    of_config = {} if architecture == "qwen35" else GGUF_CONFIG_MAPPING.get(config.model_type) or GGUF_CONFIG_MAPPING[architecture]
+    of_config = (
+        {}
+        if architecture == "qwen35"
+        else GGUF_CONFIG_MAPPING.get(config.model_type) or GGUF_CONFIG_MAPPING[architecture]
+    )
     for key, name in of_config.items():
         value = None if name is None else getattr(config, name, None)
         if isinstance(value, (int, float)):

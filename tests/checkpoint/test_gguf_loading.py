@@ -49,7 +49,14 @@ IDS = torch.arange(12).view(2, 6)
 
 def mixed(name: str) -> str:
     """As llama.cpp's quantiser mixes types."""
-    if "norm" in name or "ffn_gate_inp" in name or "conv1d" in name or "conv.conv" in name or "ssm_a" in name or "position" in name:
+    if (
+        "norm" in name
+        or "ffn_gate_inp" in name
+        or "conv1d" in name
+        or "conv.conv" in name
+        or "ssm_a" in name
+        or "position" in name
+    ):
         return "F32"
     return "Q8_0" if "embd" in name else "Q4_1" if "down" in name else "Q4_0"
 
@@ -153,7 +160,9 @@ def test_families(family, tmp_path):
 def test_families_with_a_conversion_mapping(tmp_path):
     """Rows of value heads are regrouped; the one weight whose columns are becomes floats, which is said."""
     config = transformers.Lfm2Config(
-        **{**SIZES, "num_hidden_layers": 3}, layer_types=["conv", "full_attention", "conv"], block_auto_adjust_ff_dim=False
+        **{**SIZES, "num_hidden_layers": 3},
+        layer_types=["conv", "full_attention", "conv"],
+        block_auto_adjust_ff_dim=False,
     )
     more = {"lfm2__attention__head_count_kv": [0, 2, 0], "lfm2__shortconv__l_cache": config.conv_L_cache}
     more |= {"lfm2__attention__layer_norm_rms_epsilon": 1e-5, "lfm2__rope__freq_base": 1e6}
@@ -175,7 +184,9 @@ def test_families_with_a_conversion_mapping(tmp_path):
     }  # fmt: skip
     more = {f"qwen35__{key}": value for key, value in more.items()}
     path = write_gguf(tmp_path / "qwen35.gguf", "qwen35", config, mixed, **more)
-    with pytest.warns(UserWarning, match=r"1 weights of qwen35.gguf are Q4_0 and become floats .*'blk.0.ssm_out.weight'"):
+    with pytest.warns(
+        UserWarning, match=r"1 weights of qwen35.gguf are Q4_0 and become floats .*'blk.0.ssm_out.weight'"
+    ):
         model = load_packed(path)
     assert isinstance(model.model.layers[0].linear_attn.in_proj_qkv, PackedLinear)
     assert not isinstance(model.model.layers[0].linear_attn.out_proj, PackedLinear)
@@ -194,7 +205,9 @@ def test_codes_are_the_files(tmp_path):
         codes, scale, zero_point = from_blocks(np.array(header.data(tensor)), "Q4_K")
         order = torch.arange(len(codes))
         if part in ("q", "k"):
-            order = order.view(model.config.num_attention_heads if part == "q" else 2, -1, 2).transpose(1, 2).reshape(-1)
+            order = (
+                order.view(model.config.num_attention_heads if part == "q" else 2, -1, 2).transpose(1, 2).reshape(-1)
+            )
         assert torch.equal(layer.codes(), codes[order]), name
         assert torch.equal(layer.scale, scale[order]) and torch.equal(layer.zero_point, zero_point[order])
         assert layer.number_format == Uniform(4, 32, zero="float")
@@ -257,7 +270,9 @@ def test_k_quants_with_constant_groups_come_back(tmp_path):
     layer = PackedLinear.from_quantized(from_blocks(data, "Q4_K"), 4, None)
     assert block_type(layer) == "Q4_K"
     again = PackedLinear.from_quantized(from_blocks(to_blocks(layer, "Q4_K"), "Q4_K"), 4, None)
-    for one, other in zip((layer.codes(), layer.scale, layer.zero_point), (again.codes(), again.scale, again.zero_point)):
+    for one, other in zip(
+        (layer.codes(), layer.scale, layer.zero_point), (again.codes(), again.scale, again.zero_point)
+    ):
         assert torch.equal(one, other)
 
 
@@ -321,7 +336,9 @@ def test_by_folder_and_name(tmp_path):
 def test_what_has_levels_of_its_own_becomes_floats(tmp_path):
     config = LlamaConfig(**SIZES)
     path = write_gguf(tmp_path / "model.gguf", "llama", config, lambda name: "IQ4_NL" if "attn_v" in name else "Q4_0")
-    with pytest.warns(UserWarning, match=r"2 weights of model.gguf are IQ4_NL and become floats .*'blk.0.attn_v.weight'"):
+    with pytest.warns(
+        UserWarning, match=r"2 weights of model.gguf are IQ4_NL and become floats .*'blk.0.attn_v.weight'"
+    ):
         model = load_packed(path)
     assert len(packed_layers(model)) == 13 and type(model.model.layers[0].self_attn.v_proj) is torch.nn.Linear
     assert_same_model(model, stock(path))
@@ -329,7 +346,9 @@ def test_what_has_levels_of_its_own_becomes_floats(tmp_path):
 
 def test_nothing_to_pack(tmp_path):
     path = write_gguf(tmp_path / "model.gguf", "llama", LlamaConfig(**SIZES), lambda name: "F32")
-    with pytest.raises(ValueError, match=r"model.gguf' has no weights that packed layers can take .*F32 x16.*peft_ext.load"):
+    with pytest.raises(
+        ValueError, match=r"model.gguf' has no weights that packed layers can take .*F32 x16.*peft_ext.load"
+    ):
         load_packed(path)
     assert not packed_layers(load(str(path)))
 
@@ -338,7 +357,11 @@ def test_damaged_and_split_files(tmp_path):
     whole = llama(tmp_path / "model.gguf").read_bytes()
     with pytest.raises(FileNotFoundError, match=r"none.gguf': there is no such GGUF file"):
         load_packed(tmp_path / "none.gguf")
-    for left, match in ((3, "truncated"), (200, "truncated"), (len(whole) - 5000, r"ends before its tensor 'blk.1.*truncated")):
+    for left, match in (
+        (3, "truncated"),
+        (200, "truncated"),
+        (len(whole) - 5000, r"ends before its tensor 'blk.1.*truncated"),
+    ):
         (tmp_path / "cut.gguf").write_bytes(whole[:left])
         for function in (load_packed, lambda path: load(str(path))):
             with pytest.raises(ValueError, match=rf"cut.gguf.*{match}.*Download or copy it again"):
