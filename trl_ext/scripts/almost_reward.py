@@ -13,15 +13,30 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from peft_ext.command_line import run_main, show
 from trl_ext.almost.training import reward
 
 
+# Of a correlation with length, from which on the way out is named.
+MUCH = 0.5
+
+
 def main(argv: Sequence[str]) -> None:
     """Parse the flags (and the YAML of `--config`), and train."""
     result = reward.run(*reward.parse(argv))
-    show(result, f"{result['pairs']} pairs; held-out accuracy: {result.get('held_out_accuracy', 'not measured')}")
+    accuracy = result.get("held_out_accuracy", "not measured")
+    show(result, f"{result['pairs']} pairs; held-out accuracy: {accuracy}{_length(result)}")
+
+
+def _length(result: dict[str, Any]) -> str:
+    """How held-out scores go with length; nothing of a training that an earlier version finished."""
+    found = result.get("held_out_correlation")
+    if not found:
+        return ""
+    way_out = "" if "length_control" in result or found["log_tokens"] < MUCH else " (--length_control keeps it out)"
+    return f"; correlation of scores with length among equally good answers: {found['log_tokens']:.2f}{way_out}"
 
 
 if __name__ == "__main__":

@@ -135,6 +135,22 @@ def test_a_model_without_one_linear_score_is_refused():
         score_head(model)
 
 
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        ({"log_tokens": 0.8}, "among equally good answers: 0.80 (--length_control keeps it out)"),
+        ({"log_tokens": 0.2}, "among equally good answers: 0.20"),
+        (None, "held-out accuracy: 0.75"),
+    ],
+)
+def test_the_script_says_how_scores_go_with_length(result, said, monkeypatch, capsys):
+    found = {"pairs": 3, "held_out_accuracy": 0.75, **({"held_out_correlation": result} if result else {})}
+    monkeypatch.setattr(almost_reward.reward, "parse", lambda argv: ())
+    monkeypatch.setattr(almost_reward.reward, "run", lambda: found)
+    almost_reward.main([])
+    assert capsys.readouterr().out.strip().endswith(said)
+
+
 def user(text):
     return [{"role": "user", "content": text}]
 
