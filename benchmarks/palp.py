@@ -1,7 +1,9 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
 """PALP on eight data sets: accuracy at 4, 8, 16 shots a class and on a full pool; plain linear probing, PALP-T and PALP-D,
-each of the last token of the last layer with C 0.1 and with layer, pooling and C chosen; in-context learning and LoRA; TF-IDF
-and MiniLM under logistic regression, which everybody would try first; and what a shared prefix saves.
+each of the last token of the last layer under a logistic regression with C 0.1, and of several layers under the ridge head,
+with the model's own scores of the labels (the estimator's default); PALP-T of the one layer that cross-validation chooses;
+in-context learning and LoRA; TF-IDF and MiniLM under logistic regression, which everybody would try first; and what a shared
+prefix saves.
 
 Training texts are drawn from a pool of at most `pool` texts a set, which "full" is; the test is at most `test` texts.
 Nothing was tuned on the test split: what isn't chosen in the fit itself was chosen on texts of the pool that a draw leaves
@@ -35,15 +37,16 @@ from peft_ext.models import load, load_tokenizer
 
 
 LP, PALP_T, PALP_D, ICL, LORA = "Linear probing", "PALP-T", "PALP-D", "In-context learning", "LoRA"
-CHOSEN = ", chosen"  # layer, pooling and C by cross-validation
-LP_CHOSEN, PALP_T_CHOSEN, PALP_D_CHOSEN = LP + CHOSEN, PALP_T + CHOSEN, PALP_D + CHOSEN
+CHOSEN = ", chosen"  # layer, pooling and C of a logistic regression by cross-validation
+JOINED = ", joined"  # the default: layers together, the labels' own scores, ridge regressions
+PALP_T_CHOSEN, LP_JOINED, PALP_T_JOINED, PALP_D_JOINED = PALP_T + CHOSEN, LP + JOINED, PALP_T + JOINED, PALP_D + JOINED
 TFIDF, MINILM = "TF-IDF, logistic regression", "MiniLM, linear probing"  # this one is a logistic regression, too
-METHODS = (LP, LP_CHOSEN, PALP_T, PALP_T_CHOSEN, PALP_D, PALP_D_CHOSEN, ICL, LORA, TFIDF, MINILM)
-# These are measured on the first draws alone.
+METHODS = (LP, LP_JOINED, PALP_T, PALP_T_CHOSEN, PALP_T_JOINED, PALP_D, PALP_D_JOINED, ICL, LORA, TFIDF, MINILM)
+# What is dear, or was the default once, is measured on the first draws alone.
 DRAWS = 3
 FULL = 0  # in the place of shots
 SHOTS = (4, 8, 16)
-HEADS = ("logistic", "svm", "gda", "knn", "mlp")
+HEADS = ("logistic", "ridge", "svm", "gda", "knn", "mlp")
 # Regularisations that are tried.
 GRIDS = {
     "logistic": ("C", (1e-4, 1e-3, 1e-2, 1e-1, 1.0)),
@@ -72,20 +75,26 @@ def rows_of(run: Run) -> list[Row]:
         for name in run.sets:
             for shots in run.shots:
                 found += [Row(name, LP, shots, seed), Row(name, PALP_T, shots, seed), Row(name, MINILM, shots, seed)]
+                found += [row_of(name, method, shots, seed) for method in (PALP_T_JOINED, TFIDF)]
                 if number < DRAWS:
-                    found += [Row(name, method, shots, seed) for method in (PALP_T_CHOSEN, TFIDF, LP_CHOSEN)]
-                    found += [Row(name, PALP_D_CHOSEN, shots, seed)] * (name in shown)
+                    found += [row_of(name, method, shots, seed) for method in (PALP_T_CHOSEN, LP_JOINED)]
+                    found += [row_of(name, PALP_D_JOINED, shots, seed)] * (name in shown)
                 found += [Row(name, PALP_D, shots, seed)] * (name in shown)
                 # more shots than these don't fit on most sets
                 found += [Row(name, ICL, shots, seed)] * (name in shown and shots == SHOTS[0])
         if not number and run.full:
-            full = (LP, PALP_T, TFIDF, MINILM, PALP_T_CHOSEN, LP_CHOSEN)
-            found += [Row(name, method, FULL, seed) for method in full for name in run.sets]
+            full = (LP, PALP_T, TFIDF, MINILM, PALP_T_JOINED, PALP_T_CHOSEN, LP_JOINED)
+            found += [row_of(name, method, FULL, seed) for method in full for name in run.sets]
             found += [Row(name, PALP_T, 16, seed, head) for name in run.head_sets for head in HEADS[1:]]
             found += [Row(name, LORA, shots, seed) for shots in (FULL, *SHOTS[::-1]) for name in run.lora_sets]
     if run.full:
         found += [Row(name, PALP_D, FULL, run.seeds[0]) for name in shown]
     return [row for row in found if not run.methods or row.method in run.methods]
+
+
+def row_of(name: str, method: str, shots: int, seed: int) -> Row:
+    """A method's measurement with the head that it has in the table."""
+    return Row(name, method, shots, seed, "ridge" if method.endswith(JOINED) else "logistic")
 
 
 def demonstrated(run: Run) -> list[str]:
@@ -166,11 +175,13 @@ class Probing:
             found = {"accuracy": 100 * float(np.mean(classifier.predict(split.test[0]) == split.test[1]))}
             if row.method.endswith(CHOSEN):
                 found.update(layer=classifier.layer_, pooling=classifier.pooling_, C=classifier.C_)
+            if row.method.endswith(JOINED):
+                found.update(blocks=len(classifier.blocks_), label_weight=classifier.label_weight_)
             return found
 
     def classifier(self, row: Row) -> PALPClassifier:
         """The estimator of a row."""
-        source, base = SETS[row.name], row.method.removesuffix(CHOSEN)
+        source, base = SETS[row.name], row.method.removesuffix(CHOSEN).removesuffix(JOINED)
         plain = base in (LP, MINILM)
         options: dict[str, Any] = {
             "template": PLAIN[source.template] if plain else source.template,
@@ -180,12 +191,13 @@ class Probing:
             "head": row.head,
             "random_state": row.seed,
         }
-        if row.method == PALP_D_CHOSEN:
+        if row.method == PALP_D_JOINED:
             return PALPClassifier(self.model, self.tokenizer, **options, **self.options)
-        if row.method.endswith(CHOSEN):
+        if row.method.endswith((CHOSEN, JOINED)):
             return PALPClassifier(self.states, **options)
         head = KINDS[row.head]
         extractor = self._minilm() if row.method == MINILM else self.features
+        options["label_scores"] = False
         return PALPClassifier(extractor, head_params={"C": head.defaults["C"]} if head.grid else None, **options)
 
     def _words(self, row: Row, texts: list[Any], labels: np.ndarray) -> float:
@@ -300,7 +312,7 @@ def choose(run: Run) -> None:
 
 def accuracies(run: Run, name: str, method: str, shots: int) -> list[float]:
     """Of the draws that are measured."""
-    found = [run.find(Row(name, method, shots, seed)._asdict()) for seed in run.seeds]
+    found = [run.find(row_of(name, method, shots, seed)._asdict()) for seed in run.seeds]
     return [result["accuracy"] for result in found if result is not None]
 
 
@@ -335,7 +347,9 @@ def paired(run: Run, one: str, other: str, shots: int, names: Sequence[str]) -> 
     without."""
     found = []
     for name in names:
-        both = [[run.find(Row(name, method, shots, seed)._asdict()) for method in (one, other)] for seed in run.seeds]
+        both = [
+            [run.find(row_of(name, method, shots, seed)._asdict()) for method in (one, other)] for seed in run.seeds
+        ]
         gains = [mine["accuracy"] - theirs["accuracy"] for mine, theirs in both if mine and theirs]
         if gains:
             found.append(statistics.mean(gains))
@@ -343,8 +357,8 @@ def paired(run: Run, one: str, other: str, shots: int, names: Sequence[str]) -> 
 
 
 def leads(run: Run, other: str, shots: int) -> dict[str, float]:
-    """By set, how far PALP-T that chooses is above another method, on the draws that both have."""
-    found = {name: paired(run, PALP_T_CHOSEN, other, shots, [name]) for name in run.sets}
+    """By set, how far PALP-T as it is by default is above another method, on the draws that both have."""
+    found = {name: paired(run, PALP_T_JOINED, other, shots, [name]) for name in run.sets}
     return {name: lead for name, lead in found.items() if lead is not None}
 
 
@@ -393,16 +407,16 @@ def claims(runs: Runs) -> list[Claim]:
         for shots in SHOTS:
             for method in (PALP_T, PALP_D, LP):
                 names = run.sets if method != PALP_D else shown
-                what = f"{method} with layer, pooling and C chosen above the earlier default, {shots} a class"
+                what = f"{method} by default above the last layer's last token, {shots} a class"
                 lines.append(
-                    Claim(what, paired(run, method + CHOSEN, method, shots, names), 4.0, " points", at_least=True)
+                    Claim(what, paired(run, method + JOINED, method, shots, names), 4.0, " points", at_least=True)
                 )
         for other in (TFIDF, MINILM):
             found = [lead for shots in (*SHOTS, FULL) for lead in leads(run, other, shots).values()]
             value = float(sum(lead > 0 for lead in found)) if found else None
             lines.append(
                 Claim(
-                    f"PALP-T, chosen, ahead of {other}, of {len(found)} sets and sizes",
+                    f"PALP-T, joined, ahead of {other}, of {len(found)} sets and sizes",
                     value,
                     len(found),
                     "",
@@ -413,12 +427,12 @@ def claims(runs: Runs) -> list[Claim]:
         lines.append(
             Claim(f"PALP-D above in-context learning, {SHOTS[0]} a class", value, 0.0, " points", at_least=True)
         )
-        for method in (PALP_T, PALP_T_CHOSEN, PALP_D):
+        for method in (PALP_T, PALP_T_CHOSEN, PALP_T_JOINED, PALP_D):
             value = gain(LORA, method, FULL, run.lora_sets)
             lines.append(Claim(f"LoRA above {method}, full pool", value, 3.0, " points"))
             seconds = []
             for each in (method, LORA):
-                found = [run.find(Row(name, each, FULL, run.seeds[0])._asdict()) for name in run.lora_sets]
+                found = [run.find(row_of(name, each, FULL, run.seeds[0])._asdict()) for name in run.lora_sets]
                 seconds.append(sum(result["seconds"] for result in found if result))
             share = None if value is None else seconds[0] / seconds[1]
             lines.append(Claim(f"CPU time of {method} over LoRA's, full pool", share, 0.1))
@@ -443,7 +457,7 @@ def draw(runs: Runs, folder: Path) -> None:
     names = demonstrated(run)
     figure, axes = pyplot.subplots(figsize=(6, 4))
     places = {**{shots: index for index, shots in enumerate(SHOTS)}, FULL: len(SHOTS)}
-    for method in (LP, PALP_T, PALP_T_CHOSEN, PALP_D, PALP_D_CHOSEN, ICL, TFIDF, MINILM):
+    for method in (LP, PALP_T, PALP_T_JOINED, PALP_D, PALP_D_JOINED, ICL, TFIDF, MINILM):
         points = [(places[s], average(run, method, s, names)) for s in places]
         known = [(place, value) for place, value in points if value is not None]
         if known:
@@ -473,21 +487,19 @@ def headlines(runs: Runs) -> list[Headline]:
         shown.append(
             Headline(area, "PALP against linear probing, 4 to 16 texts for each class", figures, wanted, page)
         )
-    chosen = {shots: paired(run, PALP_T_CHOSEN, PALP_T, shots, run.sets) for shots in SHOTS} if run else {}
-    known = {shots: value for shots, value in chosen.items() if value is not None}
+    joined = {shots: paired(run, PALP_T_JOINED, PALP_T, shots, run.sets) for shots in SHOTS} if run else {}
+    known = {shots: value for shots, value in joined.items() if value is not None}
     if known:
         figures = ", ".join(f"{value:+.1f}" for value in known.values())
         sizes = ", ".join(map(str, known))
-        title = (
-            f"PALP-T that chooses its layer, pooling and C against the last layer's last token, {sizes} for each class"
-        )
+        title = f"PALP-T of several layers and the labels' own scores against the last layer's last token, {sizes} for each class"
         shown.append(Headline(area, title, f"{figures} points", unless(min(known.values()) >= 4, "4 points"), page))
     for other in (TFIDF, MINILM):
         ahead = [lead > 0 for shots in (*SHOTS, FULL) for lead in leads(run, other, shots).values()] if run else []
         if ahead:
             figures = f"ahead on {sum(ahead)} of {len(ahead)} sets and sizes"
             shown.append(Headline(area, f"PALP-T against {other}", figures, unless(all(ahead), "all"), page))
-    for method in (PALP_T_CHOSEN, PALP_T):
+    for method in (PALP_T_JOINED, PALP_T_CHOSEN, PALP_T):
         what = (f"LoRA above {method}", f"CPU time of {method} over LoRA's")
         below, share = (values.get(f"{each}, full pool") for each in what)
         if below is not None and share is not None:

@@ -149,6 +149,8 @@ class Remembering:
         self._kept: dict[str, tuple[np.ndarray, float]] = {}
         if hasattr(extractor, "blocks"):
             self.blocks = extractor.blocks
+        if getattr(extractor, "writes", False):
+            self.label_scores = extractor.label_scores  # type: ignore[attr-defined]
         for record in sorted(folder.glob("*.texts.json")) if folder is not None else ():
             stored = json.loads(record.read_text(encoding="utf-8"))
             features = np.load(record.with_name(record.name.replace(".texts.json", ".npy")), mmap_mode="r")

@@ -33,7 +33,7 @@ def palp_card(classifier: Any, token: Any = None, online: bool = False) -> Card:
         "template": f"`{classifier.template!r}`",
         "demonstrations": f"{classifier.demonstrations}, {len(classifier.demonstrations_)} texts",
         "reads": _read(classifier),
-        "head": classifier.head if classifier.C_ is None else f"{classifier.head}, C {classifier.C_:g}",
+        "head": classifier.head_.name + ("" if classifier.C_ is None else f", C {classifier.C_:g}"),
     }
     loads = base.name is not None
     return Card(
@@ -54,6 +54,8 @@ def palp_card(classifier: Any, token: Any = None, online: bool = False) -> Card:
 
 
 def _read(classifier: Any) -> str:
+    if len(classifier.blocks_) > 1:
+        return classifier.chosen
     if classifier.layer_ is None:
         return "what its extractor gives"
     how = "chosen by cross-validation" if classifier.layer_scores_ else "as it was asked for"

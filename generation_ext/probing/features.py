@@ -34,6 +34,8 @@ from peft_ext.language_model import CAUSAL, ENCODER_DECODER, identity, inference
 POOLING = ("last", "mean")
 ALL = "all"  # layers
 OVERFLOW = ("error", "truncate_start", "truncate_end")
+# Texts whose logits over the whole vocabulary are in memory at once.
+_HEAD_ROWS = 64
 
 
 class FeatureExtractor:
@@ -168,6 +170,43 @@ class FeatureExtractor:
             for pooling in self.poolings:
                 found[depth + self.layers + 1, pooling] = slice(start, start + size)
                 start += size
+        return found
+
+    @property
+    def writes(self) -> bool:
+        """Whether the model could write a label where a text ends: whether it is a causal one with an output head."""
+        return self.language_model.kind == CAUSAL and self.language_model.base.get_output_embeddings() is not None
+
+    def label_scores(self, states: np.ndarray, words: Sequence[str]) -> np.ndarray:
+        """How likely the model would go on with each of some words, from states that were read.
+
+        Args:
+            states: Of texts' last tokens in the last layer, `[texts, hidden size]`.
+            words: With the space before them, if they have one in the text.
+
+        Returns:
+            float32 `[texts, words]`: what the output head gives the word's tokens, mean over these. Of a word of one token it
+            is the logit (before what some models scale or cap it by); of several tokens the later ones are scored at the same
+            place, which takes no forward pass.
+
+        Raises:
+            TypeError: If the model has no output head (see `writes`).
+            ValueError: If a word has no tokens.
+        """
+        if not self.writes:
+            raise TypeError(f"model ({type(self.model).__name__}) writes no text, so it has no scores of words.")
+        tokens = self.encoder.pieces(words)
+        for word, pieces in zip(words, tokens):
+            if not pieces:
+                raise ValueError(f"the word {word!r} has no tokens.")
+        head: Any = self.language_model.base.get_output_embeddings()
+        found = np.empty((len(states), len(words)), np.float32)
+        with inference(self.model):
+            for start in range(0, len(states), _HEAD_ROWS):
+                part = torch.tensor(np.asarray(states[start : start + _HEAD_ROWS]))
+                logits = head(part.to(self.language_model.device, self.language_model.dtype)).float()
+                scores = [logits[:, pieces].mean(1) for pieces in tokens]
+                found[start : start + _HEAD_ROWS] = torch.stack(scores, 1).cpu().numpy()
         return found
 
     def _fill(

@@ -8,11 +8,12 @@ from typing import Any, Optional
 
 import numpy as np
 
+from generation_ext.probing.ridge import PENALTIES, Ridges
 from peft_ext.file_formats import Tensor
 
 
 _FLOATS = ("F64", "F32")
-# In the place of a layer, a pooling or C that is to be chosen.
+# In the place of what is to be chosen.
 AUTO = "auto"
 
 
@@ -85,6 +86,49 @@ class Logistic(Head):
 
         fitted = LogisticRegression(**{**cls.defaults, "random_state": seed, **params}).fit(features, codes)
         return cls(_linear(fitted.coef_, fitted.intercept_, two=(0.0, 1.0)))
+
+
+class Ridge(Head):
+    """Ridge regression on the classes: a mean over penalties, and over factors that make logits of it, each weighted by how
+    likely it finds texts that it wasn't fitted on. Nothing is left to tune."""
+
+    name = "ridge"
+    defaults: Mapping[str, Any] = {"penalties": PENALTIES}
+
+    @classmethod
+    def fit(
+        cls,
+        features: np.ndarray,
+        codes: np.ndarray,
+        classes: int,
+        params: Mapping[str, Any],
+        seed: Optional[int],
+        forms: int = 1,
+        known: bool = False,
+    ) -> Ridge:
+        """Fit to standardised features.
+
+        Args:
+            features, codes, classes, seed: See [`Head.fit`]; nothing is random.
+            params: `penalties` over the mean eigenvalue of the features, positive numbers.
+            forms: Rows that each text has, see [`Ridges`].
+            known: Whether the last columns, as many as classes, are scores that are known beforehand: they are added in
+                one share, which is weighted as the penalties are.
+        """
+        penalties = list(np.atleast_1d({**cls.defaults, **params}["penalties"]))
+        unknown = sorted(set(params) - set(cls.defaults))
+        if unknown or not penalties or not all(isinstance(each, (int, float)) and each > 0 for each in penalties):
+            raise ValueError(
+                f"head_params={dict(params)}: head='ridge' takes penalties, positive numbers, alone; C is for "
+                "head='logistic'."
+            )
+        size, texts = features.shape[1] - classes * known, len(features) // forms
+        ridges = Ridges(features[:, :size], codes[:texts], classes, forms, penalties)
+        found = ridges.weighted(features[:texts, size:] if known else None)
+        weight = found.weight
+        if known:
+            weight = np.concatenate([weight, found.share * np.eye(classes, dtype=weight.dtype)], 1)
+        return cls({"weight": weight, "bias": found.bias})
 
 
 class SVM(Head):
@@ -215,7 +259,7 @@ class MLP(Head):
         return features
 
 
-HEADS: dict[str, type[Head]] = {head.name: head for head in (Logistic, SVM, GDA, KNN, MLP)}
+HEADS: dict[str, type[Head]] = {head.name: head for head in (Ridge, Logistic, SVM, GDA, KNN, MLP)}
 
 
 def _linear(weight: np.ndarray, bias: np.ndarray, two: tuple[float, float]) -> dict[str, np.ndarray]:

@@ -3,13 +3,10 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import os
-import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Optional, Protocol, Union
+from typing import Any, Optional, Union
 
 import numpy as np
 from torch import nn
@@ -18,37 +15,36 @@ from transformers.utils import PushToHubMixin
 
 from generation_ext.probing import choice, saving
 from generation_ext.probing.card import palp_card
-from generation_ext.probing.features import ALL, POOLING, FeatureExtractor, digest_of_texts
-from generation_ext.probing.heads import AUTO, HEADS, Head
-from generation_ext.prompts import Example, Task
+from generation_ext.probing.demonstrations import (
+    DEMONSTRATIONS,
+    NONE,
+    PER_CLASS,
+    check_room,
+    nearest_to_means,
+    orders,
+    prefix_of,
+)
+from generation_ext.probing.features import POOLING
+from generation_ext.probing.heads import AUTO, HEADS, Head, Logistic, Ridge
+from generation_ext.probing.inputs import classes_of, examples_of, task_of
+from generation_ext.probing.reading import BEST, Extractor, StateReader
+from generation_ext.prompts import Example
 from generation_ext.shared_prefix.inner_states import without_capturing_hooks
 from peft_ext.hub import fetched
-from peft_ext.language_model import CAUSAL, identity, language_model
+from peft_ext.language_model import CAUSAL, language_model
 from peft_ext.model_card import Card
 
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, clone
     from sklearn.utils import check_random_state
-    from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import check_is_fitted
 except ImportError as error:
     raise ImportError("PALPClassifier needs scikit-learn: pip install 'peft-ext[probing]'") from error
 
 # What is this process's or this machine's is not saved.
 _NOT_SAVED = ("model", "tokenizer", "memory", "memory_limit", "progressbar", "random_state", "label_words", "verbose")
-NONE, PER_CLASS = DEMONSTRATIONS = ("none", "per-class")
-
-
-class Extractor(Protocol):
-    """What turns texts into features; [`FeatureExtractor`] is one.
-
-    It may have `blocks() -> {(layer, pooling): slice}`, which says what stands where in its features: these are then what
-    `layer` and `pooling` name, or are chosen from.
-    """
-
-    def extract(self, texts: Sequence[str], prefix: str = "") -> np.ndarray:
-        """`[texts, size]`."""
+__all__ = ["NONE", "PER_CLASS", "Extractor", "PALPClassifier"]
 
 
 class PALPClassifier(ClassifierMixin, PushToHubMixin, BaseEstimator):
@@ -59,10 +55,11 @@ class PALPClassifier(ClassifierMixin, PushToHubMixin, BaseEstimator):
     is shown, with its label, before every text. Training texts are encoded behind these in several orders, texts to be
     predicted behind the first. The demonstrations run once for each order.
 
-    Which layer's states are read, of the last token or as the mean over the text, and how much the head is regularised is
-    chosen by cross-validation on the training texts (`layer`, `pooling` and C `"auto"`, see `choice.py`): one forward pass
-    has all layers, and the choice takes seconds more. The paper reads the last token of the last layer: `layer=-1,
-    pooling="last"`.
+    What is read are the states of several layers together, means over the text and last tokens, and where the template asks
+    for the label, the model's own scores of the label words. How much each of them counts and how much the head is
+    regularised follows from the training texts in closed form: one forward pass has all layers (`choice.py`, `ridge.py`).
+    The paper reads the last token of the last layer under a logistic regression: `layer=-1, pooling="last",
+    head_params={"C": 0.1}`.
 
     Two things differ from the released code: a demonstration of a task of two texts shows both, and it is always one of
     its own class.
@@ -77,14 +74,20 @@ class PALPClassifier(ClassifierMixin, PushToHubMixin, BaseEstimator):
         label_words: Classes -> the words that stand for them in demonstrations, with the space before them; None: a
             space and the class's name. Inside an ensemble that numbers the classes (`VotingClassifier`,
             `StackingClassifier`), the words of the classes' names are taken in their sorted order, with a warning.
+        label_scores: Whether the `"ridge"` head may add the model's own scores of the label words behind the text, in the
+            share that the training texts ask for. Only where there is something to score: a causal model with its output
+            head, a template that asks for the label, classes that are named, and the last layer's last token among what is
+            read.
         separator: After each demonstration.
         permutations: Most orders of the demonstrations for training texts (the paper's code: 20); all of them if
             there are fewer.
-        head: `"logistic"`, `"svm"`, `"gda"`, `"knn"` or `"mlp"`, see `heads.py`; on standardised features.
-        head_params: For the head's class in scikit-learn, beside the defaults there. `{"C": 0.1}` sets the C of
-            `"logistic"` and `"svm"`, which is otherwise chosen.
-        layer: Of [`FeatureExtractor`], or `"auto"`: chosen.
-        pooling: Of [`FeatureExtractor`], or `"auto"`: chosen.
+        head: `"ridge"`, `"logistic"`, `"svm"`, `"gda"`, `"knn"` or `"mlp"`, see `heads.py`; on standardised features.
+            `"auto"`: `"ridge"`, or `"logistic"` where there are `head_params`.
+        head_params: For the head, beside the defaults there. `{"C": 0.1}` sets the C of `"logistic"` and `"svm"`, which is
+            otherwise chosen by cross-validation.
+        layer: Of [`FeatureExtractor`]; or `"best"`: the layer that is best by cross-validation; or `"auto"`: several together
+            for the `"ridge"` head, `"best"` for the others, and where there are more than 4,000 rows to fit on.
+        pooling: Of [`FeatureExtractor`], or `"auto"`: both, or where one layer is read, the better one.
         overflow, max_length, memory_limit, progressbar: Of [`FeatureExtractor`].
         memory: A folder to keep features in, for the next fit on the same texts; a fit that was killed goes on.
         random_state: Of the orders, the folds and the head.
@@ -92,8 +95,11 @@ class PALPClassifier(ClassifierMixin, PushToHubMixin, BaseEstimator):
 
     Attributes:
         classes_: `[classes]`.
-        layer_, pooling_: What is read: a layer counted from 0, the embeddings, and a pooling. None for an extractor of
-            one's own without `blocks`.
+        blocks_: What is read, in the order of the features: pairs of a layer, counted from 0, the embeddings, and a pooling.
+            Empty for an extractor of one's own without `blocks`.
+        layer_, pooling_: The same if it is one block; else None.
+        label_weight_: What the model's own log-probabilities of the label words are multiplied with before they are added;
+            None where they aren't read.
         layer_scores_: What was compared: `{(layer, pooling): score}`, log-probability of the right class by the
             leave-one-out estimate, mean over texts; empty if nothing was chosen.
         C_: The head's; None for heads without one.
@@ -118,9 +124,10 @@ class PALPClassifier(ClassifierMixin, PushToHubMixin, BaseEstimator):
         template: str = "{text}",
         demonstrations: str = NONE,
         label_words: Optional[Mapping[Any, str]] = None,
+        label_scores: bool = True,
         separator: str = "\n",
         permutations: int = 20,
-        head: str = "logistic",
+        head: str = AUTO,
         head_params: Optional[Mapping[str, Any]] = None,
         layer: Union[int, str] = AUTO,
         pooling: str = AUTO,
@@ -137,6 +144,7 @@ class PALPClassifier(ClassifierMixin, PushToHubMixin, BaseEstimator):
         self.template = template
         self.demonstrations = demonstrations
         self.label_words = label_words
+        self.label_scores = label_scores
         self.separator = separator
         self.permutations = permutations
         self.head = head
@@ -166,26 +174,39 @@ class PALPClassifier(ClassifierMixin, PushToHubMixin, BaseEstimator):
                 demonstrations and a text don't fit into the model.
         """
         self._check()
-        codes = self._set_classes(y)
+        self.classes_, codes = classes_of(y)
         self.task_ = self._task()
-        examples = self._examples(X)
+        examples = examples_of(X, self.task_.fields)
         if len(examples) != len(codes):
             raise ValueError(f"X has {len(examples)} texts, but y {len(codes)} classes.")
         rng = check_random_state(self.random_state)
         texts = [self.task_.text(example) for example in examples]
-        features = self._chosen(texts, codes)
         self.demonstrations_: list[tuple[Example, Any]] = []
         self.prefix_ = ""
-        orders = 1
-        if self.demonstrations == PER_CLASS:
-            shown = self._choose_demonstrations(examples, features, codes)
-            features, orders = self._behind_all_orders(texts, codes, shown, rng)
+        in_orders = [] if self.demonstrations == NONE else orders(len(self.classes_), int(self.permutations), rng)
+        forms = max(1, len(in_orders))
+        features = self._choose(texts, codes, forms)
+        if in_orders:
+            seen = choice.standardised(features) if len(self.blocks_) > 1 else features
+            shown = nearest_to_means(seen, codes)
+            self.demonstrations_ = [(examples[index], name) for index, name in zip(shown, self.classes_.tolist())]
+            self.prefix_ = self._prefix(in_orders[0])
+            reader = self._reader()
+            check_room(reader.extractor(), self.prefix_, len(self.classes_))
+            # what is read is chosen behind the first order, which texts to predict stand behind as well
+            every = [self._choose(texts, codes, forms, self.prefix_, shown)]
+            every += [self._reader().read(texts, self._prefix(order)) for order in in_orders[1:]]
+            features = np.concatenate(every)
+        own = self._label_scores(features)
+        features = features if own is None else np.concatenate([features, own], 1)
         self.mean_ = features.mean(0, dtype=np.float64)
         self.scale_ = features.std(0, dtype=np.float64)
         self.scale_[self.scale_ < 1e-8] = 1.0
+        if own is not None:
+            self.scale_[-own.shape[1] :] = 1.0  # log-probabilities are compared with their mean alone
         seed = int(rng.randint(2**31 - 1))
         self.n_feature_size_ = features.shape[1]
-        self._fit_head(self._standardised(features), codes, orders, seed)
+        self._fit_head(self._standardised(features), codes, forms, seed, own is not None)
         if self.verbose:
             print(f"[PALPClassifier] {self.chosen}", flush=True)
         return self
@@ -194,15 +215,35 @@ class PALPClassifier(ClassifierMixin, PushToHubMixin, BaseEstimator):
     def chosen(self) -> str:
         """What is read and how it is regularised, and how that did in cross-validation, as a line."""
         check_is_fitted(self)
-        parts = ["features of the extractor" if self.layer_ is None else f"layer {self.layer_}, {self.pooling_}"]
-        if self.layer_ is not None and self.pooling_ is not None and self.layer_scores_:
-            score = self.layer_scores_[self.layer_, self.pooling_]
-            parts[0] += f" (log-probability {score:.3f}, best of {len(self.layer_scores_)})"
+        parts = []
+        if len(self.blocks_) > 1:
+            for pooling, what in (("mean", "means of"), ("last", "the last token of")):
+                layers = [str(layer) for layer, each in self.blocks_ if each == pooling]
+                parts += [f"{what} layer{'s' * (len(layers) > 1)} {', '.join(layers)}"] * bool(layers)
+        elif self.layer_ is None or self.pooling_ is None:
+            parts.append("features of the extractor")
+        else:
+            parts.append(f"layer {self.layer_}, {self.pooling_}")
+            if self.layer_scores_:
+                score = self.layer_scores_[self.layer_, self.pooling_]
+                parts[0] += f" (log-probability {score:.3f}, best of {len(self.layer_scores_)})"
+        if self.label_weight_ is not None:
+            parts.append(f"the model's own scores of the labels times {self.label_weight_:.2f}")
         if self.C_ is not None:
             held = self.C_scores_.get(self.C_)
             right = f" ({held.right:.1%} of {held.texts} held-out texts right)" if held is not None else ""
             parts.append(f"C {self.C_:g}{right}")
         return ", ".join(parts)
+
+    @property
+    def layer_(self) -> Optional[int]:
+        """The layer that is read; None if it isn't one."""
+        return self.blocks_[0][0] if len(self.blocks_) == 1 else None
+
+    @property
+    def pooling_(self) -> Optional[str]:
+        """Its pooling; None if more than one block is read."""
+        return self.blocks_[0][1] if len(self.blocks_) == 1 else None
 
     def predict(self, X: Any) -> np.ndarray:
         """The likeliest class of each text."""
@@ -221,10 +262,19 @@ class PALPClassifier(ClassifierMixin, PushToHubMixin, BaseEstimator):
         return self.head_.scores(self._standardised(features))
 
     def transform(self, X: Any) -> np.ndarray:
-        """Features `[texts, size]`, as `predict` sees them."""
+        """Features `[texts, size]`, as `predict` sees them: block beside block, as `blocks_` says, and if there is a
+        `label_weight_`, last the model's own log-probabilities of the label words."""
         check_is_fitted(self)
-        texts = [self.task_.text(example) for example in self._examples(X)]
-        return self._extract(texts, self.prefix_)
+        texts = [self.task_.text(example) for example in examples_of(X, self.task_.fields)]
+        features = self._reader().read(texts, self.prefix_)
+        if self.label_weight_ is None:
+            return features
+        own = self._reader().label_scores(features, self._words())
+        if own is None:
+            raise ValueError(
+                "the classifier adds the model's own scores of the labels, but this model writes no text."
+            )
+        return np.concatenate([features, own], 1)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -277,6 +327,9 @@ class PALPClassifier(ClassifierMixin, PushToHubMixin, BaseEstimator):
             "chosen": {
                 "layer": self.layer_,
                 "pooling": self.pooling_,
+                "blocks": [list(block) for block in self.blocks_],
+                "head": self.head_.name,
+                "label_weight": self.label_weight_,
                 "C": self.C_,
                 "layer_scores": [[*block, score] for block, score in self.layer_scores_.items()],
                 "C_scores": [[C, *each] for C, each in self.C_scores_.items()],
@@ -318,21 +371,25 @@ class PALPClassifier(ClassifierMixin, PushToHubMixin, BaseEstimator):
         model, tokenizer = saving.base_of(folder, content["base_model"], model, tokenizer)
         words = dict(zip(content["classes"], content["words"]))
         # what an earlier version's file leaves out has the value that it had there
-        content["params"] = {"layer": -1, "pooling": "last", **content["params"]}
+        content["params"] = {"layer": -1, "pooling": "last", "label_scores": False, **content["params"]}
         classifier = cls(model, tokenizer, label_words=words, **content["params"])
         classifier.classes_ = np.array(content["classes"])
         classifier.task_ = classifier._task()
         classifier.demonstrations_ = [(text, name) for text, name in content["demonstrations"]]
         classifier.prefix_ = classifier._prefix(range(len(classifier.demonstrations_)))
-        # earlier versions chose nothing
-        params = content["params"]
-        chosen = content.get("chosen", {"layer": params["layer"], "pooling": params["pooling"]})
+        chosen = content.get("chosen", {})
         classifier.layer_scores_ = {(layer, name): score for layer, name, score in chosen.get("layer_scores", [])}
         classifier.C_ = chosen.get("C")
         classifier.C_scores_ = {C: choice.Held(*held) for C, *held in chosen.get("C_scores", [])}
-        classifier.layer_, classifier.pooling_ = chosen.get("layer"), chosen.get("pooling")
+        one = [] if chosen.get("layer") is None else [[chosen["layer"], chosen["pooling"]]]
+        classifier.blocks_ = [(layer, pooling) for layer, pooling in chosen.get("blocks", one)]
+        if not chosen and isinstance(model, nn.Module):
+            # earlier versions chose nothing, and counted from the end
+            classifier.blocks_ = list(classifier._reader().candidates() or [])
+        classifier.label_weight_ = chosen.get("label_weight")
         classifier.mean_, classifier.scale_ = arrays.pop("mean"), arrays.pop("scale")
-        classifier.head_ = HEADS[classifier.head]({name.removeprefix("head."): each for name, each in arrays.items()})
+        own = {name.removeprefix("head."): each for name, each in arrays.items()}
+        classifier.head_ = HEADS[chosen.get("head", classifier.head)](own)
         return classifier
 
     # ---- arguments
@@ -343,12 +400,12 @@ class PALPClassifier(ClassifierMixin, PushToHubMixin, BaseEstimator):
         Raises:
             ValueError: Names the argument.
         """
-        known = {"demonstrations": DEMONSTRATIONS, "head": tuple(HEADS), "pooling": (AUTO, *POOLING)}
+        known = {"demonstrations": DEMONSTRATIONS, "head": (AUTO, *HEADS), "pooling": (AUTO, *POOLING)}
         for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {choices}.")
-        if self.layer != AUTO and not isinstance(self.layer, (int, np.integer)):
-            raise ValueError(f"layer={self.layer!r} must be an integer, or {AUTO!r}.")
+        if self.layer not in (AUTO, BEST) and not isinstance(self.layer, (int, np.integer)):
+            raise ValueError(f"layer={self.layer!r} must be an integer, {AUTO!r} or {BEST!r}.")
         if not isinstance(self.permutations, (int, np.integer)) or self.permutations < 1:
             raise ValueError(f"permutations={self.permutations!r} must be a positive integer.")
 
@@ -361,103 +418,33 @@ class PALPClassifier(ClassifierMixin, PushToHubMixin, BaseEstimator):
         if not isinstance(self.model, nn.Module) and not hasattr(self.model, "extract"):
             raise TypeError(f"model is a {type(self.model).__name__}; pass a model of transformers and its tokenizer.")
 
-    def _set_classes(self, y: Any) -> np.ndarray:
-        if y is None:
-            raise ValueError("y is missing: a classifier requires y to be passed, a class for each text.")
-        y = np.asarray(y)
-        if y.ndim != 1:
-            raise ValueError(f"y must have one class for each text, got an array of shape {y.shape}.")
-        check_classification_targets(y)
-        self.classes_, codes = np.unique(y, return_inverse=True)
-        if len(self.classes_) < 2:
-            raise ValueError(
-                f"y has one class alone, {self.classes_.tolist()}: there is nothing to decide; it needs two or more."
-            )
-        return codes
+    def _task(self) -> Any:
+        shown = self.demonstrations == PER_CLASS
+        return task_of(self.template, self.separator, self.label_words, self.classes_.tolist(), shown)
 
-    def _task(self) -> Task:
-        words = self.label_words
-        if words is None:
-            words = {name: f" {name}" for name in self.classes_.tolist()}
-        words = self._of_numbered(words)
-        missing = [name for name in self.classes_.tolist() if name not in words]
-        if missing:
-            raise ValueError(f"label_words={dict(words)!r} has no words for the class {missing[0]!r} of y.")
-        empty = sorted(str(name) for name in words if name not in self.classes_.tolist())
-        if empty and self.demonstrations == PER_CLASS:
-            raise ValueError(f"label_words has the class {empty[0]!r}, but y has no sample of it.")
-        return Task(self.template, {n: words[n] for n in self.classes_.tolist()}, separator=self.separator)
-
-    def _of_numbered(self, words: Mapping[Any, str]) -> Mapping[Any, str]:
-        """Words by the numbers that scikit-learn's `LabelEncoder` gives sorted classes, as its ensembles pass them on."""
-        classes = self.classes_.tolist()
-        numbered = all(isinstance(name, str) for name in words) and classes == list(range(len(words)))
-        if not numbered:
-            return words
-        names = sorted(words)
-        warnings.warn(
-            f"y has the classes {classes}, label_words {names}: taken in this order, as the ensembles of scikit-learn number "
-            "classes.",
-            stacklevel=4,
-        )
-        return {number: words[name] for number, name in enumerate(names)}
-
-    def _examples(self, X: Any) -> list[Any]:
-        if isinstance(X, (str, bytes)):
-            raise TypeError("X must be a sequence of texts, got a single one; pass [text].")
-        fields = self.task_.fields
-        if hasattr(X, "columns") and hasattr(X, "to_dict"):
-            return X.to_dict("records")
-        if getattr(X, "ndim", 1) == 2:
-            if X.shape[1] != len(fields):
-                raise ValueError(f"X has {X.shape[1]} columns, but the template the slots {fields}.")
-            return [dict(zip(fields, map(str, row))) for row in X]
-        if getattr(X, "ndim", 1) == 0:
-            raise ValueError(f"X={X!r} is a single value; pass a sequence of texts.")
-        # numpy's and pandas's strings are strings
-        return list(X)
+    @property
+    def _head(self) -> type[Head]:
+        if self.head == AUTO:
+            return Logistic if self.head_params and set(self.head_params) - set(Ridge.defaults) else Ridge
+        return HEADS[self.head]
 
     # ---- features
 
-    def _chosen(
-        self, texts: Sequence[str], codes: np.ndarray, prefix: str = "", left_out: Collection[int] = ()
-    ) -> np.ndarray:
-        """Features of training texts, of the layer and pooling that are chosen on them.
+    def _reader(self) -> StateReader:
+        """What reads states; once fitted, those that were chosen."""
+        options = {name: getattr(self, name) for name in ("overflow", "max_length", "memory_limit", "progressbar")}
+        blocks = getattr(self, "blocks_", [])
+        return StateReader(self.model, self.tokenizer, self.layer, self.pooling, options, self.memory, blocks)
 
-        Args:
-            texts: Whole texts.
-            codes: Their classes.
-            prefix: Before each.
-            left_out: Indices of texts that say nothing: the prefix has them, with their class.
-        """
-        self.layer_: Optional[int] = None
-        self.pooling_: Optional[str] = None
-        self.layer_scores_: dict[choice.Block, float] = {}
-        blocks = self._blocks()
-        if blocks is None:
-            return self._extract(texts, prefix)
-        if len(blocks) == 1:
-            ((self.layer_, self.pooling_),) = blocks
-            return self._extract(texts, prefix)
-        rows = choice.sample(codes, max(block.stop for block in blocks.values()))
-        states = self._extract([texts[row] for row in rows], prefix, blocks)
-        judged = [place for place, row in enumerate(rows.tolist()) if row not in left_out]
-        if len(set(codes[rows[judged]].tolist())) < len(self.classes_):
-            judged = list(range(len(rows)))
-        self.layer_scores_ = choice.scores_of(states[judged], blocks, codes[rows[judged]], len(self.classes_))
-        expected = choice.expected_blocks(blocks, self._asks_for_the_label())
-        self.layer_, self.pooling_ = choice.best(self.layer_scores_, len(judged), expected)
-        features = states[:, blocks[self.layer_, self.pooling_]]
-        if len(rows) < len(texts):
-            own, others = features, np.setdiff1d(np.arange(len(texts)), rows)
-            features = np.empty((len(texts), own.shape[1]), np.float32)
-            features[rows] = own
-            features[others] = self._extract([texts[row] for row in others], prefix)
-        if self.memory is not None and isinstance(self.model, nn.Module):
-            # the texts' own predictions ask for them
-            extractor = self._extractor()
-            assert isinstance(extractor, FeatureExtractor)
-            extractor.keep(features, texts, prefix, self._file(extractor, texts, prefix))
+    def _choose(
+        self, texts: Sequence[str], codes: np.ndarray, forms: int, prefix: str = "", left_out: Sequence[int] = ()
+    ) -> np.ndarray:
+        """Features of training texts, of what is chosen on them; see `StateReader.choose`."""
+        reader = self._reader()
+        join = self._head is Ridge and self.layer == AUTO
+        features = reader.choose(texts, codes, self._asks_for_the_label(), join, forms, prefix, left_out)
+        self.blocks_: list[choice.Block] = list(reader.blocks)
+        self.layer_scores_: dict[choice.Block, float] = reader.scores
         return features
 
     def _asks_for_the_label(self) -> bool:
@@ -466,76 +453,16 @@ class PALPClassifier(ClassifierMixin, PushToHubMixin, BaseEstimator):
             return False
         return not self.task_.template.rstrip().endswith("}")
 
-    def _blocks(self) -> Optional[dict[choice.Block, slice]]:
-        """What may be read, and where it stands in the features of `_extract`; None if the extractor doesn't say."""
-        if isinstance(self.model, nn.Module):
-            extractor: Any = self._extractor(every=True)
-            return extractor.blocks()
-        blocks_of = getattr(self.model, "blocks", None)
-        if blocks_of is None:
+    def _label_scores(self, features: np.ndarray) -> Optional[np.ndarray]:
+        """The model's own scores of the labels, for training texts; None where they aren't read."""
+        named = self.label_words is not None or all(isinstance(name, str) for name in self.classes_.tolist())
+        if not (self.label_scores and named and self._head is Ridge and self._asks_for_the_label()):
             return None
-        blocks = blocks_of()
-        depth = max(layer for layer, _ in blocks)
-        layer = self.layer + depth + 1 if not isinstance(self.layer, str) and self.layer < 0 else self.layer
-        found = {
-            each: place
-            for each, place in blocks.items()
-            if layer in (AUTO, each[0]) and self.pooling in (AUTO, each[1])
-        }
-        if not found:
-            raise ValueError(f"layer={self.layer!r}, pooling={self.pooling!r}: the extractor has only {list(blocks)}.")
-        return found
+        return self._reader().label_scores(features, self._words())
 
-    def _extract(
-        self, texts: Sequence[str], prefix: str = "", blocks: Optional[Mapping[choice.Block, slice]] = None
-    ) -> np.ndarray:
-        """Features of the layer and pooling that are read, or, with `blocks`, of all that may be."""
-        if not texts:
-            raise ValueError("X has no texts: found 0 samples, at least 1 is required.")
-        extractor = self._extractor(every=blocks is not None)
-        if self.memory is None or not isinstance(extractor, FeatureExtractor) or extractor is self.model:
-            features = np.asarray(extractor.extract(texts, prefix))
-        else:
-            features = extractor.extract(texts, prefix, self._file(extractor, texts, prefix))
-        if not np.isfinite(features).all():
-            row = int(np.flatnonzero(~np.isfinite(features).all(1))[0])
-            raise ValueError(f"the features of text {row} have NaN or infinity.")
-        if blocks is None and self.layer_ is not None and not isinstance(self.model, nn.Module):
-            blocks_of: Any = self.model
-            return features[:, blocks_of.blocks()[self.layer_, self.pooling_]]
-        return features
-
-    def _file(self, extractor: FeatureExtractor, texts: Sequence[str], prefix: str) -> Path:
-        """Where the memory keeps these features."""
-        assert self.memory is not None
-        folder = Path(self.memory)
-        folder.mkdir(parents=True, exist_ok=True)
-        poolings = extractor.poolings
-        settings: list[Any] = [
-            identity(extractor.model),
-            prefix,
-            str(extractor.layer),
-            poolings[0] if len(poolings) == 1 else str(poolings),
-            self.overflow,
-            str(self.max_length),
-        ]
-        return folder / f"{digest_of_texts([*settings, *texts])[:32]}.npy"
-
-    def _extractor(self, every: bool = False) -> Extractor:
-        """What gives the states that are read, or, with `every`, all that may be."""
-        if not isinstance(self.model, nn.Module):
-            return self.model  # type: ignore[return-value]
-        layer: Any = self.layer_ if self.layer == AUTO and not every else self.layer
-        pooling: Any = self.pooling_ if self.pooling == AUTO and not every else self.pooling
-        options: dict[str, Any] = {
-            "overflow": self.overflow,
-            "max_length": self.max_length,
-            "memory_limit": self.memory_limit,
-            "progressbar": self.progressbar,
-        }
-        # what isn't chosen yet is all there is
-        layer, pooling = ALL if layer == AUTO else int(layer), POOLING if pooling == AUTO else pooling
-        return FeatureExtractor(self.model, self.tokenizer, layer=layer, pooling=pooling, **options)
+    def _words(self) -> list[str]:
+        """The label words as they would be written behind a text."""
+        return [word.lstrip(" ") if self.task_.template.endswith(" ") else word for word in self.task_.words]
 
     def _standardised(self, features: np.ndarray) -> np.ndarray:
         if features.shape[1] != len(self.mean_):
@@ -545,68 +472,27 @@ class PALPClassifier(ClassifierMixin, PushToHubMixin, BaseEstimator):
             )
         return (features - self.mean_) / self.scale_
 
-    # ---- demonstrations
-
-    def _choose_demonstrations(self, examples: list[Any], features: np.ndarray, codes: np.ndarray) -> list[int]:
-        """Of each class the sample nearest to its mean; their indices."""
-        found = []
-        for code, name in enumerate(self.classes_.tolist()):
-            own = np.flatnonzero(codes == code)
-            distances = ((features[own] - features[own].mean(0)) ** 2).sum(1)
-            found.append(int(own[distances.argmin()]))
-            self.demonstrations_.append((examples[found[-1]], name))
-        self.prefix_ = self._prefix(range(len(self.classes_)))
-        self._check_room()
-        return found
-
-    def _check_room(self) -> None:
-        extractor = self._extractor()
-        if not isinstance(extractor, FeatureExtractor) or extractor.max_length is None:
-            return
-        taken = len(extractor.encoder([self.prefix_])[0])
-        if taken >= extractor.max_length:
-            raise ValueError(
-                f"the demonstrations of {len(self.classes_)} classes take {taken} tokens, but the model takes "
-                f"{extractor.max_length}, texts included; use demonstrations='none', or shorter texts."
-            )
-
-    def _behind_all_orders(
-        self, texts: list[str], codes: np.ndarray, shown: list[int], rng: Any
-    ) -> tuple[np.ndarray, int]:
-        """Features of the training texts behind every order of the demonstrations, order after order, and how many orders
-        there are. What is read is chosen behind the first, which texts to predict stand behind as well."""
-        orders = _orders(len(self.classes_), int(self.permutations), rng)
-        features = [self._chosen(texts, codes, self._prefix(orders[0]), shown)]
-        features += [self._extract(texts, self._prefix(order)) for order in orders[1:]]
-        return np.concatenate(features), len(orders)
-
     # ---- the head
 
-    def _fit_head(self, features: np.ndarray, codes: np.ndarray, orders: int, seed: int) -> None:
+    def _fit_head(self, features: np.ndarray, codes: np.ndarray, forms: int, seed: int, own: bool) -> None:
         """Choose C, if it is to be chosen, and fit; of the features, each text has a row behind each order."""
-        head, params, classes = HEADS[self.head], dict(self.head_params or {}), len(self.classes_)
+        head, params, classes = self._head, dict(self.head_params or {}), len(self.classes_)
         self.C_: Optional[float] = None
         self.C_scores_: dict[float, choice.Held] = {}
+        self.label_weight_: Optional[float] = None
+        if head is Ridge:
+            self.head_: Head = Ridge.fit(features, np.tile(codes, forms), classes, params, seed, forms, own)
+            self.label_weight_ = float(self.head_.arrays["weight"][0, -classes]) if own else None
+            return
         if head.grid:
             if params.get("C", AUTO) == AUTO:
-                self.C_scores_ = choice.scores_of_C(head, params, features, codes, classes, orders, seed)
+                self.C_scores_ = choice.scores_of_C(head, params, features, codes, classes, forms, seed)
                 # a text of each class alone tells nothing
                 params["C"] = choice.best_C(self.C_scores_) or head.defaults["C"]
             self.C_ = float(params["C"])
-        self.head_: Head = head.fit(features, np.tile(codes, orders), classes, params, seed)
+        self.head_ = head.fit(features, np.tile(codes, forms), classes, params, seed)
 
     # ---- the demonstrations' texts
 
     def _prefix(self, order: Sequence[int]) -> str:
-        shown = [self.task_.demonstration(*self.demonstrations_[index]) for index in order]
-        return "".join(text + self.separator for text in shown)
-
-
-def _orders(count: int, most: int, rng: Any) -> list[Sequence[int]]:
-    """The identity first, then others at random; all of them if there are at most `most`."""
-    if count <= 8 and math.factorial(count) <= most:
-        return list(itertools.permutations(range(count)))
-    orders: dict[tuple[int, ...], None] = {tuple(range(count)): None}
-    while len(orders) < most:
-        orders[tuple(rng.permutation(count).tolist())] = None
-    return list(orders)
+        return prefix_of(self.task_, [self.demonstrations_[index] for index in order])

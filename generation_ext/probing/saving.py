@@ -16,6 +16,7 @@ from torch import nn
 
 from generation_ext.probing.features import POOLING
 from generation_ext.probing.heads import AUTO, HEADS
+from generation_ext.probing.reading import BEST
 from generation_ext.prompts import Task
 from peft_ext import models
 from peft_ext.file_formats import (
@@ -44,12 +45,13 @@ _AGAIN = "Fit and save the classifier again."
 _FITTED = ("params", "classes", "words", "demonstrations", "chosen")
 PARAMS = {
     "template": text(),
-    "head": text(*HEADS),
+    "head": text(AUTO, *HEADS),
     "demonstrations": text().or_missing(),
     "separator": text().or_missing(),
     "permutations": whole(1).or_missing(),
     "head_params": record({}).or_null().or_missing(),
-    "layer": one_of(whole(), text(AUTO)).or_missing(),
+    "label_scores": truth().or_missing(),
+    "layer": one_of(whole(), text(AUTO, BEST)).or_missing(),
     "pooling": text().or_missing(),
     "overflow": text().or_missing(),
     "max_length": whole(1).or_null().or_missing(),
@@ -73,6 +75,9 @@ FILE = JsonFormat(
             {
                 "layer": whole(0).or_null(),
                 "pooling": text(*POOLING).or_null(),
+                "blocks": list_of(list_of(one_of(whole(0), text(*POOLING)), length=2)).or_missing(),
+                "head": text(*HEADS).or_missing(),
+                "label_weight": number().or_null().or_missing(),
                 "C": number().or_null(),
                 "layer_scores": list_of(list_of(one_of(whole(0), text(*POOLING), number()), length=3)),
                 "C_scores": list_of(list_of(number(), length=4)),
@@ -80,7 +85,8 @@ FILE = JsonFormat(
         )
         .or_missing()
         .means(
-            "what is read and the head's C, and what each candidate had in cross-validation; null: neither was there"
+            "what is read and the head's C, and what each candidate had in cross-validation; null: neither was there, or, for "
+            "layer and pooling, several are (blocks has them all)"
         ),
         "state": text()
         .or_missing()
@@ -148,10 +154,15 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise ValueError(
             f"{str(folder / JSON)!r}: params has {unknown[0]!r}, which this version doesn't know. {_AGAIN}"
         )
-    if "chosen" not in content and AUTO in (content["params"].get("layer"), content["params"].get("pooling")):
+    if "chosen" not in content and {AUTO, BEST} & {content["params"].get(name) for name in ("layer", "pooling")}:
         raise ValueError(
             f"{str(folder / JSON)!r}: params leaves layer or pooling open, and chosen is missing. {_AGAIN}"
         )
+    for block in content.get("chosen", {}).get("blocks", []):
+        if not isinstance(block[0], int) or block[1] not in POOLING:
+            raise ValueError(
+                f"{str(folder / JSON)!r}: chosen.blocks has {block}; each is a layer and a pooling. {_AGAIN}"
+            )
     if content["base_model"] and not content["base_model"].get("fingerprint"):
         raise ValueError(f"{str(folder / JSON)!r}: base_model.fingerprint is missing. {_AGAIN}")
     if content.get("state", _state(content)) != _state(content) and verifies():
@@ -162,7 +173,10 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     check_digests(folder, content.get("files"), JSON)
     arrays = read_arrays(folder / ARRAYS)
     own = [name.removeprefix("head.") for name in arrays if name.startswith("head.")]
-    head = HEADS[content["params"]["head"]]
+    name = content.get("chosen", {}).get("head", content["params"]["head"])
+    if name == AUTO:
+        raise ValueError(f"{str(folder / JSON)!r}: params leaves the head open, and chosen.head is missing. {_AGAIN}")
+    head = HEADS[name]
     described = {**STANDARDISATION, **{f"head.{name}": each for name, each in head.tensors(own).items()}}
     where = repr(str(folder / ARRAYS))
     check_tensors(arrays, described, where, {"classes": len(classes)}, _AGAIN)

@@ -42,12 +42,14 @@ def test_from_end_to_end(smoke, tmp_path):
     for title in (
         "MiniLM, linear probing, full pool",
         "TF-IDF, logistic regression, 4 a class",
-        "PALP-D, chosen, 8 a class",
+        "PALP-D, joined, 8 a class",
     ):
         assert f"| {title} |" in found.shown
     assert "not measured" not in found.shown
     chosen = [row for row in found.rows["accuracy"] if row["key"]["method"].endswith(", chosen")]
     assert chosen and all(row["result"]["pooling"] in ("last", "mean") for row in chosen)
+    joined = [row for row in found.rows["accuracy"] if row["key"]["method"].endswith(", joined")]
+    assert joined and all(row["key"]["head"] == "ridge" and row["result"]["blocks"] > 1 for row in joined)
     assert "demonstrations encoded once, over with every text" in found.shown
     assert "LoRA above PALP-D, full pool" in found.shown
     assert (tmp_path / "palp" / "accuracy.png").stat().st_size > 5000

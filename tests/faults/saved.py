@@ -491,7 +491,7 @@ KINDS: dict[str, list[Saved]] = {
         Saved(_write_ood("mahalanobis", adapter=True), _use_ood, _NO_TEXTS),
         Saved(_write_ood("knn", adapter=False), _use_ood, _NO_TEXTS),
     ],
-    "PALP": [Saved(_write_palp(head), _use_palp) for head in ("logistic", "knn", "mlp")],
+    "PALP": [Saved(_write_palp(head), _use_palp) for head in ("ridge", "logistic", "knn", "mlp")],
     "critic": [Saved(_write_critic, _use_critic)],
     "granularity": [Saved(_write_cdnpg, _use_cdnpg), Saved(_write_converted, _use_converted)],
     "SG-ICL pool": [Saved(_write_pools, _use_pools)],

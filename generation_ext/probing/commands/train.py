@@ -15,8 +15,10 @@ import numpy as np
 
 from generation_ext.columns import columns_of
 from generation_ext.probing.commands.arguments import RUN, DataArguments, ModelArguments, labelled
+from generation_ext.probing.demonstrations import NONE
 from generation_ext.probing.heads import AUTO
-from generation_ext.probing.palp import NONE, PALPClassifier
+from generation_ext.probing.palp import PALPClassifier
+from generation_ext.probing.reading import BEST
 from generation_ext.prompts import Task
 from peft_ext.command_line import parse, show
 from peft_ext.files import check_folder_writable, write_json
@@ -36,13 +38,22 @@ class TrainArguments(DataArguments, ModelArguments):
         default_factory=list, metadata={"help": "Words for classes in demonstrations, as CLASS=WORDS."}
     )
     permutations: int = field(default=20, metadata={"help": "Most orders of the demonstrations in training."})
-    head: str = field(default="logistic", metadata={"help": "logistic, svm, gda, knn or mlp."})
-    head_params: Optional[str] = field(default=None, metadata={"help": "For scikit-learn's class, as JSON."})
+    head: str = field(
+        default=AUTO,
+        metadata={"help": "ridge, logistic, svm, gda, knn or mlp; auto: ridge, or logistic if there are head_params."},
+    )
+    head_params: Optional[str] = field(default=None, metadata={"help": "For the head, as JSON."})
+    label_scores: bool = field(
+        default=True, metadata={"help": "Whether the ridge head adds the model's own scores of the label words."}
+    )
     layer: str = field(
         default=AUTO,
-        metadata={"help": "Whose hidden states: -1 the last ones, 0 the embeddings; auto: by cross-validation."},
+        metadata={
+            "help": "Whose hidden states: -1 the last ones, 0 the embeddings; best: by cross-validation; auto: several "
+            "layers' together for the ridge head, the best one for others."
+        },
     )
-    pooling: str = field(default=AUTO, metadata={"help": "last or mean; auto: by cross-validation."})
+    pooling: str = field(default=AUTO, metadata={"help": "last or mean; auto: both, or the better one."})
     overflow: str = field(default="error", metadata={"help": "error, truncate_start or truncate_end."})
     max_length: Optional[int] = field(default=None, metadata={"help": "Most tokens of demonstrations and text."})
     validation: Optional[str] = field(default=None, metadata={"help": "Labelled texts to measure on."})
@@ -81,6 +92,7 @@ def main(argv: Sequence[str]) -> None:
     write_json(output / RUN, run)
     result: dict[str, Any] = {"texts": len(texts), "classes": len(classifier.classes_), "output_dir": str(output)}
     result.update(layer=classifier.layer_, pooling=classifier.pooling_, C=classifier.C_)
+    result.update(blocks=[list(block) for block in classifier.blocks_], label_weight=classifier.label_weight_)
     lines = [f"{len(texts)} texts of {len(classifier.classes_)} classes: classifier in {output}"]
     lines.append(f"  {classifier.chosen}")
     for text, name in classifier.demonstrations_:
@@ -115,13 +127,13 @@ def _options(args: TrainArguments, template: str) -> dict[str, Any]:
             raise ValueError(f"head_params={args.head_params!r} is no JSON: {error}") from error
         if not isinstance(params, dict):
             raise ValueError(f"head_params={args.head_params!r} must be an object, such as '{{\"C\": 1.0}}'.")
-    names = ("demonstrations", "permutations", "head", "layer", "pooling", "overflow", "max_length")
+    names = ("demonstrations", "permutations", "head", "label_scores", "layer", "pooling", "overflow", "max_length")
     shared = {name: getattr(args, name) for name in names}
-    if shared["layer"] != AUTO:
+    if shared["layer"] not in (AUTO, BEST):
         try:
             shared["layer"] = int(args.layer)
         except ValueError:
-            raise ValueError(f"layer={args.layer!r} must be an integer, or {AUTO!r}.") from None
+            raise ValueError(f"layer={args.layer!r} must be an integer, {AUTO!r} or {BEST!r}.") from None
     return {**shared, "template": template, "label_words": words or None, "head_params": params}
 
 

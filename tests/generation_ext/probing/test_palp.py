@@ -25,6 +25,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks  # noqa: E402
 
 from generation_ext.probing import FeatureExtractor, PALPClassifier, choice  # noqa: E402
 from generation_ext.probing.heads import HEADS  # noqa: E402
+from generation_ext.probing.ridge import PENALTIES  # noqa: E402
 from peft_ext import PeqaConfig, models  # noqa: E402
 from tests.tiny.byte_models import adapted, model  # noqa: E402
 from tests.tiny.folders import save_tiny_model  # noqa: E402
@@ -97,7 +98,7 @@ def test_classes_keep_their_type(labels, tmp_path):
 
 
 def test_the_template_alone_gives_the_extractors_features():
-    fitted = palp(layer=-1, pooling="last").fit(TEXTS, LABELS)
+    fitted = palp(layer=-1, pooling="last", label_scores=False).fit(TEXTS, LABELS)
     extractor = FeatureExtractor(model("llama"), tokenizer_for("llama"))
     expected = extractor.extract([f"Review: {text}\nSentiment:" for text in TEXTS])
     np.testing.assert_allclose(fitted.transform(TEXTS), expected, atol=1e-5)
@@ -214,7 +215,7 @@ def _tell(count):
 @pytest.mark.parametrize("demonstrations", ["none", "per-class"])
 def test_the_block_that_tells_is_chosen(told_by, demonstrations):
     texts, labels = _tell(60)
-    options = {"template": "{text} is", "demonstrations": demonstrations, "random_state": 0}
+    options = {"template": "{text} is", "demonstrations": demonstrations, "random_state": 0, "head": "logistic"}
     fitted = PALPClassifier(Blocks(told_by), **options).fit(texts[:40], labels[:40])
     assert (fitted.layer_, fitted.pooling_) == told_by and fitted.C_ in fitted.C_scores_
     assert max(fitted.layer_scores_, key=fitted.layer_scores_.get) == told_by and len(fitted.layer_scores_) == 6
@@ -231,7 +232,8 @@ def test_the_block_that_tells_is_chosen(told_by, demonstrations):
 )
 def test_texts_that_tell_nothing_leave_what_is_expected(template, expected):
     """One text a class, and no block better than the others."""
-    fitted = PALPClassifier(Blocks((0, "last"), noise=0), template=template).fit(["a", "b"], ["x", "y"])
+    stub = Blocks((0, "last"), noise=0)
+    fitted = PALPClassifier(stub, template=template, head="logistic").fit(["a", "b"], ["x", "y"])
     assert (fitted.pooling_, fitted.C_, fitted.C_scores_) == (expected, 0.1, {})
 
 
@@ -239,7 +241,7 @@ def test_more_texts_than_blocks_are_compared_on(monkeypatch):
     monkeypatch.setattr(choice, "MOST_TEXTS", 40)
     texts, labels = _tell(60)
     stub = Blocks()
-    fitted = PALPClassifier(stub, random_state=0).fit(texts, labels)
+    fitted = PALPClassifier(stub, layer="best", random_state=0).fit(texts, labels)
     assert (fitted.layer_, fitted.pooling_) == (2, "mean") and [count for count, _ in stub.asked] == [40, 20]
     np.testing.assert_array_equal(fitted.transform(texts), Blocks().extract(texts)[:, 25:])
     np.testing.assert_allclose(fitted.mean_, Blocks().extract(texts)[:, 25:].mean(0))
@@ -254,11 +256,14 @@ def test_one_forward_pass_has_all_layers(monkeypatch):
         "_run",
         lambda self, trees, *rest: read.extend([self.layer] * len(trees)) or run(self, trees, *rest),
     )
-    fitted = palp().fit(TEXTS, LABELS)
+    fitted = palp(layer="best").fit(TEXTS, LABELS)
     assert read == [[-3, -2, -1]] * len(TEXTS)
     read.clear()
     fitted.predict(TEXTS)
     assert read == [fitted.layer_ - 3] * len(TEXTS)
+    read.clear()
+    palp().fit(TEXTS, LABELS).predict(TEXTS)
+    assert read == [[-3, -2, -1]] * (2 * len(TEXTS))
 
 
 @pytest.mark.parametrize("count", [4, 40])
@@ -280,7 +285,7 @@ def test_leave_one_out_is_what_leaving_one_out_gives():
         features, codes = rng.normal(size=(20, size)).astype(np.float32), np.arange(20) % 3
         found = choice.leave_one_out(features, codes, 3)
         scaled = choice.standardised(features).astype(np.float64)
-        penalty = choice._PENALTIES[3] * (scaled**2).sum() / 20
+        penalty = PENALTIES[3] * (scaled**2).sum() / 20
         # the mean of all targets, and not of the others, is the constant: so is ours but for its own share
         for left in (0, 7):
             rest = np.arange(20) != left
@@ -289,12 +294,12 @@ def test_leave_one_out_is_what_leaving_one_out_gives():
 
 
 def test_what_was_chosen_is_said_and_kept(tmp_path, capsys):
-    fitted = palp(verbose=True, demonstrations="per-class").fit(TEXTS, LABELS)
+    fitted = palp(verbose=True, demonstrations="per-class", layer="best", head="logistic").fit(TEXTS, LABELS)
     line = capsys.readouterr().out
     assert line == f"[PALPClassifier] {fitted.chosen}\n" and f"layer {fitted.layer_}, {fitted.pooling_} (" in line
     fitted.save_pretrained(tmp_path / "palp")
     stored = json.loads((tmp_path / "palp" / "palp.json").read_text())
-    assert stored["chosen"]["layer"] == fitted.layer_ and stored["params"]["layer"] == "auto"
+    assert stored["chosen"]["layer"] == fitted.layer_ and stored["params"]["layer"] == "best"
     back = PALPClassifier.from_pretrained(tmp_path / "palp", model("llama"), tokenizer_for("llama"))
     for name in ("layer_", "pooling_", "C_", "layer_scores_", "C_scores_", "chosen"):
         assert getattr(back, name) == getattr(fitted, name)
@@ -314,6 +319,94 @@ def test_the_earlier_settings():
         {},
         {},
     )
+
+
+# ---- several layers together, and what the model itself says
+
+
+class Writes(Blocks):
+    """Blocks of an extractor that has opinions of its own: `says` times what is true, for the class "good"."""
+
+    def __init__(self, says, **options):
+        super().__init__(**options)
+        self.says = says
+
+    def extract(self, texts, prefix=""):
+        found = super().extract(texts, prefix)
+        found[:, self.blocks()[2, "last"].start] = [1.0 if "fun" in text else -1.0 for text in texts]
+        return found
+
+    def label_scores(self, states, words):
+        assert words == [" bad", " good"] and states.shape[1] == 5
+        return np.outer(states[:, 0] * self.says, [0.0, 1.0])
+
+
+def test_layers_are_joined_with_the_models_own_scores():
+    texts, labels = _tell(60)
+    options = {"template": "{text}\nIs:", "random_state": 0}
+    fitted = PALPClassifier(Writes(3.0), **options).fit(texts[:10], labels[:10])
+    assert fitted.blocks_ == [(0, "mean"), (1, "mean"), (2, "mean"), (2, "last")]
+    assert (fitted.layer_, fitted.pooling_, fitted.C_, fitted.layer_scores_) == (None, None, None, {})
+    assert fitted.label_weight_ > 0.2 and fitted.transform(texts).shape == (60, 22)
+    own = fitted.transform(texts)[:, 20:]
+    np.testing.assert_allclose(np.exp(own).sum(1), 1)
+    assert "means of layers 0, 1, 2, the last token of layer 2, the model's own scores" in fitted.chosen
+    wrong = PALPClassifier(Writes(-3.0), **options).fit(texts[:40], labels[:40])
+    assert wrong.score(texts[40:], labels[40:]) > 0.9
+    for more in ({"label_scores": False}, {"pooling": "mean"}, {"head": "logistic"}, {"template": "{text}"}):
+        other = PALPClassifier(Writes(3.0), **{**options, **more}).fit(texts[:40], labels[:40])
+        assert other.label_weight_ is None
+    numbers = PALPClassifier(Writes(3.0), **options).fit(texts, [int(name == "good") for name in labels])
+    assert numbers.label_weight_ is None, "no names, nothing to write"
+
+
+def test_label_scores_are_the_models_logits():
+    lm, words = model("llama"), tokenizer_for("llama")
+    fitted = palp(label_words={"good": " A", "bad": " B"}).fit(TEXTS, LABELS)
+    found = fitted.transform(TEXTS)[:, -2:]
+    for text, scores in zip(TEXTS[:3], found):
+        ids = words(f"Review: {text}\nSentiment:", return_tensors="pt").input_ids
+        with torch.inference_mode():
+            logits = lm(ids).logits[0, -1]
+        # of a word of several tokens: their mean, all behind the text
+        own = [logits[words(word, add_special_tokens=False).input_ids].mean() for word in (" B", " A")]
+        np.testing.assert_allclose(scores, torch.stack(own).log_softmax(0).numpy(), atol=1e-5)
+    assert not FeatureExtractor(model("bert"), tokenizer_for("bert")).writes
+    assert not FeatureExtractor(model("llama").model, words).writes
+    with pytest.raises(TypeError, match="writes no text"):
+        FeatureExtractor(model("llama").model, words).label_scores(np.zeros((1, 16)), [" A"])
+
+
+@pytest.mark.parametrize("demonstrations", ["none", "per-class"])
+def test_joined_layers_come_back(demonstrations, tmp_path):
+    fitted = palp(demonstrations=demonstrations).fit(TEXTS, LABELS)
+    assert len(fitted.blocks_) == 4 and fitted.head_.name == "ridge" and fitted.label_weight_ is not None
+    fitted.save_pretrained(tmp_path / "palp")
+    back = PALPClassifier.from_pretrained(tmp_path / "palp", model("llama"), tokenizer_for("llama"))
+    np.testing.assert_array_equal(back.predict_proba(TEXTS), fitted.predict_proba(TEXTS))
+    for name in ("blocks_", "label_weight_", "chosen", "layer_", "C_"):
+        assert getattr(back, name) == getattr(fitted, name)
+    path = tmp_path / "palp" / "palp.json"
+    stored = json.loads(path.read_text())
+    del stored["chosen"]["head"], stored["state"]
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="leaves the head open, and chosen.head is missing"):
+        PALPClassifier.from_pretrained(tmp_path / "palp", model("llama"), tokenizer_for("llama"))
+
+
+def test_too_many_rows_to_join_read_the_best_layer(monkeypatch):
+    monkeypatch.setattr(choice, "MOST_ROWS", 39)
+    texts, labels = _tell(60)
+    fitted = PALPClassifier(Blocks()).fit(texts[:40], labels[:40])
+    assert (fitted.layer_, fitted.pooling_) == (2, "mean") and fitted.head_.name == "ridge"
+    assert len(PALPClassifier(Blocks()).fit(texts[:39], labels[:39]).blocks_) == 3
+    shown = PALPClassifier(Blocks(), demonstrations="per-class").fit(texts[:39], labels[:39])
+    assert len(shown.blocks_) == 1, "two rows a text"
+
+
+def test_head_params_of_earlier_versions_name_the_logistic_head():
+    assert palp(head_params={"C": 0.1}).fit(TEXTS, LABELS).head_.name == "logistic"
+    assert palp(head_params={"penalties": [1.0]}).fit(TEXTS, LABELS).head_.name == "ridge"
 
 
 # ---- scikit-learn's company
@@ -380,7 +473,7 @@ def test_the_same_seed_gives_the_same_classifier():
         ({"permutations": 0}, "permutations=0"),
         ({"layer": 99}, "layer=99"),
         ({"pooling": "first"}, "pooling='first' is unknown"),
-        ({"layer": "best"}, "layer='best' must be an integer, or 'auto'"),
+        ({"layer": "worst"}, "layer='worst' must be an integer, 'auto' or 'best'"),
         ({"layer": 1.5}, "layer=1.5 must be an integer"),
         ({"label_words": {"good": " great"}}, "no words for the class 'bad'"),
         ({"label_words": {"good": " great", "bad": " "}}, "must be a text"),
@@ -390,6 +483,8 @@ def test_the_same_seed_gives_the_same_classifier():
             "no sample of it",
         ),
         ({"head": "knn", "head_params": {"p": 1}}, "n_neighbors"),
+        ({"head": "ridge", "head_params": {"C": 1}}, "head='ridge' takes penalties, positive numbers, alone"),
+        ({"head_params": {"penalties": [1, 0]}}, "positive numbers"),
     ],
 )
 def test_bad_arguments(options, message):
