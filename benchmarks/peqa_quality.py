@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import nn
 
 from benchmarks import baselines
@@ -32,15 +32,18 @@ from benchmarks.core.task import Runs, Task, claims_of_each, run_named, tables_o
 from benchmarks.fast_linear import fast_linear
 from benchmarks.tuning import BYTES, Restart, byte_blocks, causal_batches, float_model, sample_blocks, train, trainable
 from peft_ext import PeqaConfig
-from peft_ext.models import load_tokenizer
+from peft_ext.models import DEFAULT_MODEL, load, load_tokenizer
 from peft_ext.perplexity import perplexity
 from peft_ext.text import PYTHON_DOCS, load_text, token_blocks
 
 
+# The integers of the model's own file, with its minimums: nothing is rounded.
+FILE = "file"
 INITIALISATIONS = {
     "minmax": "rounded to nearest",
     "mse": "least squared error",
     "calibrated": "GPTQ on calibration data",
+    FILE: "the GGUF's own integers",
 }
 LEARNING_RATES = {
     "LoRA": (1e-3, 2e-3, 4e-3),
@@ -88,8 +91,10 @@ class Row:
 
 
 def rows_of(run: Run) -> list[Row]:
-    """The rows of an experiment: those whose title contains one of its `only`, or all."""
-    return [row for row in all_rows() if not run.only or any(part in row.title for part in run.only)]
+    """The rows of an experiment: those whose title contains one of its `only`, or all; a file's own integers where there
+    is a file that has any."""
+    rows = [row for row in all_rows() if not run.only or any(part in row.title for part in run.only)]
+    return rows if run.model == DEFAULT_MODEL else [row for row in rows if row.init_method != FILE]
 
 
 def all_rows() -> list[Row]:
@@ -98,6 +103,7 @@ def all_rows() -> list[Row]:
     rows = [Row("Float, untouched", tuned=False), Row("LoRA")]
     for bits, group in ((4, 64), (3, -1), (2, 64)):
         rows += _with_and_without_tuning(bits, group, "calibrated")
+    rows += _with_and_without_tuning(4, 32, FILE)
     rows += [Row("LoRA, then quantised", bits, group, "minmax", False) for bits in widths for group in groups]
     rows += [Row("QLoRA", 4, 64)]
     for bits, group in ((4, -1), (3, 64), (2, -1)):
@@ -197,7 +203,10 @@ class Bench:
         form = (row.bits, row.group_size, row.init_method)
         if self.current[0] != form:
             self.current = (None, None)  # frees the last one first
-            model = baselines.quantized(copy.deepcopy(self.float_model), row.config(), self.data.calibration)
+            if row.init_method == FILE:
+                model = get_peft_model(load(named(self.run.model), dtype=torch.float32, packed=True), PeqaConfig())
+            else:
+                model = baselines.quantized(copy.deepcopy(self.float_model), row.config(), self.data.calibration)
             self.current = (form, model)
         return self.current[1]
 
@@ -358,6 +367,11 @@ def claims(run: Run) -> list[Claim]:
         Claim("PEQA, 3 bits, per channel, over the untouched float model", ratio(run, PEQA[3, -1], FLOAT), 1.0),
         Claim("PEQA, 2 bits, group 64, over the untouched float model", ratio(run, PEQA[2, 64], FLOAT), 1.4),
     ]
+    if run.model == DEFAULT_MODEL:
+        own = Row("PEQA", 4, 32, FILE)
+        found.append(Claim("PEQA on the file's own 4 bits over LoRA float", ratio(run, own, LORA), 1.03))
+        untouched = Row("Quantised", 4, 32, FILE, False)
+        found.append(Claim("The file's own integers over the untouched model", ratio(run, untouched, FLOAT), 1.0001))
     for row in rows_of(run):
         if row.method == "LoRA, then quantised":
             found.append(Claim(f"PEQA over {row.title}", ratio(run, PEQA[row.bits, row.group_size], row), 1.0))
