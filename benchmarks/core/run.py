@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -133,11 +134,21 @@ class Run:
 
     @property
     def work(self) -> Path:
-        """A folder for what rows hand to later rows; made, and emptied of what was made under other settings."""
+        """A folder for what rows hand to later rows; made anew under other settings: what was made under the earlier ones, which
+        may be hours of work, is set aside at full size."""
         folder = self.path.with_suffix(".work")
         record = folder / "settings.json"
-        if record.is_file() and json.loads(record.read_text(encoding="utf-8")) != self.settings:
-            shutil.rmtree(folder)
+        if record.is_file() and (other := differences(json.loads(record.read_text(encoding="utf-8")), self.settings)):
+            if self.size == FULL:
+                aside = next(
+                    path
+                    for number in itertools.count(1)
+                    if not (path := folder.with_name(f"{folder.stem}.earlier-{number}.work")).exists()
+                )
+                folder.rename(aside)
+                log(f"{folder} was made under other settings ({other[0]}); it is {aside.name} now.")
+            else:
+                shutil.rmtree(folder)
         if not record.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             write_json(record, self.settings)

@@ -260,8 +260,13 @@ def test_what_only_the_full_size_has_is_said(configs, tmp_path, capsys, monkeypa
     assert "| full size only | at most 5 | - |" in line and "not measured" not in line
 
 
-def test_what_was_made_under_other_settings_is_not_taken(tmp_path):
+def test_what_was_made_under_other_settings_is_not_taken(tmp_path, capfd):
     run = Run("steps", "one", {"steps": 2}, folder=tmp_path)
     (run.work / "critic").write_text("of two steps")
     assert (Run("steps", "one", {"steps": 2}, folder=tmp_path).work / "critic").is_file()
     assert not (Run("steps", "one", {"steps": 3}, folder=tmp_path).work / "critic").exists()
+    # hours of work, perhaps: at full size they are set aside, and every time
+    assert (tmp_path / "steps" / "one.earlier-1.work" / "critic").read_text() == "of two steps"
+    assert "settings (steps: was 2, is 3); it is one.earlier-1.work now" in capfd.readouterr().err
+    assert Run("steps", "one", {"steps": 2}, folder=tmp_path).work.is_dir()
+    assert (tmp_path / "steps" / "one.earlier-2.work").is_dir()
