@@ -296,6 +296,17 @@ def note_measured(model: Any, what: str, **figures: float) -> None:
     known.setdefault(what, {}).update(figures)
 
 
+def note_fact(model: Any, name: str, value: str) -> None:
+    """Keep a line of the facts for the cards that are written of this model, such as what it was distilled from."""
+    base: Any = unwrapped(model)
+    vars(base).setdefault("_facts", {})[name] = value
+
+
+def facts_of(model: Any) -> dict[str, str]:
+    """What [`note_fact`] kept."""
+    return dict(vars(unwrapped(model)).get("_facts", {}))
+
+
 def measured_of(model: Any) -> dict[str, dict[str, float]]:
     """What [`note_measured`] kept."""
     return {what: dict(row) for what, row in vars(unwrapped(model)).get("_measured", {}).items()}
@@ -364,11 +375,16 @@ def _lineage(name: Optional[str], token: Any, online: bool) -> tuple[Optional[st
         return name, _license_in(_cached_card(name, token, online))
     if name.endswith(".gguf"):
         return None, _gguf_license(name)
-    data = _metadata(Path(name) / README)
+    return base_in_card(name), _license_in(_metadata(Path(name) / README))
+
+
+def base_in_card(name: str) -> Optional[str]:
+    """The hub id of what a model in a folder or on the hub was made from, as its card has it; None if it doesn't say."""
+    data = _cached_card(name, None, False) if is_hub_id(name) else _metadata(Path(name).expanduser() / README)
     made_from = data.get("base_model")
     if isinstance(made_from, list):
         made_from = made_from[0] if made_from else None
-    return made_from if isinstance(made_from, str) and is_hub_id(made_from) else None, _license_in(data)
+    return made_from if isinstance(made_from, str) and is_hub_id(made_from) else None
 
 
 def _cached_card(name: str, token: Any, online: bool) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from peft_ext.model_card import (
     BaseModel,
     Card,
     base_model,
+    facts_of,
     is_spread,
     measured_of,
     write_card,
@@ -116,6 +117,7 @@ def adapter_card(
     changed = _changed_fields(config)
     if changed:
         facts["settings"] = ", ".join(f"`{name}={value!r}`" for name, value in changed.items())
+    facts.update(facts_of(model))
     what = _TRAINED.get(method, "what its method adds")
     text = f"An adapter for {base}: the base stays as it is, trained were {what}."
     missing = _needs_saved_base(config, base, packed)
@@ -163,6 +165,7 @@ def packed_card(model: PreTrainedModel, tokenizer_here: bool = False, token: Any
     digest = codes_digest(model)
     if digest is not None:
         facts["codes"] = f"`{digest}`"
+    facts.update(facts_of(model))
     stock = "Without peft-ext these files can't be loaded."
     if stored == "compressed-tensors":
         into = " into float layers" if getattr(method, "dequantize", False) else ", too"

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from peft_ext.distillation.trainer import DistillationMixin
 from peft_ext.examples import IGNORED, Example, Examples
 from peft_ext.language_model import check_tokens, device_of, inference
 from peft_ext.peqa import PeqaConfig
@@ -79,7 +80,11 @@ class TuneTrainingArguments(SFTConfig):
 
 
 def sft_trainer(
-    model: nn.Module, args: TuneTrainingArguments, data: Examples, tokenizer: PreTrainedTokenizerBase
+    model: nn.Module,
+    args: TuneTrainingArguments,
+    data: Examples,
+    tokenizer: PreTrainedTokenizerBase,
+    distillation: Optional[dict[str, Any]] = None,
 ) -> SFTTrainer:
     """An SFTTrainer on examples, whose loss has been compared with the model's own.
 
@@ -88,6 +93,7 @@ def sft_trainer(
         args: Of the run; what only concerns the making of examples is taken out of it.
         data: The training examples; see [`check_packing`].
         tokenizer: The model's.
+        distillation: Arguments of [`DistillationMixin`], whose loss is the model's own; None: nothing is distilled.
 
     Returns:
         The trainer; of a model whose loss TRL's fused output layer doesn't get right, one that takes the model's own, with a
@@ -104,12 +110,20 @@ def sft_trainer(
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)  # masked, so any token does
     columns = {name: [getattr(example, name) for example in data.examples] for name in Example._fields}
     train_dataset = Dataset.from_dict(columns)
+    if distillation is not None:
+        return _DistilledTrainer(
+            model=model, args=args, train_dataset=train_dataset, processing_class=tokenizer, **distillation
+        )
     trainer = SFTTrainer(model=model, args=args, train_dataset=train_dataset, processing_class=tokenizer)
     why = _wrong_loss(trainer, data.examples)
     if why is None:
         return trainer
     logger.warning("%s, so it is trained on its own.", why)
     return _OwnLossTrainer(model=model, args=args, train_dataset=train_dataset, processing_class=tokenizer)
+
+
+class _DistilledTrainer(DistillationMixin, SFTTrainer):
+    """SFTTrainer towards a teacher."""
 
 
 class _OwnLossTrainer(SFTTrainer):

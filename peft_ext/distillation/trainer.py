@@ -30,6 +30,21 @@ from peft_ext.language_model import is_causal, text_config, unwrapped
 logger = logging.getLogger(__name__)
 
 
+def check_no_other_loss(args: Any) -> None:
+    """Refuse a loss among a trainer's arguments that distillation would replace.
+
+    Raises:
+        ValueError: Names it.
+    """
+    smoothing, kind = args.label_smoothing_factor, getattr(args, "loss_type", "nll")
+    for name, value, other in (
+        ("label_smoothing_factor", smoothing, bool(smoothing)),
+        ("loss_type", kind, kind not in ("nll", "chunked_nll")),
+    ):
+        if other:
+            raise ValueError(f"{name}={value!r} is another loss than distillation's; leave it out, or distil nothing.")
+
+
 class DistillationMixin:
     """Makes a trainer minimise `(1 - distill) * cross_entropy + distill * temperature**2 * KL(teacher || student)`.
 
@@ -92,17 +107,10 @@ class DistillationMixin:
             self.model_accepts_loss_kwargs = True
 
     def _check(self) -> None:
-        """Refuse what another loss than ours would be needed for."""
-        unsupported = {
-            "label_smoothing_factor": self.args.label_smoothing_factor or None,
-            "compute_loss_func": getattr(self, "compute_loss_func", None),
-            "loss_type": getattr(self.args, "loss_type", "nll") if self._is_other_loss() else None,
-        }
-        for name, value in unsupported.items():
-            if value is not None:
-                raise ValueError(
-                    f"{name}={value!r} is another loss than distillation's; leave it out, or pass distill=0."
-                )
+        """Refuse what another loss than ours, or another process, would be needed for."""
+        check_no_other_loss(self.args)
+        if getattr(self, "compute_loss_func", None) is not None:
+            raise ValueError("compute_loss_func is another loss than distillation's; leave it out, or pass distill=0.")
         if not is_causal(self.accelerator.unwrap_model(self.model)):
             raise ValueError(
                 f"distillation is for causal language models; the model is a {type(self.model).__name__}."
@@ -112,9 +120,6 @@ class DistillationMixin:
                 f"distillation runs one process for each device, and here one has {self.args.n_gpu}; start it with "
                 "`accelerate launch`, or show it one device (CUDA_VISIBLE_DEVICES)."
             )
-
-    def _is_other_loss(self) -> bool:
-        return getattr(self.args, "loss_type", "nll") not in ("nll", "chunked_nll")
 
     def prepare_teacher(self) -> None:
         """Load the teacher, or make its distributions on disk; `train` does it by itself."""
