@@ -7,7 +7,7 @@ Nothing is loaded: the model is built, trained for a step and made to generate o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Optional
 
 import torch
@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from peft_ext import AlphaTuningConfig, PeqaConfig
 from peft_ext.command_line import parse, show
+from peft_ext.distillation.cached_logits import DEFAULT_TOP_K
 from peft_ext.memory.estimate import (
     ServingMemory,
     TuningMemory,
@@ -24,7 +25,7 @@ from peft_ext.memory.estimate import (
     tuning_memory,
     vllm_memory,
 )
-from peft_ext.memory.trace import OPTIMIZERS, Generation, TrainingStep, check_positive
+from peft_ext.memory.trace import LIVE, OPTIMIZERS, Generation, TrainingStep, check_positive
 from peft_ext.models import DEFAULT_MODEL, DTYPES, load_config
 from peft_ext.tables import aligned, mebibytes
 
@@ -65,6 +66,14 @@ class PlanArguments:
         default=False, metadata={"help": "Keep the inputs of blocks only and compute the rest again."}
     )
     optim: str = field(default="adamw_torch", metadata={"help": f"Optimiser: {' or '.join(OPTIMIZERS)}."})
+    distill: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "Of peqa and alphatuning: towards a teacher whose logits are on disk (cached), or that runs on the same "
+            "device (live)."
+        },
+    )
+    teacher_top_k: int = field(default=DEFAULT_TOP_K, metadata={"help": "Of cached: tokens that are kept for each."})
     batch_size: int = field(default=1, metadata={"help": "Sequences served at once."})
     context_length: int = field(default=1024, metadata={"help": "Tokens of a sequence that is served."})
 
@@ -79,7 +88,10 @@ def main(argv: Sequence[str]) -> None:
     dtype = _dtype(args.dtype, config)
     for name in ("max_length", "context_length"):
         check_length(config, name, getattr(args, name))
-    tuning = {name: tuning_memory(config, method, dtype, step, args.gpus) for name, method in methods.items()}
+    tuning = {
+        name: tuning_memory(config, method, dtype, step if _packs(method) else replace(step, distill=None), args.gpus)
+        for name, method in methods.items()
+    }
     serving = _serving(args, config, dtype, methods, generation)
     show(_plain(args, dtype, tuning, serving), _text(args, dtype, tuning, serving))
 
@@ -96,6 +108,10 @@ def _peft_config(args: PlanArguments, method: str) -> Optional[PeftConfig]:
     if method == "full":
         return None
     raise ValueError(f"method={method!r} is unknown; choose some of {METHODS}.")
+
+
+def _packs(peft_config: Optional[PeftConfig]) -> bool:
+    return isinstance(peft_config, (PeqaConfig, AlphaTuningConfig))
 
 
 def _dtype(name: str, config: PretrainedConfig) -> torch.dtype:
@@ -115,7 +131,7 @@ def _serving(
     """By what is served: the packed models, and the float one that LoRA and full fine-tuning end in."""
     found: dict[str, ServingMemory] = {}
     for method, peft_config in methods.items():
-        packs = isinstance(peft_config, (PeqaConfig, AlphaTuningConfig))
+        packs = _packs(peft_config)
         name = f"{method}, {args.bits} bits" if packs else f"float ({str(dtype).removeprefix('torch.')})"
         if name in found:
             continue
@@ -132,6 +148,8 @@ def _text(
     rows = [["tuning", "trained", "weights", "gradients", "optimizer", "activations", "total"]]
     if args.gpus > 1:
         rows[0].insert(-1, "gathered")
+    if args.distill == LIVE:
+        rows[0].insert(-1, "teacher")
     for name, memory in tuning.items():
         sizes = [_size(getattr(memory, column)) for column in rows[0][2:]]
         rows.append([name, f"{memory.trained:,}", *sizes])
@@ -147,6 +165,11 @@ def _text(
         f"{', gradient checkpointing' if args.gradient_checkpointing else ''}. total: at its worst moment, less "
         "than the sum, since gradients come as activations go."
     )
+    if args.distill is not None:
+        where = "on the same device" if args.distill == LIVE else f"on disk, {args.teacher_top_k} tokens of each"
+        training += (
+            f" peqa and alphatuning towards a teacher {where}, logits in pieces; the others by the model's own loss."
+        )
     generating = (
         f"Serving {args.batch_size} x {args.context_length} tokens at once, by transformers on one device, each prompt in "
         "one piece."

@@ -100,6 +100,8 @@ def output_head(model: nn.Module) -> Optional[OutputHead]:
         head = OutputHead(model)
         if not head.fewest_logits():
             return None
+        if device_of(model).type == "meta":  # nothing to compare
+            return head
         tokens = torch.arange(4, device=device_of(model))[None] % max(1, head.base.config.get_text_config().vocab_size)
         with inference(model):
             expected = model(input_ids=tokens, use_cache=False).logits[0].float()

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from peft_ext.distillation.loss import Objective, Sums, Teaching, distillation_loss
 from peft_ext.distillation.output_head import OutputHead
-from peft_ext.distillation.teacher import supervised
+from peft_ext.distillation.teacher import chosen, supervised
 from peft_ext.examples import IGNORED
 
 
@@ -49,7 +49,8 @@ def student_pass(
         targets = F.pad(labels.to(states.device), (states.shape[1] - labels.shape[1], 0), value=IGNORED)
         kept = supervised(targets)
         parameters = () if head is None else head.parameters()
-        sums = distillation_loss(states[:, :-1][kept], targets[:, 1:][kept], teaching, objective, head, parameters)
+        read, right = chosen(states[:, :-1], kept), chosen(targets[:, 1:], kept)
+        sums = distillation_loss(read, right, teaching, objective, head, parameters)
         found[:] = [sums, kept.sum()]
         return sums.loss
 

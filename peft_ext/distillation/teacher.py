@@ -28,6 +28,11 @@ def supervised(labels: torch.Tensor) -> torch.Tensor:
     return labels[:, 1:] != IGNORED
 
 
+def chosen(values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Of values `[batch, tokens, ...]`, those of the tokens that are kept; on the meta device, where which isn't known, all."""
+    return values.flatten(0, 1) if values.is_meta else values[kept]
+
+
 class LiveTeacher:
     """A model whose distributions are computed for each batch.
 
@@ -57,7 +62,7 @@ class LiveTeacher:
         if not self._compared:
             self._head, self._compared = output_head(self.model), True
         device = device_of(self.model)
-        chosen = supervised(inputs["labels"]).to(device)
+        kept = supervised(inputs["labels"]).to(device)
         batch = {
             name: value.to(device) if isinstance(value, torch.Tensor) else value
             for name, value in inputs.items()
@@ -66,9 +71,9 @@ class LiveTeacher:
         batch["use_cache"] = False
         with inference(self.model):
             if self._head is None:
-                return LiveTeaching(self, self.model(**batch).logits[:, :-1][chosen])
+                return LiveTeaching(self, chosen(self.model(**batch).logits[:, :-1], kept))
             batch.pop("use_cache")
-            return LiveTeaching(self, self._head.states_of(self.model, batch)[:, :-1][chosen])
+            return LiveTeaching(self, chosen(self._head.states_of(self.model, batch)[:, :-1], kept))
 
     @torch.no_grad()
     def log_probs(self, states: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 
 from peft_ext.checkpoint.pack_quantized import VLLM_BITS, can_store
 from peft_ext.memory.trace import (
+    LIVE,
     Generation,
     TrainingStep,
     check_positive,
@@ -38,6 +39,7 @@ class TuningMemory:
         gathered: Under FSDP, whole parameters and gradients; see [`gathered_bytes`].
         total: At the worst moment. Gradients come as activations go, so it is less than the sum.
         trained: Trained numbers of the whole model.
+        teacher: The weights of a teacher that runs on the device, whole on each.
     """
 
     weights: int
@@ -47,6 +49,7 @@ class TuningMemory:
     gathered: int
     total: int
     trained: int
+    teacher: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,9 @@ def tuning_memory(
     weights = _weights(model, gpus)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gathered = gathered_bytes(model) if gpus > 1 else 0
-    trace = trace_training(model, step)
+    teacher = empty_model(config, dtype) if step.distill == LIVE else None
+    trace = trace_training(model, step, teacher)
+    of_teacher = 0 if teacher is None else _bytes([*teacher.parameters(), *teacher.buffers()])
     states = sum(sharded_bytes(state, gpus) for state in trace.states)
     moments = [math.ceil(gradients / gpus) + made + gathered for gradients, made in trace.backward.items()]
     # the optimiser works on shards alone, and what it makes is of their size
@@ -100,8 +105,9 @@ def tuning_memory(
         optimizer=states,
         activations=max(trace.backward.values()),
         gathered=gathered,
-        total=weights + states + max(moments),
+        total=weights + states + max(moments) + of_teacher,
         trained=sum(parameter.numel() for parameter in trained),
+        teacher=of_teacher,
     )
 
 

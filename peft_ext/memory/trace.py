@@ -16,6 +16,11 @@ from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from peft_ext.distillation.cached_logits import DEFAULT_TOP_K, CachedTeaching
+from peft_ext.distillation.loss import Objective
+from peft_ext.distillation.output_head import output_head
+from peft_ext.distillation.student import student_pass
+from peft_ext.distillation.teacher import LiveTeacher
 from peft_ext.language_model import unwrapped
 from peft_ext.memory.tracker import ACTIVATIONS, GRADIENTS, STATES, WEIGHTS, AllocationTracker, FusedAttention
 from peft_ext.quant.conversion import packed_layers
@@ -30,12 +35,19 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
+# Where a teacher is: its likeliest tokens on disk, or it runs on the same device.
+CACHED, LIVE = "cached", "live"
+TEACHERS = (CACHED, LIVE)
+
+
 @dataclass(frozen=True)
 class TrainingStep:
     """What a training step does, in the words of transformers' TrainingArguments; `max_length` in TRL's.
 
+    `distill` says where a teacher is, `"cached"` or `"live"`; None: there is none. `teacher_top_k` is of a cached one.
+
     Raises:
-        ValueError: If a number is below 1, or the optimiser is unknown.
+        ValueError: If a number is below 1, or the optimiser or the teacher's place is unknown.
     """
 
     per_device_train_batch_size: int = 4
@@ -43,9 +55,13 @@ class TrainingStep:
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
     optim: str = "adamw_torch"
+    distill: Optional[str] = None
+    teacher_top_k: int = DEFAULT_TOP_K
 
     def __post_init__(self) -> None:
-        names = ("per_device_train_batch_size", "max_length", "gradient_accumulation_steps")
+        if self.distill is not None and self.distill not in TEACHERS:
+            raise ValueError(f"distill={self.distill!r} is unknown; choose one of {TEACHERS}.")
+        names = ("per_device_train_batch_size", "max_length", "gradient_accumulation_steps", "teacher_top_k")
         check_positive(**{name: getattr(self, name) for name in names})
         if self.optim not in OPTIMIZERS:
             raise ValueError(f"optim={self.optim!r} is unknown; choose one of {tuple(OPTIMIZERS)}.")
@@ -130,10 +146,15 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype, peft_config: Optio
     return get_peft_model(model, peft_config)
 
 
-def trace_training(model: Any, step: TrainingStep) -> TrainingTrace:
+def trace_training(model: Any, step: TrainingStep, teacher: Optional[nn.Module] = None) -> TrainingTrace:
     """Train a model on the meta device for two steps; the peaks are the second's, when the optimiser has its states.
 
-    The loss is the model's own, on rows without padding, as transformers' Trainer computes it.
+    The loss is the model's own, on rows without padding, as transformers' Trainer computes it; or distillation's, in pieces.
+
+    Args:
+        model: The student.
+        step: What a step does.
+        teacher: For `step.distill == "live"`; its weights aren't in the trace.
 
     Raises:
         ValueError: If the model can't run without data.
@@ -148,13 +169,16 @@ def trace_training(model: Any, step: TrainingStep) -> TrainingTrace:
     optimizer = OPTIMIZERS[step.optim](trained, lr=1e-3)
     tokens = _tokens(step.per_device_train_batch_size, step.max_length)
     states: list[torch.Tensor] = []
+    loss_of = _own_loss if step.distill is None else _distillation(model, step, teacher)
     with _tracked(model) as tracker:
+        if teacher is not None:
+            tracker.assign([*teacher.parameters(), *teacher.buffers()], WEIGHTS)
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(lambda p: tracker.assign([p.grad], GRADIENTS))
         for _ in range(2):
             tracker.take_peaks()
             for _ in range(min(step.gradient_accumulation_steps, 2)):  # a third one would need what the second does
-                model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+                loss_of(model, tokens).backward()
             backward = tracker.take_peaks()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -163,6 +187,30 @@ def trace_training(model: Any, step: TrainingStep) -> TrainingTrace:
             states = [value for value in values if isinstance(value, torch.Tensor) and value.is_meta]
             tracker.assign(states, STATES)
     return TrainingTrace(backward, update, states)
+
+
+def _own_loss(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+
+def _distillation(
+    model: Any, step: TrainingStep, teacher: Optional[nn.Module]
+) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    head, live = output_head(model), None if teacher is None else LiveTeacher(teacher)
+
+    def loss_of(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+        inputs = {"input_ids": tokens, "labels": tokens}
+        if live is not None:
+            teaching: Any = live.of(inputs)
+        else:
+            count = tokens.shape[0] * (tokens.shape[1] - 1)
+            log_probs = torch.empty(count, step.teacher_top_k + 1, device="meta")
+            teaching = CachedTeaching(
+                log_probs, torch.empty(count, step.teacher_top_k, dtype=torch.long, device="meta")
+            )
+        return student_pass(model, inputs, teaching, Objective(), head).sums.loss
+
+    return loss_of
 
 
 @torch.no_grad()

@@ -139,3 +139,15 @@ def test_mistakes_end_in_one_line(mistake, message, config_file, tmp_path, capsy
     assert main(["plan", "--model", config_file, *SMALL, *mistake]) == 2
     error = capsys.readouterr().err
     assert "peft-ext plan: error:" in error and message in error and "Traceback" not in error
+
+
+def test_distillation(config_file, plain, capsys):
+    """Of the methods on packed weights; a live teacher has a column."""
+    live = _planned(capsys, config_file, "--method", "peqa", "full", "--distill", "live")
+    assert live["tuning"]["peqa"]["teacher"] > 0 and live["tuning"]["full"] == plain["tuning"]["full"]
+    assert main(["plan", config_file, *SMALL, "--distill", "live"]) == 0
+    assert " teacher " in capsys.readouterr().out
+    assert main(["plan", config_file, *SMALL, "--distill", "cached"]) == 0
+    assert "towards a teacher on disk, 64 tokens of each, logits in pieces" in capsys.readouterr().out
+    assert main(["plan", config_file, *SMALL, "--distill", "yes"]) == 2
+    assert "distill='yes' is unknown" in capsys.readouterr().err

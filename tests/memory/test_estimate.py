@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig
 
 from peft_ext import AlphaTuningConfig, PeqaConfig
 from peft_ext.checkpoint.pack_quantized import compress
@@ -171,3 +173,38 @@ def test_bad_numbers():
         serving_memory(config, None, torch.float32, Generation(context_length=65))
     with pytest.raises(ValueError, match="layers.0.*group_size=24 does not divide"):
         tuning_memory(config, PeqaConfig(group_size=24), torch.float32, STEP)
+
+
+@pytest.mark.parametrize("teacher", ["cached", "live"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_distillation_in_pieces(name, teacher):
+    """Logits on disk cost next to nothing, and the batch's logits in float32 go; a live teacher's weights are there whole."""
+    config, method = tiny(name).config, METHODS["peqa"]()
+    config.vocab_size = 5000
+    step = TrainingStep(per_device_train_batch_size=8, max_length=16)
+    own, towards = (tuning_memory(config, method, torch.float32, each) for each in (step, replace(step, distill=teacher)))
+    teachers = tuning_memory(config, None, torch.float32, step).weights if teacher == "live" else 0
+    assert towards.teacher == teachers and own.teacher == 0
+    assert towards.weights == own.weights and towards.optimizer == own.optimizer
+
+
+def test_a_step_towards_logits_on_disk_takes_less_than_loras():
+    """At a billion parameters: beside LoRA by the model's own loss, and beside LoRA without one batch's logits."""
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        tie_word_embeddings=True,
+        max_position_embeddings=1024,
+    )
+    step = TrainingStep(per_device_train_batch_size=4, max_length=1024)
+    cached = replace(step, distill="cached")
+    peqa, lora = PeqaConfig(bits=4), LoraConfig(r=8, target_modules="all-linear")
+    towards = tuning_memory(config, peqa, torch.bfloat16, cached)
+    assert towards.total < 0.7 * tuning_memory(config, lora, torch.bfloat16, step).total
+    assert towards.total < 0.8 * tuning_memory(config, lora, torch.bfloat16, cached).total
+    with pytest.raises(ValueError, match="distill='disk' is unknown"):
+        TrainingStep(distill="disk")
