@@ -1,5 +1,5 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""Every command of docs/tune.md, in one process: in processes of their own, they import TRL seventeen times."""
+"""Every command of docs/tune.md and docs/distillation.md, in one process: in processes of their own, they import TRL seventeen times."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def page(tmp_path, monkeypatch):
     for block in found:
         if block.language == "python":
             exec(block.code.replace(_MODEL, "model"), {})
-    return found
+    return [*found, *(block for block in blocks(ROOT / "docs" / "distillation.md") if block.language == "bash")]
 
 
 def test_the_commands_run(page, tmp_path, capsys):
@@ -37,9 +37,10 @@ def test_the_commands_run(page, tmp_path, capsys):
     for line in lines:
         extra = ["--use_cpu", "True", "--disable_tqdm", "True"] if line.startswith("peft-ext tune") else []
         assert main([*shlex.split(line)[1:], *extra]) == 0, f"{line}\n{capsys.readouterr().err[-2000:]}"
-    assert len(lines) == 17
+    assert len(lines) == 21
     shapes = {
         run.name: json.loads((run / "metrics.json").read_text())["shape"] for run in (tmp_path / "runs").iterdir()
     }
+    assert {run.name for run in (tmp_path / "runs").iterdir()} >= {"towards", "cached", "healed"}
     assert shapes["chats"] == shapes["lora"] == "messages" and shapes["notes"] == "text"
     assert shapes["pairs"] == shapes["talks"] == shapes["questions"] == shapes["splits"] == "prompt/completion"

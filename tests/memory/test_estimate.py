@@ -182,7 +182,9 @@ def test_distillation_in_pieces(name, teacher):
     config, method = tiny(name).config, METHODS["peqa"]()
     config.vocab_size = 5000
     step = TrainingStep(per_device_train_batch_size=8, max_length=16)
-    own, towards = (tuning_memory(config, method, torch.float32, each) for each in (step, replace(step, distill=teacher)))
+    own, towards = (
+        tuning_memory(config, method, torch.float32, each) for each in (step, replace(step, distill=teacher))
+    )
     teachers = tuning_memory(config, None, torch.float32, step).weights if teacher == "live" else 0
     assert towards.teacher == teachers and own.teacher == 0
     assert towards.weights == own.weights and towards.optimizer == own.optimizer
