@@ -151,7 +151,7 @@ def _heal(
     examples = data.train.examples[: args.distill_steps * args.distill_batch_size]
     student, seconds = healed(
         load(str(run.path("base"))),
-        FORMATS[args.format],
+        type(config),
         examples,
         run.path("checkpoints"),
         tokenizer=tokenizer,

@@ -1,5 +1,5 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""Every command of docs/tune.md and docs/distillation.md, in one process: in processes of their own, they import TRL seventeen times."""
+"""Every command of docs/tune.md and docs/distillation.md, in one process: alone, each imports TRL anew."""
 
 from __future__ import annotations
 
