@@ -74,7 +74,9 @@ def _format(kind: str, always: tuple[str, ...], /, **fields: Field) -> JsonForma
 
 # By `peft_type`.
 CONFIGS: dict[str, JsonFormat] = {
-    "PEQA": _format("PEQA", (), **_SCALES, sym=truth().or_null(), zero=text().or_null(), keep_product=truth()),
+    "PEQA": _format(
+        "PEQA", (), **_SCALES, sym=truth().or_null(), zero=text().or_null(), trained=text(), keep_product=truth()
+    ),
     "ALPHATUNING": _format("ALPHATUNING", (), **_SCALES, trained_alphas=text()),
     "BOTTLENECK": _format(
         "BOTTLENECK",
@@ -94,6 +96,9 @@ LAYERS: dict[str, dict[str, Tensor]] = {
             FLOATS, ("out", "groups"), **_RANGE, note="plain scales, whatever the parametrisation in training was"
         ),
         "peqa_codes": _CODES,
+        "peqa_zero_point": Tensor(
+            FLOATS, ("out", "groups"), optional=True, **_RANGE, note="zero points, where `trained` says that they are"
+        ),
     },
     "ALPHATUNING": {
         "alphatuning_scale": Tensor(FLOATS, ("out", "groups", "trained alphas"), **_RANGE, note="plain alphas"),

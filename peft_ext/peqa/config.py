@@ -12,6 +12,9 @@ from peft_ext.quant.formats import NumberFormat, Uniform
 from peft_ext.scale_tuning.config import ScaleTuningConfig
 
 
+TRAINED = ("scales", "scales+zeros")
+
+
 @dataclass
 class PeqaConfig(ScaleTuningConfig):
     """
@@ -45,6 +48,10 @@ class PeqaConfig(ScaleTuningConfig):
             What the optimiser sees. `"relative"`: scale = s0 * (1 + delta), so that one learning rate (about 1e-2)
             suits every model and width; `"log"`: scale = s0 * exp(delta); `"absolute"`: scale = s0 + delta, the
             paper's, whose learning rate depends on the model. Adapter files hold plain scales in every case.
+        trained (`str`, *optional*, defaults to `"scales"`):
+            What is trained of a layer: `"scales"`, as in the paper; or `"scales+zeros"`, zero points as well (as MLX's DWQ
+            trains scales and biases): zero point = z0 + delta, in steps of the grid, for twice as many parameters. The base
+            may have zero points of either kind; once the adapter is merged, they are floats.
         target_modules (`Union[List[str], str]`, *optional*):
             The names of the modules to quantise, or a regular expression. Only `nn.Linear` and transformers' `Conv1D`
             are supported. Default: `"all-linear"`, every linear layer but the output layer, of a model that
@@ -91,6 +98,9 @@ class PeqaConfig(ScaleTuningConfig):
         default=Uniform.default_method,
         metadata={"help": "Where the integers come from: 'minmax', 'mse' or 'calibrated' (call calibrate first)."},
     )
+    trained: str = field(
+        default="scales", metadata={"help": "What is trained: 'scales', or 'scales+zeros', zero points as well."}
+    )
     keep_product: bool = field(
         default=False,
         metadata={"help": "Keep each layer's unscaled product for the backward instead of its output."},
@@ -99,6 +109,13 @@ class PeqaConfig(ScaleTuningConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType.PEQA
+        if self.trained not in TRAINED:
+            raise ValueError(f"trained={self.trained!r} is unknown; choose one of {TRAINED}.")
+
+    @property
+    def trains_zero_points(self) -> bool:
+        """Whether zero points are trained beside the scales."""
+        return self.trained == "scales+zeros"
 
     def number_format(self, bits: int, group_size: int, base: Optional[NumberFormat] = None) -> Uniform:
         """Integers of that width; symmetric as `sym` says, with zero points as `zero` says."""

@@ -9,10 +9,10 @@ from peft_ext.scale_tuning.layer import ScaleTuningLinear
 
 
 class PeqaLinear(ScaleTuningLinear):
-    """A [`PackedLinear`] of uniform integers whose scales adapters replace."""
+    """A [`PackedLinear`] of uniform integers whose scales, and perhaps zero points, adapters replace."""
 
     prefix = "peqa_"
-    adapter_layer_names = ("peqa_delta",)
+    adapter_layer_names = ("peqa_delta", "peqa_zero_delta")
     keep_product = False  # until an adapter asks for it
 
     def update_layer(self, adapter_name: str, config: Any) -> None:

@@ -192,12 +192,14 @@ class PackedLinear(nn.Linear):
         """uint8 codes `[out, in]`."""
         return unpack(self.planes, self.out_features, self.in_features)
 
-    def dequantize(self, scale: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """The float weight `[out, in]`, in the scale's dtype; `scale` stands in for the layer's own."""
+    def dequantize(
+        self, scale: Optional[torch.Tensor] = None, zero_point: Optional[torch.Tensor] = None
+    ) -> torch.Tensor:
+        """The float weight `[out, in]`, in the scale's dtype; `scale` and `zero_point` stand in for the layer's own."""
         scale = (self.scale if scale is None else scale).detach()
         if self.zero_point is None:
             return dequantize_binary(self.codes(), scale)
-        return dequantize(self.codes(), scale, self.zero_point)
+        return dequantize(self.codes(), scale, (self.zero_point if zero_point is None else zero_point).detach())
 
     def fingerprint(self, planes: Optional[torch.Tensor] = None, zero_point: Optional[torch.Tensor] = None) -> int:
         """A 63-bit digest of format, codes and zero points (not of the scales): the identity of the packed weight.
@@ -227,23 +229,31 @@ class PackedLinear(nn.Linear):
         scale: Optional[torch.Tensor] = None,
         keep_product: bool = False,
         trained_planes: Optional[int] = None,
+        zero_point: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
-        """`[..., in] -> [..., out]`; `scale` (a tuner's) stands in for the layer's own, and where there is none, what this
-        call has chosen (see `chosen_scales.py`). See `packed_linear`."""
+        """`[..., in] -> [..., out]`; `scale` and `zero_point` (a tuner's) stand in for the layer's own, and where there is no
+        scale, what this call has chosen (see `chosen_scales.py`). See `packed_linear`."""
         if scale is None:
             found = chosen_scales.product(self, x)
             if found is not None:
                 return found
-        planes, own_scale, zero_point, bias = self._tensors()
+        planes, own_scale, own_zero_point, bias = self._tensors()
+        zero_point = own_zero_point if zero_point is None else zero_point
         weight = (planes, zero_point, self.out_features, self.in_features)  # quicker made than a PackedWeight
         scale = own_scale if scale is None else scale
         return packed_linear(
             _autocast(x), weight, scale, bias, keep_product=keep_product, trained_planes=trained_planes
         )
 
-    def forward_mixed(self, x: torch.Tensor, scales: torch.Tensor, choice: torch.Tensor) -> torch.Tensor:
-        """`[batch, ..., in] -> [batch, ..., out]`, sample `i` with `scales[choice[i]]`; see `mixed_packed_linear`."""
-        return mixed_packed_linear(_autocast(x), self.packed, scales, choice, self.bias)
+    def forward_mixed(
+        self, x: torch.Tensor, scales: torch.Tensor, choice: torch.Tensor, zero_points: Optional[torch.Tensor] = None
+    ) -> torch.Tensor:
+        """`[batch, ..., in] -> [batch, ..., out]`, sample `i` with `scales[choice[i]]`; see `mixed_packed_linear`.
+
+        `zero_points` stand in for the layer's own: `[out, groups]`, or `[n, out, groups]` to go with the scales.
+        """
+        weight = self.packed if zero_points is None else self.packed._replace(zero_point=zero_points)
+        return mixed_packed_linear(_autocast(x), weight, scales, choice, self.bias)
 
     def _tensors(self) -> tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
         # attributes of a module are looked up slowly, four of them in the time of a small product
@@ -283,6 +293,12 @@ class PackedLinear(nn.Linear):
                 )
             if self.sym and zero_point.is_floating_point():
                 raise ValueError("sym=True is of zero points in the middle of the codes, but zero_point is float.")
+
+    def set_zero_point(self, zero_point: torch.Tensor, sym: bool = False) -> None:
+        """Give a layer of integers other zero points `[out, groups]`, uint8 or float, and say whether they are symmetric."""
+        self.sym = sym
+        self._check_shapes(self.planes, self.scale, zero_point)
+        self.zero_point = nn.Parameter(zero_point, requires_grad=False)
 
     def freeze(self) -> None:
         """Make frozen parameters of what a loader has put in their place."""

@@ -3,6 +3,7 @@
 
 <layer>.peqa_scale          float [out, groups]
 <layer>.peqa_codes          int64 [1], see PackedLinear.fingerprint
+<layer>.peqa_zero_point     float [out, groups], where zero points are trained
 
 <layer>.alphatuning_scale   float [out, groups, trained alphas]
 <layer>.alphatuning_codes   int64 [1]
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple, Optional
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
@@ -23,7 +25,9 @@ from peft_ext.scale_tuning.config import BASE, ScaleTuningConfig
 from peft_ext.scale_tuning.layer import ScaleTuningLinear
 
 
-_SCALE, _CODES, _FROZEN, _DELTA = "scale", "codes", "frozen", "delta"  # after the tuner's prefix
+# after the tuner's prefix
+_SCALE, _CODES, _FROZEN, _DELTA = "scale", "codes", "frozen", "delta"
+_ZERO_POINT, _ZERO_DELTA = "zero_point", "zero_delta"
 _PEFT_PREFIX = "base_model.model."
 # Frozen alphas may have been rounded to another dtype, but not tuned; relative to their norm.
 _FROZEN_TOLERANCE = 0.01
@@ -53,7 +57,13 @@ def to_file(
                 result[f"{key}{_FROZEN}.{adapter_name}"] = _projections_of_frozen(base, delta)
         # of a sharded model only one process may come here, so nothing is gathered that is there already
         planes, zero_point = (state_dict.get(f"{name}.base_layer.{part}") for part in ("planes", "zero_point"))
-        codes = torch.tensor([layer.base_layer.fingerprint(planes, zero_point)], dtype=torch.int64)
+        zero_delta = result.pop(f"{key}{_ZERO_DELTA}.{adapter_name}.weight", None)
+        if zero_delta is not None:
+            with torch.no_grad():
+                result[f"{key}{_ZERO_POINT}.{adapter_name}"] = layer.zero_point_for(
+                    zero_delta, zero_point if layer.unmerged_zero_point is None else None
+                )
+        codes = torch.tensor([layer.fingerprint(planes, zero_point)], dtype=torch.int64)
         result[f"{key}{_CODES}.{adapter_name}"] = codes
     return result
 
@@ -71,14 +81,24 @@ def from_file(
     for name, layer in layers.items():
         where = f"adapter {adapter_name!r}, layer {name.removeprefix(_PEFT_PREFIX)!r}"
         own, base = layer.delta(adapter_name), layer.base_scale()
-        fingerprint = layer.base_layer.fingerprint
-        scale = _take_scale(result, f"{name}.{layer.prefix}", fingerprint, base, own.shape, config, where)
-        if scale is None:
+        found = _take(result, f"{name}.{layer.prefix}", layer.fingerprint, base, own.shape, config, where)
+        if found is None:
             continue  # PEFT reports the missing delta
-        delta = layer.delta_of(scale.to(base.device), adapter_name)
+        delta = layer.delta_of(found.scale.to(base.device), adapter_name)
         result[f"{name}.{layer.prefix}{_DELTA}.weight"] = delta.to(own.dtype)
+        if found.zero_point is not None:
+            zero_delta = layer.zero_delta_of(found.zero_point.to(base.device))
+            result[f"{name}.{layer.prefix}{_ZERO_DELTA}.weight"] = zero_delta.to(own.dtype)
     _refuse_other_layers(result, {layer.prefix for layer in layers.values()}, config, adapter_name)
     return result
+
+
+class Plain(NamedTuple):
+    """What a file has for a layer: float `scale` `[out, groups]`, of a binary coding the trained alphas `[out, groups,
+    trained]`; and float `zero_point` `[out, groups]`, or None where zero points aren't trained."""
+
+    scale: torch.Tensor
+    zero_point: Optional[torch.Tensor]
 
 
 def plain_scales(
@@ -87,7 +107,7 @@ def plain_scales(
     fingerprint: Callable[[str], int],
     config: ScaleTuningConfig,
     adapter_name: str,
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Plain]:
     """A file's scales by layer, checked against a packed base that has no tuner layers.
 
     Args:
@@ -97,8 +117,7 @@ def plain_scales(
         config, adapter_name: Of the adapter.
 
     Returns:
-        float `[out, groups]` for each layer that the adapter tunes; of a binary coding the trained alphas `[out,
-        groups, trained]`.
+        [`Plain`] for each layer that the adapter tunes.
 
     Raises:
         ValueError: As [`from_file`], and if the file has no scales, or other tensors beside them.
@@ -108,9 +127,9 @@ def plain_scales(
     for name, base in base_scales.items():
         where = f"adapter {adapter_name!r}, layer {name!r}"
         own = partial(fingerprint, name)
-        scale = _take_scale(left, f"{name}.{prefix}", own, base, config.trained_shape(base.shape), config, where)
-        if scale is not None:
-            found[name] = scale
+        plain = _take(left, f"{name}.{prefix}", own, base, config.trained_shape(base.shape), config, where)
+        if plain is not None:
+            found[name] = plain
     _refuse_other_layers(left, {prefix}, config, adapter_name)
     if not found:
         raise ValueError(f"adapter {adapter_name!r}: its file has no scales ({len(tensors)} other tensors).")
@@ -122,7 +141,7 @@ def plain_scales(
     return found
 
 
-def _take_scale(
+def _take(
     tensors: dict[str, torch.Tensor],
     key: str,
     fingerprint: Callable[[], int],
@@ -130,24 +149,31 @@ def _take_scale(
     trained: Sequence[int],
     config: ScaleTuningConfig,
     where: str,
-) -> torch.Tensor | None:
+) -> Optional[Plain]:
     """Take a layer's entries out of `tensors` and check them; None if it has no scale there."""
     scale, codes, frozen = (_pop(tensors, key + part) for part in (_SCALE, _CODES, _FROZEN))
     if scale is None:
         return None
+    zero_point = _pop(tensors, key + _ZERO_POINT) if config.trains_zero_points else None
     _check_codes(codes, fingerprint, config, where)
     if scale.shape != torch.Size(trained):
         raise ValueError(f"{where}: scales of shape {tuple(scale.shape)}, expected {tuple(trained)}.")
     if not scale.is_floating_point() or not torch.isfinite(scale).all():
         raise ValueError(f"{where}: the scales have NaN or infinity (or aren't float); the file is damaged.")
     _check_frozen(frozen, base, scale, where)
-    return scale
+    if config.trains_zero_points:
+        if zero_point is None or zero_point.shape != base.shape:
+            found = "no zero points" if zero_point is None else f"zero points of shape {tuple(zero_point.shape)}"
+            raise ValueError(f"{where}: {found}, expected {tuple(base.shape)}, since trained={config.trained!r}.")
+        if not zero_point.is_floating_point() or not torch.isfinite(zero_point).all():
+            raise ValueError(f"{where}: the zero points have NaN or infinity (or aren't float); the file is damaged.")
+    return Plain(scale, zero_point)
 
 
 def _refuse_other_layers(
     left: dict[str, torch.Tensor], prefixes: set[str], config: ScaleTuningConfig, adapter_name: str
 ) -> None:
-    endings = tuple(f".{prefix}{key}" for prefix in prefixes for key in (_SCALE, _CODES, _FROZEN))
+    endings = tuple(f".{prefix}{key}" for prefix in prefixes for key in (_SCALE, _CODES, _FROZEN, _ZERO_POINT))
     others = [key for key in left if key.endswith(endings)]
     if others:
         raise ValueError(

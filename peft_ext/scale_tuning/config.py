@@ -120,6 +120,11 @@ class ScaleTuningConfig(TargetConfig):
             group_size = DEFAULT_GROUP_SIZE if base is None else base.group_size
         return self.number_format(bits, group_size, base)
 
+    @property
+    def trains_zero_points(self) -> bool:
+        """Whether zero points are trained beside the scales."""
+        return False
+
     def trained_shape(self, scale_shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of what is trained of a layer's scale: all of it here, `[out, groups(, bits)]`."""
         return tuple(scale_shape)

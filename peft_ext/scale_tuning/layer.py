@@ -17,6 +17,9 @@ from peft_ext.quant.linear import PackedLinear
 from peft_ext.scale_tuning.config import ScaleTuningConfig
 
 
+_NONE = nn.ModuleDict({})  # of tuners without zero points
+
+
 class Mixture:
     """Which adapter each sample of a batch uses; made once for a forward or a whole `generate`, for all layers.
 
@@ -28,7 +31,7 @@ class Mixture:
         self.names = list(dict.fromkeys(adapter_names)) or ["__base__"]
         index = {name: position for position, name in enumerate(self.names)}
         self.choice = torch.tensor([index[name] for name in adapter_names], dtype=torch.int64)
-        self._scales: dict[ScaleTuningLinear, torch.Tensor] = {}
+        self._scales: dict[ScaleTuningLinear, tuple[torch.Tensor, Optional[torch.Tensor]]] = {}
 
     def of_rows(self, samples: torch.Tensor) -> Mixture:
         """The same for rows that are parts of samples, `samples` says of which; stacked scales are shared."""
@@ -36,15 +39,15 @@ class Mixture:
         rows.choice = self.choice[samples.to(self.choice.device)]
         return rows
 
-    def scales_of(self, layer: ScaleTuningLinear) -> torch.Tensor:
-        """The scales of the adapters in one layer `[n, out, groups(, bits)]`."""
+    def scales_of(self, layer: ScaleTuningLinear) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """The scales of the adapters in one layer `[n, out, groups(, bits)]`, and their zero points where any has its own."""
         if layer in self._scales:
             return self._scales[layer]
-        scales = layer.stacked_scales(self.names)
-        if scales[0].numel() == layer.out_features:
+        found = layer.stacked_scales(self.names), layer.stacked_zero_points(self.names)
+        if found[0][0].numel() == layer.out_features:
             # per channel they are little, and stacking them would take as long as a token's product
-            self._scales[layer] = scales
-        return scales
+            self._scales[layer] = found
+        return found
 
 
 class Delta(nn.Module):
@@ -65,26 +68,35 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
     The trained tensor of an adapter is `delta`, zero at the start: scale = s0 * (1 + delta) (relative),
     s0 * exp(delta) (log) or s0 + delta (absolute), with s0 the base layer's scale. `delta` is shaped like the scale,
     `[out, groups]`, or for a binary coding `[out, groups, trained]`, of which the first `trained` alphas are trained.
+
+    An adapter that trains zero points has a second tensor for them, `[out, groups]`: zero point = z0 + delta, whatever the
+    parametrisation of the scale.
     """
 
     prefix: str  # of the tuner's parameters
-    adapter_layer_names: tuple[str, ...]  # `("<prefix>delta",)`
+    adapter_layer_names: tuple[
+        str, ...
+    ]  # `("<prefix>delta",)`, and `"<prefix>zero_delta"` where zero points can be trained
     other_param_names: tuple[str, ...] = ("parametrization",)
 
     base_layer: PackedLinear
     active_adapters: list[str]
-    # while adapters are merged: the base's own scale, so that unmerging is exact
+    # while adapters are merged: the base's own scale and zero point, so that unmerging is exact
     unmerged_scale: Optional[torch.Tensor]
+    unmerged_zero_point: Optional[torch.Tensor]
 
     def __init__(self, base_layer: PackedLinear, adapter_name: str, config: ScaleTuningConfig) -> None:
         super().__init__()
         self.base_layer = base_layer
-        setattr(self, f"{self.prefix}delta", nn.ModuleDict({}))
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ModuleDict({}))
         self.parametrization: dict[str, str] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.register_buffer("unmerged_scale", None, persistent=False)
+        self.register_buffer("unmerged_zero_point", None, persistent=False)
+        self._unmerged_sym = False
         self._active_adapter: str | list[str] = adapter_name
         self.unfrozen: set[str] = set()  # adapters that may require gradients
         self.update_layer(adapter_name, config)
@@ -94,6 +106,11 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
         """The adapters' [`Delta`]s by name."""
         return getattr(self, f"{self.prefix}delta")
 
+    @property
+    def zero_deltas(self) -> nn.ModuleDict:
+        """The [`Delta`]s of zero points by the names of those adapters that train them."""
+        return getattr(self, f"{self.prefix}zero_delta", _NONE)
+
     def holds(self, adapter_name: str) -> bool:
         """Whether the layer has the adapter."""
         return adapter_name in self.deltas
@@ -101,6 +118,11 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
     def delta(self, adapter_name: str) -> torch.Tensor:
         """The trained tensor of one adapter."""
         return self.deltas[adapter_name].weight  # type: ignore[return-value]
+
+    def zero_delta(self, adapter_name: str) -> Optional[torch.Tensor]:
+        """What an adapter adds to the zero points; None if it doesn't train them."""
+        deltas = self.zero_deltas
+        return deltas[adapter_name].weight if adapter_name in deltas else None  # type: ignore[return-value]
 
     def product_options(self) -> dict[str, Any]:
         """What the tuner asks of the layer's product; arguments of [`PackedLinear`]'s forward."""
@@ -111,10 +133,14 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
         scale, dtype = self.base_layer.scale, self.base_layer.compute_dtype
         if config.inference_mode:  # to be loaded, perhaps by who doesn't widen half precision as PEFT does
             dtype = torch.promote_types(dtype, torch.float32)
-        delta = torch.zeros(config.trained_shape(scale.shape), dtype=dtype, device=scale.device)
-        if not config.init_weights:
-            delta.normal_(std=0.1)
-        self.deltas[adapter_name] = Delta(delta)
+        shapes = {f"{self.prefix}delta": config.trained_shape(scale.shape)}
+        if config.trains_zero_points:
+            shapes[f"{self.prefix}zero_delta"] = tuple(scale.shape)
+        for kind, shape in shapes.items():
+            delta = torch.zeros(shape, dtype=dtype, device=scale.device)
+            if not config.init_weights:
+                delta.normal_(std=0.1)
+            getattr(self, kind)[adapter_name] = Delta(delta)
         self.parametrization[adapter_name] = config.parametrization
         self.unfrozen.add(adapter_name)
         BaseTunerLayer._move_adapter_to_device_of_base_layer(self, adapter_name)
@@ -126,10 +152,10 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
         PEFT's own looks at every adapter of a layer: half a second with a thousand of them. The others are frozen already.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        deltas = self.deltas
-        for name in self.unfrozen.union(names):
-            if name in deltas and (delta := self.delta(name)).is_leaf:  # under FSDP1 it may not be one
-                delta.requires_grad_(name in names and not inference_mode)
+        for deltas in (self.deltas, self.zero_deltas):
+            for name in self.unfrozen.union(names):
+                if name in deltas and (delta := deltas[name].weight).is_leaf:  # under FSDP1 it may not be one
+                    delta.requires_grad_(name in names and not inference_mode)
         self.unfrozen.clear()
         if not inference_mode:
             self.unfrozen.update(names)
@@ -143,6 +169,15 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
     def base_scale(self) -> torch.Tensor:
         """The scale of the base layer, whatever is merged into it at the moment."""
         return self.base_layer.scale if self.unmerged_scale is None else self.unmerged_scale
+
+    def base_zero_point(self) -> Optional[torch.Tensor]:
+        """The zero point of the base layer, whatever is merged into it at the moment."""
+        return self.base_layer.zero_point if self.unmerged_zero_point is None else self.unmerged_zero_point
+
+    def fingerprint(self, planes: Optional[torch.Tensor] = None, zero_point: Optional[torch.Tensor] = None) -> int:
+        """As [`PackedLinear.fingerprint`], of the base layer without what is merged into it."""
+        zero_point = zero_point if self.unmerged_zero_point is None else self.unmerged_zero_point
+        return self.base_layer.fingerprint(planes, zero_point)
 
     def scale_of(self, adapter_name: str) -> torch.Tensor:
         """The scale of one adapter, shaped like the base layer's."""
@@ -158,6 +193,40 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
         first, delta = next(iter(held.items()))
         stacked = torch.stack([held[name] if name in held else torch.zeros_like(delta) for name in adapter_names])
         return self._with_frozen_part(self.scale_for(stacked, self.base_scale(), first))
+
+    def zero_point_for(self, delta: torch.Tensor, base: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """The zero points that a delta makes of the base's; of the delta's shape, which may have more dimensions in front.
+
+        Args:
+            base: Where the layer's own are sharded and have been gathered already: the whole ones.
+        """
+        base = self.base_zero_point() if base is None else base
+        assert base is not None  # only integers have deltas of zero points
+        dtype = torch.promote_types(torch.promote_types(delta.dtype, self.base_scale().dtype), torch.float32)
+        return base.to(device=delta.device, dtype=dtype) + delta.to(dtype)
+
+    def zero_delta_of(self, zero_point: torch.Tensor) -> torch.Tensor:
+        """The delta for which [`zero_point_for`] gives `zero_point`."""
+        base = self.base_zero_point()
+        assert base is not None
+        dtype = torch.promote_types(zero_point.dtype, torch.float32)
+        return zero_point.to(dtype) - base.to(device=zero_point.device, dtype=dtype)
+
+    def combined_zero_point(self, adapter_names: list[str]) -> Optional[torch.Tensor]:
+        """The zero points of several adapters, their deltas summed; None if none of them trains any."""
+        if not self.zero_deltas:
+            return None
+        found = [delta for name in adapter_names if (delta := self.zero_delta(name)) is not None]
+        return self.zero_point_for(sum(found[1:], found[0])) if found else None
+
+    @torch.no_grad()
+    def stacked_zero_points(self, adapter_names: list[str]) -> Optional[torch.Tensor]:
+        """The zero points of several adapters `[n, out, groups]`, for inference; None if none of them trains any."""
+        found = [self.zero_delta(name) for name in adapter_names] if self.zero_deltas else []
+        like = next((delta for delta in found if delta is not None), None)
+        if like is None:
+            return None
+        return self.zero_point_for(torch.stack([torch.zeros_like(like) if one is None else one for one in found]))
 
     def _with_frozen_part(self, trained: torch.Tensor) -> torch.Tensor:
         """All scales; `trained` are the first of them, `[..., out, groups(, trained)]`."""
@@ -213,6 +282,13 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
             if self.holds(name):
                 scale += weight * (self.scale_of(name) - base)
         delta.copy_(self.delta_of(trained_part(scale, delta), adapter_name))
+        zero_delta = self.zero_delta(adapter_name)
+        if zero_delta is not None:
+            zero_delta.zero_()
+            for name, weight in zip(adapters, weights):
+                own = self.zero_delta(name)
+                if own is not None:
+                    zero_delta.add_(own, alpha=weight)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, None]:
         # no dtype: loaded deltas must not be rounded to a half precision base's
@@ -236,12 +312,19 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
             return
         with torch.no_grad():
             scale = self.combined_scale([*self.merged_adapters, *names])
+            zero_point = self.combined_zero_point([*self.merged_adapters, *names])
             assert scale is not None  # names isn't empty
-            if safe_merge and not torch.isfinite(scale).all():
+            if safe_merge and not all(torch.isfinite(one).all() for one in (scale, zero_point) if one is not None):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
+            base = self.base_layer
             if self.unmerged_scale is None:
-                self.unmerged_scale = self.base_layer.scale.data
-            self.base_layer.scale.data = scale.to(self.unmerged_scale.dtype)
+                self.unmerged_scale = base.scale.data
+            base.scale.data = scale.to(self.unmerged_scale.dtype)
+            if zero_point is not None:
+                if self.unmerged_zero_point is None:
+                    assert base.zero_point is not None
+                    self.unmerged_zero_point, self._unmerged_sym = base.zero_point.data, base.sym
+                base.set_zero_point(zero_point.to(self.unmerged_scale.dtype))
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -251,6 +334,9 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
             return
         self.base_layer.scale.data = self.unmerged_scale
         self.unmerged_scale = None
+        if self.unmerged_zero_point is not None:
+            self.base_layer.set_zero_point(self.unmerged_zero_point, self._unmerged_sym)
+            self.unmerged_zero_point = None
         self.merged_adapters.clear()
 
     def forward(
@@ -277,7 +363,12 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
             self.unmerge()
         if self.disable_adapters or self.merged:
             return self.base_layer(x)
-        return self.base_layer(x, scale=self.combined_scale(self.active_adapters), **self.product_options())
+        return self.base_layer(
+            x,
+            scale=self.combined_scale(self.active_adapters),
+            zero_point=self.combined_zero_point(self.active_adapters),
+            **self.product_options(),
+        )
 
     def _mixed_batch_forward(self, x: torch.Tensor, mixture: Mixture) -> torch.Tensor:
         check_length(len(mixture.choice), len(x))
@@ -285,7 +376,18 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        return self.base_layer.forward_mixed(x, mixture.scales_of(self), mixture.choice.to(x.device))
+        scales, zero_points = mixture.scales_of(self)
+        return self.base_layer.forward_mixed(x, scales, mixture.choice.to(x.device), zero_points)
+
+    def _apply(self, fn, recurse=True):
+        # what unmerging gives back stays as precise as it was, as the base layer's own does
+        before = {name: getattr(self, name) for name in ("unmerged_scale", "unmerged_zero_point")}
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            after = getattr(self, name)
+            if tensor is not None and torch.promote_types(after.dtype, tensor.dtype) != after.dtype:
+                setattr(self, name, tensor.to(after.device))
+        return self
 
     def __repr__(self) -> str:
         return self.prefix.replace("_", ".") + super().__repr__()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from typing import Any, Optional
 
 import torch
@@ -151,6 +151,9 @@ class ScaleTuningModel(TunerModel):
                 name: one.group_size for name, one in formats.items() if one.group_size != first.group_size
             },
             **{name: None for name in ("sym", "zero") if hasattr(first, name)},  # as the layers have it
+            **(
+                {"trained": _trained(self.peft_config[name] for name in adapters)} if hasattr(first, "trained") else {}
+            ),
             "parametrization": "relative" if first.parametrization == "log" else first.parametrization,
         }
 
@@ -169,6 +172,11 @@ class ScaleTuningModel(TunerModel):
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         state_dict = adapter_file.from_file(model, config, adapter_name, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _trained(configs: Iterable[Any]) -> str:
+    """What the sum of adapters trains: zero points if any of them does."""
+    return max((config.trained for config in configs), key=lambda trained: trained == "scales+zeros")
 
 
 def check_targets(config: ScaleTuningConfig, model: nn.Module) -> dict[str, nn.Module]:

@@ -37,7 +37,8 @@ class AdapterPool:
 
     PEFT walks all modules for every adapter that is loaded or activated, which a thousand adapters make slow. The pool
     gives all layers' scales one buffer, keeps an adapter as one tensor, and switches by copying it there. It trains
-    nothing; an adapter is tuned, saved and shared as ever.
+    nothing; an adapter is tuned, saved and shared as ever. Once there is an adapter that has trained zero points, too, these
+    have a buffer of their own, and the layers' zero points become floats.
 
     Args:
         model: A model with packed layers and without tuner layers: as loaded from a packed checkpoint, or what
@@ -83,6 +84,9 @@ class AdapterPool:
         self._spans = dict(zip(self._layers, _spans(layer.scale.numel() for layer in self._layers.values())))
         for name, layer in self._layers.items():
             layer.scale.data = self._scales[self._spans[name]].view(layer.scale.shape)
+        # of zero points, laid out like scales, once an adapter has its own
+        self._base_zeros: Optional[torch.Tensor] = None
+        self._zeros: Optional[torch.Tensor] = None
         self._adapters: dict[str, _Adapter] = {}
         self._positions_by_shapes: dict[tuple, Optional[torch.Tensor]] = {}
         self._fingerprints: dict[str, int] = {}
@@ -105,7 +109,8 @@ class AdapterPool:
     @property
     def nbytes(self) -> int:
         """Bytes of all adapters."""
-        return sum(adapter.values.nbytes for adapter in self._adapters.values())
+        parts = (part for adapter in self._adapters.values() for part in (adapter.values, adapter.zeros))
+        return sum(part.nbytes for part in parts if part is not None)
 
     def load(self, path: str | os.PathLike, name: Optional[str] = None) -> str:
         """Read an adapter as `save_pretrained` wrote it; again under the same name replaces it.
@@ -139,13 +144,17 @@ class AdapterPool:
             )
         check_there(Path(path))
         tensors = load_peft_weights(path, device="cpu")
-        scales = plain_scales(tensors, self._base_scales, self._fingerprint, config, name)
-        self._refuse_missing(set(scales), config, name)
-        values = torch.cat([scale.flatten() for scale in scales.values()]).to(self._base)
+        found = plain_scales(tensors, self._base_scales, self._fingerprint, config, name)
+        self._refuse_missing(set(found), config, name)
+        scales = {layer: plain.scale for layer, plain in found.items()}
         shapes = tuple((layer, tuple(scale.shape)) for layer, scale in scales.items())
         if shapes not in self._positions_by_shapes:
             self._positions_by_shapes[shapes] = self._positions(scales)
-        self._adapters[name] = _Adapter(values, self._positions_by_shapes[shapes])
+        zeros = None
+        if config.trains_zero_points:
+            self._make_room_for_zero_points()
+            zeros = self._flat(plain.zero_point for plain in found.values() if plain.zero_point is not None)
+        self._adapters[name] = _Adapter(self._flat(scales.values()), self._positions_by_shapes[shapes], zeros)
         if name == self.active:
             self.activate(name)
         return name
@@ -167,12 +176,14 @@ class AdapterPool:
             ValueError: If there is no such adapter, or the model was moved or cast since the pool was made.
         """
         self._check_in_place()
-        choice = _Active(self, name, self._whole(name))
+        choice = _Active(self, name, self._whole(name), self._whole_zeros(name))
         mine = self._choice()
         with self._lock:
             # compiled graphs read the buffer as long as it holds what everybody has chosen
             alone = self._last is None or self._last is mine
             self._scales.copy_(choice.whole)
+            if self._zeros is not None and choice.zeros is not None:
+                self._zeros.copy_(choice.zeros)
             self._last = choice
         others = tuple(one for one in chosen_scales.KEPT.get() or () if one is not mine)
         chosen_scales.KEPT.keep((choice, *others), for_compilers=not alone)
@@ -199,7 +210,10 @@ class AdapterPool:
         # one large copy here is cheaper than one in each layer, unless groups make scales as many as weights
         stacked = torch.stack(wholes) if len(wholes) * self._base.nbytes <= _STACKED_BYTES else None
         choice = torch.tensor([distinct.index(name) for name in names], device=self._base.device)
-        with chosen_scales.BLOCK.block((_Mixed(self, wholes if stacked is None else stacked, choice), *others)):
+        zeros = [found for name in distinct if (found := self._whole_zeros(name)) is not None]
+        if all(found is self._base_zeros for found in zeros):
+            zeros = []
+        with chosen_scales.BLOCK.block((_Mixed(self, wholes if stacked is None else stacked, choice, zeros), *others)):
             yield
 
     def _choice(self) -> Optional[_Active]:
@@ -260,6 +274,32 @@ class AdapterPool:
             return adapter.values
         return self._base.index_put((adapter.positions,), adapter.values)
 
+    def _whole_zeros(self, name: Optional[str]) -> Optional[torch.Tensor]:
+        """All zero points under an adapter, flat like the buffer; None as long as no adapter has any."""
+        base = self._base_zeros
+        adapter = None if name is None else self._find(name)
+        if base is None or adapter is None or adapter.zeros is None:
+            return base
+        return adapter.zeros if adapter.positions is None else base.index_put((adapter.positions,), adapter.zeros)
+
+    def _make_room_for_zero_points(self) -> None:
+        """Make the layers' zero points views of a buffer of floats, which computes the same."""
+        if self._zeros is not None:
+            return
+        for name in self._layers:  # of the zero points as adapters know them
+            self._fingerprint(name)
+        zeros = torch.zeros_like(self._base)
+        for name, layer in self._layers.items():
+            if layer.zero_point is not None:
+                zeros[self._spans[name]] = layer.zero_point.detach().flatten().to(zeros)
+        self._base_zeros, self._zeros = zeros, zeros.clone()
+        for name, layer in self._layers.items():
+            if layer.zero_point is not None:
+                layer.set_zero_point(self._zeros[self._spans[name]].view(layer.scale.shape))
+
+    def _flat(self, tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([tensor.flatten() for tensor in tensors]).to(self._base)
+
     def _positions(self, scales: dict[str, torch.Tensor]) -> Optional[torch.Tensor]:
         positions = []
         for name, scale in scales.items():
@@ -273,6 +313,8 @@ class _Adapter(NamedTuple):
     values: torch.Tensor
     # of the values in the buffer; None where they are all of it, in order. Adapters that were tuned alike share them.
     positions: Optional[torch.Tensor]
+    # zero points at the same places; None where it leaves them as they are
+    zeros: Optional[torch.Tensor]
 
 
 class _Active:
@@ -282,20 +324,32 @@ class _Active:
         pool: Whose.
         name: The adapter's; None: the base.
         whole: All its scales, flat like the pool's buffer; not changed by anybody.
+        zeros: All its zero points in the same way; None for the layers' own.
     """
 
-    def __init__(self, pool: AdapterPool, name: Optional[str], whole: torch.Tensor) -> None:
-        self.pool, self.name, self.whole = pool, name, whole
-        self._views: dict[PackedLinear, torch.Tensor] = {}
+    def __init__(
+        self, pool: AdapterPool, name: Optional[str], whole: torch.Tensor, zeros: Optional[torch.Tensor]
+    ) -> None:
+        self.pool, self.name, self.whole, self.zeros = pool, name, whole, zeros
+        self._views: dict[PackedLinear, tuple[torch.Tensor, Optional[torch.Tensor]]] = {}
 
     def product(self, layer: PackedLinear, x: torch.Tensor) -> Optional[torch.Tensor]:
         span = self.pool._places.get(layer)
         if span is None or not self.pool._holds(layer):  # moved or cast: it computes with what it was given then
             return None
-        scale = self._views.get(layer)
-        if scale is None:
-            scale = self._views[layer] = self.whole[span].view(layer.scale.shape)
-        return PackedLinear.forward(layer, x, scale)
+        if (
+            self.zeros is None and self.pool._base_zeros is not None
+        ):  # it was chosen before any adapter had zero points
+            self.zeros = self.pool._base_zeros
+            self._views.clear()
+        views = self._views.get(layer)
+        if views is None:
+            zeros = None if self.zeros is None or layer.zero_point is None else self.zeros[span]
+            views = self._views[layer] = (
+                self.whole[span].view(layer.scale.shape),
+                None if zeros is None else zeros.view(layer.scale.shape),
+            )
+        return PackedLinear.forward(layer, x, views[0], zero_point=views[1])
 
 
 class _Mixed:
@@ -305,12 +359,17 @@ class _Mixed:
         pool: Whose.
         wholes: All scales under each adapter, flat; together or one by one.
         choice: int64, for each sample which of them.
+        zeros: All zero points under each adapter in the same way; none where all have the base's.
     """
 
     def __init__(
-        self, pool: AdapterPool, wholes: Union[torch.Tensor, list[torch.Tensor]], choice: torch.Tensor
+        self,
+        pool: AdapterPool,
+        wholes: Union[torch.Tensor, list[torch.Tensor]],
+        choice: torch.Tensor,
+        zeros: list[torch.Tensor],
     ) -> None:
-        self.pool, self.wholes, self.choice = pool, wholes, choice
+        self.pool, self.wholes, self.choice, self.zeros = pool, wholes, choice, zeros
         self._parts: dict[PackedLinear, torch.Tensor] = {}
 
     def product(self, layer: PackedLinear, x: torch.Tensor) -> Optional[torch.Tensor]:
@@ -325,9 +384,17 @@ class _Mixed:
                 f"mixed: {len(choice)} names for a batch of {len(x)}; pass one name for each sample. (A model that "
                 "reshapes its batch before a layer can't mix adapters in it.)"
             )
-        return layer.forward_mixed(
-            x, self._scales(layer), choice if repeats == 1 else choice.repeat_interleave(repeats)
-        )
+        choice = choice if repeats == 1 else choice.repeat_interleave(repeats)
+        return layer.forward_mixed(x, self._scales(layer), choice, self._zeros(layer))
+
+    def _zeros(self, layer: PackedLinear) -> Optional[torch.Tensor]:
+        """The layer's zero points: of all `[out, groups]`, or under each adapter `[n, out, groups]`; None: its own."""
+        base, span = self.pool._base_zeros, self.pool._places[layer]
+        if base is None or layer.zero_point is None:
+            return None
+        if not self.zeros:  # its own may be those of the adapter that is active
+            return base[span].view(layer.scale.shape)
+        return torch.stack([zeros[span] for zeros in self.zeros]).view(-1, *layer.scale.shape)
 
     def _scales(self, layer: PackedLinear) -> torch.Tensor:
         """The layer's scales under each adapter `[n, out, groups(, bits)]`."""
