@@ -205,6 +205,8 @@ def test_tune_under_a_launcher(launcher, launch, flags, tmp_path):
         (["--method", "alphatuning", "--trained_alphas", "second"], "trained_alphas='second'"),
         (["--method", "alphatuning", "--sym", "True"], "sym=True"),
         (["--method", "alphatuning", "--zero", "float"], "zero='float'"),
+        (["--method", "lora", "--trained", "scales+zeros"], "trained='scales+zeros' is for method='peqa'"),
+        (["--trained", "zeros"], "trained='zeros' is unknown"),
         (["--zero", "half"], "zero='half' is unknown"),
         (["--eval_strategy", "steps", "--eval_steps", "1"], "eval_strategy="),
         (["--output_dir", "{tmp}/short.txt"], "is a file"),
@@ -275,6 +277,7 @@ def test_quantize(checkpoint_format, zero, quantize_flags, tmp_path, capsys):
     position = quantize_flags.index("--model")
     quantize_flags[position + 1] = str(folder)
     training = ["--method", method, "--bits", "3", "--max_steps", "1", "--use_cpu", "True"]
+    training += ["--trained", "scales+zeros"] if method == "peqa" else []
     assert main(["tune", *quantize_flags, *training, "--output_dir", str(tmp_path / "run")]) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["perplexity"]["float"] is None and metrics["perplexity"]["tuned"] > 1

@@ -27,6 +27,7 @@ from peft_ext.memory.estimate import (
 )
 from peft_ext.memory.trace import LIVE, OPTIMIZERS, Generation, TrainingStep, check_positive
 from peft_ext.models import DEFAULT_MODEL, DTYPES, load_config
+from peft_ext.peqa.config import TRAINED
 from peft_ext.tables import aligned, mebibytes
 
 
@@ -51,6 +52,7 @@ class PlanArguments:
     zero: str = field(
         default="int", metadata={"help": "Of integers, zero points: int or float (which vLLM doesn't take)."}
     )
+    trained: str = field(default="scales", metadata={"help": f"Of peqa: {' or '.join(TRAINED)}."})
     lora_r: int = field(default=8, metadata={"help": "Rank of LoRA, on all linear layers but the output layer."})
     dtype: str = field(
         default="auto",
@@ -99,7 +101,9 @@ def main(argv: Sequence[str]) -> None:
 def _peft_config(args: PlanArguments, method: str) -> Optional[PeftConfig]:
     """The method's config; None for full fine-tuning."""
     if method == "peqa":
-        return PeqaConfig(bits=args.bits, group_size=args.group_size, sym=args.sym, zero=args.zero)
+        return PeqaConfig(
+            bits=args.bits, group_size=args.group_size, sym=args.sym, zero=args.zero, trained=args.trained
+        )
     if method == "alphatuning":
         return AlphaTuningConfig(bits=args.bits, group_size=args.group_size)
     if method == "lora":

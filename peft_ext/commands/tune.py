@@ -44,6 +44,7 @@ from peft_ext.files import write_json, written_whole
 from peft_ext.model_card import note_fact, note_measured, write_card
 from peft_ext.models import copy_processor, load, load_tokenizer
 from peft_ext.packed_cards import adapter_card
+from peft_ext.peqa.config import TRAINED
 from peft_ext.perplexity import example_perplexity
 from peft_ext.quant.conversion import packed_layers
 from peft_ext.runs import RunFolder, read_settings
@@ -70,6 +71,9 @@ class TuneArguments(TeacherArguments, PackedBaseArguments):
             "help": "peqa (integers, scales trained), alphatuning (binary codings, alphas) or lora (integers, PEFT's LoRA "
             "beside them)."
         },
+    )
+    trained: str = field(
+        default="scales", metadata={"help": f"Of peqa: train {' or '.join(TRAINED)}, which doubles what is trained."}
     )
     trained_alphas: str = field(
         default="first", metadata={"help": "Of alphatuning: train the first alpha of a channel (group), or all."}
@@ -184,6 +188,8 @@ def _config(args: TuneArguments, base: Optional[PreTrainedModel] = None) -> Opti
         raise ValueError("sym=True is for integers (method='peqa'); a binary coding is symmetric anyway.")
     if args.zero not in (None, "int") and args.method == "alphatuning":
         raise ValueError(f"zero={args.zero!r} is for integers (method='peqa'); a binary coding has no zero points.")
+    if args.trained != "scales" and args.method != "peqa":
+        raise ValueError(f"trained={args.trained!r} is for method='peqa', not {args.method!r}; leave it out.")
     common: dict[str, Any] = {"bits": bits, "group_size": args.group_size, "init_method": args.init_method}
     integers: dict[str, Any] = {"sym": args.sym, "zero": args.zero}
     if bits == BASE:
@@ -195,7 +201,7 @@ def _config(args: TuneArguments, base: Optional[PreTrainedModel] = None) -> Opti
             **common, trained_alphas=args.trained_alphas, task_type="CAUSAL_LM"
         )
     else:
-        config = PeqaConfig(**common, **integers, task_type="CAUSAL_LM")
+        config = PeqaConfig(**common, **integers, trained=args.trained, task_type="CAUSAL_LM")
     if bits == BASE and base is not None:
         check_targets(config, base)
     return config

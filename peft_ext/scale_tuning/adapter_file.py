@@ -154,7 +154,12 @@ def _take(
     scale, codes, frozen = (_pop(tensors, key + part) for part in (_SCALE, _CODES, _FROZEN))
     if scale is None:
         return None
-    zero_point = _pop(tensors, key + _ZERO_POINT) if config.trains_zero_points else None
+    zero_point = _pop(tensors, key + _ZERO_POINT)
+    if zero_point is not None and not config.trains_zero_points:
+        raise ValueError(
+            f"{where}: the file has trained zero points, but its adapter_config.json doesn't say trained='scales+zeros'; it is "
+            "another adapter's. Save or download both again."
+        )
     _check_codes(codes, fingerprint, config, where)
     if scale.shape != torch.Size(trained):
         raise ValueError(f"{where}: scales of shape {tuple(scale.shape)}, expected {tuple(trained)}.")

@@ -69,6 +69,7 @@ def test_json_names_what_was_asked(config_file, capsys):
         (["--per_device_train_batch_size", "1"], "activations", True),
         (["--gradient_checkpointing"], "activations", True),
         (["--gpus", "4"], "weights", True),
+        (["--trained", "scales+zeros"], "trained", False),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

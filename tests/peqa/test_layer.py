@@ -44,7 +44,8 @@ def test_layers_hold_codes_and_no_float_weight(case):
     for name, layer in tuner_layers(model.base_model.model).items():
         base = layer.base_layer
         assert isinstance(layer, PeqaLinear) and isinstance(base, PackedLinear)
-        assert base.planes.dtype == base.zero_point.dtype == torch.uint8
+        zeros = torch.float32 if case.kwargs.get("zero") == "float" else torch.uint8
+        assert base.planes.dtype == torch.uint8 and base.zero_point.dtype == zeros
         assert not any(parameter.requires_grad for parameter in base.parameters())
         bits = case.kwargs["bits"]
         rows = -(-layer.out_features // 32) * 32
@@ -64,6 +65,9 @@ def test_forward_is_scale_times_codes_minus_zero_point(case):
     for layer in tuner_layers(model).values():
         base = layer.base_layer
         scale, zero_point = layer.scale_of("default"), base.zero_point.float()
+        delta = layer.zero_delta("default")
+        assert (delta is not None) == (case.kwargs.get("trained") == "scales+zeros")
+        zero_point = zero_point if delta is None else zero_point + delta
         group = layer.in_features // scale.shape[1]
         codes = base.codes().float()
         assert codes.max() <= 2**base.bits - 1
@@ -110,6 +114,8 @@ def test_the_file_holds_plain_scales_and_fingerprints(case, tmp_path):
         scale, codes = (saved.pop(f"base_model.model.{name}.{key}") for key in ("peqa_scale", "peqa_codes"))
         assert scale.dtype == torch.float32 and torch.equal(scale, layer.scale_of("default"))
         assert codes.dtype == torch.int64 and codes.shape == (1,) and codes.item() == layer.base_layer.fingerprint()
+        if case.kwargs.get("trained") == "scales+zeros":
+            saved.pop(f"base_model.model.{name}.peqa_zero_point")  # test_trained_zero_points.py
     assert not [key for key in saved if "peqa" in key]
 
 
@@ -177,11 +183,15 @@ def test_merge_and_unload_packed(case):
         name: layer.scale_of("default").detach().clone()
         for name, layer in tuner_layers(model.base_model.model).items()
     }
-    codes = {name: layer.base_layer.fingerprint() for name, layer in tuner_layers(model.base_model.model).items()}
+    bases = {name: layer.base_layer for name, layer in tuner_layers(model.base_model.model).items()}
+    codes = {name: layer.fingerprint() for name, layer in bases.items()}
+    planes = {name: layer.planes.clone() for name, layer in bases.items()}
     merged = model.merge_and_unload()
     assert set(_packed(merged)) == set(scales)
+    moved = case.kwargs.get("trained") == "scales+zeros"
     for name, layer in _packed(merged).items():
-        assert layer.fingerprint() == codes[name] and torch.equal(layer.scale, scales[name])
+        assert torch.equal(layer.planes, planes[name]) and torch.equal(layer.scale, scales[name])
+        assert (layer.fingerprint() != codes[name]) == moved  # zero points are part of it
 
 
 @peqa_cases
