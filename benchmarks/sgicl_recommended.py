@@ -21,7 +21,7 @@ from benchmarks.core.claims import Claim, Headline, markdown_table, minus, sprea
 from benchmarks.core.run import Run, log
 from benchmarks.in_context import TITLES, Example, demonstrations
 from generation_ext.in_context import LabelScorer, SelfGeneratedICL
-from generation_ext.in_context.self_generated import PRESETS
+from generation_ext.in_context.presets import PRESETS
 
 
 ZERO_SHOT, GOLD, TWO, OWN = METHODS = (

@@ -22,8 +22,9 @@ import numpy as np
 from generation_ext.columns import DataArguments, columns_of, fields_of, read_texts
 from generation_ext.in_context.calibration import BY_CONTENT_FREE, CALIBRATIONS
 from generation_ext.in_context.overflow import DROP, OVERFLOW
+from generation_ext.in_context.presets import PRESETS, options_of
 from generation_ext.in_context.scoring import Demonstration, LabelScorer, LabelScores
-from generation_ext.in_context.self_generated import PRESETS, SelfGeneratedICL, options_of
+from generation_ext.in_context.self_generated import SelfGeneratedICL
 from generation_ext.prompts import TASKS, Task
 from peft_ext.command_line import ModelArguments, parse, show
 from peft_ext.files import check_writable, read_json, written_whole

@@ -334,3 +334,23 @@ def _tree(texts: Sequence[FittedText], skipped: int) -> TokenTree:
     for own, text in zip(tokens, texts):
         text.labels.grow(tree, tree.append(own[len(root) :], trunk))
     return tree
+
+
+def mean_of(scores: Sequence[LabelScores]) -> LabelScores:
+    """The mean of several scorings of the same inputs, of log-probabilities and priors; demonstrations that were dropped are
+    counted together."""
+    first = scores[0]
+    if len(scores) == 1:
+        return first
+    priors = [each.prior for each in scores if each.prior is not None]
+
+    def mean(parts: list[np.ndarray]) -> np.ndarray:
+        return np.asarray(np.mean(parts, axis=0, dtype=np.float64), np.float32)
+
+    return LabelScores(
+        first.labels,
+        mean([each.log_probs for each in scores]),
+        mean(priors) if priors else None,
+        np.sum([each.dropped for each in scores], axis=0),
+        np.max([each.truncated for each in scores], axis=0),
+    )

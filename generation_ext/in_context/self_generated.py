@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any, Optional, Union
 
@@ -15,46 +15,18 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from generation_ext.in_context.calibration import (
-    BY_BATCH,
-    FEW_INPUTS,
-    calibration_named,
-    check_strength,
-    mean_prior,
-    normalized,
-)
-from generation_ext.in_context.overflow import BOTH, DROP, TRUNCATE, Demonstration, largest_that_fits
+from generation_ext.in_context.calibration import BY_BATCH, FEW_INPUTS, calibration_named
+from generation_ext.in_context.overflow import DROP, Demonstration
 from generation_ext.in_context.pools import Pool, PoolFile, draw
+from generation_ext.in_context.presets import options_of
+from generation_ext.in_context.request_prompts import request_prompts
 from generation_ext.in_context.sampler import Decoding, Sampler
-from generation_ext.in_context.scoring import LabelScorer, LabelScores
+from generation_ext.in_context.scoring import LabelScorer, LabelScores, mean_of
+from generation_ext.in_context.selection import consistent, surest
 from generation_ext.prompts import Example, Task
-from peft_ext.language_model import ENCODER_DECODER, identity
+from peft_ext.language_model import identity
 
 
-# What the options are where the caller doesn't say: the paper's code, and what did best on validation texts
-# (benchmarks/in_context.md).
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {
-        "balanced": False,
-        "self_consistent": False,
-        "keep": 1.0,
-        "calibrate": False,
-        "strength": 1.0,
-        "shared": False,
-        "pool_inputs": None,
-        "draws": 1,
-    },
-    "recommended": {
-        "balanced": True,
-        "self_consistent": False,
-        "keep": 0.25,
-        "calibrate": BY_BATCH,
-        "strength": 0.5,
-        "shared": True,
-        "pool_inputs": 8,
-        "draws": 8,
-    },
-}
 # Generated texts that stand beside the inputs where these are too few for batch calibration; as many for all labels.
 _STAND_INS = 32
 
@@ -214,7 +186,7 @@ class SelfGeneratedICL:
         file = PoolFile(pool_file, self.settings)
         missing = [index for index, example in enumerate(values) if file.get(index, example) is None]
         labels = list(self.task.labels)
-        prompts = self._prompts([values[index] for index in missing])
+        prompts = request_prompts(self.scorer, self.task, [values[index] for index in missing], self.conditioned)
         # the prompts of one input have about the same length; they are sampled together, so that a pool is whole
         longest = [max(by_label, key=len) for by_label in prompts]
         with tqdm(total=len(missing), desc="Generating", disable=not self.progressbar) as bar:
@@ -234,16 +206,7 @@ class SelfGeneratedICL:
 
         A text is classified without demonstrations, with contextual calibration.
         """
-        demonstrations = [each for pool in pools for each in pool.demonstrations(self.task)]
-        predictions = iter(self.scorer.score([example for example, _ in demonstrations], calibrate=True).predictions())
-        kept = []
-        for pool in pools:
-            samples = {
-                label: [text for text in texts if text and next(predictions) == label]
-                for label, texts in pool.samples.items()
-            }
-            kept.append(Pool(pool.example, samples))
-        return kept
+        return consistent(self.scorer, self.task, pools)
 
     def surest(self, pools: Sequence[Pool]) -> list[Pool]:
         """Pools with the share `keep` of each class's texts of which the model is surest; more where `shots` are not there.
@@ -251,41 +214,9 @@ class SelfGeneratedICL:
         Texts are classified without demonstrations, and compared with the mean over all of them. With `shared`, the
         share is of all pools together, else of each.
         """
-        demonstrations = [each for pool in pools for each in pool.demonstrations(self.task)]
-        if not demonstrations:
-            return list(pools)
-        # texts of one input share what of it is kept, as a premise: it runs once for those that are given the same list
-        contexts: list[list[Demonstration]] = [[]] * len(demonstrations)
-        if len(self.task.fields) > 1:
-            contexts = []
-            for pool in pools:
-                nothing: list[Demonstration] = []
-                contexts += [nothing] * len(pool.demonstrations(self.task))
-        log_probs = self.scorer.score_each([example for example, _ in demonstrations], contexts).log_probs
-        sure = iter(normalized(normalized(log_probs) - mean_prior(log_probs)))
-        columns = {label: column for column, label in enumerate(self.task.labels)}
-        places: dict[tuple[str, int], list[tuple[float, int, int]]] = {}
-        for index, pool in enumerate(pools):
-            for label, texts in pool.samples.items():
-                group = places.setdefault((label, 0 if self.shared else index), [])
-                group += [
-                    (-float(next(sure)[columns[label]]), index, place) for place, text in enumerate(texts) if text
-                ]
-        fewest = math.ceil(self.shots / len(columns))
-        kept: set[tuple[str, int, int]] = set()
-        for (label, _), group in places.items():
-            best = sorted(group)[: max(fewest, math.ceil(self.keep * len(group)))]
-            kept.update((label, index, place) for _, index, place in best)
-        return [
-            Pool(
-                pool.example,
-                {
-                    label: [text for place, text in enumerate(texts) if (label, index, place) in kept]
-                    for label, texts in pool.samples.items()
-                },
-            )
-            for index, pool in enumerate(pools)
-        ]
+        return surest(
+            self.scorer, self.task, pools, self.keep, math.ceil(self.shots / len(self.task.labels)), self.shared
+        )
 
     def draw(self, pools: Sequence[Pool], seed: Optional[int] = None, number: int = 0) -> list[list[Demonstration]]:
         """Draw `shots` demonstrations for every input from its pool, fewer where it has fewer; warns if so.
@@ -379,7 +310,7 @@ class SelfGeneratedICL:
             drawn = self.draw(usable, seed, number)
             shown = drawn[:1] * len(examples) if self.shared else drawn
             scores.append(self.scorer.score_each(examples, shown, self.calibrate, unlabelled, self.strength))
-        return _mean(scores)
+        return mean_of(scores)
 
     def _beside(self, examples: Sequence[Example], pools: Sequence[Pool]) -> Optional[list[Example]]:
         """What batch calibration takes its mean over where inputs are few: them, and generated texts of all labels."""
@@ -388,87 +319,3 @@ class SelfGeneratedICL:
         generated = [each for pool in pools for each in pool.demonstrations(self.task)]
         chosen = draw(generated, _STAND_INS, np.random.default_rng(self.seed), balanced=True)
         return [*examples, *(example for example, _ in chosen)]
-
-    def _prompts(self, examples: Sequence[dict[str, str]]) -> list[list[list[int]]]:
-        """For each input the token ids of one prompt for each label."""
-        limit = self.scorer.max_length
-        if limit is not None and self.scorer.language_model.kind != ENCODER_DECODER:
-            limit -= self.task.max_new_tokens
-        return [
-            [self._prompt(index, example, label, limit) for label in self.task.labels]
-            for index, example in enumerate(examples)
-        ]
-
-    def _prompt(self, index: int, example: dict[str, str], label: str, limit: Optional[int]) -> list[int]:
-        def encode(characters: Optional[int]) -> list[int]:
-            shorter = {name: value[:characters] for name, value in example.items()}
-            return self.scorer.encoder([self.task.generation_prompt(shorter, label, self.conditioned)])[0]
-
-        def attempt(characters: int) -> Optional[tuple[int, list[int]]]:
-            tokens = encode(characters)
-            return (characters, tokens) if limit is None or len(tokens) <= limit else None
-
-        tokens = encode(None)
-        if limit is None or len(tokens) <= limit:
-            return tokens
-        truncates = self.scorer.overflow in (TRUNCATE, BOTH)
-        fitting = largest_that_fits(attempt, max(map(len, example.values()))) if truncates else None
-        if fitting is None:
-            raise ValueError(
-                f"input {index}: the prompt that asks for a {label!r} one takes {len(tokens)} tokens, but {limit} fit "
-                f"before {self.task.max_new_tokens} new ones; shorten it, or use overflow={BOTH!r}."
-            )
-        warnings.warn(f"input {index} is cut to {fitting[0]} characters for its generation prompt.", stacklevel=4)
-        return fitting[1]
-
-
-def options_of(preset: str, shots: int, samples: int, given: Mapping[str, Any]) -> dict[str, Any]:
-    """A preset's options with those that are given in their place, checked before a model is loaded.
-
-    Args:
-        preset: Of `PRESETS`.
-        shots, samples: Of [`SelfGeneratedICL`].
-        given: Options by name; None leaves the preset's.
-
-    Raises:
-        ValueError: If the preset is unknown, a number is out of its range, or options don't go together.
-    """
-    if preset not in PRESETS:
-        raise ValueError(f"preset={preset!r} is unknown; choose one of {tuple(PRESETS)}.")
-    options = PRESETS[preset] | {name: value for name, value in given.items() if value is not None}
-    if not options["shared"] and given.get("pool_inputs") is None:
-        options["pool_inputs"] = None  # the preset's is of no use without it
-    for name, value in (("shots", shots), ("samples", samples), ("draws", options["draws"])):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} must be a positive integer.")
-    calibration_named(options["calibrate"])
-    check_strength(options["strength"])
-    if not 0 < options["keep"] <= 1:
-        raise ValueError(f"keep={options['keep']!r} must be above 0 and at most 1.")
-    inputs = options["pool_inputs"]
-    if inputs is not None and (not isinstance(inputs, int) or inputs < 0):
-        raise ValueError(f"pool_inputs={inputs!r} must be a positive integer, or 0 for all inputs.")
-    if inputs and not options["shared"]:
-        raise ValueError(
-            f"pool_inputs={inputs} needs shared=True: without it, every input stands behind texts of its own."
-        )
-    return options
-
-
-def _mean(scores: Sequence[LabelScores]) -> LabelScores:
-    """The mean over draws of log-probabilities and priors; demonstrations that were dropped are counted together."""
-    first = scores[0]
-    if len(scores) == 1:
-        return first
-    priors = [each.prior for each in scores if each.prior is not None]
-
-    def mean(parts: list[np.ndarray]) -> np.ndarray:
-        return np.asarray(np.mean(parts, axis=0, dtype=np.float64), np.float32)
-
-    return LabelScores(
-        first.labels,
-        mean([each.log_probs for each in scores]),
-        mean(priors) if priors else None,
-        np.sum([each.dropped for each in scores], axis=0),
-        np.max([each.truncated for each in scores], axis=0),
-    )
