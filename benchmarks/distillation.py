@@ -5,11 +5,15 @@ The packed model starts from the same codes for every weight of the divergence, 
 that it was tuned on and on one that it wasn't. The teacher's logits are cached once, on disk (`CachedLogits`).
 Learning rates are those that `peqa_quality` chose on validation text by cross-entropy.
 
+Where an experiment asks for it (`heal`), the other way round as well: LoRA on the float model, merged, packed and calibrated, and
+its scales then tuned by cross-entropy, and towards the merged model.
+
     python -m benchmarks distillation
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from typing import Any, NamedTuple, Optional
 
@@ -36,6 +40,8 @@ from peft_ext.perplexity import perplexity
 
 
 UNTUNED = "untuned"
+# Of the float model that LoRA was merged into.
+ADAPTED = "adapted"
 
 
 class Form(NamedTuple):
@@ -56,30 +62,44 @@ def forms(run: Run) -> list[Form]:
     return [Form(*form) for form in run.forms]
 
 
-def key_of(form: Optional[Form], distill: Any) -> dict[str, Any]:
-    """What tells a row from the others; no format: the float model."""
-    if form is None:
-        return {"bits": None, "group_size": None, "distill": UNTUNED}
-    return {"bits": form.bits, "group_size": form.group_size, "distill": distill}
+class Row(NamedTuple):
+    """A line of the table: what is packed how (None: not at all), and how far its scales are trained towards it."""
+
+    form: Optional[Form]
+    distill: Any
+    adapted: bool = False
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What tells it from the others."""
+        form = (None, None) if self.form is None else self.form[:2]
+        start = {"start": ADAPTED} if self.adapted else {}
+        return {"bits": form[0], "group_size": form[1], "distill": self.distill, **start}
 
 
-def keys(run: Run) -> list[tuple[Optional[Form], Any]]:
-    """All rows, the float model first."""
-    return [(None, UNTUNED), *((form, distill) for form in forms(run) for distill in (UNTUNED, *run.distill))]
+def heal(run: Run) -> list[float]:
+    """How far the scales of the adapted model are trained towards it; nothing where the experiment doesn't adapt."""
+    return run.settings.get("heal", [])
+
+
+def all_rows(run: Run) -> list[Row]:
+    """The table, the float model first."""
+    rows = [Row(None, UNTUNED)]
+    rows += [Row(form, distill) for form in forms(run) for distill in (UNTUNED, *run.distill)]
+    if heal(run):
+        rows.append(Row(None, UNTUNED, True))
+        rows += [Row(form, distill, True) for form in forms(run) for distill in (UNTUNED, *heal(run))]
+    return rows
 
 
 class Bench:
-    """The float model, its logits on disk, and the data."""
+    """The float model, the data, and the logits of teachers on disk."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.data = byte_data(run) if run.data == BYTES else load_data(run)
         self.float_model = float_model(run.model, run.seed)
         self.blocks = self.data.train[: run.steps * run.batch_size]
-
-    def float_row(self) -> dict[str, Any]:
-        """The untouched model."""
-        return self.figures(self.float_model)
 
     def figures(self, model: nn.Module) -> dict[str, Any]:
         """Perplexity in and out of the domain."""
@@ -89,11 +109,19 @@ class Bench:
             "other": perplexity(model, self.data.other, batch_size=size),
         }
 
-    def teacher(self) -> CachedLogits:
+    def adapt(self) -> None:
+        """Train LoRA on the float model and merge it."""
+        log("LoRA on the float model")
+        torch.manual_seed(self.run.seed)
+        model = baselines.lora(self.float_model)
+        train(model, causal_batches(self.blocks, self.run.batch_size), learning_rate=self.run.lora_learning_rate)
+        self.float_model = model.merge_and_unload()
+
+    def teacher(self, name: str) -> CachedLogits:
         """The float model's logits of all blocks that are trained on, on disk."""
         examples = blocks_as_examples(self.blocks).examples
         cache = CachedLogits(
-            self.run.work / "teacher",
+            self.run.work / name,
             teacher=teacher_digest(self.float_model),
             tokenizer=None,
             data=data_digest(examples),
@@ -105,24 +133,24 @@ class Bench:
             cache.fill(LiveTeacher(self.float_model), examples)
         return cache
 
-    def rows(self, form: Form) -> None:
-        """All rows of a format that aren't stored yet: one start for all."""
-        missing = [key for key in (UNTUNED, *self.run.distill) if self.run.find(key_of(form, key)) is None]
-        if not missing:
+    def of_form(self, rows: list[Row]) -> None:
+        """Measure rows of one format: one start for all."""
+        form = rows[0].form
+        if form is None:
+            self.run.add(rows[0].key, self.figures(self.float_model))
             return
-        teacher = self.teacher()
+        teacher = self.teacher("teacher-adapted" if rows[0].adapted else "teacher")
         config = PeqaConfig(bits=form.bits, group_size=form.group_size, init_method="calibrated")
         log(f"{form.title}: calibrating")
         torch.manual_seed(self.run.seed)
-        fresh = float_model(self.run.model, self.run.seed)
-        model = baselines.quantized(fresh, config, self.data.calibration)
+        model = baselines.quantized(copy.deepcopy(self.float_model), config, self.data.calibration)
         restart, head = Restart(model), output_head(model)
-        for distill in missing:
+        for row in rows:
             restart()
             start = time.perf_counter()
             result: dict[str, Any] = {}
-            if distill != UNTUNED:
-                objective = Objective(distill)
+            if row.distill != UNTUNED:
+                objective = Objective(row.distill)
 
                 def loss_of(model: nn.Module, batch: Any, objective: Objective = objective) -> torch.Tensor:
                     teaching = teacher.of(batch) if objective.distill else None
@@ -134,39 +162,45 @@ class Bench:
                 result = {"losses": losses, "learning_rate": form.learning_rate}
                 result["seconds"] = time.perf_counter() - start
             result.update(self.figures(model))
-            self.run.add(key_of(form, distill), result)
-            log(f"{form.title}, {distill}: test {result['test']:.2f}, other {result['other']:.2f}")
+            self.run.add(row.key, result)
+            log(f"{form.title}, {row.distill}: test {result['test']:.2f}, other {result['other']:.2f}")
 
 
 def measure(run: Run) -> None:
     """Measure every row that isn't stored yet."""
-    missing = [key for key in keys(run) if run.find(key_of(*key)) is None]
+    missing = [row for row in all_rows(run) if run.find(row.key) is None]
     if not missing:
         return
     bench = Bench(run)
     with fast_linear():
-        if run.find(key_of(None, UNTUNED)) is None:
-            run.add(key_of(None, UNTUNED), bench.float_row())
-        for form in forms(run):
-            bench.rows(form)
+        for adapted in (False, True):
+            of_start = [row for row in missing if row.adapted is adapted]
+            if adapted and of_start:
+                bench.adapt()
+            for form in (None, *forms(run)):
+                rows = [row for row in of_start if row.form == form]
+                if rows:
+                    bench.of_form(rows)
 
 
 def tables(run: Run) -> dict[str, str]:
     """What is measured so far."""
     lines = []
-    for form, distill in keys(run):
-        found = run.find(key_of(form, distill))
-        name = "float" if form is None else form.title
+    for row in all_rows(run):
+        found = run.find(row.key)
+        name = ("adapted by LoRA, " if row.adapted else "") + ("float" if row.form is None else row.form.title)
         figures = ["not measured", None] if found is None else [_number(found["test"]), _number(found["other"])]
         seconds = (found or {}).get("seconds")
-        lines.append([name, _towards(distill), *figures, None if seconds is None else f"{seconds:.0f}"])
+        lines.append([name, _towards(row), *figures, None if seconds is None else f"{seconds:.0f}"])
     headers = ["Weights", "Trained towards", "Test perplexity", "Python's documentation", "Seconds"]
     return {"Towards the float model": markdown_table(headers, lines)}
 
 
-def _towards(distill: Any) -> str:
-    names = {UNTUNED: UNTUNED, 0.0: "the text (cross-entropy)", 1.0: "the float model (divergence)"}
-    return names.get(distill, f"both, the divergence by {distill}")
+def _towards(row: Row) -> str:
+    if row.distill == UNTUNED:
+        return UNTUNED
+    names = {0.0: "the text (cross-entropy)", 1.0: "the float model (divergence)"}
+    return names.get(row.distill, f"both, the divergence by {row.distill}")
 
 
 def _number(value: float) -> str:
@@ -174,14 +208,24 @@ def _number(value: float) -> str:
 
 
 def claims(run: Run) -> list[Claim]:
-    """Towards both, a model forgets less than by the cross-entropy alone, at little cost in the domain."""
+    """Towards both, a model forgets less than by the cross-entropy alone, at little cost in the domain; and a model that was
+    adapted, packed and healed is ahead of either half."""
     found = []
     for form in forms(run):
-        alone, both = (run.find(key_of(form, distill)) for distill in (0.0, 0.5))
         for name, part, bar in (("other text", "other", 1.0), ("test text", "test", 1.05)):
-            value = both[part] / alone[part] if alone and both else None
+            value = _ratio(run, part, Row(form, 0.5), Row(form, 0.0))
             found.append(Claim(f"{form.title}, both over cross-entropy, {name}", value, bar))
+        if heal(run):
+            healed = Row(form, 0.5, True)
+            for name, half in (("packed alone", Row(form, UNTUNED, True)), ("tuned alone", Row(form, 0.0))):
+                value = _ratio(run, "test", healed, half)
+                found.append(Claim(f"{form.title}, adapted, packed and healed over {name}", value, 1.0))
     return found
+
+
+def _ratio(run: Run, part: str, over: Row, under: Row) -> Optional[float]:
+    above, below = run.find(over.key), run.find(under.key)
+    return above[part] / below[part] if above and below else None
 
 
 TASK = Task(measure, tables_of_each(tables), claims_of_each(claims))

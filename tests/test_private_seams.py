@@ -148,6 +148,10 @@ SEAMS = {
         "should_convert_module": "peft_ext.checkpoint: modules that bcq leaves alone",
     },
     "transformers.Trainer": {
+        "_get_collator_with_removed_columns(data_collator, description)": "peft_ext.distillation: texts as a batch has them",
+        "get_tp_size()": "peft_ext.distillation: a loss that is scaled as Trainer scales its own",
+        "model_accepts_loss_kwargs": "peft_ext.distillation: so that the items of all accumulated batches are counted",
+        "current_gradient_accumulation_steps": "peft_ext.distillation: the share of a mixture's balancing loss",
         "set_initial_training_values(args, dataloader)": "peft_ext.trainer_checkpoints: begins with the number of epochs",
         "_train_batch_size": "generation_ext.critic: the number that auto_find_batch_size may have halved",
         "_save(output_dir, state_dict)": "generation_ext.critic: a checkpoint holds the critic, not its model",

@@ -23,7 +23,7 @@ METHODS = [
     "generation_ext.in_context",
     "generation_ext.probing",
 ]
-PACKAGES = ["peft_ext", "peft_ext.quant", "peft_ext.ood", *METHODS, "trl_ext.almost"]
+PACKAGES = ["peft_ext", "peft_ext.quant", "peft_ext.ood", "peft_ext.distillation", *METHODS, "trl_ext.almost"]
 COLLECTIONS = {"generation_ext": METHODS, "trl_ext": ["trl_ext.almost"]}
 LIGHT = [*COLLECTIONS, *METHODS, "trl_ext.almost"]
 
@@ -48,7 +48,7 @@ def test_a_collection_has_all_names_of_its_packages(package):
             assert getattr(module, name) is getattr(part, name)
 
 
-@pytest.mark.parametrize("package", ["peft_ext.ood", *METHODS, "trl_ext.almost"])
+@pytest.mark.parametrize("package", ["peft_ext.ood", "peft_ext.distillation", *METHODS, "trl_ext.almost"])
 def test_type_checkers_see_every_name(package):
     """What is imported on demand is imported for them under TYPE_CHECKING."""
     tree = ast.parse(inspect.getsource(importlib.import_module(package)))

@@ -160,7 +160,9 @@ def _piece(
     if outcomes is None:
         value, gradient = torch.zeros_like(cross_entropy), torch.zeros_like(log_probs)
     else:
-        outcomes = outcomes._replace(log_probs=outcomes.log_probs.to(logits.dtype))
+        # a teacher may be on another device
+        indices = None if outcomes.indices is None else outcomes.indices.to(logits.device)
+        outcomes = Outcomes(outcomes.log_probs.to(logits.device, logits.dtype), indices)
         softened = log_probs if temperature == 1 else (logits / temperature).log_softmax(-1)
         value, gradient = _divergence_of_logits(softened, outcomes, beta)
         gradient.mul_(distill * temperature)  # its square, and 1 / temperature from the logits
@@ -184,7 +186,7 @@ class _InPieces(torch.autograd.Function):
                 inputs = states[tokens].detach().requires_grad_(bool(wanted))
                 logits = inputs if head is None else head(inputs)
             outcomes = None if teaching is None else teaching[tokens]
-            parts = _piece(logits.detach(), labels[tokens], outcomes, objective)
+            parts = _piece(logits.detach(), labels[tokens].to(logits.device), outcomes, objective)
             cross_entropy, value = cross_entropy + parts[0].sum(), value + parts[1].sum()
             gradient = parts[2].to(logits.dtype)
             del parts, outcomes

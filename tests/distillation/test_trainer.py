@@ -19,6 +19,7 @@ from peft_ext.distillation import DistillationMixin, DistillationTrainer
 from peft_ext.distillation.output_head import output_head
 from tests.tiny import families
 from tests.tiny.models import tiny
+from tests.tiny.moe import tiny_moe
 from tests.tiny.tokenizers import VOCAB, tiny_tokenizer
 
 
@@ -191,6 +192,18 @@ def test_logits_of_pieces_are_the_models_own(name):
     states = head.states_of(model, {"input_ids": tokens})[0]
     whole = model(input_ids=tokens, use_cache=False).logits[0]
     torch.testing.assert_close(torch.cat([head(states[:2]), head(states[2:])]), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_mixtures_balancing_loss_comes_on_top(tmp_path):
+    losses = []
+    for weight in (0.0, 0.5):
+        model = get_peft_model(tiny_moe("mixtral"), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+        arguments = {"router_aux_loss_coef": weight}
+        trainer = sft(tmp_path, model, teacher_model=tiny_moe("mixtral"), arguments=arguments)
+        trainer.train()
+        losses.append(trainer.state.log_history[0])
+    assert losses[0]["cross_entropy"] == pytest.approx(losses[1]["cross_entropy"], rel=1e-4)
+    assert losses[1]["loss"] > losses[0]["loss"] + 0.5
 
 
 def test_a_model_whose_logits_cannot_be_cut(tmp_path, monkeypatch):
