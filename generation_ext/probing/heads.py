@@ -105,6 +105,7 @@ class Ridge(Head):
         seed: Optional[int],
         forms: int = 1,
         known: bool = False,
+        silent: Collection[int] = (),
     ) -> Ridge:
         """Fit to standardised features.
 
@@ -114,6 +115,7 @@ class Ridge(Head):
             forms: Rows that each text has, see [`Ridges`].
             known: Whether the last columns, as many as classes, are scores that are known beforehand: they are added in
                 one share, which is weighted as the penalties are.
+            silent: Indices of texts that don't weight them: demonstrations, whose class stands before them.
         """
         penalties = list(np.atleast_1d({**cls.defaults, **params}["penalties"]))
         unknown = sorted(set(params) - set(cls.defaults))
@@ -124,7 +126,7 @@ class Ridge(Head):
             )
         size, texts = features.shape[1] - classes * known, len(features) // forms
         ridges = Ridges(features[:, :size], codes[:texts], classes, forms, penalties)
-        found = ridges.weighted(features[:texts, size:] if known else None)
+        found = ridges.weighted(features[:texts, size:] if known else None, silent)
         weight = found.weight
         if known:
             weight = np.concatenate([weight, found.share * np.eye(classes, dtype=weight.dtype)], 1)

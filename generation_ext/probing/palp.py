@@ -184,7 +184,7 @@ class PALPClassifier(ClassifierMixin, PushToHubMixin, BaseEstimator):
         self.demonstrations_: list[tuple[Example, Any]] = []
         self.prefix_ = ""
         in_orders = [] if self.demonstrations == NONE else orders(len(self.classes_), int(self.permutations), rng)
-        forms = max(1, len(in_orders))
+        forms, shown = max(1, len(in_orders)), []
         features = self._choose(texts, codes, forms)
         if in_orders:
             seen = choice.standardised(features) if len(self.blocks_) > 1 else features
@@ -206,7 +206,7 @@ class PALPClassifier(ClassifierMixin, PushToHubMixin, BaseEstimator):
             self.scale_[-own.shape[1] :] = 1.0  # log-probabilities are compared with their mean alone
         seed = int(rng.randint(2**31 - 1))
         self.n_feature_size_ = features.shape[1]
-        self._fit_head(self._standardised(features), codes, forms, seed, own is not None)
+        self._fit_head(self._standardised(features), codes, forms, seed, own is not None, shown)
         if self.verbose:
             print(f"[PALPClassifier] {self.chosen}", flush=True)
         return self
@@ -474,14 +474,16 @@ class PALPClassifier(ClassifierMixin, PushToHubMixin, BaseEstimator):
 
     # ---- the head
 
-    def _fit_head(self, features: np.ndarray, codes: np.ndarray, forms: int, seed: int, own: bool) -> None:
+    def _fit_head(
+        self, features: np.ndarray, codes: np.ndarray, forms: int, seed: int, own: bool, shown: Sequence[int]
+    ) -> None:
         """Choose C, if it is to be chosen, and fit; of the features, each text has a row behind each order."""
         head, params, classes = self._head, dict(self.head_params or {}), len(self.classes_)
         self.C_: Optional[float] = None
         self.C_scores_: dict[float, choice.Held] = {}
         self.label_weight_: Optional[float] = None
         if head is Ridge:
-            self.head_: Head = Ridge.fit(features, np.tile(codes, forms), classes, params, seed, forms, own)
+            self.head_: Head = Ridge.fit(features, np.tile(codes, forms), classes, params, seed, forms, own, shown)
             self.label_weight_ = float(self.head_.arrays["weight"][0, -classes]) if own else None
             return
         if head.grid:

@@ -4,7 +4,7 @@ their mean by how well they say it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple, Optional
 
 import numpy as np
@@ -106,13 +106,18 @@ class Ridges:
             weight = self._directions @ scaled.astype(np.float32)
         return np.ascontiguousarray(weight.T), factors.sum() * self._means
 
-    def weighted(self, known: Optional[np.ndarray] = None) -> Weighted:
+    def weighted(self, known: Optional[np.ndarray] = None, silent: Collection[int] = ()) -> Weighted:
         """The mean of all regressions, factors to logits and shares of known scores, each weighted by the likelihood of the
         texts that it wasn't fitted on: of few texts many have a part, of many texts the best one.
 
         Args:
             known: Scores that don't come of the classes, `[texts, classes]`, which are added in some share.
+            silent: Indices of texts whose likelihood says nothing, because their class stands before them.
         """
+        judged = np.setdiff1d(np.arange(len(self._codes)), list(silent))
+        if len(set(self._codes[judged].tolist())) < len(self._means):
+            judged = np.arange(len(self._codes))
+        codes = self._codes[judged]
         left_out = self.left_out()
         shares = (0.0,) if known is None else _SHARES
         found = np.empty((len(left_out), len(FACTORS), len(shares)))
@@ -120,8 +125,8 @@ class Ridges:
             beside = 0.0 if known is None or not share else share * known
             for penalty, scores in enumerate(left_out):
                 for number, factor in enumerate(FACTORS):
-                    found[penalty, number, place] = log_probability(factor * scores + beside, self._codes)
-        weights = np.exp(len(self._codes) * (found - found.max()))
+                    found[penalty, number, place] = log_probability((factor * scores + beside)[judged], codes)
+        weights = np.exp(len(judged) * (found - found.max()))
         weights /= weights.sum()
         weight, bias = self.solution((weights.sum(2) * FACTORS).sum(1))
         return Weighted(weight, bias, float((weights.sum((0, 1)) * shares).sum()), float(found.max()))

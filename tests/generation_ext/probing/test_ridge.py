@@ -68,6 +68,19 @@ def test_of_many_texts_the_likeliest_counts_alone_and_of_few_all():
     assert cosine > 0.99
 
 
+def test_texts_whose_class_stands_before_them_do_not_weight():
+    """Known scores that are right for these texts alone."""
+    rng, codes = np.random.default_rng(4), np.arange(12) % 2
+    ridges = Ridges(choice.standardised(rng.normal(size=(12, 50))), codes, 2)
+    known = rng.normal(size=(12, 2))
+    known[:4] = 6.0 * np.eye(2)[codes[:4]]
+    known[4:] = -2.0 * np.eye(2)[codes[4:]]
+    assert ridges.weighted(known).share > ridges.weighted(known, silent=range(4)).share
+    assert ridges.weighted(known, silent=range(4)).share < 0.05
+    # where nothing would be left of a class, all of them count
+    assert ridges.weighted(known, silent=range(0, 12, 2)).share == ridges.weighted(known).share
+
+
 def test_known_scores_are_added_in_the_share_they_deserve():
     rng, codes = np.random.default_rng(3), np.arange(16) % 2
     features = choice.standardised(rng.normal(size=(16, 50)))
