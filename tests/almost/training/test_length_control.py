@@ -118,13 +118,13 @@ def test_the_head_changes_by_what_the_model_s_own_scores_say():
     among_equals = centred(scores[:10], scores[10:]), centred(varying[:10], varying[10:])
     # float32 scores, so as good as none
     assert correlations(*among_equals)["log_tokens"] == pytest.approx(0, abs=1e-3)
-    assert found["after"] == pytest.approx({"log_tokens": 0, "repeated_share": 0}, abs=1e-3)
+    assert found["after"] == pytest.approx({"log_tokens": 0, "tokens": 0, "repeated_share": 0}, abs=1e-3)
 
 
 def test_covariates_are_tokens_of_the_answer_and_repeated_3_grams():
     found = covariates(byte_tokenizer(), ["It is so. It is so. It is so.", "", "abc"])
-    assert found == pytest.approx(np.array([[np.log(29), 4 / 7], [0, 0], [np.log(3), 0]]))
-    assert covariates(byte_tokenizer(), []).shape == (0, 2)
+    assert found == pytest.approx(np.array([[np.log(29), 29, 4 / 7], [0, 0, 0], [np.log(3), 3, 0]]))
+    assert covariates(byte_tokenizer(), []).shape == (0, 3)
 
 
 def test_a_model_without_one_linear_score_is_refused():

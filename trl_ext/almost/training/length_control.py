@@ -28,7 +28,8 @@ from peft_ext.language_model import device_of, inference
 from trl_ext.almost.repetition import repeated_share
 
 
-COVARIATES = ("log_tokens", "repeated_share")
+# Length twice: scores don't go with one of the two alone.
+COVARIATES = ("log_tokens", "tokens", "repeated_share")
 # Answers that the head's part is estimated by, at most: of its few hundred numbers, more say little.
 MOST_ANSWERS = 4096
 # Of the states' mean variance, added to each: of fewer answers than a state has numbers, the covariance can't be inverted.
@@ -39,10 +40,11 @@ _NEWTON_STEPS = 50
 
 
 def covariates(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> np.ndarray:
-    """`[answers, 2]`: the logarithm of an answer's tokens, and its share of repeated word 3-grams."""
+    """`[answers, 3]`: the logarithm of an answer's tokens, the tokens, and its share of repeated word 3-grams."""
     ids = tokenizer(list(answers), add_special_tokens=False, verbose=False)["input_ids"] if len(answers) else []
     return np.array(
-        [[np.log(max(len(tokens), 1)), repeated_share(text)] for tokens, text in zip(ids, answers)], dtype=float
+        [[np.log(max(len(tokens), 1)), len(tokens), repeated_share(text)] for tokens, text in zip(ids, answers)],
+        dtype=float,
     ).reshape(-1, len(COVARIATES))
 
 
@@ -51,9 +53,9 @@ def explained(chosen: np.ndarray, rejected: np.ndarray, others: Sequence[np.ndar
     difference of their covariates.
 
     Args:
-        chosen: Covariates `[pairs, 2]` of the better answers; fitted to.
+        chosen: Covariates `[pairs, k]` of the better answers; fitted to.
         rejected: Of the worse ones.
-        others: Differences `[n, 2]` of further pairs, such as held-out ones.
+        others: Differences `[n, k]` of further pairs, such as held-out ones.
 
     Returns:
         Logits of the pairs, and of each of the others.
@@ -85,7 +87,8 @@ def without_covariates(weight: np.ndarray, states: np.ndarray, varying: np.ndarr
     """
     spread = states.T @ states / len(states)
     spread = spread + (_RIDGE * np.trace(spread) / len(spread) + 1e-12) * np.eye(len(spread))
-    shared = states.T @ varying / len(states)
+    scale = varying.std(axis=0)
+    shared = states.T @ (varying / np.where(scale > 0, scale, 1.0)) / len(states)
     reading = np.linalg.solve(spread, shared)  # how the states tell the covariates
     # least squares, for a covariate that nothing varies with
     return weight - reading @ np.linalg.lstsq(shared.T @ reading, shared.T @ weight, rcond=1e-10)[0]
@@ -107,7 +110,7 @@ def control_head(
     Args:
         model: The trained classifier, or a `PeftModel` of one; its head is changed in place.
         rows: Tokens of the chosen answers behind their prompts, then those of the rejected ones.
-        varying: Covariates `[answers, 2]` in the same order.
+        varying: Covariates `[answers, k]` in the same order.
         padding: The padding token.
         batch_size: Texts per forward pass.
 

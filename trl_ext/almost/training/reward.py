@@ -206,7 +206,7 @@ class _Control:
 
 
 def _sides(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Covariates `[pairs, 2]` of the chosen answers, and of the rejected ones."""
+    """Covariates `[pairs, k]` of the chosen answers, and of the rejected ones."""
     chosen, rejected = (
         covariates(tokenizer, [answer_text(pair[key]) for pair in pairs]) for key in ("chosen", "rejected")
     )
