@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from peft_ext import BcqConfig, PeqaConfig, report
+from peft_ext import BcqConfig, PeqaConfig, calibrate, report
 from peft_ext.checkpoint.contents import read_contents
 from peft_ext.checkpoint.gguf import export_gguf
 from peft_ext.checkpoint.gguf_blocks import block_type, to_blocks, why_no_blocks
@@ -222,6 +222,15 @@ def test_a_whole_model_as_gguf(tmp_path):
     contents = read_contents(tmp_path / "m.gguf")
     assert {layer.number_format for layer in contents.layers} == {"Q4_1"}
     assert len(contents.layers) == len(packed_layers(base))
+
+
+def test_calibrated_with_data():
+    batches = [{"input_ids": torch.randint(3, 100, (4, 16), generator=torch.Generator().manual_seed(0))}]
+    config = PeqaConfig(**FLOAT, init_method="calibrated")
+    layers = packed_layers(get_peft_model(calibrate(tiny("llama"), config, batches), config).unload())
+    assert {(layer.number_format, layer.origin) for layer in layers.values()} == {
+        (Uniform(4, 16, zero="float"), "calibrated")
+    }
 
 
 def test_float_zero_points_are_closer_in_small_groups():

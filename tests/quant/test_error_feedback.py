@@ -71,6 +71,18 @@ def test_output_error_falls(layer, bits, sym):
     )
 
 
+@pytest.mark.parametrize("group_size", [-1, 8])
+def test_output_error_falls_with_float_zero_points(layer, group_size):
+    weight, hessian = layer
+    weight = weight + torch.randn(12, 1, dtype=torch.float64)  # ranges beside zero, too
+    rounded = quantize(weight, 3, group_size, zero="float")
+    calibrated = quantize_calibrated(weight, hessian, 3, group_size, zero="float")
+    assert output_error(weight, hessian, calibrated) < 0.7 * output_error(weight, hessian, rounded)
+    assert calibrated.zero_point.is_floating_point() and calibrated.zero_point.frac().any()
+    whole = quantize_calibrated(weight, hessian, 3, group_size)
+    assert output_error(weight, hessian, calibrated) < output_error(weight, hessian, whole)
+
+
 def test_deterministic(layer):
     first, second = (quantize_calibrated(*layer, 3) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))

@@ -24,6 +24,7 @@ TOKENS = 32
 NEAR = 0.5  # logits, whose standard deviation over the vocabulary is 3 to 4
 FORMATS = {
     "4bit-sym-groups": {"bits": 4, "group_size": 32, "sym": True},  # Q4_0, the codes as they are
+    "4bit-float-zeros": {"bits": 4, "group_size": 32, "zero": "float"},  # Q4_1
     "4bit-channel": {"bits": 4},  # Q4_1
     "3bit-channel": {"bits": 3, "init_method": "calibrated"},  # Q4_0
 }

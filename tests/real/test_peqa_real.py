@@ -14,6 +14,7 @@ from peft_ext import PeqaConfig, calibrate
 from peft_ext.models import load
 from peft_ext.perplexity import perplexity
 from peft_ext.quant.linear import PackedLinear
+from peft_ext.quant.uniform import dequantize, quantize
 from tests.cases import adapter_parameters, assert_same
 
 
@@ -145,3 +146,19 @@ def test_base_and_adapter_from_disk(run):
     assert sum(parameter.numel() for parameter in adapter_parameters(model).values()) == SCALES
     generated = model.generate(input_ids=run.prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert generated.shape == (1, 20)
+
+
+def test_float_zero_points_represent_the_default_model(smollm2):
+    """Its weights are a Q4_1 file's: 4 bits in groups of 32, each with a minimum. What is left is float32's rounding."""
+    layers = [
+        layer for name, layer in smollm2().named_modules() if name.startswith("model.layers.7.") and "proj" in name
+    ]
+    assert len(layers) == 7
+    off = {"int": 0.0, "float": 0.0}
+    for layer in layers:
+        weight = layer.weight.detach()
+        largest = weight.view(len(weight), -1, 32).abs().amax(-1).repeat_interleave(32, 1)
+        for zero in off:
+            gap = (dequantize(*quantize(weight, 4, 32, zero=zero)) - weight).abs() / largest
+            off[zero] = max(off[zero], gap.max().item())
+    assert off["float"] <= 4 * 2**-24 and off["int"] > 0.03
