@@ -57,7 +57,7 @@ class PackedBaseArguments(DataArguments):
         default=None,
         metadata={
             "help": "Width of a weight: 2, 3, 4, 5, 6 or 8; of binary codings 1, too. 4 by default; a model that is packed "
-            f"already stays as it is ({BASE})."
+            f"already stays as it is ({BASE}), and so does, in tune, a GGUF for which no format is named."
         },
     )
     group_size: int = field(default=-1, metadata={"help": "Inputs that share a scale; -1: one scale per channel."})
@@ -72,8 +72,8 @@ class PackedBaseArguments(DataArguments):
     init_method: str = field(
         default=CALIBRATED,
         metadata={
-            "help": "Where the codes come from: calibrated, or without data: of integers minmax or mse, of binary "
-            "codings alternating or greedy."
+            "help": "Where the codes come from: calibrated, or without data: of integers minmax, mse or lattice (exact "
+            "where weights lie on one of this format), of binary codings alternating or greedy."
         },
     )
     calibration_blocks: int = field(

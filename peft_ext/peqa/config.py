@@ -41,8 +41,10 @@ class PeqaConfig(ScaleTuningConfig):
             Floats pay in small groups, where a rounded zero point costs most; the checkpoint is then our own (`bcq`).
             Left out, it is what each layer of a packed base has, and `"int"` on a float one.
         init_method (`str`, *optional*, defaults to `"minmax"`):
-            Where the integers come from: `"minmax"` rounds to the nearest level of each channel's range; `"mse"`
-            shrinks the range to the least squared error, as in the paper; `"calibrated"` needs a call of [`calibrate`]
+            Where the integers come from: `"lattice"` takes weights over exactly that are integers with scales
+            already, written out as floats (releases of quantisation-aware training, dequantised GGUFs): bits, groups and
+            zero points are found where they are left out, and what lies on no lattice is rounded. `"minmax"` rounds to
+            the nearest level of each channel's range; `"mse"` shrinks the range to the least squared error, as in the paper; `"calibrated"` needs a call of [`calibrate`]
             with some training data first and is by far the best at 3 and 2 bits.
         parametrization (`str`, *optional*, defaults to `"relative"`):
             What the optimiser sees. `"relative"`: scale = s0 * (1 + delta), so that one learning rate (about 1e-2)
@@ -96,7 +98,9 @@ class PeqaConfig(ScaleTuningConfig):
     )
     init_method: str = field(
         default=Uniform.default_method,
-        metadata={"help": "Where the integers come from: 'minmax', 'mse' or 'calibrated' (call calibrate first)."},
+        metadata={
+            "help": "Where the integers come from: 'minmax', 'mse', 'lattice' or 'calibrated' (call calibrate first)."
+        },
     )
     trained: str = field(
         default="scales", metadata={"help": "What is trained: 'scales', or 'scales+zeros', zero points as well."}

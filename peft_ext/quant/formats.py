@@ -10,10 +10,13 @@ import torch
 
 from peft_ext.quant.binary import BINARY_BITS, BINARY_METHODS, BinaryQuantized, quantize_binary
 from peft_ext.quant.error_feedback import quantize_binary_calibrated, quantize_calibrated
+from peft_ext.quant.lattice import find_lattice
 from peft_ext.quant.uniform import UNIFORM_BITS, UNIFORM_METHODS, Quantized, check_format, check_zero, quantize
 
 
 CALIBRATED = "calibrated"
+# Weights that are integers with scales already, written out as floats, are taken over as they are; see `lattice.py`.
+LATTICE = "lattice"
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Uniform:
 
     name: ClassVar[str] = "uniform integers"
     supported_bits: ClassVar[tuple[int, ...]] = UNIFORM_BITS
-    methods: ClassVar[tuple[str, ...]] = UNIFORM_METHODS
+    methods: ClassVar[tuple[str, ...]] = (*UNIFORM_METHODS, LATTICE)
     # the best without data, measured: benchmarks/peqa_quality.py
     default_method: ClassVar[str] = "minmax"
 
@@ -55,6 +58,11 @@ class Uniform:
         shift: Optional[torch.Tensor] = None,
     ) -> Quantized:
         """Quantise a weight `[out, in]` by a data-free method, or on its inputs' moments where these are given."""
+        if hessian is None and method == LATTICE:
+            found = find_lattice(weight, self.bits, self.group_size, self.sym, self.zero)
+            if found is not None:
+                return found.quantized
+            method = self.default_method
         if hessian is None:
             return quantize(weight, self.bits, self.group_size, self.sym, method, self.zero)
         return quantize_calibrated(weight, hessian, self.bits, self.group_size, self.sym, shift=shift, zero=self.zero)

@@ -21,7 +21,7 @@ from peft_ext.checkpoint.saving import make_saveable
 from peft_ext.modalities import other_parts, part_of
 from peft_ext.quant.conversion import dequantize_layers
 from peft_ext.quant.experts import fused_experts, future_layers, unfuse_experts
-from peft_ext.quant.formats import CALIBRATED, Uniform
+from peft_ext.quant.formats import CALIBRATED, LATTICE, Uniform
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.replaceable import bypassed_layers
 from peft_ext.routers import routers
@@ -34,6 +34,7 @@ from peft_ext.scale_tuning.quantization import (
     modules_with_several_names,
     pack_layer,
     take_format_of_base,
+    take_lattices,
 )
 from peft_ext.scale_tuning.report import announce
 from peft_ext.targets import check_called, check_weights_stay, expand_all_linear, target_layers
@@ -195,6 +196,8 @@ def check_targets(config: ScaleTuningConfig, model: nn.Module) -> dict[str, nn.M
     targets = target_layers(config, model)
     if not config.inference_mode:  # an earlier release's adapter holds such layers too, as they were
         check_called(targets, model)
+    if config.init_method == LATTICE:
+        targets = take_lattices(config, model, targets)
     take_format_of_base(config, targets)
     for name, module in targets.items():
         check_target(module, config, name)

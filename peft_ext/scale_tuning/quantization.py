@@ -12,11 +12,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import skip_init_on_device
 from torch import nn
+from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from peft_ext.checkpoint import pack_quantized
-from peft_ext.quant.conversion import LINEAR_LAYERS, check_layer, quantize_layer
-from peft_ext.quant.formats import CALIBRATED, NumberFormat, same_format
+from peft_ext.quant.conversion import LINEAR_LAYERS, check_layer, quantize_layer, replace_layer, weight_of
+from peft_ext.quant.formats import CALIBRATED, LATTICE, NumberFormat, same_format
+from peft_ext.quant.lattice import find_lattice
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.replaceable import acts_linearly, check_own_weight
 from peft_ext.scale_tuning.config import BASE, DEFAULT_BITS, DEFAULT_GROUP_SIZE, ScaleTuningConfig
@@ -48,10 +50,58 @@ def pack_layer(
         return pack_quantized.take_over(module, name)
     # a calibrated initialisation that saw no input for this layer falls back on the best without data
     number_format = config.format_of(name)
-    method = number_format.default_method if config.init_method == CALIBRATED else config.init_method
+    fallback = config.init_method in (CALIBRATED, LATTICE)  # what lies on a lattice was taken before
+    method = number_format.default_method if fallback else config.init_method
     packed = quantize_layer(module, number_format, method, name, hessian, shift)
     packed.origin = method if hessian is None else CALIBRATED
     return packed
+
+
+def take_lattices(config: ScaleTuningConfig, model: nn.Module, targets: Mapping[str, Any]) -> dict[str, Any]:
+    """Pack, in place, the float layers whose weights lie on a lattice of a format that the config allows (any that packed
+    layers have, where it leaves bits and groups open); say which don't, since they will be rounded.
+
+    Returns:
+        The targets, packed layers in the place of those that were found.
+    """
+    sym, zero = getattr(config, "sym", None), getattr(config, "zero", None)
+    several, found, left = modules_with_several_names(model), dict(targets), []
+    floats = {
+        name: module
+        for name, module in targets.items()
+        if isinstance(module, LINEAR_LAYERS)
+        and not pack_quantized.is_packed(module)
+        and module.weight.device.type != "meta"
+    }
+    for name, module in tqdm(
+        floats.items(), desc="Looking for lattices", unit="layer", delay=1.0, disable=None, leave=False
+    ):
+        bits, group_size = config.asked_of(name)
+        suits = module not in several and acts_linearly(module)
+        asked = None if bits == BASE else bits
+        lattice = find_lattice(weight_of(module), asked, group_size, sym, zero) if suits else None  # type: ignore[arg-type]
+        if lattice is None:
+            left.append(name)
+            continue
+        layer = PackedLinear.from_quantized(
+            lattice.quantized,
+            lattice.bits,
+            module.bias,
+            sym=lattice.sym,
+            conv1d=isinstance(module, Conv1D),
+            compute_dtype=module.weight.dtype,
+        )
+        layer.origin = LATTICE
+        replace_layer(model, name, layer)
+        found[name] = layer
+    if left:
+        warnings.warn(
+            f"init_method={LATTICE!r}: the weights of {len(floats) - len(left)} of {len(floats)} layers lie on a lattice and are "
+            f"taken over exactly; the others, such as {left[0]!r}, don't in any format that the config allows, and are rounded "
+            f"by {config.number_format_cls.default_method!r}.",
+            stacklevel=2,
+        )
+    return found
 
 
 def modules_with_several_names(model: nn.Module) -> set[nn.Module]:

@@ -19,7 +19,7 @@ from peft_ext.checkpoint.pack_quantized import can_take_over, format_of, is_comp
 from peft_ext.language_model import unwrapped
 from peft_ext.modalities import PARTS, other_parts, part_of
 from peft_ext.quant.conversion import LINEAR_LAYERS
-from peft_ext.quant.formats import CALIBRATED, NumberFormat
+from peft_ext.quant.formats import CALIBRATED, LATTICE, NumberFormat
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.replaceable import foreign_weight
 from peft_ext.routers import routers
@@ -108,7 +108,7 @@ class Report:
     def uncalibrated(self) -> list[str]:
         """The layers that were rounded without data in a model of which others were calibrated."""
         origins = {name: part.origin for name, part in self.packed.items() if part.origin is not None}
-        missed = [name for name, origin in origins.items() if origin != CALIBRATED]
+        missed = [name for name, origin in origins.items() if origin not in (CALIBRATED, LATTICE)]
         return missed if len(missed) < len(origins) else []
 
     @property
