@@ -41,11 +41,12 @@ class PeqaConfig(ScaleTuningConfig):
             Floats pay in small groups, where a rounded zero point costs most; the checkpoint is then our own (`bcq`).
             Left out, it is what each layer of a packed base has, and `"int"` on a float one.
         init_method (`str`, *optional*, defaults to `"minmax"`):
-            Where the integers come from: `"lattice"` takes weights over exactly that are integers with scales
-            already, written out as floats (releases of quantisation-aware training, dequantised GGUFs): bits, groups and
-            zero points are found where they are left out, and what lies on no lattice is rounded. `"minmax"` rounds to
-            the nearest level of each channel's range; `"mse"` shrinks the range to the least squared error, as in the paper; `"calibrated"` needs a call of [`calibrate`]
-            with some training data first and is by far the best at 3 and 2 bits.
+            Where the integers come from: `"minmax"` rounds to the nearest level of each channel's range; `"mse"`
+            shrinks the range to the least squared error, as in the paper; `"calibrated"` needs a call of [`calibrate`]
+            with some training data first and is by far the best at 3 and 2 bits. `"lattice"` takes weights over
+            exactly that are integers with scales already, written out as floats (releases of quantisation-aware
+            training, dequantised GGUFs): bits, groups and zero points are found where they are left out, and what
+            lies on no lattice is rounded by `"minmax"`.
         parametrization (`str`, *optional*, defaults to `"relative"`):
             What the optimiser sees. `"relative"`: scale = s0 * (1 + delta), so that one learning rate (about 1e-2)
             suits every model and width; `"log"`: scale = s0 * exp(delta); `"absolute"`: scale = s0 + delta, the
