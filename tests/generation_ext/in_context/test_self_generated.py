@@ -318,22 +318,6 @@ def test_scores_are_those_of_the_drawn_demonstrations(pools):
     assert ours.draw(pools, seed=1) != ours.draw(pools, seed=2)
 
 
-def test_only_consistent_texts_are_kept(pools):
-    ours = sg_icl(self_consistent=True)
-    kept = ours.consistent(pools)
-    scorer = LabelScorer(model("llama"), tokenizer_for("llama"), TASK, normalization="mean")
-    total = 0
-    for before, after in zip(pools, kept):
-        assert after.example == before.example and list(after.samples) == list(before.samples)
-        for label, texts in before.samples.items():
-            labelled = [scorer.score([text], calibrate=True).predictions()[0] for text in texts]
-            assert after.samples[label] == [text for text, other in zip(texts, labelled) if text and other == label]
-            total += len(after.samples[label])
-    assert 0 < total < sum(len(texts) for pool in pools for texts in pool.samples.values())
-    with pytest.warns(UserWarning, match="inputs have fewer than 4 demonstrations"):
-        ours.score(TEXTS)
-
-
 def test_a_class_without_samples():
     """Empty texts are no demonstrations; without any, the input is scored zero-shot, and that is said."""
     pools = [Pool({"text": "a"}, {"negative": ["", ""], "positive": ["b"]}), Pool({"text": "c"}, {"negative": [""]})]
@@ -406,16 +390,6 @@ def test_file_is_json_lines(tmp_path):
 # presets, and what goes beyond the paper
 
 
-def test_presets():
-    paper, ours = sg_icl(), sg_icl(preset="recommended", draws=2)
-    assert (paper.balanced, paper.shared, paper.calibrate, paper.draws, paper.keep) == (False, False, False, 1, 1.0)
-    assert ours.balanced and ours.shared and ours.calibrate == "batch" and ours.draws == 2
-    assert sg_icl(preset="recommended").draws == 8
-    alone = sg_icl(preset="recommended", shared=False)
-    assert alone.balanced and not alone.shared and alone.pool_inputs is None
-    assert sg_icl(preset="recommended", calibrate=False).calibrate is False
-
-
 def test_shared_demonstrations_are_one_draw_from_all_pools(pools):
     ours = sg_icl(shared=True, shots=12)
     drawn = ours.draw(pools)
@@ -434,27 +408,6 @@ def test_scores_are_the_mean_over_draws(pools):
     np.testing.assert_allclose(scores.log_probs, np.mean([each.log_probs for each in single], axis=0), atol=1e-5)
     np.testing.assert_allclose(scores.prior, np.mean([each.prior for each in single], axis=0), atol=1e-5)
     assert np.abs(single[0].log_probs - single[1].log_probs).max() > 1e-3
-
-
-@pytest.mark.parametrize("shared", [True, False])
-def test_the_surest_texts_are_kept(pools, shared):
-    ours = sg_icl(keep=0.5, shared=shared, shots=2)
-    kept = ours.surest(pools)
-    texts = [pair for pool in pools for pair in pool.demonstrations(TASK)]
-    scorer = LabelScorer(model("llama"), tokenizer_for("llama"), TASK, normalization="mean")
-    chances = scorer.score([example for example, _ in texts]).probabilities()
-    chances /= chances.mean(0)
-    chances /= chances.sum(1, keepdims=True)
-    for column, label in enumerate(TASK.labels):
-        sure = {example["text"]: row[column] for (example, other), row in zip(texts, chances) if other == label}
-        groups = [[text for pool in pools for text in pool.samples[label]]] if shared else []
-        for group in groups or [pool.samples[label] for pool in pools]:
-            best = sorted((text for text in group if text), key=lambda text: -sure[text])
-            best = best[: -(-len(best) // 2)]
-            found = {text for pool in kept for text in pool.samples[label]}
-            assert set(best) <= found
-            assert not shared or len(found) == len(best)
-    assert [pool.example for pool in kept] == [pool.example for pool in pools]
 
 
 def test_texts_are_written_for_some_inputs(tmp_path):
@@ -483,23 +436,6 @@ def test_one_input_is_calibrated_beside_generated_texts():
     assert len(ours.score([]).log_probs) == 0
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"preset": "best"}, "preset='best' is unknown; choose one of"),
-        ({"draws": 0}, "draws=0 must be a positive integer"),
-        ({"keep": 0.0}, "keep=0.0 must be above 0 and at most 1"),
-        ({"strength": -1}, "strength=-1 of the calibration must be above 0"),
-        ({"calibrate": "batches"}, "calibrate='batches' is unknown"),
-        ({"pool_inputs": 4}, "pool_inputs=4 needs shared=True"),
-        ({"pool_inputs": -1, "shared": True}, "pool_inputs=-1 must be a positive integer, or 0"),
-    ],
-)
-def test_options_that_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        sg_icl(**options)
-
-
 def test_shared_texts_are_for_shared_demonstrations(pools):
     with pytest.raises(ValueError, match="unlabelled texts are for shared=True"):
         sg_icl().score(["a"], unlabelled=["b"])
@@ -507,19 +443,3 @@ def test_shared_texts_are_for_shared_demonstrations(pools):
         sg_icl().score_pools(pools, examples=["a"])
     with pytest.raises(ValueError, match="pools is empty"):
         sg_icl(shared=True).score_pools([])
-
-
-def test_the_surest_of_pairs_share_their_premise():
-    """Each pool's texts run behind their premise; the numbers are those of running them together."""
-    task = replace(CB, max_new_tokens=6, min_new_tokens=3)
-    ours = sg_icl(task=task, keep=0.4, shared=True, shots=3, samples=3)
-    pools = ours.generate([{"premise": f"It rains {word}.", "hypothesis": "It is wet."} for word in ("here", "there")])
-    texts = [pair for pool in pools for pair in pool.demonstrations(task)]
-    log_probs = ours.scorer.score([example for example, _ in texts]).probabilities()
-    sure = log_probs / log_probs.mean(0)
-    sure /= sure.sum(1, keepdims=True)
-    kept = [pair for pool in ours.surest(pools) for pair in pool.demonstrations(task)]
-    for column, label in enumerate(task.labels):
-        own = sorted((-row[column], str(pair)) for pair, row in zip(texts, sure) if pair[1] == label)
-        best = {text for _, text in own[: -(-2 * len(own) // 5)]}
-        assert {str(pair) for pair in kept if pair[1] == label} == best
