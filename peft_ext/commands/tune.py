@@ -113,8 +113,9 @@ class TuneArguments(TeacherArguments, PackedBaseArguments):
         return self.distill
 
     def width(self) -> Union[int, str]:
-        """As of every packed base; a GGUF's own integers are tuned where no format is asked for, and the method can."""
-        return BASE if self.method != "alphatuning" and self.keeps_integers() else super().width()
+        """As of every packed base; a GGUF's own integers are tuned where no format is asked for, and method and recipe can."""
+        takes_integers = self.method != "alphatuning" and self.recipe is None
+        return BASE if takes_integers and self.keeps_integers() else super().width()
 
 
 def main(argv: Sequence[str]) -> None:

@@ -9,8 +9,9 @@ import pytest
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_ext import PeqaConfig, export_gguf
+from peft_ext import PeqaConfig, export_gguf, load
 from peft_ext.cli import main
+from peft_ext.commands.tune import TuneArguments
 from peft_ext.quant.conversion import packed_layers
 from tests.tiny.tokenizers import byte_tokenizer
 
@@ -52,11 +53,11 @@ def test_the_files_own_integers_or_a_format_that_is_named(more, bits, gguf_file,
     )
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["bits"] == bits and (metrics["perplexity"]["float"] is None) == (bits == "base")
-    from peft_ext import load
-
     formats = {
         (layer.bits, layer.group_size, layer.number_format.zero)
         for layer in packed_layers(load(str(run / "base"))).values()
     }
     assert formats == ({(4, 32, "float")} if bits == "base" else {(3, -1, "int")})
+    with_recipe = TuneArguments(model=str(gguf_file), recipe="adapt-pack-heal")
+    assert (with_recipe.width(), TuneArguments(model=str(gguf_file), method="alphatuning").width()) == (4, 4)
     assert main(["generate", str(run), "--prompt", "a", "--max_new_tokens", "2"]) == 0
