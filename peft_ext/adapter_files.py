@@ -36,6 +36,7 @@ from peft_ext.file_formats import (
     whole,
 )
 from peft_ext.files import read_json
+from peft_ext.quant.linear import PackedLinear
 from peft_ext.registration import TUNERS, extend_class_method, extend_method
 from peft_ext.tensor_files import check_digest, damaged, read_tensors, seal
 
@@ -183,6 +184,7 @@ def install() -> None:
     extend_class_method(peft.config.PeftConfigMixin, "_get_peft_type", _type_there)
     extend_method(peft.utils.save_and_load, "safe_load_file", _tensors_checked)
     extend_method(peft.utils.save_and_load, "torch_load", _pickle_refused)
+    extend_method(peft.utils.save_and_load, "has_valid_embedding_base_layer", _not_packed)
     extend_method(peft.peft_model, "load_peft_weights", _weights_there)
     extend_method(peft.peft_model, "set_peft_model_state_dict", _all_there)
 
@@ -190,6 +192,17 @@ def install() -> None:
 def _on_adapter_saved(model: Any, adapter_name: str, folder: Path) -> None:
     if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         seal(folder / SAFETENSORS_WEIGHTS_NAME)
+
+
+def _not_packed(original: Callable[..., Any]) -> Callable[..., Any]:
+    """PEFT keeps the whole weight of an output head that is a target beside its adapter. A packed one is its base's, and stays
+    as it is."""
+
+    @functools.wraps(original)
+    def has_valid_embedding_base_layer(layer: Any) -> bool:
+        return original(layer) and not isinstance(layer.base_layer, PackedLinear)
+
+    return has_valid_embedding_base_layer
 
 
 def _json_checked(original: Callable[..., Any]) -> Callable[..., Any]:

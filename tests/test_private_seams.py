@@ -179,6 +179,7 @@ SEAMS = {
     },
     "peft.utils.save_and_load": {
         "safe_load_file(filename, device)": "peft_ext.adapter_files: checks an adapter's tensors where PEFT reads them",
+        "has_valid_embedding_base_layer(layer)": "peft_ext.adapter_files: no packed head in an adapter",
         "torch_load": "peft_ext.adapter_files: refuses an adapter that is a pickle",
     },
     "peft.peft_model": {

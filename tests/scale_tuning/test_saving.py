@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import peft
@@ -13,6 +14,7 @@ from peft import (
     AutoPeftModelForCausalLM,
     AutoPeftModelForSeq2SeqLM,
     AutoPeftModelForSequenceClassification,
+    LoraConfig,
     PeftConfig,
     PeftModel,
     get_peft_model,
@@ -22,6 +24,7 @@ from peft import (
 from safetensors.torch import load_file
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
+from peft_ext import AlphaTuningConfig, PeqaConfig
 from tests.cases import (
     CASES,
     CASES_THAT_MERGE,
@@ -35,6 +38,7 @@ from tests.cases import (
     tuner_layers,
 )
 from tests.tiny.folders import save_tiny
+from tests.tiny.models import inputs, tiny
 
 
 # One model of each kind; the whole table does the round trip.
@@ -290,3 +294,21 @@ print("saved")
 def test_an_adapter_of_a_sharded_model(fresh_process):
     """FSDP2 shards packed codes; the adapter file is the one of the whole model."""
     assert "saved" in fresh_process(SHARDED)
+
+
+@pytest.mark.parametrize("kind", ["peqa", "alphatuning", "lora"])
+def test_a_packed_output_head_stays_out_of_the_adapter(kind, tmp_path):
+    """Where it is a target, as by default on bases that others packed; PEFT keeps float heads beside its own adapters."""
+    packed = PeqaConfig(bits=4, target_modules=["q_proj", "lm_head"])
+    if kind == "alphatuning":
+        packed = AlphaTuningConfig(bits=3, target_modules=["q_proj", "lm_head"])
+    base = get_peft_model(tiny("llama"), packed).unload()
+    config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"]) if kind == "lora" else packed
+    model = get_peft_model(copy.deepcopy(base), config)
+    move_adapter(model)
+    expected = model(**inputs("llama")).logits
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert any("lm_head" in name for name in tensors)
+    assert not [name for name in tensors if ".base_layer." in name]
+    assert_same(PeftModel.from_pretrained(base, tmp_path)(**inputs("llama")).logits, expected)
