@@ -40,6 +40,8 @@ FROZEN, NARROW, PROMPT, BEST, ACTION, RLOO = (
 )
 CRITIC, LORA = SEPARATE, AS_LORA
 TOP_K = 10
+# Of the strengths that were tried on training prompts, the best within the allowed perplexity.
+STRONG = {"sentiment": 40.0, "topic": 100.0}
 JUDGED = {"sentiment": "positive", "topic": "on topic", "detoxification": "clean"}
 # Points of success above the frozen model, at this ratio of its perplexity.
 WANTED, RATIO = {"sentiment": 30, "topic": 40}, 1.35
@@ -370,7 +372,7 @@ def headlines(runs: Runs) -> list[Headline]:
     ):
         both = [
             (run, Row(CRITIC, strength))
-            for ending, strength in (("_running_mean", 40.0), ("", 16.0))
+            for ending, strength in (("_running_mean", STRONG[name]), ("", 16.0))
             if (run := run_named(runs, name + ending))
         ]
         measured = [(run, row) for run, row in both if {row, Row(FROZEN), Row(BEST, 2)} <= set(found(run))]
