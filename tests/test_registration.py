@@ -194,8 +194,8 @@ assert not {"PEQA", "ALPHATUNING", "BOTTLENECK"} & set(peft.mapping.PEFT_TYPE_TO
 
 
 def test_nothing_else_of_peft_changes(fresh_process):
-    """No function or class of PEFT is replaced but where it opens and takes over an adapter's file (which
-    tests/test_adapter_files.py shows to be as ever for other tuners), no mapping entry of another method touched."""
+    """No function or class of PEFT is replaced but where it writes, opens and takes over an adapter's file
+    (which tests/test_adapter_files.py shows to be as ever for other tuners), no mapping entry of another method touched."""
     code = """
 import sys, types
 import peft
@@ -221,7 +221,8 @@ after = snapshot()
 changed = [key for key, value in before.items() if after.get(key) is not value]
 changed = [key for key in changed if key[1:] != ("PeftModel", "save_pretrained")]  # ours are written whole
 looked_into = [("peft.utils.save_and_load", "safe_load_file"), ("peft.utils.save_and_load", "torch_load"),
-               ("peft.peft_model", "set_peft_model_state_dict"), ("peft.peft_model", "load_peft_weights")]
+               ("peft.peft_model", "set_peft_model_state_dict"), ("peft.peft_model", "load_peft_weights"),
+               ("peft.utils.save_and_load", "has_valid_embedding_base_layer")]
 assert sorted(changed) == sorted(looked_into), changed
 for name, table in maps.items():
     assert {k: v for k, v in getattr(mapping, name).items() if k not in ("PEQA", "ALPHATUNING", "BOTTLENECK")} == table, name
