@@ -107,7 +107,7 @@ class CachedLogits:
 
     Args:
         folder: `--teacher_logits`.
-        teacher: Its digest, see [`teacher_digest`][peft_ext.distillation.teacher.teacher_digest]; None: what the folder says.
+        teacher: Its digest, see `teacher.teacher_digest`; None: what the folder says.
         tokenizer: Its digest.
         data: The digest of the texts, see [`data_digest`].
         vocabulary: Size of the student's.

@@ -56,7 +56,7 @@ class DistillationMixin:
         *args: The trainer's.
         teacher_model: A causal language model with the student's vocabulary, or a name that
             [`peft_ext.models.load`] takes (loaded in bfloat16). None: `teacher_logits` is complete, or `distill` is 0.
-        distill, temperature, beta: See [`Objective`][peft_ext.distillation.loss.Objective].
+        distill, temperature, beta: See `loss.Objective`.
         teacher_device: Where the teacher runs; by default where a model that is passed is, and a named one beside the student.
         teacher_logits: A folder to keep the teacher's distributions in; made before the first step unless they are there, and
             then the teacher is let go.
