@@ -30,16 +30,15 @@ from peft_ext.commands.packed_base import (
     PackedBaseArguments,
     file_bytes,
     load_checked,
-    number,
     perplexity_of,
     write_base,
 )
 from peft_ext.commands.sft import TuneTrainingArguments, check_packing, keep_product_where_needed, sft_trainer
 from peft_ext.commands.teaching import TeacherArguments, distilled_in_words, distilled_record
 from peft_ext.commands.training_data import TrainingData, training_data
+from peft_ext.commands.tune_report import plot_losses, table
 from peft_ext.data import PYTHON_DOCS
 from peft_ext.distillation.trainer import check_no_other_loss
-from peft_ext.examples import TEXTS
 from peft_ext.files import write_json, written_whole
 from peft_ext.model_card import note_fact, note_measured, write_card
 from peft_ext.models import copy_processor, load, load_tokenizer
@@ -50,7 +49,7 @@ from peft_ext.quant.conversion import packed_layers
 from peft_ext.runs import RunFolder, read_settings
 from peft_ext.scale_tuning.config import ScaleTuningConfig
 from peft_ext.scale_tuning.model import check_targets
-from peft_ext.tables import mebibytes, pairs
+from peft_ext.tables import mebibytes
 
 
 METHODS = ("peqa", "alphatuning", "lora")
@@ -289,39 +288,6 @@ def _tokenizer(model: str, eos_token: Optional[str]) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def table(metrics: dict[str, Any]) -> str:
-    """The figures of a run, as text."""
-    perplexities, sizes, seconds = metrics["perplexity"], metrics["bytes"], metrics["seconds"]
-    rows = [
-        *([("perplexity, untouched model", number(perplexities["untouched"]))] if "untouched" in perplexities else []),
-        (
-            "perplexity, adapted by LoRA" if "recipe" in metrics else "perplexity, float model",
-            number(perplexities["float"]),
-        ),
-        (_packed_label(metrics["bits"]), number(perplexities["quantized"])),
-        ("perplexity, tuned", number(perplexities["tuned"])),
-        ("float model", mebibytes(sizes["float_model"])),
-        ("packed base", mebibytes(sizes["packed_base"])),
-        ("adapter", mebibytes(sizes["adapter"])),
-        *([("teacher's logits", mebibytes(sizes["teacher_logits"]))] if "teacher_logits" in sizes else []),
-        ("trained parameters", f"{metrics['trained_parameters']:,}"),
-        *([("time to adapt", f"{seconds['adapt']:.0f} s")] if "adapt" in seconds else []),
-        ("time to quantise", f"{seconds['quantize']:.0f} s"),
-        ("time to tune", f"{seconds['train']:.0f} s, {metrics['steps']} steps"),
-    ]
-    if "held_out" in metrics and metrics["shape"] != TEXTS:
-        counts = metrics["held_out"]
-        measured = f"{counts['tokens']:,} tokens of {counts['rows']:,} rows of {metrics['shape']}"
-        rows.insert(1 + [name for name, _ in rows].index("perplexity, tuned"), ("measured on", measured))
-    if "distilled" in metrics:
-        rows.append(("distilled from", distilled_in_words(metrics["distilled"])))
-    return pairs(rows)
-
-
-def _packed_label(bits: Union[int, str]) -> str:
-    return "perplexity, packed base" if bits == BASE else f"perplexity, {bits} bits"
-
-
 def _quantize(
     args: TuneArguments,
     training: TuneTrainingArguments,
@@ -440,7 +406,7 @@ def _finish(
     history = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     runtime = next((e["train_runtime"] for e in reversed(trainer.state.log_history) if "train_runtime" in e), 0.0)
     with written_whole(run / "loss.png") as path:
-        _plot(history, path)
+        plot_losses(history, path)
     metrics = {
         "model": named,
         "data": args.data or PYTHON_DOCS,
@@ -465,19 +431,6 @@ def _finish(
     run_folder.finish(metrics)
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return metrics
-
-
-def _plot(history: list[tuple[int, float]], path: Path) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("the loss curve needs: pip install 'peft-ext[cli]'") from error
-    figure = Figure(figsize=(6, 3.5))
-    axes = figure.add_subplot(xlabel="step", ylabel="training loss")
-    axes.plot([step for step, _ in history], [loss for _, loss in history], marker=".")
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
 
 
 # Settings of every run; others came later, and a run of an earlier version that lacks one has its default.
