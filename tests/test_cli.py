@@ -296,6 +296,7 @@ def quantize_flags(flags):
         (["--format", "bcq", "--bits", "0"], "bits=0"),
         (["--format", "bcq", "--bits", "9"], "bits=9"),
         (["--format", "bcq", "--sym", "True"], "sym=True"),
+        (["--zero", "half"], "zero='half' is unknown"),
         (
             ["--zero", "float"],
             "zero='float': format='pack-quantized' has no room for float zero points; pass --format bcq",

@@ -24,6 +24,7 @@ _ROUNDED = 2.0**-21
 
 
 def q2_k(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Codes `[n, 256]`, scales and minimums `[n, 16]` of Q2_K's blocks, uint8 `[n, bytes]`."""
     scales = blocks[:, :16]
     scale = halves(blocks, 80) * (scales & 15).astype(np.float32)
     minimum = -halves(blocks, 82) * (scales >> 4).astype(np.float32)
@@ -31,6 +32,7 @@ def q2_k(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def q3_k(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Codes `[n, 256]` and scales `[n, 16]` of Q3_K's blocks, uint8 `[n, bytes]`; 4 stands for zero."""
     low, high = spread(blocks[:, 96:104], 8, 4), spread(blocks[:, 104:108], 4, 2)
     scales = (low | high << 4).astype(np.float32) - 32
     codes = spread(blocks[:, 32:96], 32, 2) | spread(blocks[:, :32], 32, 1) << 2
@@ -46,14 +48,17 @@ def _scales_of_k(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def q4_k(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Codes `[n, 256]`, scales and minimums `[n, 8]` of Q4_K's blocks, uint8 `[n, bytes]`."""
     return spread(blocks[:, 16:], 32, 4), *_scales_of_k(blocks)
 
 
 def q5_k(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Codes `[n, 256]`, scales and minimums `[n, 8]` of Q5_K's blocks, uint8 `[n, bytes]`."""
     return spread(blocks[:, 48:], 32, 4) | spread(blocks[:, 16:48], 32, 1) << 4, *_scales_of_k(blocks)
 
 
 def q6_k(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Codes `[n, 256]` and scales `[n, 16]` of Q6_K's blocks, uint8 `[n, bytes]`; 32 stands for zero."""
     codes = spread(blocks[:, :128], 64, 4) | spread(blocks[:, 128:192], 32, 2) << 4
     return codes, halves(blocks, 208) * np.ascontiguousarray(blocks[:, 192:208]).view(np.int8).astype(np.float32)
 

@@ -196,7 +196,7 @@ def _config(args: QuantizeArguments) -> ScaleTuningConfig:
         raise ValueError(f"format={args.format!r} is unknown; choose one of {tuple(FORMATS)}.")
     if args.sym and args.format == "bcq":
         raise ValueError("sym=True is for integers (format='pack-quantized'); a binary coding is symmetric anyway.")
-    if args.zero not in (None, "int") and args.format == "pack-quantized":
+    if args.zero == "float" and args.format == "pack-quantized":
         raise ValueError(
             f"zero={args.zero!r}: format='pack-quantized' has no room for float zero points; pass --format bcq, or --zero int."
         )
