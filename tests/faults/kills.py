@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import faulthandler
 import json
 import os
 import shutil
@@ -32,7 +33,7 @@ from peft_ext.files import digests
 from peft_ext.runs import differences
 
 
-SECONDS = 300  # after which a piece of work hangs
+SECONDS = 300  # after which a piece of work hangs: it then says where, and ends
 EVENT, MOMENT = "file event", "moment"
 PASSED = "goes on"
 _MARKS = ("<!-- kills -->", "<!-- /kills -->")
@@ -128,8 +129,11 @@ class Harness:
         return found
 
     def last_words(self) -> str:
-        """The last line that a process said."""
+        """The last line that a process said; of one that hung, where, innermost first."""
         lines = self.log.read_text(errors="replace").strip().splitlines()
+        hung = next((at for at, line in enumerate(lines) if line.startswith("Timeout (")), None)
+        if hung is not None:
+            return " / ".join(line.strip() for line in lines[hung:])[:2000]
         return lines[-1][:300] if lines else "nothing was said"
 
     def _outcome(self, name: str) -> str:
@@ -177,8 +181,10 @@ class Harness:
         return np.load(answer)
 
     def _must(self, work: Callable[[Path], Any], name: str, tells: bool = False) -> None:
-        if self._run(work, tells=tells) != 0:
-            raise RuntimeError(f"{name} fails without a kill:\n{self.log.read_text(errors='replace')[-6000:]}")
+        status = self._run(work, tells=tells)
+        if status != 0:
+            said = self.log.read_text(errors="replace")[-6000:]
+            raise RuntimeError(f"{name} fails without a kill (status {status}):\n{said}")
 
     def _run(
         self,
@@ -200,9 +206,10 @@ class Harness:
         try:
             output = os.open(self.log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
             os.dup2(output, 1), os.dup2(output, 2)
-            sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+            faulthandler.enable(2)
+            faulthandler.dump_traceback_later(SECONDS, exit=True, file=2)
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(SECONDS)
             watch = _Watch(self.folder, event, moment) if event or moment is not None or tells else None
             work(self.folder)
             if tells and watch is not None:

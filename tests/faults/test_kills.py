@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 
 from peft_ext.files import written_whole
 from tests.conftest import ROOT
+from tests.faults import kills
 from tests.faults.kills import EVENT, MOMENT, PASSED, Case, Harness, Operation, put_between, table
 
 
@@ -88,6 +91,24 @@ def test_the_harness_sees_what_is_wrong(tmp_path):
     assert any(outcome.startswith("started again, it fails: FileExistsError") for outcome in outcomes["never again"])
     assert any(outcome.startswith("another end: b.b: was") for outcome in outcomes["appends"])
     assert {case.outcome for case in harness.cases("whole", MOMENT, range(3))} == {PASSED}
+
+
+def _hangs(folder: Path) -> None:
+    while True:
+        time.sleep(0.01)
+
+
+def _crashes(folder: Path) -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+@pytest.mark.parametrize(("work", "status"), [(_hangs, 1), (_crashes, -signal.SIGSEGV)])
+def test_work_that_ends_by_itself_says_where(work, status, tmp_path, monkeypatch):
+    monkeypatch.setattr(kills, "SECONDS", 0.2)
+    harness = Harness(tmp_path, {"work": Operation(work)})
+    with pytest.raises(RuntimeError, match=rf"without a kill \(status {status}\)(?s:.*) in {work.__name__}\b"):
+        harness.whole("work")
+    assert harness.last_words().startswith("Timeout") == (work is _hangs)
 
 
 def test_the_table_goes_between_its_marks(tmp_path):
