@@ -16,7 +16,7 @@ import math
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -45,6 +45,14 @@ INITIALISATIONS = {
     "calibrated": "GPTQ on calibration data",
     FILE: "the GGUF's own integers",
 }
+# What PEQA trains, and what a title says of it.
+SCALES, ZEROS, NORMS = "scales", "scales+zeros", "norms"
+TRAINED = {
+    SCALES: "",
+    ZEROS: "; scales and minimums trained",
+    f"{SCALES}+{NORMS}": "; scales and norms trained",
+    f"{ZEROS}+{NORMS}": "; scales, minimums and norms trained",
+}
 LEARNING_RATES = {
     "LoRA": (1e-3, 2e-3, 4e-3),
     "PEQA": (1e-2, 2e-2, 4e-2),
@@ -55,13 +63,15 @@ SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val"), "te
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. `init_method` is where the integers come from; `tuned` tells whether anything is trained."""
+    """One line of the table. `init_method` is where the integers come from; `tuned` tells whether anything is trained, and
+    `trained` what of PEQA's layers."""
 
     method: str
     bits: Optional[int] = None
     group_size: int = -1
     init_method: Optional[str] = None
     tuned: bool = True
+    trained: str = SCALES
 
     @property
     def title(self) -> str:
@@ -70,19 +80,27 @@ class Row:
             return f"{self.method}, NF4" if self.method == "QLoRA" else self.method
         form = "per channel" if self.group_size == -1 else f"group {self.group_size}"
         note = "" if self.method == "QAT" else f"; {INITIALISATIONS[str(self.init_method)]}"
-        return f"{self.method}, {self.bits} bits, {form}{note}"
+        return f"{self.method}, {self.bits} bits, {form}{note}{TRAINED[self.trained]}"
 
     @property
     def key(self) -> dict[str, Any]:
         """What tells it from other rows under the same budget."""
-        return {"method": self.method, "bits": self.bits, "group_size": self.group_size, "start": self.init_method}
+        key = {"method": self.method, "bits": self.bits, "group_size": self.group_size, "start": self.init_method}
+        return key if self.trained == SCALES else {**key, "trained": self.trained}
 
     def config(self) -> PeqaConfig:
-        """The format of the weights."""
-        return PeqaConfig(bits=self.bits, group_size=self.group_size, init_method=self.init_method)
+        """The format of the weights, and what is trained of it."""
+        form: dict[str, Any] = {}
+        if self.init_method != FILE:
+            form = {"bits": self.bits, "group_size": self.group_size, "init_method": self.init_method}
+        if ZEROS in self.trained:
+            form["trained"] = ZEROS
+        return PeqaConfig(**form)
 
     def search_format(self) -> Row:
         """The row on which the learning rate of this row's method and width is chosen."""
+        if self.method == "PEQA" and self.init_method == FILE:
+            return replace(self, trained=self.trained.removesuffix(f"+{NORMS}"))
         if self.method == "PEQA":
             return Row("PEQA", self.bits, -1 if self.bits == 3 else 64, "calibrated")
         if self.method == "QLoRA":
@@ -104,6 +122,7 @@ def all_rows() -> list[Row]:
     for bits, group in ((4, 64), (3, -1), (2, 64)):
         rows += _with_and_without_tuning(bits, group, "calibrated")
     rows += _with_and_without_tuning(4, 32, FILE)
+    rows += [Row("PEQA", 4, 32, FILE, trained=trained) for trained in TRAINED if trained != SCALES]
     rows += [Row("LoRA, then quantised", bits, group, "minmax", False) for bits in widths for group in groups]
     rows += [Row("QLoRA", 4, 64)]
     for bits, group in ((4, -1), (3, 64), (2, -1)):
@@ -200,13 +219,15 @@ class Bench:
 
     def quantized(self, row: Row) -> nn.Module:
         """The model under PEQA. Kept for the next row, which often tunes what this one only measures."""
-        form = (row.bits, row.group_size, row.init_method)
+        form = (row.bits, row.group_size, row.init_method, row.trained)
         if self.current[0] != form:
             self.current = (None, None)  # frees the last one first
             if row.init_method == FILE:
-                model = get_peft_model(load(named(self.run.model), dtype=torch.float32, packed=True), PeqaConfig())
+                model = get_peft_model(load(named(self.run.model), dtype=torch.float32, packed=True), row.config())
             else:
                 model = baselines.quantized(copy.deepcopy(self.float_model), row.config(), self.data.calibration)
+            if NORMS in row.trained:
+                train_norms(model)
             self.current = (form, model)
         return self.current[1]
 
@@ -272,6 +293,13 @@ class Bench:
             self.tune(Row("LoRA"))
         model = PeftModel.from_pretrained(copy.deepcopy(self.float_model), self.lora_folder()).merge_and_unload()
         return baselines.rounded(model, row.config(), self.data.calibration)
+
+
+def train_norms(model: nn.Module) -> None:
+    """Train the weights of all norms as well: input scales of the layers behind them, which fold away."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.weight.requires_grad_(True)
 
 
 def load_data(run: Run) -> Data:
@@ -370,6 +398,8 @@ def claims(run: Run) -> list[Claim]:
     if run.model == DEFAULT_MODEL:
         own = Row("PEQA", 4, 32, FILE)
         found.append(Claim("PEQA on the file's own 4 bits over LoRA float", ratio(run, own, LORA), 1.03))
+        both = replace(own, trained=ZEROS)
+        found.append(Claim("The same, scales and minimums trained, over LoRA float", ratio(run, both, LORA), 1.03))
         untouched = Row("Quantised", 4, 32, FILE, False)
         found.append(Claim("The file's own integers over the untouched model", ratio(run, untouched, FLOAT), 1.0001))
     for row in rows_of(run):

@@ -49,6 +49,19 @@ def test_distillation(smoke):
     assert "2 bits, group 64, both over cross-entropy, other text" in found.shown
 
 
+def test_what_a_quality_row_trains(tmp_path):
+    run = Run(
+        "peqa_quality", "wikitext2", experiments.settings("peqa_quality", "wikitext2", "smoke"), "smoke", tmp_path
+    )
+    bench = peqa_quality.Bench(run)
+    trained = {}
+    for name in peqa_quality.TRAINED:
+        model = bench.build(peqa_quality.Row("PEQA", 4, 64, "minmax", trained=name))
+        trained[name] = sum(parameter.numel() for parameter in tuning.trainable(model))
+    scales, zeros, norms, both = trained.values()
+    assert zeros == 2 * scales and norms - scales == both - zeros == 5 * 128  # two layers of two norms, and the last
+
+
 def test_quality_goes_on_after_a_kill(tmp_path):
     settings = {
         **experiments.settings("peqa_quality", "wikitext2", "smoke"),
