@@ -23,6 +23,7 @@ TASKS = {
     "peqa_training": Entry("Time and memory of a training step, against LoRA's", "benchmarks.peqa_training"),
     "peqa_learning_rate": Entry("One learning rate for scales in every model", "benchmarks.peqa_learning_rate"),
     "distillation": Entry("Scales trained towards the float model, and what they forget", "benchmarks.distillation"),
+    "zero_shot": Entry("Zero-shot accuracy at 4, 3 and 2 bits, by lm-evaluation-harness", "benchmarks.zero_shot"),
     "reconstruction": Entry("Which initialisation comes closest, before any tuning", "benchmarks.reconstruction"),
     "alphatuning_nlg": Entry("AlphaTuning's texts from data, against full fine-tuning", "benchmarks.alphatuning_nlg"),
     "alphatuning_sizes": Entry("Bytes and trained numbers under AlphaTuning", "benchmarks.alphatuning_sizes"),

@@ -43,6 +43,15 @@ def test_quality(smoke):
     assert "PEQA, 4 bits, group 64, over LoRA float" in found.shown
 
 
+def test_zero_shot(smoke):
+    pytest.importorskip("lm_eval")
+    found = smoke("zero_shot")
+    assert "| Weights | SST-2 (6) | CB (6) | mean | the float model's answer, % |" in found.shown
+    (float_row, *_), shares = found.results, [task for result in found.results for task in result.values()]
+    assert all(task["agreement"] == 1 for task in float_row.values())
+    assert all(task["accuracy"] * task["inputs"] == round(task["accuracy"] * task["inputs"]) for task in shares)
+
+
 def test_distillation(smoke):
     found = smoke("distillation")
     assert "not measured" not in found.shown and "| the float model (divergence) |" in found.shown
