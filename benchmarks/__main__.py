@@ -24,6 +24,9 @@ TASKS = {
     "peqa_learning_rate": Entry("One learning rate for scales in every model", "benchmarks.peqa_learning_rate"),
     "distillation": Entry("Scales trained towards the float model, and what they forget", "benchmarks.distillation"),
     "zero_shot": Entry("Zero-shot accuracy at 4, 3 and 2 bits, by lm-evaluation-harness", "benchmarks.zero_shot"),
+    "rounding_peers": Entry(
+        "Integers of other libraries at the same widths, before tuning", "benchmarks.rounding_peers"
+    ),
     "reconstruction": Entry("Which initialisation comes closest, before any tuning", "benchmarks.reconstruction"),
     "alphatuning_nlg": Entry("AlphaTuning's texts from data, against full fine-tuning", "benchmarks.alphatuning_nlg"),
     "alphatuning_sizes": Entry("Bytes and trained numbers under AlphaTuning", "benchmarks.alphatuning_sizes"),

@@ -52,6 +52,13 @@ def test_zero_shot(smoke):
     assert all(task["accuracy"] * task["inputs"] == round(task["accuracy"] * task["inputs"]) for task in shares)
 
 
+def test_rounding_peers(smoke):
+    found = smoke("rounding_peers")
+    assert "| 2 bits, peft-ext, calibrated | 64 |" in found.shown
+    # a library that isn't installed is a row that says so
+    assert all("test" in result or "not installed" in result["skipped"] for result in found.results)
+
+
 def test_distillation(smoke):
     found = smoke("distillation")
     assert "not measured" not in found.shown and "| the float model (divergence) |" in found.shown
