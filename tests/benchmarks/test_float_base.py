@@ -38,6 +38,14 @@ def test_training_moves_off_the_lattice(smoke, monkeypatch):
     assert after["on_lattice"] < 1e-3
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_training_learns(bf16, measured):
+    run = measured("float_base", "smollm2", bf16=bf16, steps=40, learning_rate=1e-2, batch_size=8)
+    before, after = (row["result"]["held_out"] for row in run.rows)
+    assert after < 0.3 * before
+    assert all(claim.met for claim in float_base.claims(run))
+
+
 def test_its_name_is_its_folder(tmp_path):
     assert models.named("someone/model", tmp_path) == "someone/model"
     with pytest.raises(NotHere, match="python -m benchmarks float_base"):
