@@ -99,8 +99,8 @@ class Row:
 
     def search_format(self) -> Row:
         """The row on which the learning rate of this row's method and width is chosen."""
-        if self.method == "PEQA" and self.init_method == FILE:
-            return replace(self, trained=self.trained.removesuffix(f"+{NORMS}"))
+        if self.method == "PEQA" and ZEROS in self.trained:
+            return replace(self, trained=ZEROS)
         if self.method == "PEQA":
             return Row("PEQA", self.bits, -1 if self.bits == 3 else 64, "calibrated")
         if self.method == "QLoRA":
