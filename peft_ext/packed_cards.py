@@ -43,7 +43,7 @@ from peft_ext.model_card import (
 )
 from peft_ext.models import DEFAULT_MODEL
 from peft_ext.quant.conversion import packed_layers
-from peft_ext.quant.formats import CALIBRATED, NumberFormat, Uniform
+from peft_ext.quant.formats import NumberFormat, Uniform
 from peft_ext.registration import TUNERS, extend_method
 from peft_ext.sealing import seal_saved
 from peft_ext.whole_saves import model_saved_whole, on_adapter_saving
@@ -304,7 +304,7 @@ def _one_adapter(model: PeftModel) -> str:
 
 def _needs_saved_base(config: Any, base: BaseModel, packed: dict[str, Any]) -> Optional[str]:
     """What a reader has to know where the adapter belongs to calibrated codes that its base's name doesn't lead to."""
-    if not _tunes_scales(config) or config.init_method != CALIBRATED or not packed:
+    if not _tunes_scales(config) or not config.needs_data or not packed:
         return None
     if base.name is None or not (base.name == DEFAULT_MODEL or _is_packed_folder(base.name) is False):
         return None

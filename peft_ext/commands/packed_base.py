@@ -72,7 +72,7 @@ class PackedBaseArguments(DataArguments):
     init_method: str = field(
         default=CALIBRATED,
         metadata={
-            "help": "Where the codes come from: calibrated, or without data: of integers minmax, mse or lattice (exact "
+            "help": "Where the codes come from: calibrated, of integers gptq (faster, further off), or without data: of integers minmax, mse or lattice (exact "
             "where weights lie on one of this format), of binary codings alternating or greedy."
         },
     )
@@ -210,7 +210,7 @@ def write_base(
         if not packed:
             before = example_perplexity(model, held_out, progressbar=True)
         start = time.perf_counter()
-        if not packed and config.init_method == CALIBRATED:
+        if not packed and config.needs_data:
             batches = _calibration_batches(data, args.calibration_blocks, device_of(model))
             model = calibrate(model, config, batches)
         base = get_peft_model(model, config).unload()

@@ -43,7 +43,8 @@ class PeqaConfig(ScaleTuningConfig):
         init_method (`str`, *optional*, defaults to `"minmax"`):
             Where the integers come from: `"minmax"` rounds to the nearest level of each channel's range; `"mse"`
             shrinks the range to the least squared error, as in the paper; `"calibrated"` needs a call of [`calibrate`]
-            with some training data first and is by far the best at 3 and 2 bits. `"lattice"` takes weights over
+            with some training data first and is by far the best at 3 and 2 bits; so does `"gptq"`, its first step alone
+            (error feedback on a grid that stays), which is faster and further off. `"lattice"` takes weights over
             exactly that are integers with scales already, written out as floats (releases of quantisation-aware
             training, dequantised GGUFs): bits, groups and zero points are found where they are left out, and what
             lies on no lattice is rounded by `"minmax"`.
@@ -100,7 +101,7 @@ class PeqaConfig(ScaleTuningConfig):
     init_method: str = field(
         default=Uniform.default_method,
         metadata={
-            "help": "Where the integers come from: 'minmax', 'mse', 'lattice' or 'calibrated' (call calibrate first)."
+            "help": "Where the integers come from: 'minmax', 'mse', 'lattice', or 'calibrated' or 'gptq' (call calibrate first)."
         },
     )
     trained: str = field(

@@ -9,12 +9,14 @@ from typing import ClassVar, Optional, Union
 import torch
 
 from peft_ext.quant.binary import BINARY_BITS, BINARY_METHODS, BinaryQuantized, quantize_binary
-from peft_ext.quant.error_feedback import quantize_binary_calibrated, quantize_calibrated
+from peft_ext.quant.error_feedback import SWEEPS, quantize_binary_calibrated, quantize_calibrated
 from peft_ext.quant.lattice import find_lattice
 from peft_ext.quant.uniform import UNIFORM_BITS, UNIFORM_METHODS, Quantized, check_format, check_zero, quantize
 
 
 CALIBRATED = "calibrated"
+# As that was before codes were swept: error feedback alone, of integers.
+GPTQ = "gptq"
 # Weights that are integers with scales already, written out as floats, are taken over as they are; see `lattice.py`.
 LATTICE = "lattice"
 
@@ -34,6 +36,7 @@ class Uniform:
     name: ClassVar[str] = "uniform integers"
     supported_bits: ClassVar[tuple[int, ...]] = UNIFORM_BITS
     methods: ClassVar[tuple[str, ...]] = (*UNIFORM_METHODS, LATTICE)
+    data_methods: ClassVar[tuple[str, ...]] = (CALIBRATED, GPTQ)
     # the best without data, measured: benchmarks/peqa_quality.py
     default_method: ClassVar[str] = "minmax"
 
@@ -57,7 +60,8 @@ class Uniform:
         hessian: Optional[torch.Tensor] = None,
         shift: Optional[torch.Tensor] = None,
     ) -> Quantized:
-        """Quantise a weight `[out, in]` by a data-free method, or on its inputs' moments where these are given."""
+        """Quantise a weight `[out, in]` by a data-free method, or on its inputs' moments where these are given: by error
+        feedback alone if the method is `"gptq"`, else with sweeps behind it."""
         if hessian is None and method == LATTICE:
             found = find_lattice(weight, self.bits, self.group_size, self.sym, self.zero)
             if found is not None:
@@ -65,7 +69,10 @@ class Uniform:
             method = self.default_method
         if hessian is None:
             return quantize(weight, self.bits, self.group_size, self.sym, method, self.zero)
-        return quantize_calibrated(weight, hessian, self.bits, self.group_size, self.sym, shift=shift, zero=self.zero)
+        sweeps = 0 if method == GPTQ else SWEEPS
+        return quantize_calibrated(
+            weight, hessian, self.bits, self.group_size, self.sym, shift=shift, zero=self.zero, sweeps=sweeps
+        )
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,7 @@ class BinaryCoding:
     name: ClassVar[str] = "binary coding"
     supported_bits: ClassVar[tuple[int, ...]] = BINARY_BITS
     methods: ClassVar[tuple[str, ...]] = BINARY_METHODS
+    data_methods: ClassVar[tuple[str, ...]] = (CALIBRATED,)
     default_method: ClassVar[str] = "alternating"
 
     @property

@@ -20,7 +20,6 @@ import torch
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import nn
 
-from peft_ext.quant.formats import CALIBRATED
 from peft_ext.scale_tuning.config import BASE, ScaleTuningConfig
 from peft_ext.scale_tuning.layer import ScaleTuningLinear
 
@@ -234,7 +233,7 @@ def _frozen_part(base: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
 
 
 def _base(config: ScaleTuningConfig) -> str:
-    if config.init_method == CALIBRATED:
+    if config.needs_data:
         made_from = (
             f", made from or lying at {config.base_model_name_or_path!r}," if config.base_model_name_or_path else ""
         )

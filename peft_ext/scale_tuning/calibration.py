@@ -19,7 +19,6 @@ from peft_ext.checkpoint.pack_quantized import is_packed
 from peft_ext.language_model import inference
 from peft_ext.modalities import other_parts, part_of
 from peft_ext.quant.experts import Pairing, unfused_experts
-from peft_ext.quant.formats import CALIBRATED
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.matmul import linear
 from peft_ext.scale_tuning.config import ScaleTuningConfig
@@ -64,7 +63,7 @@ def calibrate(
         model (`nn.Module`):
             A float model; transformers or any other.
         config (`PeqaConfig` or `AlphaTuningConfig`):
-            Target modules and format; `init_method` must be `"calibrated"`.
+            Target modules and format; `init_method` must be `"calibrated"`, or of integers `"gptq"`.
         batches (iterable of `dict` or `torch.Tensor`):
             What the model takes: dicts of keyword arguments such as `{"input_ids": [batch, tokens]}`, or tensors.
             Samples of different length are padded on the right; padding doesn't count. Of a multimodal model, what its
@@ -89,7 +88,7 @@ def calibrate(
         >>> model = get_peft_model(calibrate(model, config, [{"input_ids": tokens}]), config)
         ```
     """
-    if config.init_method != CALIBRATED:
+    if not config.needs_data:
         raise ValueError(
             f"init_method={config.init_method!r} needs no data; pass init_method='calibrated' to calibrate."
         )

@@ -77,7 +77,7 @@ class ScaleTuningConfig(TargetConfig):
         check_number_format(self._format(self.bits, self.group_size))
         for group_size in self.group_size_pattern.values():
             check_number_format(self.number_format(DEFAULT_BITS, group_size))
-        methods = (*self.number_format_cls.methods, CALIBRATED)
+        methods = (*self.number_format_cls.methods, *self.number_format_cls.data_methods)
         if self.init_method not in methods:
             raise ValueError(f"init_method={self.init_method!r} is unknown; choose one of {methods}.")
         if self.parametrization not in PARAMETRIZATIONS:
@@ -119,6 +119,11 @@ class ScaleTuningConfig(TargetConfig):
         if group_size is None:
             group_size = DEFAULT_GROUP_SIZE if base is None else base.group_size
         return self.number_format(bits, group_size, base)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether float layers are packed by `calibrate`, on data."""
+        return self.init_method in self.number_format_cls.data_methods
 
     @property
     def trains_zero_points(self) -> bool:

@@ -21,7 +21,7 @@ from peft_ext.checkpoint.saving import make_saveable
 from peft_ext.modalities import other_parts, part_of
 from peft_ext.quant.conversion import dequantize_layers
 from peft_ext.quant.experts import fused_experts, future_layers, unfuse_experts
-from peft_ext.quant.formats import CALIBRATED, LATTICE, Uniform
+from peft_ext.quant.formats import LATTICE, Uniform
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.replaceable import bypassed_layers
 from peft_ext.routers import routers
@@ -64,7 +64,7 @@ class ScaleTuningModel(TunerModel):
             for name, module in targets.items()
             if not isinstance(module, ScaleTuningLinear) and not pack_quantized.is_packed(module)
         ]
-        if fresh and peft_config.init_method == CALIBRATED:
+        if fresh and peft_config.needs_data:
             raise ValueError(_calibration_missing(peft_config, fresh))
         everything = everything and bool(fresh or mixed_precision.kept_layers(model))
         if fresh or unmatched or everything:
@@ -269,7 +269,9 @@ def _has_codes(module: nn.Module) -> bool:
 
 
 def _calibration_missing(config: ScaleTuningConfig, names: list[str]) -> str:
-    missing = f"init_method='calibrated' needs data, and layer {names[0]!r} ({len(names)} in all) is still float. "
+    missing = (
+        f"init_method={config.init_method!r} needs data, and layer {names[0]!r} ({len(names)} in all) is still float. "
+    )
     if config.inference_mode:
         return missing + (
             "An adapter that is being loaded needs the packed base that it was trained on, the folder that "

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_ext.checkpoint import pack_quantized
 from peft_ext.quant.conversion import LINEAR_LAYERS, check_layer, quantize_layer, replace_layer, weight_of
-from peft_ext.quant.formats import CALIBRATED, LATTICE, NumberFormat, same_format
+from peft_ext.quant.formats import LATTICE, NumberFormat, same_format
 from peft_ext.quant.lattice import find_lattice
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.replaceable import acts_linearly, check_own_weight
@@ -50,10 +50,10 @@ def pack_layer(
         return pack_quantized.take_over(module, name)
     # a calibrated initialisation that saw no input for this layer falls back on the best without data
     number_format = config.format_of(name)
-    fallback = config.init_method in (CALIBRATED, LATTICE)  # what lies on a lattice was taken before
+    fallback = config.init_method == LATTICE or (config.needs_data and hessian is None)  # a lattice was taken before
     method = number_format.default_method if fallback else config.init_method
     packed = quantize_layer(module, number_format, method, name, hessian, shift)
-    packed.origin = method if hessian is None else CALIBRATED
+    packed.origin = method
     return packed
 
 

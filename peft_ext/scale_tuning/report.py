@@ -19,7 +19,7 @@ from peft_ext.checkpoint.pack_quantized import can_take_over, format_of, is_comp
 from peft_ext.language_model import unwrapped
 from peft_ext.modalities import PARTS, other_parts, part_of
 from peft_ext.quant.conversion import LINEAR_LAYERS
-from peft_ext.quant.formats import CALIBRATED, LATTICE, NumberFormat
+from peft_ext.quant.formats import CALIBRATED, GPTQ, LATTICE, NumberFormat
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.replaceable import foreign_weight
 from peft_ext.routers import routers
@@ -46,7 +46,7 @@ _WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 class PackedPart(NamedTuple):
     """A packed layer: its format, the numbers that it stands for, the bytes that it takes (with its bias), and how its
-    codes were found: `"calibrated"`, an initialisation without data such as `"minmax"`, or None where they were loaded."""
+    codes were found: `"calibrated"` or `"gptq"`, an initialisation without data such as `"minmax"`, or None where they were loaded."""
 
     format: NumberFormat
     weights: int
@@ -108,7 +108,7 @@ class Report:
     def uncalibrated(self) -> list[str]:
         """The layers that were rounded without data in a model of which others were calibrated."""
         origins = {name: part.origin for name, part in self.packed.items() if part.origin is not None}
-        missed = [name for name, origin in origins.items() if origin not in (CALIBRATED, LATTICE)]
+        missed = [name for name, origin in origins.items() if origin not in (CALIBRATED, GPTQ, LATTICE)]
         return missed if len(missed) < len(origins) else []
 
     @property
