@@ -72,8 +72,9 @@ class PackedBaseArguments(DataArguments):
     init_method: str = field(
         default=CALIBRATED,
         metadata={
-            "help": "Where the codes come from: calibrated, of integers gptq (faster, further off), or without data: of integers minmax, mse or lattice (exact "
-            "where weights lie on one of this format), of binary codings alternating or greedy."
+            "help": "Where the codes come from: calibrated, of integers gptq (faster, further off), or without data: of "
+            "integers minmax, mse or lattice (exact where weights lie on one of this format), of binary codings alternating "
+            "or greedy."
         },
     )
     calibration_blocks: int = field(

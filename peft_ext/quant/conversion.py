@@ -53,7 +53,7 @@ def quantize_layer(
 
     Args:
         module: The layer; its bias is kept.
-        number_format, method: What to quantise to, and by which data-free initialisation.
+        number_format, method: What to quantise to, and by which initialisation.
         name: The layer's name, for messages.
         hessian, shift: `[in, in]`, for the calibrated initialisation; see `quantize_calibrated`.
 

@@ -66,7 +66,7 @@ class PackedLinear(nn.Linear):
         compute_dtype: dtype of the float weight that the layer stands for; the scale's by default. PEFT reads it, too.
 
     Attributes:
-        origin: How its codes were found: `"calibrated"` or `"gptq"`, or an initialisation without data; None where they were loaded.
+        origin: How its codes were found: by which `init_method`; None where they were loaded.
     """
 
     planes: PackedParameter

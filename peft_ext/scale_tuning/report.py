@@ -46,7 +46,7 @@ _WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 class PackedPart(NamedTuple):
     """A packed layer: its format, the numbers that it stands for, the bytes that it takes (with its bias), and how its
-    codes were found: `"calibrated"` or `"gptq"`, an initialisation without data such as `"minmax"`, or None where they were loaded."""
+    codes were found: by which `init_method` (`"calibrated"`, `"minmax"`, ...), or None where they were loaded."""
 
     format: NumberFormat
     weights: int

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from peft_ext import PeqaConfig, calibrate
+from peft_ext import AlphaTuningConfig, PeqaConfig, calibrate, report
 from peft_ext.quant.conversion import packed_layers
 from peft_ext.quant.error_feedback import quantize_calibrated
 from peft_ext.quant.linear import PackedLinear
@@ -56,6 +56,23 @@ def test_calibration_is_deterministic_and_takes_any_batches():
     assert prints[0] == prints[1] == prints[2]
     mlp = calibrate(tiny("mlp"), PeqaConfig(init_method="calibrated"), [torch.randn(8, 10)], progressbar=False)
     assert len(packed_layers(mlp)) == 3
+
+
+def test_error_feedback_alone_is_a_method_of_its_own():
+    """`"gptq"`: what `"calibrated"` was before it swept over the codes. It asks for data, and says what it is."""
+    model, config = tiny("mlp"), PeqaConfig(bits=2, init_method="gptq")
+    with pytest.raises(ValueError, match="init_method='gptq' needs data"):
+        get_peft_model(model, config)
+    x, weight = torch.randn(64, 10), model.get_submodule("lin0").weight.detach().clone()
+    model = calibrate(model, config, [x], progressbar=False)
+    layer = model.get_submodule("lin0")
+    expected = quantize_calibrated(weight, x.t() @ x / 64, 2, sweeps=0)
+    swept = quantize_calibrated(weight, x.t() @ x / 64, 2)
+    assert torch.equal(layer.codes(), expected.codes) and not torch.equal(layer.codes(), swept.codes)
+    assert report(model).packed["lin0"].origin == "gptq"
+    get_peft_model(model, config)
+    with pytest.raises(ValueError, match="init_method='gptq' is unknown"):
+        AlphaTuningConfig(init_method="gptq")
 
 
 def test_calibration_is_the_slow_way_done_at_once():
