@@ -65,7 +65,7 @@ def _nf4(bnb, linear: nn.Linear) -> nn.Module:
 
 def quantized(model: nn.Module, config: ScaleTuningConfig, calibration: torch.Tensor) -> PeftModel:
     """The model under PEQA or AlphaTuning, untuned; `calibration` `[blocks, tokens]` is read only to calibrate."""
-    if config.init_method == "calibrated":
+    if config.needs_data:
         model = calibrate(model, config, calibration.split(4), progressbar=False)
     return get_peft_model(model, config)
 

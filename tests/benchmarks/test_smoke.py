@@ -52,6 +52,12 @@ def test_zero_shot(smoke):
     assert all(task["accuracy"] * task["inputs"] == round(task["accuracy"] * task["inputs"]) for task in shares)
 
 
+def test_starts(smoke):
+    found = smoke("starts")
+    assert "not measured" not in found.shown and "and sweeps, refits (`calibrated`), 4 blocks" in found.shown
+    assert "2 bits, group 64, tuned, sweeps and refits over error feedback" in found.shown
+
+
 def test_rounding_peers(smoke):
     found = smoke("rounding_peers")
     assert "| 2 bits, peft-ext, calibrated | 64 |" in found.shown

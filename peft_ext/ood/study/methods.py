@@ -145,7 +145,7 @@ def apply(name: str, model: PooledClassifier, size: Optional[int], batches: Any 
     if method.config is None or size is None:
         return model
     config = method.config(size)
-    if method.packed and config.init_method == "calibrated":
+    if method.packed and config.needs_data:
         calibrate(model, config, list(batches), progressbar=False)
     if name != "prefix":
         return get_peft_model(model, config)
