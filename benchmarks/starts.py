@@ -63,10 +63,10 @@ class Bench:
         self.float_model = float_model(run.model, run.seed)
         self.batches = causal_batches(self.data.train[: run.steps * run.batch_size], run.batch_size)
 
-    def figures(self, model: nn.Module) -> dict[str, float]:
+    def figures(self, model: nn.Module, texts: tuple[str, ...] = ("validation", "test", "other")) -> dict[str, float]:
         """Perplexity on each text."""
-        texts = {"validation": self.data.validation, "test": self.data.test, "other": self.data.other}
-        return {name: perplexity(model, text, batch_size=self.run.batch_size) for name, text in texts.items()}
+        size = self.run.batch_size
+        return {name: perplexity(model, getattr(self.data, name), batch_size=size) for name in texts}
 
     def measure(self, row: Row) -> dict[str, Any]:
         """Perplexities before and after tuning, and the processor's seconds of calibration."""
@@ -80,8 +80,13 @@ class Bench:
         seconds = {"cpu_seconds": time.process_time() - processor, "seconds": time.perf_counter() - clock}
         found = self.figures(model)
         train(model, self.batches, learning_rate=row.form.learning_rate)
-        tuned = {f"tuned_{name}": value for name, value in self.figures(model).items()}
-        return {**found, **tuned, **seconds, "load": os.getloadavg()[0]}
+        tuned = self.figures(model, ("test", "other"))
+        return {
+            **found,
+            **{f"tuned_{name}": value for name, value in tuned.items()},
+            **seconds,
+            "load": os.getloadavg()[0],
+        }
 
 
 def measure(run: Run) -> None:
