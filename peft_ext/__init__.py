@@ -13,6 +13,7 @@ from peft_ext.packed_cards import install as _install_cards
 from peft_ext.peqa import PeqaConfig, PeqaModel
 from peft_ext.perplexity import perplexity
 from peft_ext.rows import read_rows
+from peft_ext.scale_tuning.bit_budget import BitAllocation, allocate_bits
 from peft_ext.scale_tuning.calibration import calibrate
 from peft_ext.scale_tuning.pool import AdapterPool
 from peft_ext.scale_tuning.report import Report, report
@@ -26,6 +27,7 @@ __all__ = [
     "AlphaTuningConfig",
     "AlphaTuningModel",
     "BcqConfig",
+    "BitAllocation",
     "BottleneckConfig",
     "BottleneckModel",
     "PYTHON_DOCS",
@@ -33,6 +35,7 @@ __all__ = [
     "PeqaModel",
     "Report",
     "__version__",
+    "allocate_bits",
     "calibrate",
     "export_gguf",
     "load",

@@ -21,6 +21,7 @@ from peft_ext.modalities import other_parts, part_of
 from peft_ext.quant.experts import Pairing, unfused_experts
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.matmul import linear
+from peft_ext.scale_tuning.bit_budget import allocate_bits, announce_bits
 from peft_ext.scale_tuning.config import ScaleTuningConfig
 from peft_ext.scale_tuning.model import asks_for_everything, check_targets, unmatched_targets
 from peft_ext.scale_tuning.quantization import free_weight, modules_with_several_names, pack_layer
@@ -55,6 +56,8 @@ def calibrate(
     inputs, and towards what it gives on the first copy's; then the copies go on through the float and the packed
     layer. So the peak of extra memory is one layer, its moments and the activations of the batches; about 8,000 tokens
     do. After the last target layer the pass stops.
+
+    Where the config has a `bits_budget`, one backward pass before that chooses the layers' widths, see [`allocate_bits`].
 
     An expert is calibrated on the tokens that its router sends it. Where these are too few, its layers are quantised without
     data, which a warning says; pass more batches then.
@@ -92,6 +95,9 @@ def calibrate(
         raise ValueError(
             f"init_method={config.init_method!r} needs no data; pass init_method='calibrated' to calibrate."
         )
+    if config.bits_budget is not None:
+        batches = list(batches)
+        announce_bits(allocate_bits(model, config, batches, progressbar))
     config = copy.copy(config)
     everything, unmatched = asks_for_everything(config), unmatched_targets(config, model)
     config.target_modules = config.target_modules or "all-linear"

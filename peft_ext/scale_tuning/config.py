@@ -9,12 +9,14 @@ from typing import Any, ClassVar, Optional, Union
 
 from peft.utils.other import get_pattern_key
 
-from peft_ext.quant.formats import CALIBRATED, BinaryCoding, NumberFormat, Uniform, check_number_format
+from peft_ext.quant.formats import CALIBRATED, LATTICE, BinaryCoding, NumberFormat, Uniform, check_number_format
 from peft_ext.targets import TargetConfig
 
 
 # Said of bits: a layer's own format, which a float layer doesn't have.
 BASE = "base"
+# What a budget chooses from.
+BUDGET_WIDTHS = (2, 3, 4, 8)
 # Of a float layer, where the config leaves it open.
 DEFAULT_BITS, DEFAULT_GROUP_SIZE = 4, -1
 PARAMETRIZATIONS = ("relative", "log", "absolute")
@@ -60,6 +62,13 @@ class ScaleTuningConfig(TargetConfig):
             "help": "Other group sizes for some layers: module names or regex expressions mapped to group sizes."
         },
     )
+    bits_budget: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "Average width of the layers, such as 3.0: each gets 2, 3, 4 or 8 bits, the more the more the loss depends "
+            "on it (call calibrate or allocate_bits first). What was chosen is kept in bits and bits_pattern."
+        },
+    )
     fan_in_fan_out: bool = field(
         default=False, metadata={"help": "Whether the target layers store their weight as (fan_in, fan_out)."}
     )
@@ -67,6 +76,13 @@ class ScaleTuningConfig(TargetConfig):
     def __post_init__(self):
         super().__post_init__()
         self.bits_pattern, self.group_size_pattern = self.bits_pattern or {}, self.group_size_pattern or {}
+        if self.bits_budget is not None:
+            self._check_budget()
+        if isinstance(self.bits, float) and not self.bits.is_integer():
+            raise ValueError(
+                f"bits={self.bits!r} is no width of a layer; for layers of several widths that have {self.bits:g} bits on "
+                f"average pass bits_budget={self.bits!r}."
+            )
         if isinstance(self.bits, str) and self.bits != BASE:
             raise ValueError(
                 f"bits={self.bits!r} is not supported; choose one of {self.number_format_cls.supported_bits}, or {BASE!r} on a "
@@ -82,6 +98,25 @@ class ScaleTuningConfig(TargetConfig):
             raise ValueError(f"init_method={self.init_method!r} is unknown; choose one of {methods}.")
         if self.parametrization not in PARAMETRIZATIONS:
             raise ValueError(f"parametrization={self.parametrization!r} is unknown; choose one of {PARAMETRIZATIONS}.")
+
+    def _check_budget(self) -> None:
+        budget, least, most = self.bits_budget, BUDGET_WIDTHS[0], BUDGET_WIDTHS[-1]
+        if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not least <= budget <= most:
+            raise ValueError(
+                f"bits_budget={budget!r} must be a number from {least} to {most}, the narrowest and the widest that a layer can "
+                "get."
+            )
+        for name in ("bits", "bits_pattern"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"bits_budget={budget!r} chooses the widths of all layers, and {name}={getattr(self, name)!r} names some; "
+                    "leave out one of the two."
+                )
+        if self.init_method == LATTICE:
+            raise ValueError(
+                f"bits_budget={budget!r} rounds weights, and init_method={LATTICE!r} takes them over as they are; leave out one "
+                "of the two."
+            )
 
     def number_format(self, bits: int, group_size: int, base: Optional[NumberFormat] = None) -> NumberFormat:
         """That format; what else belongs to it is the config's or, where that leaves it open, `base`'s."""
@@ -106,6 +141,10 @@ class ScaleTuningConfig(TargetConfig):
                 + f", or pass bits (such as {DEFAULT_BITS}) and group_size."
             )
         return self._format(bits, group_size, base if isinstance(base, self.number_format_cls) else None)
+
+    def format_at(self, name: str, bits: int) -> NumberFormat:
+        """The format of the float layer called `name` if it gets that width."""
+        return self._format(bits, self.asked_of(name)[1])
 
     def asked_of(self, name: str) -> tuple[Optional[Union[int, str]], Optional[int]]:
         """Bits and group size that the config asks of a layer; None (or "base") where it leaves them open."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from typing import Any, Optional
 
 import torch
@@ -64,6 +64,8 @@ class ScaleTuningModel(TunerModel):
             for name, module in targets.items()
             if not isinstance(module, ScaleTuningLinear) and not pack_quantized.is_packed(module)
         ]
+        if peft_config.bits_budget is not None:
+            raise ValueError(budget_unspent(peft_config, fresh))
         if fresh and peft_config.needs_data:
             raise ValueError(_calibration_missing(peft_config, fresh))
         everything = everything and bool(fresh or mixed_precision.kept_layers(model))
@@ -266,6 +268,23 @@ def _has_codes(module: nn.Module) -> bool:
     if isinstance(module, (ScaleTuningLinear, PackedLinear)):
         return True
     return pack_quantized.is_compressed(module) and pack_quantized.can_take_over(module)
+
+
+def budget_unspent(config: ScaleTuningConfig, fresh: Sequence[str]) -> str:
+    """Why layers can't be quantised under a budget from which no widths have been chosen yet.
+
+    Args:
+        fresh: Names of those that are float; none: all are packed.
+    """
+    if not fresh:
+        return (
+            f"bits_budget={config.bits_budget:g} chooses widths of float layers, and all targets are packed already; leave it out "
+            "to take what each has, or start from the float model."
+        )
+    return (
+        f"bits_budget={config.bits_budget:g} needs data to weigh {len(fresh)} layers, such as {fresh[0]!r}. Call "
+        "peft_ext.calibrate(model, config, batches) before get_peft_model; without calibration, peft_ext.allocate_bits(...)."
+    )
 
 
 def _calibration_missing(config: ScaleTuningConfig, names: list[str]) -> str:
