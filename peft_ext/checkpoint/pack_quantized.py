@@ -8,7 +8,8 @@ compressed (the loader makes no room for their packed zero points), nor can mode
 they are initialised (T5, Mamba, SigLIP, Falcon), so such a checkpoint asks for `dequantize` and stock transformers loads
 it into float layers; `restore` then reads the codes from the files. And that path knows a
 single scheme, so all layers are stored in containers of one width: the widest layer's, or a wider one that is asked
-for; `packed_bits` in the model's config keeps the layers' own. A code is stored as a signed number around the middle
+for; `packed_bits` in the model's config keeps the layers' own. (Layers of several widths that it leaves compressed have a
+group each, which `mixed_precision` writes; see [`can_store_apart`].) A code is stored as a signed number around the middle
 of its own range, so that symmetric codes stay symmetric in a wider container.
 
 vLLM (`CompressedTensorsWNA16`) reads containers of 4 and 8 bits, per channel or in groups of 32, 64 or 128, with zero
@@ -358,17 +359,23 @@ def release_hook(model: nn.Module) -> None:
 
 def vllm_notice(config: CompressedTensorsConfig) -> Optional[str]:
     """What keeps vLLM's kernels from a checkpoint with this config, and the way out; None if nothing does."""
-    weights = config.quantization_config.config_groups["group_0"].weights
+    schemes = [scheme.weights for scheme in config.quantization_config.config_groups.values()]
+    narrow = sorted({weights.num_bits for weights in schemes} - set(VLLM_BITS))
     obstacles = []
-    if weights.num_bits not in VLLM_BITS:
+    if narrow:
+        most = max(weights.num_bits for weights in schemes)
         way_out = (
-            "container_bits=4 stores the same numbers in 4-bit containers" if weights.num_bits < 4 else "use 4 or 8"
+            f"container_bits={4 if most <= 4 else 8} stores the same numbers in {4 if most <= 4 else 8}-bit containers"
+            if narrow[0] < 4
+            else "use 4 or 8"
         )
-        obstacles.append(f"it takes codes of 4 and 8 bits, not {weights.num_bits} ({way_out})")
-    if weights.num_bits == 8 and not weights.symmetric:
+        obstacles.append(f"it takes codes of 4 and 8 bits, not {' and '.join(map(str, narrow))} ({way_out})")
+    if any(weights.num_bits == 8 and not weights.symmetric for weights in schemes):
         obstacles.append("at 8 bits it takes no zero points (quantise with sym=True)")
-    if weights.strategy == "group" and weights.group_size not in _VLLM_GROUP_SIZES:
-        obstacles.append(f"it takes groups of {_VLLM_GROUP_SIZES} or whole channels, not {weights.group_size}")
+    for weights in schemes:
+        if weights.strategy == "group" and weights.group_size not in _VLLM_GROUP_SIZES:
+            obstacles.append(f"it takes groups of {_VLLM_GROUP_SIZES} or whole channels, not {weights.group_size}")
+            break
     return f"vLLM won't run this checkpoint: {'; '.join(obstacles)}." if obstacles else None
 
 
@@ -424,6 +431,19 @@ def can_store(model: PreTrainedModel) -> bool:
     layers = packed_layers(model)
     uniform = all(has_room_for(layer) for layer in layers.values())
     return uniform and len(group_sizes(layers)) == 1 and not is_rebuilt(model) and _experts_fit(model, layers)
+
+
+def containers(model: nn.Module) -> set[int]:
+    """The widths that hold the codes of a model's packed layers, each as narrow as can be."""
+    return {container_of(layer.bits) for layer in packed_layers(model).values()}
+
+
+def can_store_apart(model: PreTrainedModel) -> bool:
+    """Whether stock transformers reads layers of several widths: it leaves them compressed, since it dequantises by a single
+    scheme, and then has no room for zero points."""
+    layers = packed_layers(model)
+    symmetric = all(layer.sym for layer in layers.values())
+    return symmetric and not unfused_experts(model) and loads_without_weights(model, list(layers))
 
 
 def _outside_of_experts(model: PreTrainedModel, layers: Iterable[str]) -> list[str]:

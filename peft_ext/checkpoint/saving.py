@@ -25,9 +25,12 @@ def make_saveable(
     Other modules than transformers' are left alone; their `state_dict` holds the packed tensors.
 
     Args:
-        checkpoint_format: `"pack-quantized"` or `"bcq"`; by default the first where it has room for the layers.
-        container_bits: Of pack-quantized: the width of what holds a code in the file; by default the widest code's own.
-            2- and 3-bit codes in containers of 4 are what vLLM's kernels take.
+        checkpoint_format: `"pack-quantized"` or `"bcq"`; by default the first where it has room for the layers, each at its
+            own width: layers of several widths have, where they are symmetric and stock transformers reads them so, a group
+            of the config for each width; else they are bcq.
+        container_bits: Of pack-quantized: the width of what holds a code in the file, of all layers; by default the codes'
+            own, or where layers of several widths can't have a group each, the widest code's. 2- and 3-bit codes in
+            containers of 4 are what vLLM's kernels take.
 
     Raises:
         ValueError: If the format has no room for the layers, or format or width don't exist.
@@ -67,7 +70,10 @@ def _writer(model: PreTrainedModel, checkpoint_format: Optional[str], container_
             )
         return mixed_precision.MixedPrecisionWriter(model, container_bits)
     room = pack_quantized.can_store(model)
-    if checkpoint_format == "bcq" or (checkpoint_format is None and not room):
+    mixed = room and container_bits is None and len(pack_quantized.containers(model)) > 1
+    if mixed and pack_quantized.can_store_apart(model):
+        return mixed_precision.MixedPrecisionWriter(model)
+    if checkpoint_format == "bcq" or (checkpoint_format is None and (mixed or not room)):
         if container_bits is not None:
             raise ValueError(f"container_bits={container_bits} is for format='pack-quantized'; bcq packs densely.")
         return bcq.BcqHfQuantizer(bcq.describe(model), pre_quantized=True)

@@ -39,9 +39,14 @@ from peft_ext.models import (
 from peft_ext.perplexity import example_perplexity, padded
 from peft_ext.quant.conversion import packed_layers
 from peft_ext.quant.formats import CALIBRATED
+from peft_ext.scale_tuning.bit_budget import BitAllocation, allocate_bits
 from peft_ext.scale_tuning.calibration import calibrate
 from peft_ext.scale_tuning.config import BASE, DEFAULT_BITS, ScaleTuningConfig
 from peft_ext.scale_tuning.model import check_targets
+
+
+# The width where a budget gives each layer its own.
+MIXED = "mixed"
 
 
 @dataclass
@@ -58,6 +63,13 @@ class PackedBaseArguments(DataArguments):
         metadata={
             "help": "Width of a weight: 2, 3, 4, 5, 6 or 8; of binary codings 1, too. 4 by default; a model that is packed "
             f"already stays as it is ({BASE}), and so does, in tune, a GGUF for which no format is named."
+        },
+    )
+    bits_budget: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "Instead of bits: an average width, such as 3.0; each layer gets 2, 3, 4 or 8 bits, by what the loss loses "
+            "(one backward pass over the calibration blocks)."
         },
     )
     group_size: int = field(default=-1, metadata={"help": "Inputs that share a scale; -1: one scale per channel."})
@@ -88,11 +100,13 @@ class PackedBaseArguments(DataArguments):
     )
 
     def width(self) -> Union[int, str]:
-        """The width of a weight, or `"base"`: by default, of a model that is packed already.
+        """The width of a weight; `"base"`: by default, of a model that is packed already; `"mixed"` under a budget.
 
         Raises:
-            ValueError: If it is no number.
+            ValueError: If it is no number, or there is a budget as well, or for a model that is packed already.
         """
+        if self.bits_budget is not None:
+            return self._budgeted()
         if self.bits is None:
             return BASE if is_packed_model(self.model) else DEFAULT_BITS
         if self.bits == BASE:
@@ -101,12 +115,31 @@ class PackedBaseArguments(DataArguments):
             return int(self.bits)
         except ValueError:
             raise ValueError(
-                f"bits={self.bits!r} is no width of a weight; pass 2, 3, 4, 5, 6 or 8, or {BASE}."
+                f"bits={self.bits!r} is no width of a weight; pass 2, 3, 4, 5, 6 or 8, or {BASE}"
+                f"{', or as an average --bits_budget' if _is_fraction(self.bits) else ''}."
             ) from None
+
+    def _budgeted(self) -> str:
+        if self.bits not in (None, MIXED):
+            raise ValueError(
+                f"bits_budget={self.bits_budget:g} chooses the widths of all layers, and bits={self.bits!r} names one; leave out one "
+                "of the two."
+            )
+        if is_packed_model(self.model):
+            raise ValueError(
+                f"bits_budget={self.bits_budget:g} chooses widths of float layers, and model={self.model!r} is packed already; "
+                "name the float model, or leave it out."
+            )
+        return MIXED
+
+    def widths(self) -> dict[str, Any]:
+        """What a tuner's config is told of widths."""
+        return {"bits": self.width()} if self.bits_budget is None else {"bits_budget": self.bits_budget}
 
     def keeps_integers(self) -> bool:
         """Whether the model is a GGUF whose integers are tuned as they are, since nothing is said of another format."""
-        default = (self.bits, self.group_size, self.sym, self.zero, self.init_method) == (
+        default = (self.bits, self.bits_budget, self.group_size, self.sym, self.zero, self.init_method) == (
+            None,
             None,
             -1,
             False,
@@ -129,6 +162,13 @@ class PackedBaseArguments(DataArguments):
         for name in ("calibration_blocks", "held_out_blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+
+
+def _is_fraction(bits: str) -> bool:
+    try:
+        return math.isfinite(float(bits))
+    except ValueError:
+        return False
 
 
 def is_packed_model(model: str) -> bool:
@@ -160,7 +200,8 @@ def load_checked(
         if kept and config is not None:
             listed = ", ".join(f"{kind} x{count}" for kind, count in kept.items())
             note(
-                f"{args.model} holds integers already ({listed}); they become floats and are rounded to {config.bits} bits again."
+                f"{args.model} holds integers already ({listed}); they become floats and are rounded to "
+                f"{'other' if config.bits is None else config.bits} bits again."
             )
         model = load(args.model, dtype=args.dtype, merge=True, packed=bool(kept) and config is None)
         model = model.to(args.device or "cpu")
@@ -203,6 +244,7 @@ def write_base(
     """
     float_bytes, held_out = _float_bytes(model), data.held_out.examples
     before, base, start = None, model, time.perf_counter()
+    allocation: Optional[BitAllocation] = None
     if config is not None:
         config = copy.deepcopy(config)
         config.target_modules = "all-linear"
@@ -211,11 +253,23 @@ def write_base(
         if not packed:
             before = example_perplexity(model, held_out, progressbar=True)
         start = time.perf_counter()
-        if not packed and config.needs_data:
+        batches = []
+        if not packed and (config.needs_data or config.bits_budget is not None):
             batches = _calibration_batches(data, args.calibration_blocks, device_of(model))
+        if not packed and config.bits_budget is not None:
+            allocation = allocate_bits(model, config, batches)
+            note(str(allocation))
+        if not packed and config.needs_data:
             model = calibrate(model, config, batches)
         base = get_peft_model(model, config).unload()
     seconds = time.perf_counter() - start
+    if allocation is not None and checkpoint_format == "pack-quantized":
+        checkpoint_format = None  # which has room for several widths only where they are symmetric
+        if not args.sym:
+            note(
+                "Layers of several widths with zero points are written as bcq, which loads where peft_ext is imported; with --sym "
+                "as compressed-tensors, which stock transformers loads."
+            )
     make_saveable(base, checkpoint_format)
     quantized = example_perplexity(base, held_out, progressbar=True)
     figures = {"packed": quantized} if before is None else {"float": before, "packed": quantized}
@@ -228,6 +282,7 @@ def write_base(
         "perplexity": {"float": before, "quantized": quantized},
         "bytes": {"float_model": float_bytes},
         "seconds": {"quantize": seconds},
+        **({} if allocation is None else {"widths": dict(allocation.widths)}),
     }
 
 
@@ -250,6 +305,11 @@ def _float_bytes(model: PreTrainedModel) -> int:
     inside = {id(p) for layer in packed for p in layer.parameters()}
     rest = sum(p.nbytes for p in model.parameters() if id(p) not in inside)
     return rest + sum(layer.in_features * layer.out_features * layer.compute_dtype.itemsize for layer in packed)
+
+
+def average_label(budget: Optional[float]) -> str:
+    """What a width is called that layers have on average; nothing without a budget."""
+    return "" if budget is None else f"{budget:g} bits on average"
 
 
 def file_bytes(folder: Path) -> int:

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from peft_ext import AlphaTuningConfig, PeqaConfig
 from peft_ext.command_line import parse, show
+from peft_ext.commands.packed_base import average_label
 from peft_ext.distillation.cached_logits import DEFAULT_TOP_K
 from peft_ext.memory.estimate import (
     ServingMemory,
@@ -46,6 +47,9 @@ class PlanArguments:
     )
     bits: int = field(
         default=4, metadata={"help": "Width of a packed weight: 2, 3, 4, 5, 6 or 8; of binary codings 1, too."}
+    )
+    bits_budget: Optional[float] = field(
+        default=None, metadata={"help": "Instead of bits: the average width of layers of 2, 3, 4 or 8 bits."}
     )
     group_size: int = field(default=-1, metadata={"help": "Inputs that share a scale; -1: one scale per channel."})
     sym: bool = field(default=False, metadata={"help": "Of integers: no zero points in vLLM's checkpoint."})
@@ -100,12 +104,20 @@ def main(argv: Sequence[str]) -> None:
 
 def _peft_config(args: PlanArguments, method: str) -> Optional[PeftConfig]:
     """The method's config; None for full fine-tuning."""
+    widths: dict[str, Any] = {"bits": args.bits}
+    if args.bits_budget is not None:
+        if args.bits != PlanArguments.bits:
+            raise ValueError(
+                f"bits_budget={args.bits_budget:g} chooses the widths of all layers, and bits={args.bits} names one; leave out one of "
+                "the two."
+            )
+        widths = {"bits_budget": args.bits_budget}
     if method == "peqa":
         return PeqaConfig(
-            bits=args.bits, group_size=args.group_size, sym=args.sym, zero=args.zero, trained=args.trained
+            **widths, group_size=args.group_size, sym=args.sym, zero=args.zero, trained=args.trained
         )
     if method == "alphatuning":
-        return AlphaTuningConfig(bits=args.bits, group_size=args.group_size)
+        return AlphaTuningConfig(**widths, group_size=args.group_size)
     if method == "lora":
         check_positive(lora_r=args.lora_r)
         return LoraConfig(r=args.lora_r, target_modules="all-linear")
@@ -136,7 +148,8 @@ def _serving(
     found: dict[str, ServingMemory] = {}
     for method, peft_config in methods.items():
         packs = _packs(peft_config)
-        name = f"{method}, {args.bits} bits" if packs else f"float ({str(dtype).removeprefix('torch.')})"
+        bits = average_label(args.bits_budget) or f"{args.bits} bits"
+        name = f"{method}, {bits}" if packs else f"float ({str(dtype).removeprefix('torch.')})"
         if name in found:
             continue
         found[name] = serving_memory(config, peft_config if packs else None, dtype, generation)

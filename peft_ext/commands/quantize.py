@@ -21,6 +21,7 @@ from peft_ext.commands.packed_base import (
     BASE,
     PackedBaseArguments,
     file_bytes,
+    average_label,
     load_checked,
     number,
     perplexity_of,
@@ -108,7 +109,7 @@ def main(argv: Sequence[str]) -> None:
     perplexities, seconds = measured["perplexity"], measured["seconds"]
     rows = [
         ("perplexity, float model", number(perplexities["float"])),
-        (f"perplexity, {config.bits} bits", number(perplexities["quantized"])),
+        (f"perplexity, {average_label(args.bits_budget) or f'{config.bits} bits'}", number(perplexities["quantized"])),
         ("float model", mebibytes(measured["bytes"]["float_model"])),
         ("packed checkpoint", mebibytes(file_bytes(folder))),
         ("time to quantise", f"{seconds['quantize']:.0f} s"),
@@ -203,7 +204,7 @@ def _config(args: QuantizeArguments) -> ScaleTuningConfig:
     bits = args.width()
     if bits == BASE:
         raise ValueError(f"model={args.model!r} is packed already; name a float model, or its width with --bits.")
-    common: dict[str, Any] = {"bits": bits, "group_size": args.group_size, "init_method": args.init_method}
+    common: dict[str, Any] = {**args.widths(), "group_size": args.group_size, "init_method": args.init_method}
     if args.format == "pack-quantized" or args.zero not in (None, "int"):
         return PeqaConfig(**common, sym=args.sym, zero=args.zero)
     return AlphaTuningConfig(**common)

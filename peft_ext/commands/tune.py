@@ -27,6 +27,7 @@ from peft_ext import AlphaTuningConfig, PeqaConfig, trainer_checkpoints
 from peft_ext.command_line import BATCH_SIZE, note, parse, show
 from peft_ext.commands.packed_base import (
     BASE,
+    MIXED,
     PackedBaseArguments,
     file_bytes,
     load_checked,
@@ -36,7 +37,7 @@ from peft_ext.commands.packed_base import (
 from peft_ext.commands.sft import TuneTrainingArguments, check_packing, keep_product_where_needed, sft_trainer
 from peft_ext.commands.teaching import TeacherArguments, distilled_in_words, distilled_record
 from peft_ext.commands.training_data import TrainingData, training_data
-from peft_ext.commands.tune_report import plot_losses, table
+from peft_ext.commands.tune_report import plot_losses, plot_widths, table
 from peft_ext.data import PYTHON_DOCS
 from peft_ext.distillation.trainer import check_no_other_loss
 from peft_ext.files import write_json, written_whole
@@ -190,7 +191,7 @@ def _config(args: TuneArguments, base: Optional[PreTrainedModel] = None) -> Opti
         raise ValueError(f"zero={args.zero!r} is for integers (method='peqa'); a binary coding has no zero points.")
     if args.trained != "scales" and args.method != "peqa":
         raise ValueError(f"trained={args.trained!r} is for method='peqa', not {args.method!r}; leave it out.")
-    common: dict[str, Any] = {"bits": bits, "group_size": args.group_size, "init_method": args.init_method}
+    common: dict[str, Any] = {**args.widths(), "group_size": args.group_size, "init_method": args.init_method}
     integers: dict[str, Any] = {"sym": args.sym, "zero": args.zero}
     if bits == BASE:
         if base is None:
@@ -407,6 +408,9 @@ def _finish(
     runtime = next((e["train_runtime"] for e in reversed(trainer.state.log_history) if "train_runtime" in e), 0.0)
     with written_whole(run / "loss.png") as path:
         plot_losses(history, path)
+    if "widths" in before:
+        with written_whole(run / "bits.png") as path:
+            plot_widths(before["widths"], path)
     metrics = {
         "model": named,
         "data": args.data or PYTHON_DOCS,
@@ -426,6 +430,7 @@ def _finish(
         "losses": history,
         "seconds": {**before["seconds"], "train": runtime},
         **({} if distilled is None else {"distilled": distilled}),
+        **({"bits_budget": args.bits_budget, "widths": before["widths"]} if "widths" in before else {}),
         **({} if args.recipe is None else {"recipe": args.recipe}),
     }
     run_folder.finish(metrics)
@@ -471,7 +476,8 @@ def _settings(
         del settings[name]
     settings["teacher_logits"] = None if args.teacher_logits is None else True  # and its folder may move
     settings["data"] = args.data or PYTHON_DOCS
-    settings["bits"] = stored["bits"] if args.bits is None and stored and "bits" in stored else args.width()
+    keeps = args.bits is None and args.bits_budget is None and stored and stored.get("bits", MIXED) != MIXED
+    settings["bits"] = stored["bits"] if keeps and stored else args.width()
     names = [field.name for field in fields(training) if field.name in _FIRST_SETTINGS]
     settings.update({name: getattr(training, name) for name in (*names, *_LATER_TRAINING_SETTINGS)})
     if training.learning_rate is None:

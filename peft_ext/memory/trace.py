@@ -7,7 +7,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Optional, cast
 from unittest.mock import patch
 
 import torch
@@ -25,6 +25,8 @@ from peft_ext.language_model import unwrapped
 from peft_ext.memory.tracker import ACTIVATIONS, GRADIENTS, STATES, WEIGHTS, AllocationTracker, FusedAttention
 from peft_ext.quant.conversion import packed_layers
 from peft_ext.quant.functional import code_blocks
+from peft_ext.scale_tuning.bit_budget import spread_bits
+from peft_ext.scale_tuning.config import ScaleTuningConfig
 from peft_ext.targets import left_out
 
 
@@ -143,6 +145,9 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype, peft_config: Optio
         # PEFT's own tuners take routers for linear layers, and die of what they return
         peft_config = copy.copy(peft_config)
         peft_config.exclude_modules = set(left_out(model))
+    if getattr(peft_config, "bits_budget", None) is not None:
+        peft_config = copy.copy(peft_config)
+        spread_bits(model, cast(ScaleTuningConfig, peft_config))
     return get_peft_model(model, peft_config)
 
 

@@ -60,13 +60,6 @@ class BitAllocation:
     budget_bytes: int
     average: float
 
-    def by_kind(self) -> dict[str, dict[str, int]]:
-        """The widths by what layers of all blocks are called (`mlp.down_proj`), then by the name in the model."""
-        found: dict[str, dict[str, int]] = {}
-        for name, bits in self.widths.items():
-            found.setdefault(_kind(name), {})[name] = bits
-        return found
-
     @property
     def summary(self) -> str:
         """One line, such as `210 layers at 3.00 bits on average: 2 bits x40, 3 bits x122, 4 bits x48`."""
@@ -75,7 +68,7 @@ class BitAllocation:
         return f"{len(self.widths)} layers at {self.average:.2f} bits on average: {listed}"
 
     def __str__(self) -> str:
-        rows = [[kind, "".join(map(str, widths.values()))] for kind, widths in self.by_kind().items()]
+        rows = [[kind, "".join(map(str, widths.values()))] for kind, widths in by_kind(self.widths).items()]
         sizes = f"{mebibytes(self.nbytes)} of {mebibytes(self.budget_bytes)}"
         return f"{self.summary}\n{sizes}, scales included; by block:\n{aligned(rows)}"
 
@@ -282,6 +275,14 @@ def _sums(rows: Iterable[Sequence[Any]]) -> list[Any]:
 def _tokens(batch: Batch) -> int:
     ids: Optional[Any] = batch if isinstance(batch, torch.Tensor) else batch.get("input_ids")
     return int(ids.numel()) if isinstance(ids, torch.Tensor) else 0
+
+
+def by_kind(widths: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """Layers' widths by what layers of all blocks are called (`mlp.down_proj`), then by the name in the model."""
+    found: dict[str, dict[str, int]] = {}
+    for name, bits in widths.items():
+        found.setdefault(_kind(name), {})[name] = bits
+    return found
 
 
 def _kind(name: str) -> str:
