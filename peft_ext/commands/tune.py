@@ -48,6 +48,7 @@ from peft_ext.peqa.config import TRAINED
 from peft_ext.perplexity import example_perplexity
 from peft_ext.quant.conversion import packed_layers
 from peft_ext.runs import RunFolder, read_settings
+from peft_ext.scale_tuning.bit_budget import write_widths
 from peft_ext.scale_tuning.config import ScaleTuningConfig
 from peft_ext.scale_tuning.model import check_targets
 from peft_ext.tables import mebibytes
@@ -203,6 +204,9 @@ def _config(args: TuneArguments, base: Optional[PreTrainedModel] = None) -> Opti
         )
     else:
         config = PeqaConfig(**common, **integers, trained=args.trained, task_type="CAUSAL_LM")
+    widths = {} if base is None else {name: layer.bits for name, layer in packed_layers(base).items()}
+    if bits == MIXED and widths and base is not None:  # chosen already
+        write_widths(config, widths, base)
     if bits == BASE and base is not None:
         check_targets(config, base)
     return config

@@ -15,7 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import nn
@@ -126,9 +126,7 @@ def allocate_bits(
         for bits in BUDGET_WIDTHS:
             yield rounding_error(resolved, name, weight, bits)
 
-    tokens = sum(_tokens(batch) for batch in batches)
-    rises = sensitivities(model, layers, errors, batches, progressbar)
-    losses = {name: [rise / max(1, tokens) for rise in rises[name]] for name in layers if name in rises}
+    losses = sensitivities(model, layers, errors, batches, progressbar)
     allocation = _allocated(model, resolved, layers, config.bits_budget, losses)
     write_widths(config, allocation.widths, model)
     return allocation
@@ -270,11 +268,6 @@ def _interpolated(costs: Sequence[int], budget: float) -> float:
 
 def _sums(rows: Iterable[Sequence[Any]]) -> list[Any]:
     return [sum(column) for column in zip(*rows)]
-
-
-def _tokens(batch: Batch) -> int:
-    ids: Optional[Any] = batch if isinstance(batch, torch.Tensor) else batch.get("input_ids")
-    return int(ids.numel()) if isinstance(ids, torch.Tensor) else 0
 
 
 def by_kind(widths: Mapping[str, int]) -> dict[str, dict[str, int]]:

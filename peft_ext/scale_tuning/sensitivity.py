@@ -48,7 +48,7 @@ def sensitivities(
         batches: What the model takes, see [`calibrate`]. A batch without labels is predicted token by token.
 
     Returns:
-        By layer, a sum for each width. Layers that no batch reaches are left out.
+        By layer, nats a token for each width. Layers that no batch reaches are left out.
 
     Raises:
         ValueError: If there are no batches, or the model has no loss for one.
@@ -60,15 +60,16 @@ def sensitivities(
         rises = [float((squares * error.square()).sum()) / 2 for error in errors(name, weight_of(layer).detach())]
         found[name] = [one + more for one, more in zip(found.get(name, [0.0] * len(rises)), rises)]
 
-    empty = True
+    tokens = 0
     with inference(model), _probed(model, layers, add):
         for batch in tqdm(batches, desc="Sensitivities", unit="batch", disable=not progressbar, leave=False):
-            empty = False
             with torch.enable_grad():
-                _loss(model, batch).backward()
-    if empty:
-        raise ValueError("batches is empty; pass a few batches of training data, by which bits_budget weighs the layers.")
-    return found
+                loss, count = _loss(model, batch)
+                loss.backward()
+            tokens += count
+    if not tokens:
+        raise ValueError("the batches have no token to predict; pass training data, by which bits_budget weighs the layers.")
+    return {name: [rise / tokens for rise in rises] for name, rises in found.items()}
 
 
 def _squared_gradients(x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
@@ -111,9 +112,10 @@ def _probed(
             handle.remove()
 
 
-def _loss(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """The model's own loss of a batch, times the labels that count, so that batches of any size weigh their tokens alike."""
+def _loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
+    """The model's own loss of a batch, summed over what is predicted, and how much that is."""
     device, causal = device_of(model), isinstance(model, PreTrainedModel) and is_causal(model)
+    causal = causal and not model.config.is_encoder_decoder
     inputs: dict[str, Any] = {"input_ids": batch} if isinstance(batch, torch.Tensor) else dict(batch)
     inputs = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
     if "labels" not in inputs and causal and "input_ids" in inputs:
@@ -128,4 +130,5 @@ def _loss(model: nn.Module, batch: Batch) -> torch.Tensor:
             "transformers and batches with labels, or name widths yourself: bits= and bits_pattern=."
         )
     labels = inputs["labels"]
-    return loss * max(1, int((labels != IGNORED).sum()))
+    count = int(((labels[..., 1:] if causal else labels) != IGNORED).sum())
+    return loss * count, count
