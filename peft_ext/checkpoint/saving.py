@@ -70,7 +70,9 @@ def _writer(model: PreTrainedModel, checkpoint_format: Optional[str], container_
             )
         return mixed_precision.MixedPrecisionWriter(model, container_bits)
     room = pack_quantized.can_store(model)
-    mixed = room and container_bits is None and checkpoint_format != "bcq" and len(pack_quantized.containers(model)) > 1
+    mixed = (
+        room and container_bits is None and checkpoint_format != "bcq" and len(pack_quantized.containers(model)) > 1
+    )
     if mixed and pack_quantized.can_store_apart(model):
         return mixed_precision.MixedPrecisionWriter(model)
     if checkpoint_format == "bcq" or (checkpoint_format is None and (mixed or not room)):

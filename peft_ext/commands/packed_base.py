@@ -122,8 +122,8 @@ class PackedBaseArguments(DataArguments):
     def _budgeted(self) -> str:
         if self.bits not in (None, MIXED):
             raise ValueError(
-                f"bits_budget={self.bits_budget:g} chooses the widths of all layers, and bits={self.bits!r} names one; leave out one "
-                "of the two."
+                f"bits_budget={self.bits_budget:g} chooses the widths of all layers, and bits={self.bits!r} names one; leave out "
+                "one of the two."
             )
         if is_packed_model(self.model):
             raise ValueError(
@@ -267,8 +267,8 @@ def write_base(
         checkpoint_format = None  # which has room for several widths only where they are symmetric
         if not args.sym:
             note(
-                "Layers of several widths with zero points are written as bcq, which loads where peft_ext is imported; with --sym "
-                "as compressed-tensors, which stock transformers loads."
+                "Layers of several widths with zero points are written as bcq, which loads where peft_ext is imported; with "
+                "--sym as compressed-tensors, which stock transformers loads."
             )
     make_saveable(base, checkpoint_format)
     quantized = example_perplexity(base, held_out, progressbar=True)

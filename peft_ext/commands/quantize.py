@@ -20,8 +20,8 @@ from peft_ext.command_line import note, parse, show
 from peft_ext.commands.packed_base import (
     BASE,
     PackedBaseArguments,
-    file_bytes,
     average_label,
+    file_bytes,
     load_checked,
     number,
     perplexity_of,

@@ -94,7 +94,9 @@ def plot_widths(widths: Mapping[str, int], path: Path) -> None:
     for row, values in enumerate(grid):
         for column, bits in enumerate(values):
             if bits == bits:  # not where a kind has fewer layers
-                axes.text(column, row, f"{bits:g}", ha="center", va="center", color="white" if bits > 3 else "black", size=7)
+                axes.text(
+                    column, row, f"{bits:g}", ha="center", va="center", color="white" if bits > 3 else "black", size=7
+                )
     axes.set_yticks(range(len(kinds)), list(kinds))
     figure.tight_layout()
     figure.savefig(path, dpi=120)

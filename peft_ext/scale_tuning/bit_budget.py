@@ -141,7 +141,9 @@ def spread_bits(model: nn.Module, config: ScaleTuningConfig) -> BitAllocation:
     """
     assert config.bits_budget is not None
     resolved, layers = _float_targets(config, model)
-    losses = {name: [weight_of(layer).numel() * 4.0**-bits for bits in BUDGET_WIDTHS] for name, layer in layers.items()}
+    losses = {
+        name: [weight_of(layer).numel() * 4.0**-bits for bits in BUDGET_WIDTHS] for name, layer in layers.items()
+    }
     allocation = _allocated(model, resolved, layers, config.bits_budget, losses)
     write_widths(config, allocation.widths, model)
     return allocation
@@ -225,14 +227,16 @@ def _allocated(
     budget: float,
     losses: Mapping[str, Sequence[float]],
 ) -> BitAllocation:
-    costs = {name: [layer_bytes(config, name, layer, bits) for bits in BUDGET_WIDTHS] for name, layer in layers.items()}
+    costs = {
+        name: [layer_bytes(config, name, layer, bits) for bits in BUDGET_WIDTHS] for name, layer in layers.items()
+    }
     budget_bytes = math.floor(sum(_interpolated(each, budget) for each in costs.values()))
     unreached = [name for name in layers if name not in losses]
     kept = max(index for index, bits in enumerate(BUDGET_WIDTHS) if bits <= budget)
     if unreached:
         warnings.warn(
-            f"bits_budget: the batches never reached {len(unreached)} of {len(layers)} layers, such as {unreached[0]!r}, which get "
-            f"{BUDGET_WIDTHS[kept]} bits; pass batches that do, or leave them out of target_modules.",
+            f"bits_budget: the batches never reached {len(unreached)} of {len(layers)} layers, such as {unreached[0]!r}, which "
+            f"get {BUDGET_WIDTHS[kept]} bits; pass batches that do, or leave them out of target_modules.",
             stacklevel=4,
         )
     widths = dict.fromkeys(layers, BUDGET_WIDTHS[kept])

@@ -50,7 +50,9 @@ def choose(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], bu
     ahead = _sums_from_the_end([float((value + price * each).min()) for each, value in zip(cost, loss)])
     cheapest = _sums_from_the_end([int(each.min()) for each in cost])
     spent, reached = np.zeros(1, dtype=np.int64), np.zeros(1)
-    steps: list[tuple[np.ndarray, np.ndarray]] = []  # of each item: of every sum that is kept, its option and the sum before
+    steps: list[
+        tuple[np.ndarray, np.ndarray]
+    ] = []  # of each item: of every sum that is kept, its option and the sum before
     for item, (each, value) in enumerate(zip(cost, loss)):
         new_cost, new_loss = (spent[:, None] + each).ravel(), (reached[:, None] + value).ravel()
         bound = new_loss + price * (new_cost - budget) + ahead[item + 1]

@@ -278,8 +278,8 @@ def budget_unspent(config: ScaleTuningConfig, fresh: Sequence[str]) -> str:
     """
     if not fresh:
         return (
-            f"bits_budget={config.bits_budget:g} chooses widths of float layers, and all targets are packed already; leave it out "
-            "to take what each has, or start from the float model."
+            f"bits_budget={config.bits_budget:g} chooses widths of float layers, and all targets are packed already; leave it "
+            "out to take what each has, or start from the float model."
         )
     return (
         f"bits_budget={config.bits_budget:g} needs data to weigh {len(fresh)} layers, such as {fresh[0]!r}. Call "

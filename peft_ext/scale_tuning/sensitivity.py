@@ -68,7 +68,9 @@ def sensitivities(
                 loss.backward()
             tokens += count
     if not tokens:
-        raise ValueError("the batches have no token to predict; pass training data, by which bits_budget weighs the layers.")
+        raise ValueError(
+            "the batches have no token to predict; pass training data, by which bits_budget weighs the layers."
+        )
     return {name: [rise / tokens for rise in rises] for name, rises in found.items()}
 
 
@@ -115,7 +117,7 @@ def _probed(
 def _loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
     """The model's own loss of a batch, summed over what is predicted, and how much that is."""
     device, causal = device_of(model), isinstance(model, PreTrainedModel) and is_causal(model)
-    causal = causal and not model.config.is_encoder_decoder
+    causal = causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     inputs: dict[str, Any] = {"input_ids": batch} if isinstance(batch, torch.Tensor) else dict(batch)
     inputs = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
     if "labels" not in inputs and causal and "input_ids" in inputs:
@@ -123,7 +125,9 @@ def _loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
         inputs["labels"] = labels if mask is None else labels.masked_fill(mask == 0, IGNORED)
     if getattr(getattr(model, "config", None), "use_cache", False):
         inputs["use_cache"] = False
-    loss = getattr(model(**inputs), "loss", None) if isinstance(model, PreTrainedModel) and "labels" in inputs else None
+    loss = (
+        getattr(model(**inputs), "loss", None) if isinstance(model, PreTrainedModel) and "labels" in inputs else None
+    )
     if loss is None:
         raise ValueError(
             f"bits_budget weighs layers by a loss, which {type(model).__name__} has none of for the batches; pass a model of "

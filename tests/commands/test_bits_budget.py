@@ -38,7 +38,9 @@ def _widths(folder) -> dict[str, int]:
 @pytest.mark.parametrize("sym", [True, False])
 def test_quantize(sym, flags, tmp_path, capsys):
     out = tmp_path / "packed"
-    assert main(["quantize", *flags, "--bits_budget", "3.4", "--output_dir", str(out), *(["--sym"] if sym else [])]) == 0
+    assert (
+        main(["quantize", *flags, "--bits_budget", "3.4", "--output_dir", str(out), *(["--sym"] if sym else [])]) == 0
+    )
     captured = capsys.readouterr()
     assert "perplexity, 3.4 bits on average" in captured.out
     assert "bits on average: " in captured.err and "mlp.down_proj" in captured.err
@@ -77,7 +79,9 @@ def test_plan_counts_what_a_budget_takes(places, tmp_path, capsys):
     small = ["--max_length", "16", "--context_length", "16", "--json"]
 
     def weights(*arguments):
-        assert main(["plan", str(tmp_path / "config.json"), "--method", "peqa", "alphatuning", *arguments, *small]) == 0
+        assert (
+            main(["plan", str(tmp_path / "config.json"), "--method", "peqa", "alphatuning", *arguments, *small]) == 0
+        )
         serving = json.loads(capsys.readouterr().out)["serving"]
         return [each["weights"] for name, each in serving.items() if "vLLM" not in name]
 
@@ -95,8 +99,14 @@ def test_plan_counts_what_a_budget_takes(places, tmp_path, capsys):
         (["--bits", "2.5"], "bits='2.5' is no width of a weight; .* or as an average --bits_budget"),
         (["--bits_budget", "9"], "bits_budget=9.0 must be a number from 2 to 8"),
         (["--bits_budget", "1"], "bits_budget=1.0 must be a number from 2 to 8"),
-        (["--bits_budget", "3", "--bits", "4"], "bits_budget=3 chooses the widths of all layers, and bits='4' names one"),
-        (["--bits_budget", "3", "--init_method", "lattice"], "bits_budget=3.0 rounds weights, and init_method='lattice'"),
+        (
+            ["--bits_budget", "3", "--bits", "4"],
+            "bits_budget=3 chooses the widths of all layers, and bits='4' names one",
+        ),
+        (
+            ["--bits_budget", "3", "--init_method", "lattice"],
+            "bits_budget=3.0 rounds weights, and init_method='lattice'",
+        ),
     ],
 )
 @pytest.mark.parametrize("command", ["quantize", "tune"])

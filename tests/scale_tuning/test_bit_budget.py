@@ -34,7 +34,9 @@ def test_the_knapsack_against_every_choice():
     for _ in range(400):
         sizes = [draw.randint(1, 4) for _ in range(draw.randint(1, 6))]
         costs = [[draw.randint(0, 12) for _ in range(size)] for size in sizes]
-        losses = [[draw.choice([draw.random(), draw.randint(0, 3), 1e6 * draw.random()]) for _ in each] for each in costs]
+        losses = [
+            [draw.choice([draw.random(), draw.randint(0, 3), 1e6 * draw.random()]) for _ in each] for each in costs
+        ]
         budget = sum(map(min, costs)) + draw.randint(0, 25)
 
         def total(values, picks):
@@ -111,7 +113,9 @@ def test_no_more_bytes_than_uniform_and_hardly_less(config_cls, budget):
     layers = check_targets(config_cls(target_modules="all-linear", group_size=16), tiny("llama"))
     if budget in BUDGET_WIDTHS:
         plain = config_cls(group_size=16)
-        assert allocation.budget_bytes == sum(layer_bytes(plain, name, layer, int(budget)) for name, layer in layers.items())
+        assert allocation.budget_bytes == sum(
+            layer_bytes(plain, name, layer, int(budget)) for name, layer in layers.items()
+        )
     if budget in (2, 8):
         assert set(allocation.widths.values()) == {budget} and config.bits == budget and not config.bits_pattern
     else:
@@ -125,7 +129,9 @@ def test_layers_that_engines_run_as_one_get_one_width():
     for group in units(model, widths):
         assert len({widths[name] for name in group}) == 1
     names = {frozenset(name.rpartition(".")[2] for name in group) for group in units(model, widths)}
-    assert names == {frozenset(each.split()) for each in ("q_proj k_proj v_proj", "o_proj", "gate_proj up_proj", "down_proj")}
+    assert names == {
+        frozenset(each.split()) for each in ("q_proj k_proj v_proj", "o_proj", "gate_proj up_proj", "down_proj")
+    }
 
 
 def test_shared_weights_get_one_width():
@@ -225,7 +231,9 @@ def test_every_file_keeps_codes_and_widths(checkpoint_format, sym, tmp_path, fre
     base.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     own = sym or checkpoint_format != "pack-quantized"  # else in containers of the widest
-    assert stored["quant_method"] == ("bcq" if checkpoint_format == "bcq" or (not sym and own) else "compressed-tensors")
+    assert stored["quant_method"] == (
+        "bcq" if checkpoint_format == "bcq" or (not sym and own) else "compressed-tensors"
+    )
     if stored["quant_method"] == "compressed-tensors":
         assert len(stored["config_groups"]) == (len(set(_widths(base).values())) if sym else 1)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
