@@ -28,6 +28,9 @@ TASKS = {
     "rounding_peers": Entry(
         "Integers of other libraries at the same widths, before tuning", "benchmarks.rounding_peers"
     ),
+    "bits_budget": Entry(
+        "Layers of several widths under a budget of bytes, against one width", "benchmarks.bits_budget"
+    ),
     "reconstruction": Entry("Which initialisation comes closest, before any tuning", "benchmarks.reconstruction"),
     "alphatuning_nlg": Entry("AlphaTuning's texts from data, against full fine-tuning", "benchmarks.alphatuning_nlg"),
     "alphatuning_sizes": Entry("Bytes and trained numbers under AlphaTuning", "benchmarks.alphatuning_sizes"),

@@ -108,8 +108,8 @@ def _peft_config(args: PlanArguments, method: str) -> Optional[PeftConfig]:
     if args.bits_budget is not None:
         if args.bits != PlanArguments.bits:
             raise ValueError(
-                f"bits_budget={args.bits_budget:g} chooses the widths of all layers, and bits={args.bits} names one; leave out one "
-                "of the two."
+                f"bits_budget={args.bits_budget:g} chooses the widths of all layers, and bits={args.bits} names one; leave out "
+                "one of the two."
             )
         widths = {"bits_budget": args.bits_budget}
     if method == "peqa":

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_ext.checkpoint.fused_layers import FUSED
 from peft_ext.checkpoint.pack_quantized import is_packed
 from peft_ext.quant.binary import dequantize_binary
 from peft_ext.quant.conversion import weight_of
@@ -31,7 +30,7 @@ from peft_ext.quant.uniform import dequantize
 from peft_ext.scale_tuning.config import BUDGET_WIDTHS, ScaleTuningConfig
 from peft_ext.scale_tuning.knapsack import choose
 from peft_ext.scale_tuning.model import budget_unspent, check_targets
-from peft_ext.scale_tuning.sensitivity import Batch, sensitivities
+from peft_ext.scale_tuning.sensitivity import Batch, left_by_feedback, sensitivities
 from peft_ext.tables import aligned, mebibytes
 
 
@@ -81,7 +80,8 @@ def allocate_bits(
 
     One backward pass over the batches tells what the loss loses where a layer is rounded to 2, 3, 4 or 8 bits: to second order,
     by the diagonal of the Fisher information. Then the widths are chosen that lose least within the bytes of the budget.
-    Layers that engines run as one (q, k and v; gate and up), that share a weight, and the experts of a block get one width.
+    Where codes are found from data (`"calibrated"`), a forward pass before it tells how much of each input's error feedback
+    undoes. Layers that share a weight, and the experts of a block, get one width.
 
     [`calibrate`] calls it where the config has a budget. Call it yourself for an initialisation without data, or to see what
     was chosen.
@@ -126,10 +126,13 @@ def allocate_bits(
         for bits in BUDGET_WIDTHS:
             yield rounding_error(resolved, name, weight, bits)
 
-    losses = sensitivities(model, layers, errors, batches, progressbar)
-    allocation = _allocated(model, resolved, layers, config.bits_budget, losses)
-    write_widths(config, allocation.widths, model)
-    return allocation
+    shares = None
+    if config.needs_data:
+        from peft_ext.scale_tuning.calibration import joined  # which calls us
+
+        shares = left_by_feedback(model, layers, joined(model, batches))
+    losses = sensitivities(model, layers, errors, batches, shares, progressbar)
+    return choose_widths(model, config, losses)
 
 
 def spread_bits(model: nn.Module, config: ScaleTuningConfig) -> BitAllocation:
@@ -139,11 +142,22 @@ def spread_bits(model: nn.Module, config: ScaleTuningConfig) -> BitAllocation:
         model: On the meta device, or any other.
         config: As of [`allocate_bits`].
     """
-    assert config.bits_budget is not None
-    resolved, layers = _float_targets(config, model)
+    _, layers = _float_targets(config, model)
     losses = {
         name: [weight_of(layer).numel() * 4.0**-bits for bits in BUDGET_WIDTHS] for name, layer in layers.items()
     }
+    return choose_widths(model, config, losses)
+
+
+def choose_widths(model: nn.Module, config: ScaleTuningConfig, losses: Mapping[str, Sequence[float]]) -> BitAllocation:
+    """The widths that lose least within the budget, from any measure of what layers lose; written into the config.
+
+    Args:
+        model, config: As of [`allocate_bits`].
+        losses: By layer, what it loses at 2, 3, 4 and 8 bits.
+    """
+    assert config.bits_budget is not None
+    resolved, layers = _float_targets(config, model)
     allocation = _allocated(model, resolved, layers, config.bits_budget, losses)
     write_widths(config, allocation.widths, model)
     return allocation
@@ -170,7 +184,11 @@ def layer_bytes(config: ScaleTuningConfig, name: str, layer: nn.Module, bits: in
 
 
 def units(model: nn.Module, names: Iterable[str]) -> list[list[str]]:
-    """The layers in groups that get one width: those that engines run as one, that share a weight, experts of a block."""
+    """The layers in groups that get one width: those that share a weight, and the experts of a block.
+
+    Not q, k and v, nor gate and up: vLLM, which runs them as one, takes codes of 2 and 3 bits in wider containers only, and these
+    are of one width for the whole file.
+    """
     names = list(names)
     leader = {name: name for name in names}
 
@@ -183,9 +201,7 @@ def units(model: nn.Module, names: Iterable[str]) -> list[list[str]]:
     experts = tuple(f"{prefix}." for prefix in unfused_experts(model))
     modules = dict(model.named_modules())
     for name in names:
-        parent, _, own = name.rpartition(".")
-        belongs: list[Any] = [(parent, shards) for shards in FUSED if own in shards]
-        belongs += [prefix for prefix in experts if name.startswith(prefix)]
+        belongs: list[Any] = [prefix for prefix in experts if name.startswith(prefix)]
         belongs.append(id(getattr(modules[name], "weight", modules[name])))
         for key in belongs:
             leader[lead(name)] = lead(keys.setdefault(key, name))

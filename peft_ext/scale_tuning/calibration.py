@@ -105,7 +105,7 @@ def calibrate(
     if not targets:
         raise ValueError(f"Target modules {config.target_modules} not found in the base model.")
     targets = {name: module for name, module in targets.items() if not is_packed(module)}
-    inputs = _join(list(batches), getattr(model, "prepare_decoder_input_ids_from_labels", None))
+    inputs = joined(model, list(batches))
     calibration = _Pass(model, config, targets, inputs, progressbar)
     with inference(model), _without_cache(getattr(model, "config", None)), _forgotten(model):
         calibration.run()
@@ -358,6 +358,11 @@ def _batch_dim(key: str, value: torch.Tensor) -> int:
 
 def _sizes(tensor: torch.Tensor) -> set[int]:
     return {len(tensor), tensor[..., 0].numel() if tensor.is_floating_point() else tensor.numel()}
+
+
+def joined(model: nn.Module, batches: list[Any]) -> Batch:
+    """All batches as one; see [`calibrate`]."""
+    return _join(batches, getattr(model, "prepare_decoder_input_ids_from_labels", None))
 
 
 def _join(batches: list[Any], decoder_inputs_of: Callable[..., torch.Tensor] | None) -> Batch:

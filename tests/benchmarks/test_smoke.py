@@ -65,6 +65,13 @@ def test_rounding_peers(smoke):
     assert all("test" in result or "not installed" in result["skipped"] for result in found.results)
 
 
+def test_bits_budget(smoke):
+    found = smoke("bits_budget")
+    assert "not measured" not in found.shown and "behind error feedback (`allocate_bits`)" in found.shown
+    mixed = [result for result in found.results if len(set(result.get("widths", {}).values())) > 1]
+    assert mixed and "3 bits on average, per channel, over uniform, bytes" in found.shown
+
+
 def test_distillation(smoke):
     found = smoke("distillation")
     assert "not measured" not in found.shown and "| the float model (divergence) |" in found.shown

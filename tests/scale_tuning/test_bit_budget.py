@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from peft_ext.quant.uniform import dequantize, quantize
 from peft_ext.scale_tuning.bit_budget import BUDGET_WIDTHS, layer_bytes, units
 from peft_ext.scale_tuning.knapsack import choose
 from peft_ext.scale_tuning.model import check_targets
+from peft_ext.scale_tuning.sensitivity import left_by_feedback
 from tests.checkpoint.test_pack_quantized import STOCK
 from tests.tiny.models import LAYERS, inputs, tiny
 from tests.tiny.moe import moe_batch, tiny_moe
@@ -123,15 +125,55 @@ def test_no_more_bytes_than_uniform_and_hardly_less(config_cls, budget):
     assert f"{allocation.average:.2f} bits on average" in str(allocation) and "mlp.down_proj" in str(allocation)
 
 
-def test_layers_that_engines_run_as_one_get_one_width():
+def _left(x, damping=0.01):
+    """By its definition: what is left of each input when those behind it, by falling energy, have explained it."""
+    hessian = x.double().T @ x.double() / len(x)
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    hessian = hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    shares = torch.ones(len(hessian), dtype=torch.float64)
+    for place, own in enumerate(order[:-1]):
+        behind = order[place + 1 :]
+        explained = hessian[own, behind] @ torch.linalg.solve(hessian[behind][:, behind], hessian[behind, own])
+        shares[own] = 1 - explained / hessian[own, own]
+    return shares
+
+
+def test_what_feedback_leaves_against_a_slow_reference():
     model = tiny("llama")
-    widths = allocate_bits(model, PeqaConfig(bits_budget=2.7), BATCHES, progressbar=False).widths
-    for group in units(model, widths):
-        assert len({widths[name] for name in group}) == 1
-    names = {frozenset(name.rpartition(".")[2] for name in group) for group in units(model, widths)}
-    assert names == {
-        frozenset(each.split()) for each in ("q_proj k_proj v_proj", "o_proj", "gate_proj up_proj", "down_proj")
+    layers = {
+        name: model.get_submodule(name) for name in ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj")
     }
+    kept = {}
+
+    def keep(name, _, args):
+        kept[name] = args[0].flatten(0, 1)
+
+    handles = [layer.register_forward_pre_hook(partial(keep, name)) for name, layer in layers.items()]
+    tokens = torch.randint(3, 100, (8, 16))
+    model(tokens)
+    for handle in handles:
+        handle.remove()
+    found = left_by_feedback(model, layers, tokens)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    for name, shares in found.items():
+        assert torch.allclose(shares.double(), _left(kept[name].detach()), atol=1e-3)
+        assert 0 < shares.mean() < 0.95
+    # padding doesn't count
+    mask = torch.nn.functional.pad(torch.ones_like(tokens), (0, 4))
+    padded = {"input_ids": torch.nn.functional.pad(tokens, (0, 4)), "attention_mask": mask}
+    for name, shares in left_by_feedback(model, layers, padded).items():
+        assert torch.allclose(shares, found[name], atol=1e-3)
+
+
+def test_calibrated_codes_are_weighed_by_what_feedback_leaves():
+    losses = [
+        allocate_bits(
+            tiny("llama"), PeqaConfig(bits_budget=3.0, init_method=method), BATCHES, progressbar=False
+        ).losses
+        for method in ("minmax", "calibrated")
+    ]
+    for name, plain in losses[0].items():
+        assert all(losses[1][name][bits] < plain[bits] for bits in BUDGET_WIDTHS)
 
 
 def test_shared_weights_get_one_width():
