@@ -70,6 +70,10 @@ class PeqaConfig(ScaleTuningConfig):
             Name of the `nn.ModuleList` that `layers_to_transform` indexes, often `"layers"` or `"h"`.
         bits_pattern (`dict`, *optional*):
             Other widths for some layers: module names or regular expressions mapped to bits, as LoRA's `rank_pattern`.
+        bits_budget (`float`, *optional*):
+            Instead of `bits` and `bits_pattern`: an average width from 2 to 8, such as 3.0. Each layer gets 2, 3, 4 or 8 bits,
+            by what the loss loses where it is rounded, within the bytes that all would take at that width. [`calibrate`] or
+            [`allocate_bits`] chooses them, on some training data, and writes them into `bits` and `bits_pattern`.
         group_size_pattern (`dict`, *optional*):
             Other group sizes for some layers, in the same way.
         fan_in_fan_out (`bool`, *optional*, defaults to `False`):

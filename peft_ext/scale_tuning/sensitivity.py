@@ -110,8 +110,8 @@ def left_by_feedback(
         if name in found or x.numel() < _LEAST_ROWS * x.shape[-1]:
             return
         if last is None or last[0] is not x:  # q, k and v share theirs
-            counts = mask is not None and x.shape[:-1] == mask.shape
-            last = x, unexplained((x[mask.bool()] if counts else x).reshape(-1, x.shape[-1]), damping)
+            rows = x[mask.bool()] if mask is not None and x.shape[:-1] == mask.shape else x
+            last = x, unexplained(rows.reshape(-1, x.shape[-1]), damping)
         found[name] = last[1]
         if len(found) == len(layers):
             raise _AllSeen
