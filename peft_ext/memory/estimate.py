@@ -154,7 +154,8 @@ def vllm_memory(
         return None
     inside = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
     rest = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in inside)
-    packed = sum(_vllm_bytes(layer, dtype) for layer in layers.values())
+    widest = max(layer.bits for layer in layers.values())
+    packed = sum(_vllm_bytes(layer, dtype, widest) for layer in layers.values())
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     return ServingMemory(math.ceil((rest + packed) / gpus), math.ceil(cache / min(gpus, heads)), None)
 
@@ -210,8 +211,9 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def _vllm_bytes(layer: PackedLinear, dtype: torch.dtype) -> int:
-    container = next(bits for bits in VLLM_BITS if bits >= layer.bits)
+def _vllm_bytes(layer: PackedLinear, dtype: torch.dtype, widest: int) -> int:
+    # layers of several widths lie in containers of one, the widest's
+    container = next(bits for bits in VLLM_BITS if bits >= widest)
     zero_points = 0 if layer.sym or layer.zero_point is None else layer.zero_point.nelement() * container
     codes = layer.in_features * layer.out_features * container
     bias = 0 if layer.bias is None else layer.bias.nbytes

@@ -190,7 +190,13 @@ def round_scales(model) -> transformers.PreTrainedModel:
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "gpt2"])
 @pytest.mark.parametrize(
-    "kwargs", [{"bits": 4, "sym": True}, {"bits": 3, "group_size": 32}], ids=["4bit-channel", "3bit-groups"]
+    "kwargs",
+    [
+        {"bits": 4, "sym": True},
+        {"bits": 3, "group_size": 32},
+        {"bits": 3, "sym": True, "bits_pattern": {"q_proj": 2, "v_proj": 4, "up_proj": 8, "c_fc": 2}},
+    ],
+    ids=["4bit-channel", "3bit-groups", "widths"],
 )
 def test_transformers_reads_the_same_model(name, kwargs, tmp_path):
     tokenizer = byte_tokenizer()
