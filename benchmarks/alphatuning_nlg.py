@@ -35,6 +35,7 @@ from benchmarks.nlg_metrics import METEOR_NOTE, nlg_metrics
 from benchmarks.tuning import SMOKE_VOCAB, TINY, Restart, float_model, train, trainable
 from peft_ext import AlphaTuningConfig, PeqaConfig, calibrate
 from peft_ext.models import load_tokenizer
+from peft_ext.quant.formats import GPTQ
 from peft_ext.rows import read_rows
 
 
@@ -71,7 +72,7 @@ class Row:
     def config(self) -> Any:
         """The packed format and what is trained."""
         if self.method == PEQA:
-            return PeqaConfig(bits=self.bits, init_method="calibrated", task_type="CAUSAL_LM")
+            return PeqaConfig(bits=self.bits, init_method=GPTQ, task_type="CAUSAL_LM")
         trained = "all" if self.method == ALL_ALPHAS else "first"
         return AlphaTuningConfig(
             bits=self.bits, trained_alphas=trained, init_method="calibrated", task_type="CAUSAL_LM"

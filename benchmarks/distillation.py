@@ -37,6 +37,7 @@ from peft_ext.distillation.teacher import teacher_digest
 from peft_ext.examples import blocks_as_examples
 from peft_ext.language_model import text_config
 from peft_ext.perplexity import perplexity
+from peft_ext.quant.formats import GPTQ
 
 
 UNTUNED = "untuned"
@@ -140,7 +141,7 @@ class Bench:
             self.run.add(rows[0].key, self.figures(self.float_model))
             return
         teacher = self.teacher("teacher-adapted" if rows[0].adapted else "teacher")
-        config = PeqaConfig(bits=form.bits, group_size=form.group_size, init_method="calibrated")
+        config = PeqaConfig(bits=form.bits, group_size=form.group_size, init_method=GPTQ)
         log(f"{form.title}: calibrating")
         torch.manual_seed(self.run.seed)
         model = baselines.quantized(copy.deepcopy(self.float_model), config, self.data.calibration)

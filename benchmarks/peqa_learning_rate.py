@@ -29,6 +29,7 @@ from benchmarks.tuning import Restart, byte_blocks, causal_batches, sample_block
 from peft_ext import PeqaConfig, calibrate
 from peft_ext.models import load, load_tokenizer
 from peft_ext.perplexity import perplexity
+from peft_ext.quant.formats import GPTQ
 from peft_ext.scale_tuning.config import PARAMETRIZATIONS
 from peft_ext.text import load_text, token_blocks
 
@@ -122,7 +123,7 @@ class Tuned:
 
     def __init__(self, subject: Subject, run: Run) -> None:
         self.subject = subject
-        self.config = PeqaConfig(bits=run.bits, group_size=run.group_size, init_method="calibrated")
+        self.config = PeqaConfig(bits=run.bits, group_size=run.group_size, init_method=GPTQ)
         batches = subject.calibration.split(4)
         self.base = calibrate(subject.model, self.config, batches, progressbar=False)
         self.model: Optional[PeftModel] = None

@@ -219,7 +219,7 @@ def test_nlg_metrics():
 
 def test_reconstruction(smoke, tmp_path):
     found = smoke("reconstruction")
-    assert "| BCQ, alternating |" in found.shown and "calibrated BCQ over calibrated uniform" in found.shown
+    assert "| BCQ, alternating |" in found.shown and "calibrated BCQ over GPTQ" in found.shown
     assert (tmp_path / "reconstruction" / "wikitext2.png").read_bytes().startswith(b"\x89PNG")
     results = {tuple(row["key"].values()): row["result"] for row in found.rows["wikitext2"]}
     for bits in (2, 3, 4):
