@@ -19,6 +19,7 @@ from peft_ext.checkpoint.pack_quantized import is_packed
 from peft_ext.language_model import inference
 from peft_ext.modalities import other_parts, part_of
 from peft_ext.quant.experts import Pairing, unfused_experts
+from peft_ext.quant.formats import CALIBRATED, Uniform
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.matmul import linear
 from peft_ext.scale_tuning.bit_budget import allocate_bits, announce_bits
@@ -31,6 +32,9 @@ from peft_ext.scale_tuning.report import announce
 Batch = Union[torch.Tensor, Mapping[str, Any]]
 # The inputs behind a Hessian are added up in blocks of about this many numbers, so that their float32 copy is small.
 _CHUNK = 1 << 23
+# A token counts less from this many times the median energy on: where the first token and some delimiters have activations
+# thousands of times the others' (SmolLM2's 11th layer: 1,100 times the median on average), the mean would be theirs alone.
+_MOST_ENERGY = 8.0
 # Token ids and the masks that say which of them count.
 _MASKS = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
 # What belongs to images and sounds, in the order of the texts: patches, tiles, grids, features. Their first dimension isn't
@@ -156,6 +160,8 @@ class _Pass:
         progressbar: bool,
     ) -> None:
         self.model, self.config, self.targets = model, config, dict(targets)
+        # alphas, and error feedback alone, are found as they always were
+        self.limited = config.init_method == CALIBRATED and config.number_format_cls is Uniform
         self.several = modules_with_several_names(model)
         self.training = {name: module.training for name, module in targets.items()}
         masks = inputs if isinstance(inputs, Mapping) else {}
@@ -268,7 +274,7 @@ class _Pass:
             halves = halves if name in self.experts else tuple(map(self._rows, halves))
             if name in self.experts and len(halves[-1]) < _LEAST_TOKENS:
                 return None
-            self.last = both, _moments(halves[-1], None if dim is None else halves[0])
+            self.last = both, _moments(halves[-1], None if dim is None else halves[0], self.limited)
         return self.last[1]
 
     def _dim_of_halves(self, name: str, both: torch.Tensor) -> Optional[int]:
@@ -307,20 +313,37 @@ class _Moments(NamedTuple):
     shift: torch.Tensor | None
 
 
-def _moments(x: torch.Tensor, x_float: torch.Tensor | None) -> _Moments:
-    """x, x_float: `[rows, in]`."""
+def _row_weights(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """How much each row `[rows, in]` counts, `[rows, 1]` with a sum of 1: alike up to `_MOST_ENERGY` medians of energy, and no
+    more than that in all beyond."""
+    size = max(1, _CHUNK // x.shape[-1])
+    energy = torch.cat([part.to(dtype).square().sum(-1, keepdim=True) for part in x.split(size)])
+    most = _MOST_ENERGY * energy.median()
+    weights = torch.where(energy > most, most / energy, 1.0) if most > 0 else torch.ones_like(energy)
+    return weights / weights.sum()
+
+
+def _moments(x: torch.Tensor, x_float: torch.Tensor | None, limited: bool) -> _Moments:
+    """Of rows x, x_float `[rows, in]`.
+
+    Args:
+        limited: Whether rows of very much energy count less (that of the float model, where there are its rows).
+    """
     if not x.numel():
         raise ValueError(_NO_TOKENS)
     dtype = torch.promote_types(x.dtype, torch.float32)
+    weights = _row_weights(x if x_float is None else x_float, dtype) if limited else None
+    share = 1 / len(x) if weights is None else 1.0
     hessian = torch.zeros(x.shape[-1], x.shape[-1], dtype=dtype, device=x.device)
     shift = torch.zeros_like(hessian)
     size = max(1, _CHUNK // x.shape[-1])
     for start in range(0, len(x), size):
         rows = x[start : start + size].to(dtype)
-        hessian.add_(linear(rows.t(), rows.t()), alpha=1 / len(x))
+        weighted = rows if weights is None else rows * weights[start : start + size]
+        hessian.add_(linear(rows.t(), weighted.t()), alpha=share)
         if x_float is not None:
             moved = x_float[start : start + size].to(dtype) - rows
-            shift.add_(linear(moved.t(), rows.t()), alpha=1 / len(x))
+            shift.add_(linear(moved.t(), weighted.t()), alpha=share)
     return _Moments(hessian, None if x_float is None else shift)
 
 

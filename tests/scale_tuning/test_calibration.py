@@ -75,6 +75,26 @@ def test_error_feedback_alone_is_a_method_of_its_own():
         AlphaTuningConfig(init_method="gptq")
 
 
+def test_tokens_of_extreme_energy_count_less():
+    """One token a thousand times the others' size: it decides error feedback alone, but not what is calibrated."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 10)
+    x[3] *= 1000
+    usual, weight = x[torch.arange(64) != 3], tiny("mlp").get_submodule("lin0").weight.detach().clone()
+    gaps = {}
+    for init_method in ("gptq", "calibrated"):
+        config = PeqaConfig(bits=3, init_method=init_method)
+        layer = calibrate(tiny("mlp"), config, [x], progressbar=False).get_submodule("lin0")
+        gaps[init_method] = (usual @ (layer.dequantize() - weight).t()).square().sum()
+    assert gaps["calibrated"] < 0.7 * gaps["gptq"]
+    # by hand: at most 8 medians each, shares that sum to 1
+    energy = x.square().sum(1)
+    share = (8 * energy.median() / energy).clamp(max=1)
+    found = calibration._moments(x, None, limited=True)
+    torch.testing.assert_close(found.hessian, (x.t() * (share / share.sum())) @ x, rtol=1e-4, atol=1e-4)
+    assert (energy > 8 * energy.median()).sum() == 1
+
+
 def test_calibration_is_the_slow_way_done_at_once():
     """Layer by layer, with the inputs of the float model and those through the packed layers computed anew."""
     config = PeqaConfig(bits=3, init_method="calibrated")
