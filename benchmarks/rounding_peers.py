@@ -181,6 +181,7 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 def measure(run: Run) -> None:
     """Measure every row that isn't stored yet."""
     missing = [row for row in rows_of(run) if run.find(row.key) is None]
+    missing.sort(key=lambda row: row.library == AUTO_ROUND)  # which takes longest
     bench = Bench(run) if missing else None
     for row in missing:
         assert bench is not None
