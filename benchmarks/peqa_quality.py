@@ -430,6 +430,7 @@ def headlines(runs: Runs) -> list[Headline]:
             unless(four.met, f"within 5 % of LoRA: {100 * four.value - 100:.2g} %"),
             page,
         ),
+        *_of_a_file(run, area, page),
         Headline(
             area,
             "PEQA, 3 bits per channel",
@@ -444,6 +445,23 @@ def headlines(runs: Runs) -> list[Headline]:
             unless(two.met, f"below 1.4 times the untouched float model: {two.value:.2g}"),
             page,
         ),
+    ]
+
+
+def _of_a_file(run: Run, area: str, page: str) -> list[Headline]:
+    """What scales and minimums of integers that lose nothing reach."""
+    row = Row("PEQA", 4, 32, FILE, trained=ZEROS)
+    value, alone = ratio(run, row, LORA), test_perplexity(run, replace(row, trained=SCALES))
+    if value is None or alone is None:
+        return []
+    return [
+        Headline(
+            area,
+            "PEQA on the GGUF's own 4 bits, scales and minimums trained: perplexity on wikitext-2",
+            f"{test_perplexity(run, row):.2f}; scales alone {alone:.2f}, LoRA on float32 {test_perplexity(run, LORA):.2f}",
+            unless(value <= 1.03, f"within 3 % of LoRA: {100 * value - 100:.2g} %"),
+            page,
+        )
     ]
 
 
