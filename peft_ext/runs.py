@@ -181,7 +181,8 @@ class RunFolder:
         return read_settings(self._result)
 
     def check(self, settings: Mapping[str, Any], begun: bool = True) -> Optional[dict[str, Any]]:
-        """Check the folder before any long work: new, empty, or of a run with the same settings; writes nothing.
+        """Check the folder before any long work: new, empty, or of a run with the same settings; writes nothing. Of a complete
+        run, Trainer's checkpoints that a kill has left are removed.
 
         Args:
             settings: All that the run's result depends on.
@@ -209,6 +210,8 @@ class RunFolder:
         check_folder_writable(self.folder, self.argument)
         sweep(self.folder)
         result = self.result
+        if result is not None:
+            drop_checkpoints(self.folder)  # as the run would have, had it not been killed right behind its result
         if result is None and self.folder.is_dir():
             with self._alone():
                 pass

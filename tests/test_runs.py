@@ -125,7 +125,9 @@ def test_a_run_s_folder_goes_on_with_the_same_settings_alone(tmp_path, settings_
     with pytest.raises(FileExistsError, match=r"output_dir=.*run'.*rate: was 0.5, is 1[;)].*another folder.*run-2"):
         run.check({**settings, "rate": 1, "deep": {"a": [2, 1]}})
     run.finish({"loss": 0.25})
+    (run.folder / "checkpoint-3").mkdir()
     assert RunFolder(tmp_path / "run", settings_file).open(settings) == {"loss": 0.25}
+    assert not (run.folder / "checkpoint-3").exists(), "a kill behind the result left it"
 
 
 def test_settings_under_which_nothing_was_made_may_change(tmp_path):

@@ -58,6 +58,8 @@ METHODS = ("peqa", "alphatuning", "lora")
 LEARNING_RATES = {"peqa": 1e-2, "alphatuning": 1e-2, "lora": 2e-4}
 ADAPT_PACK_HEAL = "adapt-pack-heal"
 RECIPES = (ADAPT_PACK_HEAL,)
+# Folders in a run's, until it is complete.
+CHECKPOINTS, ADAPT_CHECKPOINTS = "checkpoints", "adapt_checkpoints"
 # Weight of the divergence under a recipe that heals, unless one is named.
 _HEALING = 0.5
 
@@ -140,6 +142,7 @@ def main(argv: Sequence[str]) -> None:
         run = run_folder.folder
         finished = run_folder.check(settings)
         if finished is not None:
+            _drop_checkpoints(run)  # a kill right behind the result leaves them
             note(f"{run} is finished already; its figures:")
             show(finished, table(finished))
             return
@@ -341,7 +344,7 @@ def _adapt(
         untouched = example_perplexity(model, data.held_out.examples, progressbar=True)
         set_seed(training.seed)
         own = copy.copy(training)
-        own.output_dir = str(run_folder.path("adapt_checkpoints"))
+        own.output_dir = str(run_folder.path(ADAPT_CHECKPOINTS))
         own.learning_rate, own.max_steps = args.adapt_learning_rate, args.adapt_steps or training.max_steps
         start = time.perf_counter()
         trainer = sft_trainer(get_peft_model(model, _lora_config(args, model)), own, data.train, tokenizer)
@@ -376,8 +379,7 @@ def _train(
     set_seed(training.seed)  # LoRA starts from random numbers
     model = get_peft_model(base, _adapter(args, base))
     keep_product_where_needed(model, data.train)
-    checkpoints = run / "checkpoints"
-    training.output_dir = str(checkpoints)
+    training.output_dir = str(run / CHECKPOINTS)
     trainer = sft_trainer(model, training, data.train, tokenizer, distillation)
     trainer_checkpoints.train(trainer)
     return trainer
@@ -438,8 +440,14 @@ def _finish(
         **({} if args.recipe is None else {"recipe": args.recipe}),
     }
     run_folder.finish(metrics)
-    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    _drop_checkpoints(run)
     return metrics
+
+
+def _drop_checkpoints(run: Path) -> None:
+    """Of tuning and of adapting."""
+    for name in (CHECKPOINTS, ADAPT_CHECKPOINTS):
+        shutil.rmtree(run / name, ignore_errors=True)
 
 
 # Settings of every run; others came later, and a run of an earlier version that lacks one has its default.

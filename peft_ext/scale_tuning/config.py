@@ -80,8 +80,8 @@ class ScaleTuningConfig(TargetConfig):
             self._check_budget()
         if isinstance(self.bits, float) and not self.bits.is_integer():
             raise ValueError(
-                f"bits={self.bits!r} is no width of a layer; for layers of several widths that have {self.bits:g} bits on "
-                f"average pass bits_budget={self.bits!r}."
+                f"bits={self.bits!r} is not supported; choose one of {self.number_format_cls.supported_bits}, or for layers of "
+                f"several widths that have {self.bits:g} bits on average pass bits_budget={self.bits!r}."
             )
         if isinstance(self.bits, str) and self.bits != BASE:
             raise ValueError(

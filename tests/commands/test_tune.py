@@ -75,8 +75,9 @@ def test_conversations(flags, tmp_path, capsys):
     result = json.loads((tmp_path / "e.json").read_text())
     assert result["trained_tokens"] == metrics["held_out"]["tokens"] < result["tokens"]
     assert result["perplexity"] == pytest.approx(metrics["perplexity"]["tuned"], rel=1e-3)
+    (tmp_path / "run" / "checkpoints" / "checkpoint-1").mkdir(parents=True)  # as a kill behind the result leaves it
     assert main(["tune", *arguments]) == 0
-    assert "is finished already" in capsys.readouterr().err
+    assert "is finished already" in capsys.readouterr().err and not (tmp_path / "run" / "checkpoints").exists()
     assert main(["tune", *arguments, "--assistant_only_loss", "False"]) == 2
     assert "assistant_only_loss: was null, is false" in capsys.readouterr().err
     # the template went along

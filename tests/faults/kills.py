@@ -186,7 +186,8 @@ class Harness:
             status = self._run(work, tells=tells)
             if status == 0:
                 return
-            said = self.log.read_text(errors="replace")[-6000:]
+            said = self.log.read_text(errors="replace")
+            said = said if len(said) <= 8000 else f"{said[:4000]}\n...\n{said[-4000:]}"
             if last or HUNG not in said:
                 raise RuntimeError(f"{name} fails without a kill (status {status}):\n{said}")
             # A fork inherits the locks that threads of libraries held; what the work does is judged by the next one.

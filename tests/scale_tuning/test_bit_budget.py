@@ -310,7 +310,7 @@ def test_mistakes_in_one_line(config_cls):
         config_cls(bits_budget=3.0, bits_pattern={"q_proj": 4})
     with pytest.raises(ValueError, match="bits_budget=3.0 chooses the widths of all layers, and bits=4"):
         config_cls(bits_budget=3.0, bits=4)
-    with pytest.raises(ValueError, match="bits=2.5 is no width .* pass bits_budget=2.5"):
+    with pytest.raises(ValueError, match="bits=2.5 is not supported; .* pass bits_budget=2.5"):
         config_cls(bits=2.5)
     with pytest.raises(ValueError, match="bits_budget=3 needs data to weigh 14 layers, such as"):
         get_peft_model(tiny("llama"), config_cls(bits_budget=3))
