@@ -15,7 +15,7 @@ from tests.tiny.folders import save_chat_model
 
 
 _MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_ELSEWHERE = ("needs the hub", "waits for what is typed")
+_ELSEWHERE = ("needs the hub", "waits for what is typed", "tests/commands/test_bits_budget.py runs it")
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_the_commands_run(page, tmp_path, capsys):
     for line in lines:
         extra = ["--use_cpu", "True", "--disable_tqdm", "True"] if line.startswith("peft-ext tune") else []
         assert main([*shlex.split(line)[1:], *extra]) == 0, f"{line}\n{capsys.readouterr().err[-2000:]}"
-    assert len(lines) == 23
+    assert len(lines) == 21
     shapes = {
         run.name: json.loads((run / "metrics.json").read_text())["shape"] for run in (tmp_path / "runs").iterdir()
     }
