@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from benchmarks import baselines
-from benchmarks.core.claims import Claim, Headline, markdown_table, unless
+from benchmarks.core.claims import Claim, Headline, markdown_table, perplexity_cell, ratio_of, unless
 from benchmarks.core.run import Run, log
 from benchmarks.core.task import Runs, Task, claims_of_each, run_named, tables_of_each
 from benchmarks.fast_linear import fast_linear
@@ -166,7 +166,10 @@ def tables(run: Run) -> dict[str, str]:
             [
                 row.title,
                 "" if row.bits is None else _CHOICES.get(row.chosen_by, row.chosen_by),
-                *(_number(found.get(name)) for name in ("validation", "test", "other")),
+                *(
+                    perplexity_cell(found[name]) if name in found else "not measured"
+                    for name in ("validation", "test", "other")
+                ),
                 f"{found['bytes'] / 2**20:.1f}" if "bytes" in found else "",
                 ", ".join(f"{bits} bits x{count}" for bits, count in counts),
             ]
@@ -178,25 +181,16 @@ def tables(run: Run) -> dict[str, str]:
 _CHOICES = {UNIFORM: "all alike", OURS: "Fisher, behind error feedback (`allocate_bits`)"}
 
 
-def _number(value: Optional[float]) -> str:
-    if value is None:
-        return "not measured"
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
-
-
 def claims(run: Run) -> list[Claim]:
     """Mixed layers are ahead of layers of one width, at no more bytes."""
     found = []
     for group_size in run.group_sizes:
         mixed, uniform = Row(group_size, run.budgets[0], OURS), Row(group_size, run.budgets[0], UNIFORM)
-        found.append(Claim(f"{mixed.title}, over uniform, test text", _ratio(run, "test", mixed, uniform), 0.92))
-        found.append(Claim(f"{mixed.title}, over uniform, bytes", _ratio(run, "bytes", mixed, uniform), 1.0))
+        found.append(
+            Claim(f"{mixed.title}, over uniform, test text", ratio_of(run, "test", mixed.key, uniform.key), 0.92)
+        )
+        found.append(Claim(f"{mixed.title}, over uniform, bytes", ratio_of(run, "bytes", mixed.key, uniform.key), 1.0))
     return found
-
-
-def _ratio(run: Run, part: str, over: Row, under: Row) -> Optional[float]:
-    above, below = run.find(over.key), run.find(under.key)
-    return above[part] / below[part] if above and below else None
 
 
 def headlines(runs: Runs) -> list[Headline]:
@@ -205,7 +199,7 @@ def headlines(runs: Runs) -> list[Headline]:
     found = []
     for group_size in [] if run is None else run.group_sizes[:1]:
         mixed, uniform = Row(group_size, run.budgets[0], OURS), Row(group_size, run.budgets[0], UNIFORM)
-        ratio, more = _ratio(run, "test", mixed, uniform), _ratio(run, "bytes", mixed, uniform)
+        ratio, more = ratio_of(run, "test", mixed.key, uniform.key), ratio_of(run, "bytes", mixed.key, uniform.key)
         if ratio is None or more is None:
             continue
         found.append(

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from benchmarks import baselines
-from benchmarks.core.claims import Claim, Headline, markdown_table, unless
+from benchmarks.core.claims import Claim, Headline, markdown_table, perplexity_cell, ratio_of, unless
 from benchmarks.core.run import Run, log
 from benchmarks.core.task import Runs, Task, claims_of_each, run_named, tables_of_each
 from benchmarks.fast_linear import fast_linear
@@ -190,7 +190,11 @@ def tables(run: Run) -> dict[str, str]:
     for row in all_rows(run):
         found = run.find(row.key)
         name = ("adapted by LoRA, " if row.adapted else "") + ("float" if row.form is None else row.form.title)
-        figures = ["not measured", None] if found is None else [_number(found["test"]), _number(found["other"])]
+        figures = (
+            ["not measured", None]
+            if found is None
+            else [perplexity_cell(found["test"]), perplexity_cell(found["other"])]
+        )
         seconds = (found or {}).get("seconds")
         lines.append([name, _towards(row), *figures, None if seconds is None else f"{seconds:.0f}"])
     headers = ["Weights", "Trained towards", "Test perplexity", "Python's documentation", "Seconds"]
@@ -204,29 +208,20 @@ def _towards(row: Row) -> str:
     return names.get(row.distill, f"both, the divergence by {row.distill}")
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
-
-
 def claims(run: Run) -> list[Claim]:
     """Towards both, a model forgets less than by the cross-entropy alone, at little cost in the domain; and a model that was
     adapted, packed and healed is ahead of either half."""
     found = []
     for form in forms(run):
         for name, part, bar in (("other text", "other", 1.0), ("test text", "test", 1.05)):
-            value = _ratio(run, part, Row(form, 0.5), Row(form, 0.0))
+            value = ratio_of(run, part, Row(form, 0.5).key, Row(form, 0.0).key)
             found.append(Claim(f"{form.title}, both over cross-entropy, {name}", value, bar))
         if heal(run):
             healed = Row(form, 0.5, True)
             for name, half in (("packed alone", Row(form, UNTUNED, True)), ("tuned alone", Row(form, 0.0))):
-                value = _ratio(run, "test", healed, half)
+                value = ratio_of(run, "test", healed.key, half.key)
                 found.append(Claim(f"{form.title}, adapted, packed and healed over {name}", value, 1.0))
     return found
-
-
-def _ratio(run: Run, part: str, over: Row, under: Row) -> Optional[float]:
-    above, below = run.find(over.key), run.find(under.key)
-    return above[part] / below[part] if above and below else None
 
 
 def headlines(runs: Runs) -> list[Headline]:
@@ -236,7 +231,7 @@ def headlines(runs: Runs) -> list[Headline]:
         return []
     form = forms(run)[0]
     alone, both = run.find(Row(form, 0.0).key), run.find(Row(form, 0.5).key)
-    forgotten, cost = (_ratio(run, part, Row(form, 0.5), Row(form, 0.0)) for part in ("other", "test"))
+    forgotten, cost = (ratio_of(run, part, Row(form, 0.5).key, Row(form, 0.0).key) for part in ("other", "test"))
     if alone is None or both is None or forgotten is None or cost is None:
         return []
     return [

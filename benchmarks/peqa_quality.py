@@ -25,7 +25,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from benchmarks import baselines
-from benchmarks.core.claims import Claim, Headline, markdown_table, unless
+from benchmarks.core.claims import Claim, Headline, markdown_table, perplexity_cell, unless
 from benchmarks.core.models import named
 from benchmarks.core.run import NotHere, Run, data_folder, log
 from benchmarks.core.task import Runs, Task, claims_of_each, run_named, tables_of_each
@@ -365,17 +365,13 @@ def tables(run: Run) -> dict[str, str]:
         lines.append(
             [
                 f"**{row.title}**" if row in PEQA.values() else row.title,
-                _number(result["test"]),
-                _number(result["other"]),
+                perplexity_cell(result["test"]),
+                perplexity_cell(result["other"]),
                 f"{result['trained']:,}" if row.tuned else "0",
                 f"{result['learning_rate']:g}" if row.tuned else None,
             ]
         )
     return {"Perplexity after tuning": markdown_table(headers, lines)}
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
 
 
 def test_perplexity(run: Run, row: Row) -> Optional[float]:

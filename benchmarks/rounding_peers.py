@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from benchmarks import baselines
-from benchmarks.core.claims import Claim, markdown_table
+from benchmarks.core.claims import Claim, markdown_table, perplexity_cell
 from benchmarks.core.run import Run, log
 from benchmarks.core.task import Task, claims_of_each, tables_of_each
 from benchmarks.fast_linear import fast_linear
@@ -204,9 +204,7 @@ def tables(run: Run) -> dict[str, str]:
         if "skipped" in found:
             lines.append([name, None, found["skipped"], None, None])
             continue
-        figures = [
-            f"{found[part]:,.0f}" if found[part] >= 1000 else f"{found[part]:.2f}" for part in ("test", "other")
-        ]
+        figures = [perplexity_cell(found[part]) for part in ("test", "other")]
         lines.append([name, found["group_size"], *figures, f"{found['seconds']:.0f}" if row.bits else None])
     headers = ["Weights", "Groups of", "Test perplexity", "Python's documentation", "Seconds to quantise"]
     return {"Integers of other libraries": markdown_table(headers, lines)}

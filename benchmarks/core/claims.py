@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
+
+from benchmarks.core.run import Run
 
 
 class Claim(NamedTuple):
@@ -89,3 +91,14 @@ def markdown_table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str
     lines = ["| " + " | ".join(headers) + " |", "|---|" + "---:|" * (len(headers) - 1)]
     lines += ["| " + " | ".join("-" if cell is None else str(cell) for cell in row) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def perplexity_cell(value: float) -> str:
+    """A perplexity as tables show it: whole from a thousand on."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
+
+
+def ratio_of(run: Run, part: str, over: Mapping[str, Any], under: Mapping[str, Any]) -> Optional[float]:
+    """A figure of one row over that of another, by their keys; None while one of the two isn't measured."""
+    above, below = run.find(over), run.find(under)
+    return above[part] / below[part] if above and below else None
