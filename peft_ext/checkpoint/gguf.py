@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_ext.checkpoint.gguf_blocks import block_type, to_blocks, why_no_blocks
 from peft_ext.checkpoint.gguf_tokenizer import add_tokenizer
+from peft_ext.checkpoint.gguf_types import block_sizes, bytes_of, file_type, type_named
 from peft_ext.checkpoint.saving import take_over
 from peft_ext.files import check_writable, written_whole
 from peft_ext.quant.conversion import packed_layers
@@ -67,15 +68,18 @@ def export_gguf(
     path: Union[str, Path],
     *,
     other_tensors: str = "f16",
+    low_bit_types: bool = False,
     pre_tokenizer: Optional[str] = None,
 ) -> Path:
     """Write a model with packed layers as one GGUF file, which llama.cpp runs; whole or not at all.
 
-    Uniform integers keep their codes: up to 3 bits, and symmetric ones of 4, become Q4_0, asymmetric ones of 4 bits Q4_1,
-    wider ones Q5_0, Q5_1 or Q8_0, whichever is the smallest that holds them; with float zero points up to 4 bits become
-    Q4_1, 5 bits Q5_1. Scales per channel, and per group of a
-    multiple of 32 inputs, are repeated for every block of 32. Scales are rounded to float16. What has no place in blocks
-    (binary codings, other groups, asymmetric 8 bits) is stored like the embeddings, with a warning.
+    Uniform integers keep their codes, in the smallest type that holds them: up to 3 bits, and symmetric ones of 4, Q4_0 (4.5
+    bits a weight), asymmetric ones of 4 bits Q4_1 (5), wider ones Q5_0, Q5_1 or Q8_0; with float zero points up to 4 bits
+    become Q4_1, 5 bits Q5_1. With `low_bit_types`, symmetric ones of 2 bits become Q2_0 (2.25), binary codings of 1 bit Q1_0
+    (1.125). Scales per channel, and per group of a multiple of the block (32 inputs; 64 of Q2_0, 128 of Q1_0), are repeated for
+    every block. Scales are rounded to float16.
+    What has no place in blocks
+    (other binary codings, other groups, asymmetric 8 bits) is stored like the embeddings, with a warning.
 
     Args:
         model: A Llama, Mistral, Qwen2, Qwen3 or GPT-2 with a language-modelling head, adapters merged
@@ -85,6 +89,8 @@ def export_gguf(
         other_tensors: `"f16"`, `"q8_0"` (half the size, rounded to 8 bits in blocks of 32), `"bf16"` or `"f32"`:
             embeddings and every matrix that isn't stored in blocks. Norms and biases are float32 always, and so are
             GPT-2's positions.
+        low_bit_types: Whether Q2_0 and Q1_0 may be written: half the size, but for llama.cpp from July 2026 on (build b9916),
+            whose x86 path of Q2_0 is a plain loop, a tenth as fast as Q4_0 (docs/how-to/serve.md).
         pre_tokenizer: llama.cpp's name of what cuts text before BPE, where it can't be recognised.
 
     Returns:
@@ -105,14 +111,15 @@ def export_gguf(
     architecture = _check_model(model)
     check_writable(path, "path")
     take_over(model)
-    _warn_of_floats(model, other_tensors)
+    blocks = block_types(model, low_bit_types)
+    _warn_of_floats(model, blocks, other_tensors)
 
     writer = gguf.GGUFWriter(None, architecture)
-    tensors = list(_tensors(model, architecture, gguf.GGMLQuantizationType[other_tensors.upper()]))
+    tensors = list(_tensors(model, architecture, blocks, type_named(other_tensors.upper())))
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(Path(model.config.name_or_path).name or architecture)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_file_type(_file_type(tensors))
+    writer.add_file_type(file_type(_most(tensors)))
     _add_hyperparameters(writer, model.config, architecture)
     vocab_size = model.get_input_embeddings().weight.shape[0]
     writer.add_vocab_size(vocab_size)
@@ -120,6 +127,11 @@ def export_gguf(
     with written_whole(path) as partial:
         _write(writer, tensors, partial)
     return path
+
+
+def block_types(model: nn.Module, low_bit_types: bool = False) -> dict[str, Optional[str]]:
+    """The type that [`export_gguf`] stores each packed layer in, by the layer's name; None: a float type."""
+    return {name: block_type(layer, low_bit_types) for name, layer in packed_layers(model).items()}
 
 
 def _check_model(model: nn.Module) -> str:
@@ -148,9 +160,9 @@ def _check_model(model: nn.Module) -> str:
     return architecture
 
 
-def _warn_of_floats(model: nn.Module, other_tensors: str) -> None:
+def _warn_of_floats(model: nn.Module, blocks: Mapping[str, Optional[str]], other_tensors: str) -> None:
     """Say which packed layers lose their size in the file."""
-    reasons = {name: why_no_blocks(layer) for name, layer in packed_layers(model).items() if block_type(layer) is None}
+    reasons = {name: why_no_blocks(layer) for name, layer in packed_layers(model).items() if blocks[name] is None}
     for reason, count in Counter(reasons.values()).items():
         first = next(name for name in reasons if reasons[name] == reason)
         warnings.warn(
@@ -160,8 +172,11 @@ def _warn_of_floats(model: nn.Module, other_tensors: str) -> None:
         )
 
 
-def _tensors(model: PreTrainedModel, architecture: str, other: Any) -> Iterator[_Tensor]:
-    """The tensors of the file, with their data still to be made. other: type of matrices that aren't in blocks."""
+def _tensors(
+    model: PreTrainedModel, architecture: str, blocks: Mapping[str, Optional[str]], other: Any
+) -> Iterator[_Tensor]:
+    """The tensors of the file, with their data still to be made. blocks: the packed layers' types; other: that of matrices that
+    aren't in blocks."""
     import gguf
 
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
@@ -181,11 +196,11 @@ def _tensors(model: PreTrainedModel, architecture: str, other: Any) -> Iterator[
     for module_name, layer in layers.items():
         name = named(f"{module_name}.weight")
         rows = _rows(name, layer.out_features, model.config, architecture)
-        block = block_type(layer)
+        block = blocks[module_name]
         if block is None:
             yield _float_tensor(name, (layer.out_features, layer.in_features), other, layer.dequantize, rows)
         else:
-            yield _block_tensor(name, module_name, layer, gguf.GGMLQuantizationType[block], rows)
+            yield _block_tensor(name, module_name, layer, type_named(block), rows)
     # a tied output layer is listed once, as the embedding, which llama.cpp takes for it
     for key, parameter in model.named_parameters():
         module_name, _, attribute = key.rpartition(".")
@@ -223,8 +238,8 @@ def _float_tensor(
     """A tensor rounded to a float type or Q8_0."""
     import gguf
 
-    if shape[-1] % gguf.GGML_QUANT_SIZES[type_][0]:
-        type_ = gguf.GGMLQuantizationType.F16  # as llama.cpp's converter
+    if shape[-1] % block_sizes(type_)[0]:
+        type_ = type_named("F16")  # as llama.cpp's converter
 
     def data() -> np.ndarray:
         value = weight().float().cpu()
@@ -293,25 +308,18 @@ def _add_hyperparameters(writer: Any, config: PretrainedConfig, architecture: st
         writer.add_rope_scaling_factor(rope["factor"])
 
 
-def _file_type(tensors: list[_Tensor]) -> int:
-    """What llama.cpp calls the file: the type that most weights have."""
-    import gguf
-
+def _most(tensors: list[_Tensor]) -> str:
+    """The type that most weights have."""
     weights: Counter[str] = Counter()
     for tensor in tensors:
         weights[tensor.type.name] += math.prod(tensor.shape)
-    most = weights.most_common(1)[0][0]
-    names = ("ALL_F32",) if most == "F32" else (f"MOSTLY_{most}", f"MOSTLY_{most}_M")
-    return next(gguf.LlamaFileType[name] for name in names if name in gguf.LlamaFileType.__members__)
+    return weights.most_common(1)[0][0]
 
 
 def _write(writer: Any, tensors: list[_Tensor], path: Path) -> None:
     """Write metadata and tensors; one tensor at a time is in memory."""
-    import gguf
-
     for tensor in tensors:
-        row_bytes = gguf.quant_shape_to_byte_shape(tensor.shape, tensor.type)
-        size = math.prod(row_bytes)
+        size = bytes_of(tensor.shape, tensor.type)
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=tensor.type)
     try:
         writer.write_header_to_file(path)

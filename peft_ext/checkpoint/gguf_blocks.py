@@ -1,10 +1,12 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""Packed layers as GGUF's quantised blocks, and back: 32 codes of one row with a float16 scale, the codes as they are.
+"""Packed layers as GGUF's quantised blocks, and back: 32 codes of one row or more with a float16 scale, the codes as they are.
 
 Source: `ggml-common.h` and `ggml-quants.c` of llama.cpp; `gguf.quants` reads what is written here, and tests hold what is
-read here against it. A block's weight is `d * (code - offset)` (Q4_0, Q5_0, Q8_0) or `d * code + m` (Q4_1, Q5_1). What ours
+read here against it. A block's weight is `d * (code - offset)` (Q2_0, Q4_0, Q5_0, Q8_0), `d * code + m` (Q4_1, Q5_1) or
+plus or minus `d` (Q1_0). What ours
 has to give up is the precision of its scale, at most 2^-11 of it, and in Q4_1 and Q5_1 that of `m = -d * zero_point`. Float
-zero points that came from a float16 `m` give that very `m` again.
+zero points that came from a float16 `m` give that very `m` again. Q2_0 has the levels -1, 0, 1 and 2; ours of 2 symmetric bits,
+-2 to 1, are the same under a negative `d`.
 
 Reading gives nothing up: scales become float32, two-level ones (K-quants) their product, which float32 holds exactly, and a
 minimum becomes the float zero point `-m / d`. Ternary and binary blocks become 2-bit codes, of which they use three or two.
@@ -13,12 +15,12 @@ minimum becomes the float zero point `-m / d`. Ternary and binary blocks become 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Optional, cast
+from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
 
-from peft_ext.checkpoint.gguf_bytes import halves, spread
+from peft_ext.checkpoint.gguf_bytes import gathered, halves, spread
 from peft_ext.checkpoint.gguf_k_quants import SUPER_BLOCK, k_type, q2_k, q3_k, q4_k, q5_k, q6_k, to_k_blocks
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.uniform import Quantized
@@ -30,14 +32,18 @@ _WEIGHTS_AT_ONCE = 1 << 20
 
 
 class BlockType(NamedTuple):
-    """How GGUF stores a block: width of a code, and the code that stands for zero (None: the block has a minimum)."""
+    """How GGUF stores a block: width of a code, the code that stands for zero (None: the block has a minimum), and how many
+    codes share a scale."""
 
     bits: int
     offset: Optional[int]
+    weights: int = BLOCK_SIZE
 
 
 # By name in gguf.GGMLQuantizationType, smallest first.
 BLOCK_TYPES = {
+    "Q1_0": BlockType(1, 0, 128),
+    "Q2_0": BlockType(2, 1, 64),
     "Q4_0": BlockType(4, 8),
     "Q4_1": BlockType(4, None),
     "Q5_0": BlockType(5, 16),
@@ -46,29 +52,58 @@ BLOCK_TYPES = {
 }
 
 
-def block_type(layer: PackedLinear) -> Optional[str]:
+# llama.cpp reads them since 2026 only (Q1_0 since spring, Q2_0 since July, build b9916).
+LOW_BIT_TYPES = ("Q1_0", "Q2_0")
+
+
+def block_type(layer: PackedLinear, low_bit_types: bool = False) -> Optional[str]:
     """The smallest block type that holds a layer's codes exactly; None where there is none, see [`why_no_blocks`].
 
     A type without a minimum takes every zero point that leaves the differences `code - zero_point` in its range: all of
     2 and 3 bits fit Q4_0, so that asymmetric ones lose nothing but the precision of their scales.
+
+    Args:
+        low_bit_types: Whether Q1_0 and Q2_0 count, which older llama.cpps don't read.
     """
     if (exact := k_type(layer)) is not None:
         return exact
-    if layer.zero_point is None or _group(layer) % BLOCK_SIZE:
-        return None
-    if layer.zero_point.is_floating_point():
-        fitting = (name for name, (bits, offset) in BLOCK_TYPES.items() if offset is None and layer.bits <= bits)
-        return next(fitting, None)
-    low, high = -int(layer.zero_point.max()), 2**layer.bits - 1 - int(layer.zero_point.min())
-    for name, (bits, offset) in BLOCK_TYPES.items():
-        if layer.bits <= bits if offset is None else -offset <= low and high < 2**bits - offset:
-            return name
-    return None
+    names = (name for name in BLOCK_TYPES if low_bit_types or name not in LOW_BIT_TYPES)
+    return next((name for name in names if _fits(layer, name)), None)
+
+
+def _fits(layer: PackedLinear, name: str) -> bool:
+    """Whether a block type holds a layer's codes exactly."""
+    bits, offset, weights = BLOCK_TYPES[name]
+    zero_point = layer.zero_point
+    if _group(layer) % weights:
+        return False
+    if zero_point is None:
+        return name == "Q1_0" and layer.bits == 1
+    if zero_point.is_floating_point():
+        return offset is None and layer.bits <= bits
+    if offset is None:
+        return layer.bits <= bits
+    if name == "Q1_0":
+        return _is_two_levels(layer, zero_point)
+    if name == "Q2_0":
+        return layer.bits == 2 and bool(((zero_point == 1) | (zero_point == 2)).all())
+    return -offset <= -int(zero_point.max()) and 2**layer.bits - 1 - int(zero_point.min()) < 2**bits - offset
+
+
+def _is_two_levels(layer: PackedLinear, zero_point: torch.Tensor) -> bool:
+    """Whether 2-bit codes are but one below and one above zero, as those that were read from Q1_0 are."""
+    if layer.bits != 2 or not bool((zero_point == 2).all()):
+        return False
+    return bool((layer.codes() & 1).all())
 
 
 def why_no_blocks(layer: PackedLinear) -> str:
     """Why [`block_type`] found none."""
     if layer.zero_point is None:
+        if layer.bits == 1 and _group(layer) % BLOCK_TYPES["Q1_0"].weights:
+            return f"binary codings of 1 bit need groups of a multiple of 128, not {_group(layer)}"
+        if layer.bits == 1:
+            return "binary codings of 1 bit fit Q1_0 alone, which low_bit_types=True allows"
         return "binary codings have levels that GGUF's blocks don't have"
     if _group(layer) % BLOCK_SIZE:
         return f"groups of {_group(layer)} aren't multiples of GGUF's blocks of {BLOCK_SIZE}"
@@ -89,30 +124,47 @@ def to_blocks(layer: PackedLinear, name: str, rows: Optional[torch.Tensor] = Non
     rows = torch.arange(layer.out_features) if rows is None else rows
     if name not in BLOCK_TYPES:
         return to_k_blocks(layer, name, rows.numpy())
-    bits, offset = BLOCK_TYPES[name]
+    bits, offset, weights = BLOCK_TYPES[name]
     codes, scale = layer.codes().cpu()[rows].numpy(), layer.scale.detach().float().cpu()[rows].numpy()
-    zero_point = cast(torch.Tensor, layer.zero_point).detach().cpu()[rows].numpy()
-    blocks = codes.reshape(layer.out_features, -1, BLOCK_SIZE)
+    blocks = codes.reshape(layer.out_features, -1, weights)
     repeats = blocks.shape[1] // scale.shape[1]
-    with np.errstate(over="ignore"):
-        d = scale.astype(np.float16).repeat(repeats, axis=1)
-        zero_point = zero_point.repeat(repeats, axis=1)
+    if layer.zero_point is None:
+        return _joined(_halves(scale[..., 0].repeat(repeats, axis=1)), np.packbits(blocks, axis=-1, bitorder="little"))
+    zero_point = layer.zero_point.detach().cpu()[rows].numpy().repeat(repeats, axis=1)
+    scale = scale.repeat(repeats, axis=1)
+    if name == "Q1_0":
+        return _joined(_halves(scale), np.packbits(blocks >> 1, axis=-1, bitorder="little"))
+    if offset is None:
         # of the rounded scale, so that zero stays zero; float zero points stand for a minimum, also where a scale is so small
         # that it becomes zero
-        of_scale = scale.repeat(repeats, axis=1) if zero_point.dtype.kind == "f" else d.astype(np.float32)
-        m_exact = -of_scale * zero_point
-        m = m_exact.astype(np.float16)
-    if not np.isfinite(d).all() or (offset is None and not np.isfinite(m).all()):
-        raise ValueError(
-            f"the scales reach {np.abs(scale).max():.3g} and their products with zero points {np.abs(m_exact).max():.3g}, beyond "
-            "float16, in which GGUF's blocks keep them."
+        d = _halves(scale)
+        of_scale = scale if zero_point.dtype.kind == "f" else d.astype(np.float32)
+        return _joined(
+            d, _halves(-of_scale * zero_point, "products of scales and zero points"), *_packed(blocks, bits)
         )
-    if offset is None:
-        return _joined(d, m, *_packed(blocks, bits))
     centred = blocks.astype(np.int16) - zero_point[..., None]
     if bits == 8:
-        return _joined(d, centred.astype(np.int8))
-    return _joined(d, *_packed((centred + offset).astype(np.uint8), bits))
+        return _joined(_halves(scale), centred.astype(np.int8))
+    if name == "Q2_0":
+        sign = np.where(zero_point == 2, np.int16(-1), np.int16(1))
+        low = gathered((centred * sign[..., None] + offset).astype(np.uint8).reshape(-1, weights), 1, bits)
+        return _joined(_halves(scale * sign), low.reshape(*blocks.shape[:2], -1))
+    return _joined(_halves(scale), *_packed((centred + offset).astype(np.uint8), bits))
+
+
+def _halves(values: np.ndarray, what: str = "scales") -> np.ndarray:
+    """Values in float16.
+
+    Raises:
+        ValueError: If one is beyond its range.
+    """
+    with np.errstate(over="ignore"):
+        halves = values.astype(np.float16)
+    if not np.isfinite(halves).all():
+        raise ValueError(
+            f"the {what} reach {np.abs(values).max():.3g}, beyond float16, in which GGUF's blocks keep them."
+        )
+    return halves
 
 
 def _packed(codes: np.ndarray, bits: int) -> list[np.ndarray]:
@@ -184,6 +236,8 @@ def from_blocks(data: np.ndarray, name: str) -> Quantized:
             raise ValueError("a block of TQ2_0 has a fourth level, which no ternary weight has; the file is damaged.")
         if kind.zero_point is not None:
             zero_point[part] = kind.zero_point
+            if name == "Q2_0":
+                _turn_negative(codes[part], scale[part], zero_point[part])
             continue
         minimum = found[2].reshape(-1, groups)
         constant = scale[part] == 0
@@ -224,6 +278,19 @@ def _q1_0(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
     return bits * np.uint8(2) + np.uint8(1), halves(blocks, 0)  # -d and d, without the 0 between them
 
 
+def _q2_0(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
+    return spread(blocks[:, 2:], 1, 2), halves(blocks, 0)
+
+
+def _turn_negative(codes: np.ndarray, scale: np.ndarray, zero_point: np.ndarray) -> None:
+    """The levels -1 to 2 of a negative scale as -2 to 1 of a positive one, in place: what `to_blocks` was given."""
+    negative = scale < 0
+    grouped = codes.reshape(*scale.shape, -1)
+    grouped[negative] = 3 - grouped[negative]
+    zero_point[negative] = 2
+    np.abs(scale, out=scale)
+
+
 def _tq1_0(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
     powers = np.array([1, 3, 9, 27, 81], np.uint8)
     # five digits of base three to a byte, four in the last bytes; multiplying wraps, which leaves the fraction behind a digit
@@ -241,6 +308,7 @@ def _tq2_0(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
 # four-bit floats have levels of their own instead.
 READ_TYPES = {
     "Q1_0": ReadType(2, 128, 2, _q1_0, 18, 128),
+    "Q2_0": ReadType(2, 64, 1, _q2_0, 18, 64),
     "TQ1_0": ReadType(2, SUPER_BLOCK, 2, _tq1_0, 54, SUPER_BLOCK),
     "TQ2_0": ReadType(2, SUPER_BLOCK, 2, _tq2_0, 66, SUPER_BLOCK),
     "Q2_K": ReadType(2, 16, None, q2_k, 84, SUPER_BLOCK),

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import struct
+from bisect import bisect_right
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Optional
 
@@ -78,7 +79,7 @@ def read_header(path: Path) -> GgufHeader:
         listed = [_tensor_info(file) for _ in range(count)]
         alignment = values.get("general.alignment", _ALIGNMENT)
         start = -(-file.tell() // alignment) * alignment
-    tensors = {}
+    tensors, offsets = {}, sorted(offset for *_, offset in listed)
     for name, shape, number, offset in listed:
         try:
             kind = gguf.GGMLQuantizationType(number)
@@ -88,6 +89,12 @@ def read_header(path: Path) -> GgufHeader:
                 f"{str(path)!r}: tensor {name!r} {list(shape)} of type {number} can't be read by gguf {_version(gguf)} "
                 f"({error}). Update it (pip install -U gguf), or use a file in another quantisation."
             ) from None
+        following = offsets[bisect_right(offsets, offset) :]
+        if following and offset + nbytes > following[0]:
+            raise ValueError(
+                f"{str(path)!r}: tensor {name!r} {list(shape)} of type {kind.name} would reach into the next one: its blocks "
+                "have another size than llama.cpp's, as in files of its forks. Use a file that llama.cpp itself reads."
+            )
         if start + offset + nbytes > size:
             raise ValueError(
                 f"{str(path)!r} ends before its tensor {name!r} does ({size:,} of at least {start + offset + nbytes:,} bytes): "

@@ -205,7 +205,7 @@ class _Blocks(StoredLayer):
             quantized,
             kind.bits,
             getattr(self, "bias", None),
-            sym=kind.zero_point == 2 ** (kind.bits - 1),
+            sym=kind.zero_point is not None and bool((quantized.zero_point == 2 ** (kind.bits - 1)).all()),
             conv1d=self.conv1d,
             compute_dtype=self.compute_dtype,
         )

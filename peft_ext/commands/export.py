@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +69,13 @@ class ExportArguments:
     )
     other_tensors: str = field(
         default="f16", metadata={"help": "Of gguf: what isn't packed, such as embeddings, as f16 or q8_0."}
+    )
+    low_bit_types: bool = field(
+        default=False,
+        metadata={
+            "help": "Of gguf: store 2 symmetric bits as Q2_0 and 1 bit as Q1_0, half the size of Q4_0, which llama.cpp reads "
+            "since July 2026, on x86 at a tenth of the speed."
+        },
     )
 
 
@@ -147,14 +155,33 @@ def _changes_scales(model: PeftModel) -> bool:
 
 def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, args: ExportArguments) -> None:
     if args.to == "gguf":
-        from peft_ext.checkpoint.gguf import export_gguf
+        from peft_ext.checkpoint.gguf import block_types, export_gguf
 
         folder.mkdir()
-        export_gguf(model, tokenizer, folder / GGUF_FILE, other_tensors=args.other_tensors)  # tokenizer inside
+        export_gguf(  # tokenizer inside
+            model,
+            tokenizer,
+            folder / GGUF_FILE,
+            other_tensors=args.other_tensors,
+            low_bit_types=args.low_bit_types,
+        )
+        note(_stored_as(model, block_types(model, args.low_bit_types), args.other_tensors))
         return
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     copy_processor(args.model, folder)
+
+
+def _stored_as(model: PreTrainedModel, types: dict[str, Optional[str]], other_tensors: str) -> str:
+    """Which types hold the packed layers, and how many bits of the file a weight takes."""
+    from peft_ext.checkpoint.gguf_types import block_sizes, type_named
+
+    layers, found = packed_layers(model), []
+    for (bits, type_), count in Counter((layers[name].bits, type_) for name, type_ in types.items()).items():
+        kind = type_ or other_tensors.upper()
+        weights, nbytes = block_sizes(type_named(kind))
+        found.append(f"{count} layers of {bits} bits as {kind} ({8 * nbytes / weights:g} bits a weight)")
+    return "in the GGUF: " + (", ".join(found) or f"no packed layers, matrices as {other_tensors.upper()}")
 
 
 def _check(args: ExportArguments) -> None:
@@ -168,3 +195,5 @@ def _check(args: ExportArguments) -> None:
         raise ValueError("pack_rest=True is for --to compressed-tensors; leave it out.")
     if args.other_tensors != "f16" and args.to != "gguf":
         raise ValueError(f"other_tensors={args.other_tensors!r} is for --to gguf; leave it out.")
+    if args.low_bit_types and args.to != "gguf":
+        raise ValueError("low_bit_types=True is for --to gguf; leave it out.")

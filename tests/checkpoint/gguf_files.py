@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 # Where the float16 numbers of a block lie, by type.
 HALVES = {
     "Q1_0": (0,),
+    "Q2_0": (0,),
     "TQ1_0": (52,),
     "TQ2_0": (64,),
     "Q2_K": (80, 82),
@@ -90,9 +91,9 @@ def _newer_name(target: str, names: dict[str, str]) -> str:
 
 def random_blocks(rng: np.random.Generator, shape: tuple[int, ...], name: str, size: float = 0.01) -> np.ndarray:
     """Blocks with any codes and scales of about `size`, uint8 `[..., bytes of a row]`."""
-    kind = gguf.GGMLQuantizationType[name]
-    data = rng.integers(0, 256, gguf.quant_shape_to_byte_shape(shape, kind), dtype=np.uint8)
-    blocks = data.reshape(-1, gguf.GGML_QUANT_SIZES[kind][1])
+    weights, nbytes = (64, 18) if name == "Q2_0" else gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+    data = rng.integers(0, 256, (*shape[:-1], shape[-1] // weights * nbytes), dtype=np.uint8)
+    blocks = data.reshape(-1, nbytes)
     if name == "TQ2_0":  # no fourth level
         codes = rng.integers(0, 3, (4, len(blocks), 64), dtype=np.uint8)
         blocks[:, :64] = codes[0] | codes[1] << 2 | codes[2] << 4 | codes[3] << 6
@@ -100,6 +101,24 @@ def random_blocks(rng: np.random.Generator, shape: tuple[int, ...], name: str, s
         scales = size * rng.uniform(0.5, 1.5, (len(blocks), 1)) * rng.choice([-1, 1], (len(blocks), 1))
         blocks[:, start : start + 2] = scales.astype(np.float16).view(np.uint8)
     return data
+
+
+def dequantized_blocks(data: np.ndarray, name: str) -> np.ndarray:
+    """By `gguf`; Q1_0 and Q2_0, which it can't, as ggml's dequantize_row_q1_0 and dequantize_row_q2_0 do it."""
+    if name not in ("Q1_0", "Q2_0"):
+        return gguf.dequantize(data, gguf.GGMLQuantizationType[name])
+    rows = []
+    for row in data:
+        values: list[float] = []
+        for block in row.reshape(-1, 18):
+            d = float(block[:2].copy().view(np.float16)[0])
+            for byte in block[2:].tolist():
+                if name == "Q1_0":
+                    values += [d if byte >> bit & 1 else -d for bit in range(8)]
+                else:
+                    values += [((byte >> shift & 3) - 1) * d for shift in (0, 2, 4, 6)]
+        rows.append(values)
+    return np.array(rows, np.float32)
 
 
 def write_gguf(

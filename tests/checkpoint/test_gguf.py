@@ -20,14 +20,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from peft_ext import AlphaTuningConfig, PeqaConfig
 from peft_ext.checkpoint.gguf import export_gguf
-from peft_ext.checkpoint.gguf_blocks import block_type, to_blocks
+from peft_ext.checkpoint.gguf_blocks import block_type, from_blocks, to_blocks, why_no_blocks
 from peft_ext.checkpoint.gguf_tokenizer import recognize
 from peft_ext.checkpoint.saving import make_saveable
 from peft_ext.models import load
+from peft_ext.quant.binary import BinaryQuantized, dequantize_binary
 from peft_ext.quant.conversion import dequantize_layers, packed_layers
 from peft_ext.quant.linear import PackedLinear
-from peft_ext.quant.uniform import Quantized
+from peft_ext.quant.uniform import Quantized, dequantize
 from tests.cases import assert_same, move_adapter
+from tests.checkpoint.gguf_files import dequantized_blocks
 from tests.tiny.models import HEADS, HIDDEN, LAYERS, inputs, logits_of, tiny
 from tests.tiny.tokenizers import byte_tokenizer, sentencepiece_tokenizer, tiny_tokenizer
 
@@ -58,7 +60,7 @@ def random_layer(
 
 
 def read_blocks(layer: PackedLinear, name: str) -> np.ndarray:
-    return gguf.dequantize(to_blocks(layer, name), gguf.GGMLQuantizationType[name])
+    return dequantized_blocks(to_blocks(layer, name), name)
 
 
 @settings(max_examples=60, deadline=None)
@@ -85,6 +87,8 @@ def test_blocks_hold_the_codes(bits, groups, group_size, out_features, middle, s
     exact = wide["d"] * (layer.codes().numpy() - wide["z"])
     minimum = np.abs(wide["d"] * wide["z"]) * F16 if name.endswith("1") else 0
     assert (np.abs(weight - exact) <= minimum + 1e-6).all()
+    if name == "Q2_0":
+        return  # the sign of its scale turns
     # and the scale itself
     half = layer.scale.detach().half().repeat_interleave(group_size // 32, dim=1).numpy()
     row_bytes = to_blocks(layer, name).reshape(
@@ -110,6 +114,55 @@ def test_blocks_hold_the_codes(bits, groups, group_size, out_features, middle, s
 )
 def test_the_smallest_type_that_fits(bits, zero_point, expected):
     assert block_type(random_layer(bits, 2, 64, zero_point=zero_point)) == expected
+
+
+@pytest.mark.parametrize(
+    "bits, group_size, zero_point, expected",
+    [
+        (2, 64, 2, "Q2_0"),
+        (2, 192, 2, "Q2_0"),
+        (2, 128, 1, "Q2_0"),
+        (2, 64, 0, "Q4_0"),  # levels 0 to 3
+        (2, 32, 2, "Q4_0"),
+        (2, 96, 2, "Q4_0"),
+        (3, 64, 4, "Q4_0"),
+    ],
+)
+def test_types_of_two_bits(bits, group_size, zero_point, expected):
+    layer = random_layer(bits, 2, group_size, zero_point=zero_point)
+    assert block_type(layer, low_bit_types=True) == expected
+    rounded = Quantized(layer.codes(), layer.scale.detach().half().float(), layer.zero_point)
+    assert np.array_equal(read_blocks(layer, expected), dequantize(*rounded).numpy())
+
+
+def test_two_bits_come_back_as_they_were():
+    layer = random_layer(2, 3, 64, zero_point=2)
+    layer.scale.data = layer.scale.data.abs().half().float()
+    again = from_blocks(to_blocks(layer, "Q2_0"), "Q2_0")
+    for one, other in zip(again, (layer.codes(), layer.scale, layer.zero_point)):
+        assert torch.equal(one, other)
+
+
+def test_one_bit():
+    """Binary codings, and 2-bit codes that were read from Q1_0."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 2, (7, 384), generator=generator, dtype=torch.uint8)
+    alpha = torch.rand(7, 3, 1, generator=generator)
+    binary = PackedLinear.from_quantized(BinaryQuantized(codes, alpha), 1, None)
+    assert block_type(binary, low_bit_types=True) == "Q1_0"
+    assert block_type(binary) is None and "low_bit_types=True allows" in why_no_blocks(binary)
+    assert np.array_equal(read_blocks(binary, "Q1_0"), dequantize_binary(codes, alpha.half().float()).numpy())
+    data = to_blocks(binary, "Q1_0")
+    read = PackedLinear.from_quantized(from_blocks(data, "Q1_0"), 2, None, sym=True)
+    assert block_type(read, low_bit_types=True) == "Q1_0" and np.array_equal(to_blocks(read, "Q1_0"), data)
+    read = PackedLinear.from_quantized(
+        Quantized(codes, alpha[..., 0], torch.full((7, 3), 2, dtype=torch.uint8)), 2, None
+    )
+    assert block_type(read, low_bit_types=True) == "Q2_0"  # it uses other levels
+    narrow = PackedLinear.from_quantized(BinaryQuantized(codes, torch.rand(7, 6, 1)), 1, None)
+    assert block_type(narrow, low_bit_types=True) is None and "groups of a multiple of 128, not 64" in why_no_blocks(
+        narrow
+    )
 
 
 def test_groups_that_are_no_blocks():

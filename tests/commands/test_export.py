@@ -4,11 +4,8 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import json
 import shutil
-import sys
-import types
 
 import pytest
 import torch
@@ -150,24 +147,14 @@ def test_a_gptq_checkpoint(float_folder, tmp_path, fresh_process):
     assert len(json.loads(fresh_process(STOCK, tmp_path / "out"))) == 4 * model.config.vocab_size
 
 
-def test_gguf(run, tmp_path, monkeypatch):
-    """Ours where it is there; else what the command asks of it."""
+def test_gguf(run, tmp_path, capsys):
+    """It says which types the codes became."""
     folder, _ = run
-    calls = []
-
-    def stand_in(model, tokenizer, path, *, other_tensors="f16"):
-        calls.append((len(packed_layers(model)), tokenizer("a b")["input_ids"] != [], other_tensors))
-        path.write_bytes(b"GGUF")
-
-    if importlib.util.find_spec("peft_ext.checkpoint.gguf") is None:
-        module = types.ModuleType("peft_ext.checkpoint.gguf")
-        module.export_gguf = stand_in
-        monkeypatch.setitem(sys.modules, "peft_ext.checkpoint.gguf", module)
     arguments = ["--to", "gguf", "--other_tensors", "q8_0", "--output_dir", tmp_path / "out"]
     assert export(folder, *arguments) == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.gguf"]
     assert (tmp_path / "out" / "model.gguf").read_bytes().startswith(b"GGUF")
-    assert calls in ([], [(14, True, "q8_0")])
+    assert "in the GGUF: 14 layers of 3 bits as Q4_0 (4.5 bits a weight)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -199,6 +186,7 @@ def test_a_full_disk_leaves_nothing(to, error, run, tmp_path, monkeypatch, capsy
         (["{run}"], "to=None is unknown"),
         (["--to", "bcq"], "model is missing"),
         (["{run}", "--to", "bcq", "--container_bits", "4"], "container_bits=4 is for --to compressed-tensors"),
+        (["{run}", "--to", "bcq", "--low_bit_types"], "low_bit_types=True is for --to gguf"),
         (["{run}", "--to", "bcq", "--other_tensors", "q8_0"], "other_tensors='q8_0' is for --to gguf"),
         (["{run}", "--to", "bcq", "--adapter", "{run}/adapter"], "names an adapter already"),
         (["{run}/base", "--to", "bcq", "--adapter", "{tmp}/full"], "has no adapter_config.json"),
