@@ -30,6 +30,7 @@ from peft_ext.files import written_whole
 from peft_ext.hub import is_hub_id
 from peft_ext.language_model import base_fingerprint, base_name, embedding_weight, token_embedding, unwrapped
 from peft_ext.models import DEFAULT_MODEL, DEFAULT_PACKAGE, resolve_model
+from peft_ext.sharding import is_spread
 from peft_ext.version import __version__
 
 
@@ -270,11 +271,6 @@ def fingerprint_of(model: nn.Module) -> Optional[str]:
         return base_fingerprint(model)
     except (AttributeError, NotImplementedError, TypeError):
         return None
-
-
-def is_spread(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is but a part here: FSDP's, or DeepSpeed's. Reading it would wait for the other processes."""
-    return hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id") or tensor.numel() == 0
 
 
 def note_measured(model: Any, what: str, **figures: float) -> None:

@@ -37,7 +37,6 @@ from peft_ext.model_card import (
     Card,
     base_model,
     facts_of,
-    is_spread,
     measured_of,
     write_card,
 )
@@ -46,6 +45,7 @@ from peft_ext.quant.conversion import packed_layers
 from peft_ext.quant.formats import NumberFormat, Uniform
 from peft_ext.registration import TUNERS, extend_method
 from peft_ext.sealing import seal_saved
+from peft_ext.sharding import is_spread
 from peft_ext.whole_saves import model_saved_whole, on_adapter_saving
 
 

@@ -280,6 +280,9 @@ SEAMS = {
         "_apply(fn)": "peft_ext.quant: codes keep their type when a model is cast",
         "_load_from_state_dict(state_dict, prefix)": "peft_ext.quant: a packed layer's buffers",
     },
+    "torch.distributed.fsdp._fully_shard._fully_shard": {
+        "_is_fsdp_managed_module": "peft_ext.sharding: whether FSDP has a module's parameters; set on instances",
+    },
     "torch.ops.aten": {
         "_local_scalar_dense": "peft_ext.memory: questions about data on the meta device",
         "_scaled_dot_product_flash_attention_for_cpu": "peft_ext.memory: attention without a matrix of scores",

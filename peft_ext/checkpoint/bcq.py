@@ -59,6 +59,7 @@ from peft_ext.quant.packing import TILE_ROWS
 from peft_ext.quant.replaceable import acts_linearly
 from peft_ext.quant.uniform import check_zero
 from peft_ext.routers import routers
+from peft_ext.sharding import refuse_distributed_loading
 from peft_ext.tensor_files import PLACEHOLDER
 
 
@@ -207,6 +208,7 @@ class BcqHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Optional[list[str]] = None, **kwargs: Any
     ) -> None:
+        refuse_distributed_loading(model)
         if self.pre_quantized:
             self._make_room(model, None if checkpoint_files is None else read_headers(checkpoint_files))
             return

@@ -48,6 +48,7 @@ from peft_ext.quant.experts import (
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.replaceable import acts_linearly
 from peft_ext.quant.uniform import Quantized, dequantize
+from peft_ext.sharding import refuse_distributed_loading
 
 
 FLOATS = ("F32", "F16", "BF16")
@@ -103,6 +104,8 @@ class PackedGgufHfQuantizer(GgufHfQuantizer):
         super().read_header(gguf_file)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if self.packs:
+            refuse_distributed_loading(model)
         super()._process_model_before_weight_loading(model, **kwargs)
         if self.packs:
             self.device_map = kwargs.get("device_map")

@@ -48,6 +48,7 @@ from peft_ext.checkpoint.stored_layer import (
 from peft_ext.checkpoint.tied_weights import untie
 from peft_ext.quant.conversion import weight_of
 from peft_ext.quant.linear import PackedLinear
+from peft_ext.sharding import refuse_distributed_loading
 
 
 # Not "compressed-tensors", whose checkpoints load as stock transformers loads them; stands in configs while one is loaded.
@@ -80,6 +81,8 @@ class PackedTensorsHfQuantizer(CompressedTensorsHfQuantizer):
                 "save or download the checkpoint again."
             )
         headers = read_headers(checkpoint_files or []) if marked else {}
+        if marked:
+            refuse_distributed_loading(model)
         self.packs = marked and self._make_room(model, headers)
         if not self.packs or self._keep_the_rest():
             super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)

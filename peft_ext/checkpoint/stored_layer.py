@@ -30,6 +30,7 @@ from peft_ext.checkpoint.soundness import check_complete, check_numbers
 from peft_ext.checkpoint.tied_weights import untie
 from peft_ext.quant.conversion import LINEAR_LAYERS, replace_layer, weight_of
 from peft_ext.quant.linear import PackedLinear
+from peft_ext.sharding import refuse_distributed_loading
 
 
 DTYPES = {
@@ -111,6 +112,7 @@ class StoredLayersHfQuantizer(HfQuantizer, ABC):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Optional[list[str]] = None, **kwargs: Any
     ) -> None:
+        refuse_distributed_loading(model)
         headers = read_headers(checkpoint_files or [])
         stored = stored_layers(headers, self.tensor)
         if not stored:

@@ -16,6 +16,7 @@ from peft_ext.quant.functional import PackedWeight, mixed_packed_linear, packed_
 from peft_ext.quant.packing import TILE_ROWS, pack, planes_shape, unpack
 from peft_ext.quant.uniform import Quantized, dequantize
 from peft_ext.quant.weight_view import WeightView, refuse_writing
+from peft_ext.sharding import whole
 
 
 class PackedParameter(nn.Parameter):
@@ -219,8 +220,7 @@ class PackedLinear(nn.Linear):
         digest = hashlib.blake2b(digest_size=8)
         digest.update(repr((self.bits, self.group_size, self.out_features, self.in_features)).encode())
         for tensor in (planes,) if zero_point is None else (planes, zero_point):
-            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # sharded by FSDP2
-            digest.update(whole.detach().cpu().contiguous().numpy().data)
+            digest.update(whole(tensor).detach().cpu().contiguous().numpy().data)
         return int.from_bytes(digest.digest(), "little") >> 1
 
     def forward(

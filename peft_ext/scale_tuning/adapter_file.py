@@ -22,6 +22,7 @@ from torch import nn
 
 from peft_ext.scale_tuning.config import BASE, ScaleTuningConfig
 from peft_ext.scale_tuning.layer import ScaleTuningLinear
+from peft_ext.sharding import is_dtensor
 
 
 # after the tuner's prefix
@@ -49,6 +50,8 @@ def to_file(
         delta = result.pop(f"{key}{_DELTA}.{adapter_name}.weight", None)
         if delta is None:
             continue
+        if layer.merged and is_dtensor(layer.base_scale()):
+            raise ValueError("the model is sharded and has merged adapters; call unmerge_adapter() before saving one.")
         base = layer.base_scale() if layer.merged else state_dict.get(f"{name}.base_layer.scale", layer.base_scale())
         with torch.no_grad():
             result[f"{key}{_SCALE}.{adapter_name}"] = layer.scale_for(delta, base, adapter_name)

@@ -15,6 +15,7 @@ from torch import nn
 from peft_ext.mixed_batches import check_length, mixed_forward
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.scale_tuning.config import ScaleTuningConfig
+from peft_ext.sharding import gathered_for_now, is_dtensor, whole
 
 
 _NONE = nn.ModuleDict({})  # of tuners without zero points
@@ -310,21 +311,30 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
         names = [name for name in adapter_names or [] if name in self.deltas]
         if not names:
             return
+        base = self.base_layer
+        self._check_writable()
         with torch.no_grad():
             scale = self.combined_scale([*self.merged_adapters, *names])
             zero_point = self.combined_zero_point([*self.merged_adapters, *names])
             assert scale is not None  # names isn't empty
-            if safe_merge and not all(torch.isfinite(one).all() for one in (scale, zero_point) if one is not None):
+            if safe_merge and not all(
+                whole(torch.isfinite(one).all()) for one in (scale, zero_point) if one is not None
+            ):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
-            base = self.base_layer
-            if self.unmerged_scale is None:
-                self.unmerged_scale = base.scale.data
-            base.scale.data = scale.to(self.unmerged_scale.dtype)
             if zero_point is not None:
+                self._check_takes_zero_points()
+            # in place: who shards the model gathers from these very tensors
+            if self.unmerged_scale is None:
+                self.unmerged_scale = base.scale.detach().clone()
+            base.scale.copy_(scale)
+            if zero_point is not None:
+                assert base.zero_point is not None
                 if self.unmerged_zero_point is None:
-                    assert base.zero_point is not None
-                    self.unmerged_zero_point, self._unmerged_sym = base.zero_point.data, base.sym
-                base.set_zero_point(zero_point.to(self.unmerged_scale.dtype))
+                    self.unmerged_zero_point, self._unmerged_sym = base.zero_point.detach().clone(), base.sym
+                if base.zero_point.is_floating_point():
+                    base.zero_point.copy_(zero_point)
+                else:
+                    base.set_zero_point(zero_point.to(self.unmerged_scale.dtype))
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -332,12 +342,39 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
         if self.unmerged_scale is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.base_layer.scale.data = self.unmerged_scale
-        self.unmerged_scale = None
-        if self.unmerged_zero_point is not None:
-            self.base_layer.set_zero_point(self.unmerged_zero_point, self._unmerged_sym)
-            self.unmerged_zero_point = None
+        self._check_writable()
+        base, before = self.base_layer, self.unmerged_zero_point
+        with torch.no_grad():
+            base.scale.copy_(self.unmerged_scale)
+            if before is not None:
+                assert base.zero_point is not None
+                if before.is_floating_point():
+                    base.zero_point.copy_(before)
+                else:
+                    base.set_zero_point(before, self._unmerged_sym)
+        self.unmerged_scale = self.unmerged_zero_point = None
         self.merged_adapters.clear()
+
+    def _check_writable(self) -> None:
+        """Refuse to write to what is lost when the layer's parts are next gathered."""
+        if gathered_for_now(self.base_layer, self.base_layer.scale):
+            raise ValueError(
+                "FSDP2 has gathered this layer's scales at the moment, so what is merged into them would be lost; call "
+                "model.reshard() on the outermost wrapped module before merging or unmerging."
+            )
+        if hasattr(self.base_layer.scale, "ds_id"):
+            raise ValueError(
+                "DeepSpeed ZeRO-3 has the scales in pieces, into which nothing can be merged; save the adapter (save_pretrained "
+                "of trainer.save_model) and merge it in a process without DeepSpeed."
+            )
+
+    def _check_takes_zero_points(self) -> None:
+        base = self.base_layer
+        if is_dtensor(base.scale) and base.zero_point is not None and not base.zero_point.is_floating_point():
+            raise ValueError(
+                "the trained zero points are float and the base's are integers, whose place they can't take while FSDP2 shards "
+                "the model; save the adapter and merge it in one process."
+            )
 
     def forward(
         self,
@@ -360,6 +397,9 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
         if found is not None:
             return found
         if self.disable_adapters and self.merged:
+            if self.unmerged_scale is not None and is_dtensor(self.unmerged_scale):  # nothing is written in a forward
+                zero_point = None if self.unmerged_zero_point is None else whole(self.unmerged_zero_point)
+                return self.base_layer(x, scale=whole(self.unmerged_scale), zero_point=zero_point)
             self.unmerge()
         if self.disable_adapters or self.merged:
             return self.base_layer(x)

@@ -37,6 +37,7 @@ from peft_ext.scale_tuning.quantization import (
     take_lattices,
 )
 from peft_ext.scale_tuning.report import announce
+from peft_ext.sharding import refuse_cut, reshard, sharded_by
 from peft_ext.targets import check_called, check_weights_stay, expand_all_linear, target_layers
 from peft_ext.tuner import TunerModel
 
@@ -137,7 +138,27 @@ class ScaleTuningModel(TunerModel):
             make_saveable(dequantize_layers(model))
         return model
 
+    def merge_adapter(self, adapter_names: Optional[list[str]] = None, safe_merge: bool = False) -> None:
+        reshard(self)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        reshard(self)
+        super().unmerge_adapter()
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        if any(isinstance(module, ScaleTuningLinear) and module.merged for module in self.modules()):
+            reshard(self)  # PEFT unmerges first
+        super().set_adapter(adapter_name, inference_mode)
+
     def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
+        sharder = sharded_by(self)
+        if sharder is not None:
+            raise ValueError(
+                f"{sharder} shards the model, and its wrapping goes by the adapters' layers, so they can't be taken out here. "
+                "Save the adapter (save_pretrained with the gathered state dict, or trainer.save_model) and merge it in one "
+                "process: PeftModel.from_pretrained(base, folder).merge_and_unload()."
+            )
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         make_saveable(model)
         return model
@@ -191,6 +212,8 @@ def check_targets(config: ScaleTuningConfig, model: nn.Module) -> dict[str, nn.M
     Raises:
         ValueError: If a layer can't be tuned under this config; names it.
     """
+    if not any(isinstance(module, ScaleTuningLinear) for module in model.modules()):
+        refuse_cut(model)
     check_weights_stay(model)
     pack_quantized.restore(model)
     unfuse_targets(config, model)
