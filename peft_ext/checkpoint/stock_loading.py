@@ -42,6 +42,11 @@ def loads_without_weights(model: PreTrainedModel, layers: Iterable[str]) -> bool
     return True
 
 
+def names_in_stock(model: PreTrainedModel) -> set[str]:
+    """The names of all modules that a model of this class has before anything of ours is done to it."""
+    return {name for name, _ in _skeleton(model).named_modules()}
+
+
 def is_rebuilt(model: PreTrainedModel) -> bool:
     """Whether transformers puts other modules into a model of this class before it loads a compressed-tensors checkpoint.
 

@@ -1,5 +1,5 @@
 # Copyright 2026 the peft-ext authors. Licensed under the Apache License, Version 2.0.
-"""`peft-ext export`: a tuned model, its adapter merged, in the format that another engine reads."""
+"""`peft-ext export`: a tuned model, its adapter merged, in the format that another engine reads; or the adapter as (IA)^3."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ from peft_ext.files import written_whole
 from peft_ext.models import copy_processor, load, load_tokenizer, locate
 from peft_ext.quant.conversion import dequantize_layers, packed_layers
 from peft_ext.scale_tuning.config import ScaleTuningConfig
+from peft_ext.scale_tuning.ia3 import how_packed, save_ia3
 from peft_ext.tables import mebibytes
 
 
 # What `--to` names, and the checkpoint format of ours that it means.
 TARGETS = {"compressed-tensors": "pack-quantized", "bcq": "bcq", "dequantized": None, "gguf": None}
+# What stock PEFT loads beside the base; nothing is merged.
+IA3 = "ia3"
 # Those that a model without packed layers can be written to, too.
 FLOAT_TARGETS = ("dequantized", "gguf")
 GGUF_FILE = "model.gguf"
@@ -50,7 +53,8 @@ class ExportArguments:
         default=None,
         metadata={
             "help": "compressed-tensors (integers, for stock transformers and vLLM), gguf (for llama.cpp), bcq (for "
-            "transformers with peft_ext) or dequantized (plain floats)."
+            "transformers with peft_ext) or dequantized (plain floats); or ia3 (the adapter of one scale per channel alone, for "
+            "PEFT without peft_ext)."
         },
     )
     output_dir: Optional[str] = field(default=None, metadata={"help": "The new folder to write to."})
@@ -84,6 +88,9 @@ def main(argv: Sequence[str]) -> None:
     (args,) = parse(argv, ExportArguments, positional="model")
     _check(args)
     folder = new_folder(args.output_dir)
+    if args.to == IA3:
+        _export_ia3(args, folder)
+        return
     tokenizer = load_tokenizer(args.model)
     model = merged(_load(args), str(args.model), floats=args.to in FLOAT_TARGETS)
     if args.pack_rest:
@@ -106,6 +113,27 @@ def main(argv: Sequence[str]) -> None:
         one_scheme = len(stored.quantization_config.config_groups) == 1
         for notice in filter(None, (vllm_notice(stored), fused_notice(model, one_scheme))):
             note(f"Note: {'stock transformers loads it; ' if stock_loads(model) else ''}{notice}")
+
+
+def _export_ia3(args: ExportArguments, folder: Path) -> None:
+    """Write the adapter and say what it goes onto."""
+    model = load(args.model, adapter=args.adapter)
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"model={args.model!r} has no adapter, which --to ia3 is for; name a run or an adapter.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    save_ia3(model, folder, model.active_adapter)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    show({"to": args.to, "bytes": size, "output_dir": str(folder)}, f"{args.to}: {mebibytes(size)} in {folder}")
+    base = model.peft_config[model.active_adapter].base_model_name_or_path
+    if how_packed(base) == "compressed-tensors":
+        note(
+            f"Note: it goes onto {base!r}, which stock transformers loads: PeftModel.from_pretrained(base, {str(folder)!r})."
+        )
+    else:
+        note(
+            f"Note: stock transformers doesn't load its base {base!r}. peft-ext export --model {base} --to dequantized makes one "
+            "that it loads; the adapter goes onto that."
+        )
 
 
 def merged(model: PreTrainedModel, name: str, floats: bool = False) -> PreTrainedModel:
@@ -187,8 +215,8 @@ def _stored_as(model: PreTrainedModel, types: dict[str, Optional[str]], other_te
 def _check(args: ExportArguments) -> None:
     if not args.model:
         raise ValueError("model is missing: pass a run folder, a packed checkpoint or an adapter's folder.")
-    if args.to not in TARGETS:
-        raise ValueError(f"to={args.to!r} is unknown; choose one of {tuple(TARGETS)}.")
+    if args.to not in (*TARGETS, IA3):
+        raise ValueError(f"to={args.to!r} is unknown; choose one of {(*TARGETS, IA3)}.")
     if args.container_bits is not None and args.to != "compressed-tensors":
         raise ValueError(f"container_bits={args.container_bits} is for --to compressed-tensors; leave it out.")
     if args.pack_rest and args.to != "compressed-tensors":

@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,7 +18,7 @@ from peft_ext.cli import main
 from peft_ext.quant.conversion import packed_layers
 from tests.cases import assert_differs, assert_same
 from tests.checkpoint.gptq_files import gptq_layer, save_gptq
-from tests.commands.conftest import logits
+from tests.commands.conftest import logits, make_run
 
 
 STOCK = """
@@ -145,6 +145,23 @@ def test_a_gptq_checkpoint(float_folder, tmp_path, fresh_process):
     AutoTokenizer.from_pretrained(float_folder).save_pretrained(tmp_path / "gptq")
     assert export(tmp_path / "gptq", "--to", "compressed-tensors", "--output_dir", tmp_path / "out") == 0
     assert len(json.loads(fresh_process(STOCK, tmp_path / "out"))) == 4 * model.config.vocab_size
+
+
+def test_ia3(float_folder, binary_run, tmp_path, capsys):
+    """The adapter alone, which stock PEFT loads onto the run's base."""
+    expected = make_run(tmp_path / "run", float_folder, PeqaConfig(bits=3, task_type="CAUSAL_LM"))
+    assert export(tmp_path / "run", "--to", "ia3", "--output_dir", tmp_path / "out") == 0
+    files = ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == files
+    assert "it goes onto" in capsys.readouterr().err
+    loaded = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "base"), tmp_path / "out"
+    )
+    assert_same(logits(loaded), expected, tolerance=1e-5)
+    for model, message in ((binary_run[0], "binary coding"), (tmp_path / "run" / "base", "has no adapter")):
+        assert export(model, "--to", "ia3", "--output_dir", tmp_path / "other") != 0
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "other").exists()
 
 
 def test_gguf(run, tmp_path, capsys):
