@@ -28,7 +28,7 @@ CAPABILITY_VARIABLE = "PEFT_EXT_CPU_CAPABILITY"
 CAPABILITIES = ("portable", "avx2", "avx512")
 
 # What the module was built from must be what this file calls: PEFT_EXT_KERNEL_VERSION in csrc/packed_linear.h.
-VERSION = 3
+VERSION = 4
 # Up to so many rows the kernel takes over from unpacking and a dense product, by capability. Only roughly known: for 400 tokens
 # of SmolLM2 it took 2.2 s (AVX-512), 4.6 s (AVX2) and 24 s (portable) against torch's 3.1 to 3.7 s, on one thread.
 MAX_ROWS = (8, 64, 1024)
@@ -234,17 +234,27 @@ def _run(
         choice = choice.contiguous()
     of_x, of_planes, of_scale = x.data_ptr(), planes.data_ptr(), scale.data_ptr()
     of_zero_point = 0 if zero_point is None else zero_point.data_ptr()
-    if not (of_x and of_planes and of_scale and (of_zero_point or zero_point is None)):
+    of_choice = 0 if choice is None else choice.data_ptr()
+    of_bias = 0 if bias is None else bias.data_ptr()
+    if not (
+        of_x
+        and of_planes
+        and of_scale
+        and (of_zero_point or zero_point is None)
+        and (of_choice or choice is None)
+        and (of_bias or bias is None)
+    ):
         raise ValueError(
             "a packed product was given tensors without memory (fake or wrapped ones, such as DTensors) beside plain ones; "
             "pass tensors of one kind, or set PEFT_EXT_KERNEL=torch."
         )
+    rows, stride = x.numel() // in_features, x.stride(0) if len(ahead) == 1 else in_features
     left_range = module.packed_linear(
         of_x,
         y.data_ptr(),
         _DTYPES[x.dtype],
-        x.numel() // in_features,
-        x.stride(0) if len(ahead) == 1 else in_features,
+        rows,
+        stride,
         of_planes,
         bits,
         zero_point is None,
@@ -253,14 +263,22 @@ def _run(
         of_scale,
         _DTYPES[scale.dtype],
         groups,
-        0 if choice is None else choice.data_ptr(),
+        of_choice,
         of_zero_point,
         float_zero,
-        0 if bias is None else bias.data_ptr(),
+        of_bias,
         0 if bias is None else _DTYPES[bias.dtype],
         exact,
         torch.get_num_threads(),
         level,
+        # what there is at the addresses, which the kernel holds the sizes against
+        x.nelement() if stride == in_features else (rows - 1) * stride + in_features,
+        y.nelement(),
+        planes.nelement(),
+        scale.nelement(),
+        0 if choice is None else choice.nelement(),
+        0 if zero_point is None else zero_point.nelement(),
+        0 if bias is None else bias.nelement(),
         VERSION,
     )
     return _in_double(x, planes, scale, zero_point, bias, choice, size) if left_range else y

@@ -25,6 +25,7 @@ from peft_ext.quant.linear import PackedLinear
 from peft_ext.scale_tuning.adapter_file import plain_scales
 from peft_ext.scale_tuning.config import ScaleTuningConfig
 from peft_ext.scale_tuning.layer import ScaleTuningLinear
+from peft_ext.sharding import sharded_by
 from peft_ext.targets import target_layers
 
 
@@ -68,6 +69,12 @@ class AdapterPool:
     def __init__(self, model: nn.Module) -> None:
         if any(isinstance(module, ScaleTuningLinear) for module in model.modules()):
             raise ValueError("model has adapters inside; pass model.unload(), or merge_and_unload() to keep one.")
+        by = sharded_by(model)
+        if by is not None:
+            raise ValueError(
+                f"model is in pieces on several processes ({by}), and a pool's buffer of scales is one; make it of a model that "
+                "is whole, in each process one."
+            )
         take_over(model)
         self.model = model
         self._layers = packed_layers(model)

@@ -290,3 +290,79 @@ def test_an_operator_at_the_end_of_floats_range():
     tensors["x"] *= 5e37
     with torch.no_grad():
         torch.testing.assert_close(by_operator(**tensors), by_function(**tensors), rtol=0, atol=0, equal_nan=True)
+
+
+# the fields of csrc/module.cpp's call, in order
+FIELDS = (
+    *("x", "y", "x_dtype", "rows", "x_stride", "planes", "bits", "binary", "out_features", "in_features", "scale"),
+    *("scale_dtype", "groups", "choice", "zero_point", "zero", "bias", "bias_dtype", "exact", "threads", "level"),
+    *("of_x", "of_y", "of_planes", "of_scale", "of_choice", "of_zero_point", "of_bias", "version"),
+)
+WRONG = {
+    "x": (0,),
+    "y": (0,),
+    "planes": (0,),
+    "scale": (0,),
+    "x_dtype": (-1, 3),
+    "scale_dtype": (-1, 3),
+    "bias_dtype": (-1, 3),
+    "rows": (0, -1, 3, 2**62),
+    "x_stride": (-1, IN + 1, 2**62),
+    "bits": (0, -1, 3, 5, 9, 2**31),
+    "out_features": (0, -1, OUT // 2, OUT + 1, 2 * OUT, 2**62, -(2**63)),
+    "in_features": (0, -1, IN // 2, IN + 1, 2 * IN, 2**62, -(2**63)),
+    "groups": (0, -1, 3, 32, 2 * GROUPS, 2**62),
+    "zero": (-1, 3),
+    "level": (-1, 3),
+    "of_x": (0, -1, 2 * IN - 1),
+    "of_y": (0, 2 * OUT - 1),
+    "of_planes": (0, -1, 1),
+    "of_scale": (0, -1, OUT * GROUPS - 1),
+    "of_choice": (0, 1, 3),
+    "of_zero_point": (0, OUT * GROUPS - 1),
+    "of_bias": (0, OUT - 1, OUT + 1),
+    "version": (0, 3),
+}
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """A call that fits, with a choice of scales, by field."""
+    module, calls = kernel._module(), []
+    if module is None:
+        pytest.skip("the kernel isn't built")
+
+    class Recorder:
+        @staticmethod
+        def packed_linear(*arguments):
+            calls.append(arguments)
+            return module.packed_linear(*arguments)
+
+    tensors = given(mixed=True)
+    monkeypatch.setattr(kernel, "_module", lambda: Recorder)
+    by_operator(**tensors)
+    monkeypatch.undo()
+    # what the addresses are of has to live on: the tensors as they are, and a result of the same size
+    found = dict(zip(FIELDS, calls[-1], strict=True))
+    result = torch.empty(2, OUT)
+    found["y"] = result.data_ptr()
+    yield found, module.packed_linear
+    del tensors, result
+
+
+@pytest.mark.parametrize("field", WRONG)
+def test_the_door_holds_sizes_against_what_is_there(called, field):
+    """Called with numbers that don't fit: no division by zero, nothing read beside the tensors."""
+    found, function = called
+    assert function(*found.values()) is False
+    for wrong in WRONG[field]:
+        with pytest.raises(RuntimeError if field == "version" else ValueError):
+            function(*{**found, field: wrong}.values())
+
+
+@pytest.mark.parametrize("index", [-1, 2, 2**62])
+def test_the_door_looks_at_the_choice(called, index):
+    found, function = called
+    wrong = torch.tensor([0, index])
+    with pytest.raises(ValueError, match="choice names a scale"):
+        function(*{**found, "choice": wrong.data_ptr()}.values())

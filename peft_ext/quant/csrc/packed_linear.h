@@ -8,8 +8,8 @@
 extern "C" {
 #endif
 
-// Counts up whenever this file changes; the Python side refuses a kernel of another version.
-#define PEFT_EXT_KERNEL_VERSION 3
+// Counts up whenever this file or the arguments in module.cpp change; the Python side refuses a kernel of another version.
+#define PEFT_EXT_KERNEL_VERSION 4
 
 enum peft_ext_dtype { PEFT_EXT_FLOAT32 = 0, PEFT_EXT_BFLOAT16 = 1, PEFT_EXT_FLOAT16 = 2 };
 
