@@ -22,6 +22,7 @@ from generation_ext.granularity.masks import EARLIER_FLOOR
 from peft_ext.file_formats import check_fields, number
 from peft_ext.model_card import SOURCE, Card, measured_of
 from peft_ext.sealing import OwnFiles
+from peft_ext.token_mean import items_in, mean_over_all
 
 
 _SNIPPET = f"""
@@ -177,11 +178,13 @@ class CDNPGForConditionalGeneration(OwnFiles, BartForConditionalGeneration):
         labels: Optional[torch.Tensor] = None,
         output_granularities: Optional[bool] = None,
         return_dict: Optional[bool] = None,
+        num_items_in_batch: Optional[torch.Tensor] = None,
         **kwargs: Any,
     ) -> Any:
         """As `BartForConditionalGeneration`.
 
         Args:
+            num_items_in_batch: How many labels the mean of the loss is over, where they are of several batches; Trainer says.
             input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, labels, return_dict, kwargs: BART's.
             output_granularities: Whether to give the tokens' z, see [`CDNPGOutput`].
         """
@@ -194,9 +197,13 @@ class CDNPGForConditionalGeneration(OwnFiles, BartForConditionalGeneration):
             labels=labels,
         )
         if not output_granularities or self.config.granularity_mode is None:
-            return super().forward(return_dict=return_dict, **kwargs)
+            output = super().forward(return_dict=True, **kwargs)
+            _count_labels(output, labels, num_items_in_batch)
+            as_dict = self.config.return_dict if return_dict is None else return_dict
+            return output if as_dict else output.to_tuple()
         with recorded(self) as granularities:
             output = super().forward(return_dict=True, **kwargs)
+        _count_labels(output, labels, num_items_in_batch)
         encoder = tuple(z for name, z in granularities.items() if ".encoder." in name)
         decoder = tuple(z for name, z in granularities.items() if ".decoder." in name and name.endswith("self_attn"))
         cross = tuple(z for name, z in granularities.items() if name.endswith("encoder_attn"))
@@ -209,6 +216,13 @@ class CDNPGForConditionalGeneration(OwnFiles, BartForConditionalGeneration):
         super()._init_weights(module)
         if isinstance(module, GranularityHead):
             module.reset_parameters()
+
+
+def _count_labels(output: Any, labels: Optional[torch.Tensor], num_items_in_batch: Optional[torch.Tensor]) -> None:
+    """Make of a mean over a batch's labels the batch's part of a mean over more of them."""
+    if labels is not None and num_items_in_batch is not None:
+        count = items_in(labels)
+        output.loss = mean_over_all(output.loss * count, count, num_items_in_batch)
 
 
 AutoConfig.register(CDNPGConfig.model_type, CDNPGConfig, exist_ok=True)

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from peft_ext.language_model import check_tokens, start_token
+from peft_ext.token_mean import TokenMeanLoss
 
 
 def encode_pairs(
@@ -54,6 +55,11 @@ def encode_pairs(
     return Dataset.from_dict({"input_ids": sources, "labels": [ids[ids[:1] == [start] :] for ids in targets]})
 
 
+class PairsTrainer(TokenMeanLoss, Seq2SeqTrainer):
+    """transformers' Seq2SeqTrainer whose loss is the same however a batch is divided among processes and accumulated steps
+    (stock BART's comes out multiplied by both)."""
+
+
 def paraphrase_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -65,7 +71,7 @@ def paraphrase_trainer(
     start = start_token(model)
     train_dataset = encode_pairs(tokenizer, train_pairs, start=start)
     check_tokens(model, (row["input_ids"] + row["labels"] for row in train_dataset), tokenizer, "pair")
-    return Seq2SeqTrainer(
+    return PairsTrainer(
         model,
         args,
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),

@@ -22,6 +22,7 @@ from peft_ext.peqa import PeqaConfig
 from peft_ext.peqa.layer import PeqaLinear
 from peft_ext.perplexity import padded
 from peft_ext.quant.kernel import KERNEL_VARIABLE, using
+from peft_ext.token_mean import TokenMeanLoss
 
 
 logger = logging.getLogger(__name__)
@@ -126,11 +127,13 @@ class _DistilledTrainer(DistillationMixin, SFTTrainer):
     """SFTTrainer towards a teacher."""
 
 
-class _OwnLossTrainer(SFTTrainer):
-    """For models whose logits TRL's fused output layer doesn't know how to make."""
-
+class _ModelsLossTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+
+class _OwnLossTrainer(TokenMeanLoss, _ModelsLossTrainer):
+    """For models whose logits TRL's fused output layer doesn't know how to make."""
 
 
 def _wrong_loss(trainer: SFTTrainer, examples: list[Example]) -> Optional[str]:

@@ -25,6 +25,7 @@ from peft_ext.distillation.student import student_pass
 from peft_ext.distillation.teacher import LiveTeacher, load_teacher, teacher_digest
 from peft_ext.examples import Example
 from peft_ext.language_model import is_causal, text_config, unwrapped
+from peft_ext.token_mean import share
 
 
 logger = logging.getLogger(__name__)
@@ -202,7 +203,7 @@ class DistillationMixin:
         balanced = getattr(self, "aux_loss_enabled", False)  # SFTTrainer's, of a mixture of experts
         batch = {**inputs, **({"output_router_logits": True} if balanced else {})}
         sums, tokens, outputs = student_pass(model, batch, self._teacher.of(inputs), self.objective, self._head)
-        loss = self._scaled(sums.loss, tokens, num_items_in_batch)
+        loss = share(self, sums.loss, tokens, num_items_in_batch)
         if balanced:
             steps = getattr(self, "current_gradient_accumulation_steps", 1) if num_items_in_batch is not None else 1
             loss = loss + getattr(self, "router_aux_loss_coef", 0.0) * outputs["aux_loss"].to(loss.device) / steps
@@ -211,16 +212,6 @@ class DistillationMixin:
         if return_outputs:
             with torch.no_grad():
                 return loss, model(**{name: value for name, value in inputs.items() if name != "labels"})
-        return loss
-
-    def _scaled(self, total: torch.Tensor, count: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
-        """A sum over this batch's tokens as the share of a mean over those of all accumulated batches and processes."""
-        if num_items_in_batch is None:
-            return total / count.clamp(min=1)
-        loss = total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
-        if self.args.average_tokens_across_devices:
-            trainer: Any = self
-            loss = loss * (self.accelerator.num_processes // trainer.get_tp_size())
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

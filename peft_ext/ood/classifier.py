@@ -14,6 +14,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from peft_ext.language_model import is_causal_config, unwrapped
 from peft_ext.models import load, load_config
 from peft_ext.sealing import OwnFiles
+from peft_ext.token_mean import items_in, mean_over_all
 
 
 POOLINGS = ("last", "mean", "first")
@@ -84,9 +85,11 @@ class PooledClassifier(OwnFiles, PreTrainedModel):
         inputs_embeds: Optional[torch.Tensor] = None,
         past_key_values: Any = None,
         labels: Optional[torch.Tensor] = None,
+        num_items_in_batch: Optional[torch.Tensor] = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
-        """Logits `[batch, labels]`, and with `labels` `[batch]` their cross-entropy; `past_key_values` is a prefix."""
+        """Logits `[batch, labels]`, and with `labels` `[batch]` their cross-entropy, the mean over `num_items_in_batch` where
+        Trainer says that there are more of them; `past_key_values` is a prefix."""
         kwargs = {name: value for name, value in kwargs.items() if name not in ("return_dict", "token_type_ids")}
         if past_key_values is not None:
             kwargs["past_key_values"] = past_key_values
@@ -95,7 +98,10 @@ class PooledClassifier(OwnFiles, PreTrainedModel):
         )
         states = output.last_hidden_state
         logits = self.score(pool(states, attention_mask, self.config.pooling).to(self.score.weight.dtype))
-        loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
+        loss = None
+        if labels is not None:
+            total = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+            loss = mean_over_all(total, items_in(labels), num_items_in_batch)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 

@@ -205,6 +205,11 @@ class _Trainer(Trainer):
     recorded: dict[str, torch.Tensor]
     optimizer: Any
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # losses are means of their batch here, both of them: Trainer divides them by the accumulation steps
+        self.model_accepts_loss_kwargs = False
+
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if self.options.contrastive and model.training:
