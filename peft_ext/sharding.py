@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Optional
 
 import torch
@@ -58,6 +59,7 @@ def refuse_distributed_loading(model: nn.Module) -> None:
     Raises:
         ValueError: Before anything is loaded; says what works.
     """
+    refuse_fsdp1()
     config = getattr(getattr(model, "config", None), "distributed_config", None)
     if config is None:
         return
@@ -82,10 +84,28 @@ def refuse_cut(model: nn.Module) -> None:
     Raises:
         ValueError: Before anything is changed; says by whom, and the way out.
     """
+    refuse_fsdp1()
     by = sharded_by(model)
     if by is not None:
         raise ValueError(
             f"the model's weights are in pieces on several processes ({by}), which can't be quantised or tuned. Load it without "
             "tp_plan and distributed_config, put the adapter on it (get_peft_model), and shard it after that (accelerate launch "
             "--use_fsdp --fsdp_version 2)."
+        )
+
+
+def refuse_fsdp1() -> None:
+    """Refuse accelerate's first FSDP, which `accelerate launch --use_fsdp` means unless it is told otherwise: it flattens
+    parameters, and codes are integers ("Cannot flatten integer dtype tensors", once the model has been made).
+
+    Raises:
+        ValueError: With the line that works.
+    """
+    if (
+        os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+        and os.environ.get("FSDP_VERSION", "1") == "1"
+    ):
+        raise ValueError(
+            "FSDP of version 1 (accelerate's default) can't shard packed layers, whose codes are integers; launch with "
+            "accelerate launch --use_fsdp --fsdp_version 2, or --config_file configs/fsdp2.yaml."
         )

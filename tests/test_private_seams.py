@@ -151,7 +151,7 @@ SEAMS = {
         "_get_collator_with_removed_columns(data_collator, description)": "peft_ext.distillation: texts as a batch has them",
         "get_tp_size()": "peft_ext.token_mean: a loss that is scaled as Trainer scales its own",
         "_loss_shifts_labels": "peft_ext.token_mean: which labels Trainer counts",
-        "model_accepts_loss_kwargs": "peft_ext.token_mean, distillation: so that the items of all accumulated batches are counted",
+        "model_accepts_loss_kwargs": "peft_ext.token_mean, distillation: so that all accumulated batches' items are counted",
         "current_gradient_accumulation_steps": "peft_ext.distillation: the share of a mixture's balancing loss",
         "set_initial_training_values(args, dataloader)": "peft_ext.trainer_checkpoints: begins with the number of epochs",
         "_train_batch_size": "generation_ext.critic: the number that auto_find_batch_size may have halved",

@@ -186,7 +186,7 @@ def unpack_words(
             f"the checkpoint holds codes that {bits} bits ({OWN_BITS} in its config.json) can't; the two files don't "
             "belong together. Save or download both again."
         )
-    return codes.to(torch.uint8)
+    return codes.to(torch.uint8).contiguous()
 
 
 @skip_init_on_device

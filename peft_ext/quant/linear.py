@@ -98,11 +98,13 @@ class PackedLinear(nn.Linear):
         if zero_point is not None and zero_point.is_floating_point():
             zero_point = zero_point.to(_kept(zero_point.dtype))
         self._check_shapes(planes, scale, zero_point)
-        self.planes = PackedParameter(planes, in_features * out_features)
-        self.scale = nn.Parameter(scale, requires_grad=False)
+        # contiguous, whatever a file's reader turned round: FSDP2 shards nothing else
+        self.planes = PackedParameter(planes.contiguous(), in_features * out_features)
+        self.scale = nn.Parameter(scale.contiguous(), requires_grad=False)
         frozen = {"zero_point": zero_point, "bias": None if bias is None else bias.detach()}
         for name, tensor in frozen.items():
-            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+            kept = None if tensor is None else nn.Parameter(tensor.contiguous(), requires_grad=False)
+            self.register_parameter(name, kept)
 
     @classmethod
     def from_quantized(
@@ -260,7 +262,7 @@ class PackedLinear(nn.Linear):
         own = self._parameters
         try:
             return own["planes"], own["scale"], own["zero_point"], own["bias"]  # type: ignore[return-value]
-        except KeyError:  # FSDP1 and parametrisations put tensors in their place, which are attributes
+        except KeyError:  # parametrisations put tensors in their place, which are attributes
             return self.planes, self.scale, self.zero_point, self.bias
 
     def extra_repr(self) -> str:
@@ -298,7 +300,7 @@ class PackedLinear(nn.Linear):
         """Give a layer of integers other zero points `[out, groups]`, uint8 or float, and say whether they are symmetric."""
         self.sym = sym
         self._check_shapes(self.planes, self.scale, zero_point)
-        self.zero_point = nn.Parameter(zero_point, requires_grad=False)
+        self.zero_point = nn.Parameter(zero_point.contiguous(), requires_grad=False)
 
     def freeze(self) -> None:
         """Make frozen parameters of what a loader has put in their place."""

@@ -155,7 +155,7 @@ class ScaleTuningLinear(nn.Module, BaseTunerLayer):
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         for deltas in (self.deltas, self.zero_deltas):
             for name in self.unfrozen.union(names):
-                if name in deltas and (delta := deltas[name].weight).is_leaf:  # under FSDP1 it may not be one
+                if name in deltas and (delta := deltas[name].weight).is_leaf:  # a parametrised one isn't
                     delta.requires_grad_(name in names and not inference_mode)
         self.unfrozen.clear()
         if not inference_mode:

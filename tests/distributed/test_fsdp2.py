@@ -12,3 +12,9 @@ pytestmark = pytest.mark.distributed
 def test_merging(run_module):
     """`merge_adapter` under FSDP2 was silently the base."""
     run_module("tests.distributed.merging", processes=2, ranks=True)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_training(processes, run_module):
+    """DDP and FSDP2 against one process: losses at every step, and the adapter."""
+    run_module("tests.distributed.training", processes=processes, ranks=True)
