@@ -25,6 +25,7 @@ TASKS = {
     "distillation": Entry("Scales trained towards the float model, and what they forget", "benchmarks.distillation"),
     "zero_shot": Entry("Zero-shot accuracy at 4, 3 and 2 bits, by lm-evaluation-harness", "benchmarks.zero_shot"),
     "starts": Entry("Starts from data, before and after tuning, and what they take", "benchmarks.starts"),
+    "embeddings": Entry("What packing the embedding and the output head saves and costs", "benchmarks.embeddings"),
     "rounding_peers": Entry(
         "Integers of other libraries at the same widths, before tuning", "benchmarks.rounding_peers"
     ),

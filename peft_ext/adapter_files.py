@@ -63,6 +63,7 @@ _SCALES: dict[str, Field] = {
     "bits_pattern": mapping_of(whole(1, 8)).or_null(),
     "bits_budget": number(2, 8).or_null(),
     "group_size_pattern": mapping_of(whole(-1)).or_null(),
+    "embedding_bits": whole(4, 8).or_null(),
     "parametrization": text(),
     "fan_in_fan_out": truth(),
 }

@@ -66,6 +66,9 @@ class AlphaTuningConfig(ScaleTuningConfig):
             [`allocate_bits`] chooses them, on some training data, and writes them into `bits` and `bits_pattern`.
         group_size_pattern (`dict`, *optional*):
             Other group sizes for some layers, in the same way.
+        embedding_bits (`int`, *optional*):
+            Pack the token embedding and the output head, too: 8 (integers around zero, one scale for each token) or 4 (groups
+            of 32). They stay frozen, and tied ones tied; the checkpoint is `bcq`. Default: they stay as they are.
         fan_in_fan_out (`bool`, *optional*, defaults to `False`):
             Whether the target layers store their weight as (fan_in, fan_out). Kept so that settings carry over from
             PEFT's other methods; the layout is read off the layer (`Conv1D` or `nn.Linear`), with a warning if this

@@ -9,6 +9,8 @@ compressed-tensors has no room for (`Conv1D`, several group sizes, float zero po
 <layer>.zero_point   uint8 [out, groups], of uniform integers; float where the config's `zero` says so
 <layer>.bias         float [out], where the layer has one
 
+A packed embedding has the same tensors, a row for each token; a head that is tied to it has none of its own.
+
 Loading makes no float weight: the layers are packed on the meta device before the tensors arrive. A float checkpoint
 is quantised weight by weight as it is read.
 """
@@ -52,9 +54,11 @@ from peft_ext.quant.conversion import (
     replace_layer,
     weight_of,
 )
+from peft_ext.quant.embedding import PackedEmbedding, packed_ends, retie, share, shared_ends
 from peft_ext.quant.experts import fused_experts, merges_experts, unfuse_experts
 from peft_ext.quant.formats import BinaryCoding, NumberFormat, Uniform, check_number_format, group_size_of, groups_of
 from peft_ext.quant.linear import PackedLinear
+from peft_ext.quant.packed_module import PackedModule
 from peft_ext.quant.packing import TILE_ROWS
 from peft_ext.quant.replaceable import acts_linearly
 from peft_ext.quant.uniform import check_zero
@@ -108,6 +112,10 @@ class BcqConfig(QuantizationConfigMixin):
             Other kinds of zero points for some layers: module names or regular expressions mapped to `"int"` or `"float"`.
         modules_to_not_convert (`list[str]`, *optional*):
             Modules that stay float; the output layer and tied weights by default.
+        embeddings (`dict`, *optional*):
+            Packed embeddings, and heads packed with them: module names mapped to `bits`, `group_size` and `sym`, or to
+            `tied_to`, the name of the embedding whose weight they have. A checkpoint states them; to pack them, pass
+            `embedding_bits` to a tuner's config.
         format_version (`int`, *optional*, defaults to `1`):
             Version of the layout in the files. Don't set it: a checkpoint states what it was written in.
     """
@@ -124,6 +132,7 @@ class BcqConfig(QuantizationConfigMixin):
         zero: str = "int",
         zero_pattern: Optional[dict[str, str]] = None,
         modules_to_not_convert: Optional[list[str]] = None,
+        embeddings: Optional[dict[str, dict[str, Any]]] = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = QUANT_METHOD,
         **others: Any,
@@ -139,6 +148,7 @@ class BcqConfig(QuantizationConfigMixin):
         self.bits_pattern, self.group_size_pattern = bits_pattern or {}, group_size_pattern or {}
         self.zero, self.zero_pattern = zero, zero_pattern or {}
         self.modules_to_not_convert = modules_to_not_convert
+        self.embeddings = embeddings
         self.format_version = format_version
         check_quantization({key: value for key, value in vars(self).items() if value is not None})
         if format_version != FORMAT_VERSION:
@@ -171,6 +181,8 @@ class BcqConfig(QuantizationConfigMixin):
 
     def format_of(self, name: str) -> NumberFormat:
         """The format of the layer called `name`."""
+        if self.embeddings and name in self.embeddings:
+            return _embedding_format(self.embeddings, name)
         bits = self.bits_pattern.get(get_pattern_key(list(self.bits_pattern), name), self.bits)
         groups = self.group_size_pattern
         group_size = groups.get(get_pattern_key(list(groups), name), self.group_size)
@@ -181,7 +193,7 @@ class BcqConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """For config.json; without what there is only one kind of, so that earlier releases read what they can."""
-        whole = {"zero": "int", "zero_pattern": {}}
+        whole: dict[str, Any] = {"zero": "int", "zero_pattern": {}, "embeddings": None}
         return {name: value for name, value in super().to_dict().items() if whole.get(name, ...) != value}
 
 
@@ -262,8 +274,9 @@ class BcqHfQuantizer(HfQuantizer):
         stored = [] if headers is None else stored_layers(headers, "planes")
         unfuse_stored(model, stored)
         in_file = names_in_model(model, stored)
+        heads = {} if headers is None else self._tied_heads(model)
         for name, module in list(model.named_modules()):
-            if not isinstance(module, LINEAR_LAYERS):
+            if not isinstance(module, (*LINEAR_LAYERS, nn.Embedding)) or name in heads:
                 continue
             number_format, key = config.format_of(name), in_file.get(name)
             if headers is None:
@@ -274,10 +287,22 @@ class BcqHfQuantizer(HfQuantizer):
             else:
                 number_format = _checked(key, headers, name, module, config)
             shape, conv1d = weight_of(module).shape, isinstance(module, Conv1D)
-            empty = PackedLinear.empty(number_format, shape, module.weight.dtype, module.bias, conv1d)
+            empty: PackedModule
+            if isinstance(module, nn.Embedding):
+                empty = PackedEmbedding.empty(number_format, shape, module.weight.dtype, module.padding_idx)
+            else:
+                empty = PackedLinear.empty(number_format, shape, module.weight.dtype, module.bias, conv1d)
             if headers is not None:
                 _check_tensors(key, headers, empty, list(shape))  # type: ignore[arg-type]  # it is stored
             replace_layer(model, name, empty)
+        for owner in dict.fromkeys(heads.values()):
+            embedding = model.get_submodule(owner)
+            if not isinstance(embedding, PackedEmbedding):
+                raise ValueError(
+                    f"quantization_config's embeddings have {owner!r}, of which the checkpoint has no planes; one of config.json "
+                    "and the weights isn't this checkpoint's. Save or download both again."
+                )
+            share(model, embedding, owner, [name for name, each in heads.items() if each == owner])
         untie(model, packed_layers(model))
         if stored and not in_file:
             raise ValueError(
@@ -287,14 +312,31 @@ class BcqHfQuantizer(HfQuantizer):
         if headers is not None:
             check_complete(model, headers, "planes", ("scale", "zero_point"), packed_layers(model))
 
+    def _tied_heads(self, model: PreTrainedModel) -> dict[str, str]:
+        """The layers that have an embedding's weight, to its name.
+
+        Raises:
+            ValueError: If the config names what the model doesn't have, or says something else than ours do.
+        """
+        stated, modules = self.quantization_config.embeddings or {}, dict(model.named_modules())
+        for name, entry in stated.items():
+            if name not in modules or entry.get("tied_to", name) not in modules:
+                raise ValueError(
+                    f"quantization_config's embeddings have {name!r}: {entry}, which isn't in {type(model).__name__}; load it "
+                    "with the class that it was saved from."
+                )
+        return {name: entry["tied_to"] for name, entry in stated.items() if "tied_to" in entry}
+
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         return without_merging(super().update_weight_conversions(weight_conversions, model), model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.pre_quantized:
             check_numbers(model)
-        for layer in packed_layers(model).values():
-            layer.freeze()
+        for module in model.modules():
+            if isinstance(module, PackedModule):
+                module.freeze()
+        retie(model)
         model.config.quantization_config = self.quantization_config = describe(model)
         return model
 
@@ -342,7 +384,7 @@ class _Quantize(ConversionOps):
 
 def describe(model: PreTrainedModel) -> BcqConfig:
     """The config of a model's packed layers, written into the model's config as well."""
-    layers = packed_layers(model)
+    layers, ends = packed_layers(model), _described_ends(model)
     formats = [layer.number_format for layer in layers.values()]
     kinds = {type(number_format) for number_format in formats}
     if len(kinds) > 1:
@@ -360,9 +402,27 @@ def describe(model: PreTrainedModel) -> BcqConfig:
         zero=zero,
         zero_pattern={name: each for name, each in zeros.items() if each != zero},
         modules_to_not_convert=list(float_layers(model)),
+        embeddings=ends or None,
     )
     model.config.quantization_config = config
     return config
+
+
+def _described_ends(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+    """Packed embeddings and heads, as the config states them."""
+    shared = shared_ends(model)
+    return {
+        name: {"tied_to": shared[name]}
+        if name in shared
+        else {"bits": end.bits, "group_size": end.group_size, "sym": end.sym}
+        for name, end in packed_ends(model).items()
+    }
+
+
+def _embedding_format(embeddings: dict[str, dict[str, Any]], name: str) -> NumberFormat:
+    entry = embeddings[name]
+    entry = embeddings.get(entry["tied_to"], {}) if "tied_to" in entry else entry
+    return Uniform(entry.get("bits", 8), entry.get("group_size", -1), entry.get("sym", False))
 
 
 def stored_format(headers: dict[str, TensorHeader], name: str) -> NumberFormat:
@@ -390,14 +450,14 @@ def stored_format(headers: dict[str, TensorHeader], name: str) -> NumberFormat:
     return Uniform(planes[2], group_size, zero="int" if zero_point.dtype == "U8" else "float")
 
 
-def _check_tensors(key: str, headers: dict[str, TensorHeader], empty: PackedLinear, shape: list[int]) -> None:
+def _check_tensors(key: str, headers: dict[str, TensorHeader], empty: PackedModule, shape: list[int]) -> None:
     """Refuse a layer whose tensors aren't of the types and shapes that the model's layer has.
 
     Raises:
         ValueError: Names the layer, the tensor, what it is and what it must be.
     """
     for part, described in LAYER.items():
-        own = getattr(empty, part)
+        own = getattr(empty, part, None)
         header = headers.get(f"{key}.{part}")
         if own is None or header is None:  # the loader reports what is missing or too much
             continue

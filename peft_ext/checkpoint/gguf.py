@@ -27,8 +27,8 @@ from peft_ext.checkpoint.gguf_tokenizer import add_tokenizer
 from peft_ext.checkpoint.gguf_types import block_sizes, bytes_of, file_type, type_named
 from peft_ext.checkpoint.saving import take_over
 from peft_ext.files import check_writable, written_whole
-from peft_ext.quant.conversion import packed_layers
-from peft_ext.quant.linear import PackedLinear
+from peft_ext.quant.embedding import shared_ends
+from peft_ext.quant.packed_module import PackedModule
 
 
 # A model's class to the architecture's name in gguf.MODEL_ARCH_NAMES.
@@ -131,7 +131,18 @@ def export_gguf(
 
 def block_types(model: nn.Module, low_bit_types: bool = False) -> dict[str, Optional[str]]:
     """The type that [`export_gguf`] stores each packed layer in, by the layer's name; None: a float type."""
-    return {name: block_type(layer, low_bit_types) for name, layer in packed_layers(model).items()}
+    return {name: block_type(layer, low_bit_types) for name, layer in _stored(model).items()}
+
+
+def _stored(model: nn.Module) -> dict[str, PackedModule]:
+    """The packed weights that the file holds, by name: a head that is tied to a packed embedding isn't one of them, since
+    llama.cpp takes the embedding for it."""
+    shared = shared_ends(model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, PackedModule) and name not in shared
+    }
 
 
 def _check_model(model: nn.Module) -> str:
@@ -162,7 +173,7 @@ def _check_model(model: nn.Module) -> str:
 
 def _warn_of_floats(model: nn.Module, blocks: Mapping[str, Optional[str]], other_tensors: str) -> None:
     """Say which packed layers lose their size in the file."""
-    reasons = {name: why_no_blocks(layer) for name, layer in packed_layers(model).items() if blocks[name] is None}
+    reasons = {name: why_no_blocks(layer) for name, layer in _stored(model).items() if blocks[name] is None}
     for reason, count in Counter(reasons.values()).items():
         first = next(name for name in reasons if reasons[name] == reason)
         warnings.warn(
@@ -192,7 +203,7 @@ def _tensors(
     if factors is not None:
         name = gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS] + ".weight"
         yield _float_tensor(name, tuple(factors.shape), gguf.GGMLQuantizationType.F32, lambda: factors)
-    layers = packed_layers(model)
+    layers, shared = _stored(model), shared_ends(model)
     for module_name, layer in layers.items():
         name = named(f"{module_name}.weight")
         rows = _rows(name, layer.out_features, model.config, architecture)
@@ -204,7 +215,7 @@ def _tensors(
     # a tied output layer is listed once, as the embedding, which llama.cpp takes for it
     for key, parameter in model.named_parameters():
         module_name, _, attribute = key.rpartition(".")
-        if module_name in layers and attribute != "bias":
+        if module_name in {**layers, **shared} and attribute != "bias":
             continue
         name = named(key)
         value = parameter.data
@@ -217,7 +228,7 @@ def _tensors(
 
 
 def _block_tensor(
-    name: str, module_name: str, layer: PackedLinear, type_: Any, rows: Optional[torch.Tensor]
+    name: str, module_name: str, layer: PackedModule, type_: Any, rows: Optional[torch.Tensor]
 ) -> _Tensor:
     def data() -> np.ndarray:
         try:

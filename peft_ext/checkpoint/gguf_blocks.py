@@ -22,7 +22,7 @@ import torch
 
 from peft_ext.checkpoint.gguf_bytes import gathered, halves, spread
 from peft_ext.checkpoint.gguf_k_quants import SUPER_BLOCK, k_type, q2_k, q3_k, q4_k, q5_k, q6_k, to_k_blocks
-from peft_ext.quant.linear import PackedLinear
+from peft_ext.quant.packed_module import PackedModule
 from peft_ext.quant.uniform import Quantized
 
 
@@ -56,7 +56,7 @@ BLOCK_TYPES = {
 LOW_BIT_TYPES = ("Q1_0", "Q2_0")
 
 
-def block_type(layer: PackedLinear, low_bit_types: bool = False) -> Optional[str]:
+def block_type(layer: PackedModule, low_bit_types: bool = False) -> Optional[str]:
     """The smallest block type that holds a layer's codes exactly; None where there is none, see [`why_no_blocks`].
 
     A type without a minimum takes every zero point that leaves the differences `code - zero_point` in its range: all of
@@ -71,7 +71,7 @@ def block_type(layer: PackedLinear, low_bit_types: bool = False) -> Optional[str
     return next((name for name in names if _fits(layer, name)), None)
 
 
-def _fits(layer: PackedLinear, name: str) -> bool:
+def _fits(layer: PackedModule, name: str) -> bool:
     """Whether a block type holds a layer's codes exactly."""
     bits, offset, weights = BLOCK_TYPES[name]
     zero_point = layer.zero_point
@@ -90,14 +90,14 @@ def _fits(layer: PackedLinear, name: str) -> bool:
     return -offset <= -int(zero_point.max()) and 2**layer.bits - 1 - int(zero_point.min()) < 2**bits - offset
 
 
-def _is_two_levels(layer: PackedLinear, zero_point: torch.Tensor) -> bool:
+def _is_two_levels(layer: PackedModule, zero_point: torch.Tensor) -> bool:
     """Whether 2-bit codes are but one below and one above zero, as those that were read from Q1_0 are."""
     if layer.bits != 2 or not bool((zero_point == 2).all()):
         return False
     return bool((layer.codes() & 1).all())
 
 
-def why_no_blocks(layer: PackedLinear) -> str:
+def why_no_blocks(layer: PackedModule) -> str:
     """Why [`block_type`] found none."""
     if layer.zero_point is None:
         if layer.bits == 1 and _group(layer) % BLOCK_TYPES["Q1_0"].weights:
@@ -112,7 +112,7 @@ def why_no_blocks(layer: PackedLinear) -> str:
     return f"asymmetric codes of {layer.bits} bits don't fit any of GGUF's blocks"
 
 
-def to_blocks(layer: PackedLinear, name: str, rows: Optional[torch.Tensor] = None) -> np.ndarray:
+def to_blocks(layer: PackedModule, name: str, rows: Optional[torch.Tensor] = None) -> np.ndarray:
     """A layer's weight in blocks of type `name`: uint8 `[out, bytes of a row]`.
 
     Args:
@@ -183,7 +183,7 @@ def _joined(*parts: np.ndarray) -> np.ndarray:
     return np.concatenate(as_bytes, axis=-1).reshape(len(parts[0]), -1)
 
 
-def _group(layer: PackedLinear) -> int:
+def _group(layer: PackedModule) -> int:
     return layer.in_features // layer.scale.shape[1]
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple, Optional
 import numpy as np
 
 from peft_ext.checkpoint.gguf_bytes import gathered, halves, spread
-from peft_ext.quant.linear import PackedLinear
+from peft_ext.quant.packed_module import PackedModule
 
 
 SUPER_BLOCK = 256
@@ -119,7 +119,7 @@ _TYPES = {
 }
 
 
-def k_type(layer: PackedLinear) -> Optional[str]:
+def k_type(layer: PackedModule) -> Optional[str]:
     """The K-quant that holds a layer's codes, scales and zero points bit for bit; None where there is none."""
     for name, kind in _TYPES.items():
         if _has_format(layer, kind) and _levels(layer, kind) is not None:
@@ -127,7 +127,7 @@ def k_type(layer: PackedLinear) -> Optional[str]:
     return None
 
 
-def to_k_blocks(layer: PackedLinear, name: str, rows: np.ndarray) -> np.ndarray:
+def to_k_blocks(layer: PackedModule, name: str, rows: np.ndarray) -> np.ndarray:
     """A layer's weight in K-quants of the type that [`k_type`] has found: uint8 `[out, bytes of a row]`.
 
     Args:
@@ -142,7 +142,7 @@ def to_k_blocks(layer: PackedLinear, name: str, rows: np.ndarray) -> np.ndarray:
     return blocks.reshape(layer.out_features, -1)[rows]
 
 
-def _has_format(layer: PackedLinear, kind: _KType) -> bool:
+def _has_format(layer: PackedModule, kind: _KType) -> bool:
     zero_point = layer.zero_point
     if zero_point is None or layer.bits != kind.bits or layer.in_features % SUPER_BLOCK:
         return False
@@ -152,7 +152,7 @@ def _has_format(layer: PackedLinear, kind: _KType) -> bool:
     return floats if kind.zero_point is None else not floats and bool((zero_point == kind.zero_point).all())
 
 
-def _levels(layer: PackedLinear, kind: _KType) -> Optional[tuple[np.ndarray, ...]]:
+def _levels(layer: PackedModule, kind: _KType) -> Optional[tuple[np.ndarray, ...]]:
     """The float16 of every block as bytes and the integers of its groups, of scales and then of minimums; None if there
     are no such."""
     groups = SUPER_BLOCK // kind.group_size

@@ -46,6 +46,7 @@ from peft_ext.checkpoint.files import (
 from peft_ext.checkpoint.stock_loading import is_rebuilt, is_unfused_by_stock, loads_without_weights
 from peft_ext.file_formats import check_fields, mapping_of, one_number_of
 from peft_ext.quant.conversion import dequantize_layers, float_layers, packed_layers, replace_layer
+from peft_ext.quant.embedding import packed_ends
 from peft_ext.quant.experts import fused_experts, merges_experts, unfused_experts
 from peft_ext.quant.formats import Uniform
 from peft_ext.quant.linear import PackedLinear
@@ -423,13 +424,14 @@ def container_of(bits: int) -> int:
 
 def can_store(model: PreTrainedModel) -> bool:
     """Whether pack-quantized has room for a model's layers: uniform integers of one group size, no `Conv1D`, no float zero
-    points (the library packs them among the codes, whatever the schema's `zp_dtype` says).
+    points (the library packs them among the codes, whatever the schema's `zp_dtype` says), no packed embedding (which stock
+    transformers has no module for).
 
     Experts have room where stock transformers finds each of them in the file, and reads it without zero points: all packed,
     symmetric, of a family whose checkpoints keep them apart.
     """
     layers = packed_layers(model)
-    uniform = all(has_room_for(layer) for layer in layers.values())
+    uniform = all(has_room_for(layer) for layer in layers.values()) and not packed_ends(model)
     return uniform and len(group_sizes(layers)) == 1 and not is_rebuilt(model) and _experts_fit(model, layers)
 
 

@@ -12,6 +12,7 @@ from transformers.quantizers.base import HfQuantizer
 from peft_ext.checkpoint import bcq, mixed_precision, pack_quantized
 from peft_ext.checkpoint.tied_weights import untie
 from peft_ext.quant.conversion import packed_layers, replace_layer
+from peft_ext.quant.embedding import packed_ends
 
 
 FORMATS = ("pack-quantized", "bcq")
@@ -79,6 +80,11 @@ def _writer(model: PreTrainedModel, checkpoint_format: Optional[str], container_
         if container_bits is not None:
             raise ValueError(f"container_bits={container_bits} is for format='pack-quantized'; bcq packs densely.")
         return bcq.BcqHfQuantizer(bcq.describe(model), pre_quantized=True)
+    if not room and packed_ends(model):
+        raise ValueError(
+            "format='pack-quantized' has no room for a packed embedding, for which stock transformers has no module; pass "
+            "format='bcq' (peft-ext export --to bcq), or quantise without embedding_bits."
+        )
     if not room:
         raise ValueError(
             "format='pack-quantized' holds uniform integers of one group size, with whole zero points, in nn.Linear layers only "

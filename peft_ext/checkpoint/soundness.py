@@ -15,8 +15,8 @@ from peft_ext.adapter_files import LARGEST
 from peft_ext.checkpoint.files import TensorHeader, names_in_model, stored_layers
 from peft_ext.file_formats import Field, check_fields, mapping_of, number, one_of, text, truth, values_problem, whole
 from peft_ext.language_model import is_causal_config
-from peft_ext.quant.conversion import LINEAR_LAYERS, packed_layers
-from peft_ext.quant.linear import PackedLinear
+from peft_ext.quant.conversion import LINEAR_LAYERS
+from peft_ext.quant.packed_module import PackedModule
 from peft_ext.quant.uniform import ZEROS
 
 
@@ -35,6 +35,7 @@ QUANTIZATION: dict[str, Field] = {
         "init_method": text(),
         "bits_pattern": mapping_of(whole()).or_null(),
         "group_size_pattern": mapping_of(whole()).or_null(),
+        "embeddings": mapping_of(mapping_of(one_of(whole(), truth(), text()))).or_null(),
         "dynamic": mapping_of(one_of(mapping_of(one_of(whole(), number(), truth(), text())))).or_null(),
         "pack_dtype": text(),
         "checkpoint_format": text().or_null(),
@@ -112,7 +113,9 @@ def check_numbers(model: nn.Module) -> None:
         ValueError: Names the checkpoint, the layer and the value.
     """
     where = getattr(getattr(model, "config", None), "_name_or_path", None) or "the checkpoint"
-    for name, layer in packed_layers(model).items():
+    for name, layer in model.named_modules():
+        if not isinstance(layer, PackedModule):
+            continue
         if layer.scale.device.type == "meta":
             continue
         problem = values_problem(layer.scale, -LARGEST, LARGEST)
@@ -124,7 +127,7 @@ def check_numbers(model: nn.Module) -> None:
             raise ValueError(f"{str(where)!r}: layer {name!r}: zero_point {problem}. {_AGAIN}")
 
 
-def _problem_of_zero_point(layer: PackedLinear, zero_point: torch.Tensor) -> Optional[str]:
+def _problem_of_zero_point(layer: PackedModule, zero_point: torch.Tensor) -> Optional[str]:
     if not zero_point.is_floating_point():
         return values_problem(zero_point, 0, 2**layer.bits - 1)
     problem = values_problem(zero_point, -LARGEST, LARGEST)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -204,8 +204,9 @@ def _stored_as(model: PreTrainedModel, types: dict[str, Optional[str]], other_te
     """Which types hold the packed layers, and how many bits of the file a weight takes."""
     from peft_ext.checkpoint.gguf_types import block_sizes, type_named
 
-    layers, found = packed_layers(model), []
-    for (bits, type_), count in Counter((layers[name].bits, type_) for name, type_ in types.items()).items():
+    found: list[str] = []
+    widths: Any = Counter((model.get_submodule(name).bits, type_) for name, type_ in types.items())
+    for (bits, type_), count in widths.items():
         kind = type_ or other_tensors.upper()
         weights, nbytes = block_sizes(type_named(kind))
         found.append(f"{count} layers of {bits} bits as {kind} ({8 * nbytes / weights:g} bits a weight)")

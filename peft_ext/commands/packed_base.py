@@ -39,9 +39,11 @@ from peft_ext.models import (
 from peft_ext.perplexity import example_perplexity, padded
 from peft_ext.quant.conversion import packed_layers
 from peft_ext.quant.formats import CALIBRATED
+from peft_ext.quant.packed_module import PackedModule
 from peft_ext.scale_tuning.bit_budget import BitAllocation, allocate_bits
 from peft_ext.scale_tuning.calibration import calibrate
-from peft_ext.scale_tuning.config import BASE, DEFAULT_BITS, ScaleTuningConfig
+from peft_ext.scale_tuning.config import BASE, DEFAULT_BITS, EMBEDDING_BITS, ScaleTuningConfig
+from peft_ext.scale_tuning.embeddings import check_embeddings, pack_embeddings
 from peft_ext.scale_tuning.model import check_targets
 
 
@@ -87,6 +89,13 @@ class PackedBaseArguments(DataArguments):
             "help": "Where the codes come from: calibrated, of integers gptq (faster, further off), or without data: of "
             "integers minmax, mse or lattice (exact where weights lie on one of this format), of binary codings alternating "
             "or greedy."
+        },
+    )
+    embeddings: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "Pack the token embedding and the output head, too: 8 or 4 bits (written as bcq). They stay as they are by "
+            "default."
         },
     )
     calibration_blocks: int = field(
@@ -158,7 +167,11 @@ class PackedBaseArguments(DataArguments):
                 )
 
     def check_counts(self) -> None:
-        """Refuse counts that leave nothing to calibrate or to measure on."""
+        """Refuse counts that leave nothing to calibrate or to measure on, and widths that embeddings don't have."""
+        if self.embeddings not in (None, *EMBEDDING_BITS):
+            raise ValueError(
+                f"embeddings={self.embeddings} is not supported; choose one of {EMBEDDING_BITS}, or leave it out."
+            )
         for name in ("calibration_blocks", "held_out_blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
@@ -210,6 +223,8 @@ def load_checked(
             f"model={args.model!r} has an adapter that can't be merged into its base, so nothing can be tuned on top of "
             f"it ({error})"
         ) from error
+    if args.embeddings is not None:
+        check_embeddings(model, args.embeddings)
     if config is None:
         take_over(model)
         if not packed_layers(model):
@@ -262,6 +277,8 @@ def write_base(
         if not packed and config.needs_data:
             model = calibrate(model, config, batches)
         base = get_peft_model(model, config).unload()
+    if args.embeddings is not None:
+        pack_embeddings(base, args.embeddings)
     seconds = time.perf_counter() - start
     if allocation is not None and checkpoint_format == "pack-quantized":
         checkpoint_format = None  # which has room for several widths only where they are symmetric
@@ -270,6 +287,12 @@ def write_base(
                 "Layers of several widths with zero points are written as bcq, which loads where peft_ext is imported; with "
                 "--sym as compressed-tensors, which stock transformers loads."
             )
+    if args.embeddings is not None and checkpoint_format == "pack-quantized":
+        checkpoint_format = None
+        note(
+            "A packed embedding is written as bcq, which loads where peft_ext is imported; compressed-tensors has no room "
+            "for one."
+        )
     make_saveable(base, checkpoint_format)
     quantized = example_perplexity(base, held_out, progressbar=True)
     figures = {"packed": quantized} if before is None else {"float": before, "packed": quantized}
@@ -301,7 +324,7 @@ def _calibration_batches(data: TrainingData, count: int, device: torch.device) -
 
 def _float_bytes(model: PreTrainedModel) -> int:
     """Bytes of the model with every packed layer as floats of the dtype that it stands for."""
-    packed = packed_layers(model).values()
+    packed = list({id(each.planes): each for each in model.modules() if isinstance(each, PackedModule)}.values())
     inside = {id(p) for layer in packed for p in layer.parameters()}
     rest = sum(p.nbytes for p in model.parameters() if id(p) not in inside)
     return rest + sum(layer.in_features * layer.out_features * layer.compute_dtype.itemsize for layer in packed)

@@ -51,6 +51,10 @@ class PlanArguments:
     bits_budget: Optional[float] = field(
         default=None, metadata={"help": "Instead of bits: the average width of layers of 2, 3, 4 or 8 bits."}
     )
+    embeddings: Optional[int] = field(
+        default=None,
+        metadata={"help": "Of peqa and alphatuning: pack embedding and output head, too, to 8 or 4 bits."},
+    )
     group_size: int = field(default=-1, metadata={"help": "Inputs that share a scale; -1: one scale per channel."})
     sym: bool = field(default=False, metadata={"help": "Of integers: no zero points in vLLM's checkpoint."})
     zero: str = field(
@@ -112,6 +116,7 @@ def _peft_config(args: PlanArguments, method: str) -> Optional[PeftConfig]:
                 "one of the two."
             )
         widths = {"bits_budget": args.bits_budget}
+    widths["embedding_bits"] = args.embeddings
     if method == "peqa":
         return PeqaConfig(**widths, group_size=args.group_size, sym=args.sym, zero=args.zero, trained=args.trained)
     if method == "alphatuning":

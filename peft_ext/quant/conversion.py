@@ -7,8 +7,10 @@ from typing import Any, Optional
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from peft_ext.quant.embedding import float_embeddings, packed_ends
 from peft_ext.quant.experts import fuse_experts
 from peft_ext.quant.formats import NumberFormat, check_number_format
 from peft_ext.quant.linear import PackedLinear
@@ -89,11 +91,14 @@ def to_float(layer: PackedLinear) -> nn.Module:
 
 
 def dequantize_layers(model: nn.Module, dtype: Optional[torch.dtype] = None) -> nn.Module:
-    """Replace a model's packed layers by float ones, and experts that are all float then by fused ones, as they were.
+    """Replace a model's packed layers and embeddings by float ones, and experts that are all float then by fused ones, as they
+    were.
 
     Args:
         dtype: Of the float weights; their own by default.
     """
+    if isinstance(model, PreTrainedModel):
+        float_embeddings(model, dtype)
     for name, layer in packed_layers(model).items():
         model.set_submodule(name, to_float(layer).to(dtype))
     fuse_experts(model)
@@ -101,8 +106,11 @@ def dequantize_layers(model: nn.Module, dtype: Optional[torch.dtype] = None) -> 
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
-    """The packed layers of a model, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    """The packed layers of a model, by name, but for a head that is packed with the embedding (see `packed_ends`)."""
+    ends = packed_ends(model)
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, PackedLinear) and name not in ends
+    }
 
 
 def float_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -83,6 +83,26 @@ def unpack(planes: torch.Tensor, out_features: int, in_features: int) -> torch.T
     return codes.view(torch.uint8).view(tiles * TILE_ROWS, input_bytes * 8)[:out_features, :in_features]
 
 
+def unpack_rows(planes: torch.Tensor, rows: torch.Tensor, in_features: int) -> torch.Tensor:
+    """Some rows of what [`unpack`] gives, without unpacking the others.
+
+    Args:
+        planes, in_features: As in [`unpack`].
+        rows: int64 `[n]`, each a row of the weight.
+
+    Returns:
+        uint8 codes `[n, in_features]`.
+    """
+    input_bytes, bits = planes.shape[1:3]
+    inside = rows % TILE_ROWS
+    place = inside % (TILE_ROWS // 2) * 2 + inside // (TILE_ROWS // 2)
+    ordered = planes[rows // TILE_ROWS, :, :, place].permute(2, 0, 1)  # [bits, n, input bytes]
+    codes = _gather(ordered, 0)
+    for first in range(2, bits, 2):
+        codes = codes + _gather(ordered, first)
+    return codes.view(torch.uint8).view(len(rows), input_bytes * 8)[:, :in_features]
+
+
 def unpack_signs(planes: torch.Tensor, out_features: int, in_features: int, dtype: torch.dtype) -> torch.Tensor:
     """The planes as signs `[bits, out_features, in_features]`: +1 where a bit is set, else -1.
 

@@ -122,7 +122,8 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tenso
         `[out, in]` in the dtype of `scale`.
     """
     out_features, in_features = codes.shape
-    centred = codes.reshape(out_features, scale.shape[1], -1) - zero_point.to(scale.dtype)[..., None]
+    groups = scale.shape[1]
+    centred = codes.reshape(out_features, groups, in_features // groups) - zero_point.to(scale.dtype)[..., None]
     return (centred * scale[..., None]).view(out_features, in_features)
 
 

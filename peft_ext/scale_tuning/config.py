@@ -18,6 +18,8 @@ BASE = "base"
 # What a budget chooses from.
 BUDGET_WIDTHS = (2, 3, 4, 8)
 # Of a float layer, where the config leaves it open.
+# Of embeddings and heads; see embeddings.py for the formats.
+EMBEDDING_BITS = (4, 8)
 DEFAULT_BITS, DEFAULT_GROUP_SIZE = 4, -1
 PARAMETRIZATIONS = ("relative", "log", "absolute")
 
@@ -69,6 +71,13 @@ class ScaleTuningConfig(TargetConfig):
             "on it (call calibrate or allocate_bits first). What was chosen is kept in bits and bits_pattern."
         },
     )
+    embedding_bits: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "Pack the token embedding and the output head as well, frozen: 8 (one scale for each token) or 4 (groups of "
+            "32). Default: they stay as they are."
+        },
+    )
     fan_in_fan_out: bool = field(
         default=False, metadata={"help": "Whether the target layers store their weight as (fan_in, fan_out)."}
     )
@@ -76,6 +85,10 @@ class ScaleTuningConfig(TargetConfig):
     def __post_init__(self):
         super().__post_init__()
         self.bits_pattern, self.group_size_pattern = self.bits_pattern or {}, self.group_size_pattern or {}
+        if self.embedding_bits is not None and self.embedding_bits not in EMBEDDING_BITS:
+            raise ValueError(
+                f"embedding_bits={self.embedding_bits!r} is not supported; choose one of {EMBEDDING_BITS}, or leave it out."
+            )
         if self.bits_budget is not None:
             self._check_budget()
         if isinstance(self.bits, float) and not self.bits.is_integer():

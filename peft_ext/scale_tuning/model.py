@@ -27,6 +27,7 @@ from peft_ext.quant.replaceable import bypassed_layers
 from peft_ext.routers import routers
 from peft_ext.scale_tuning import adapter_file
 from peft_ext.scale_tuning.config import ScaleTuningConfig
+from peft_ext.scale_tuning.embeddings import check_embeddings, frozen_ends, pack_embeddings
 from peft_ext.scale_tuning.layer import Mixture, ScaleTuningLinear
 from peft_ext.scale_tuning.quantization import (
     check_target,
@@ -72,6 +73,8 @@ class ScaleTuningModel(TunerModel):
         everything = everything and bool(fresh or mixed_precision.kept_layers(model))
         if fresh or unmatched or everything:
             self._news = {"everything": everything, "unmatched": unmatched}
+        if peft_config.embedding_bits is not None:
+            check_embeddings(model, peft_config.embedding_bits)
         self._several = modules_with_several_names(model)
         # shown on a terminal, and only if it takes a while
         self._progress = tqdm(total=len(fresh), desc="Quantising", unit="layer", delay=1.0, disable=None, leave=False)
@@ -99,6 +102,8 @@ class ScaleTuningModel(TunerModel):
 
     def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         pack_quantized.release_hook(model)
+        if config.embedding_bits is not None:
+            pack_embeddings(model, config.embedding_bits)
         self._several = ()
         if self._progress is not None:
             self._progress.close()
@@ -224,7 +229,13 @@ def check_targets(config: ScaleTuningConfig, model: nn.Module) -> dict[str, nn.M
     if config.init_method == LATTICE:
         targets = take_lattices(config, model, targets)
     take_format_of_base(config, targets)
+    ends = frozen_ends(model, config.embedding_bits)
     for name, module in targets.items():
+        if name in ends:
+            raise ValueError(
+                f"target_modules has {name!r}, which is packed with the embedding and stays frozen; leave it out"
+                f"{', or leave out embedding_bits' if config.embedding_bits is not None else ''}."
+            )
         check_target(module, config, name)
     integers = config.number_format_cls is Uniform and getattr(config, "zero", None) != "float"
     mixed_precision.check_room(model, targets, integers and not any(isinstance(m, Conv1D) for m in targets.values()))
@@ -278,7 +289,7 @@ def resolve_all_linear(config: ScaleTuningConfig, model: nn.Module) -> None:
     packed = {name for name, module in model.named_modules() if _has_codes(module)}
     if packed:
         inner = {f"{name}.base_layer" for name in packed}
-        tunable = packed - inner - set(bypassed_layers(model))
+        tunable = packed - inner - set(bypassed_layers(model)) - frozen_ends(model)
         config.target_modules = tunable  # type: ignore[assignment]  # PEFT, too, keeps a set here
     else:
         expand_all_linear(config, model)

@@ -58,6 +58,13 @@ def test_starts(smoke):
     assert "2 bits, group 64, tuned, sweeps and refits over error feedback" in found.shown
 
 
+def test_embeddings(smoke):
+    found = smoke("embeddings")
+    assert "not measured" not in found.shown and "| 3 bits, per channel | 8 bits |" in found.shown
+    float_ends, eight, four = found.results[1:]
+    assert float_ends["bytes"] > eight["bytes"] > four["bytes"]
+
+
 def test_rounding_peers(smoke):
     found = smoke("rounding_peers")
     assert "| 2 bits, peft-ext, calibrated | 64 |" in found.shown

@@ -22,7 +22,7 @@ from transformers import (
 from peft_ext import AlphaTuningConfig, BcqConfig, PeqaConfig, calibrate
 from peft_ext.checkpoint.saving import make_saveable
 from peft_ext.quant.conversion import packed_layers
-from peft_ext.quant.linear import PackedParameter
+from peft_ext.quant.packed_module import PackedParameter
 from tests.cases import assert_differs, assert_same, move_adapter, train, tuner_layers
 from tests.tiny.folders import save_tiny
 from tests.tiny.models import inputs, logits_of, tiny

@@ -13,7 +13,8 @@ from torch import nn
 
 from peft_ext.quant.binary import quantize_binary
 from peft_ext.quant.formats import Uniform
-from peft_ext.quant.linear import PackedLinear, PackedParameter
+from peft_ext.quant.linear import PackedLinear
+from peft_ext.quant.packed_module import PackedParameter
 from peft_ext.quant.uniform import quantize
 
 
