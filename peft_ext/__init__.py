@@ -7,6 +7,7 @@ from peft_ext.alphatuning import AlphaTuningConfig, AlphaTuningModel
 from peft_ext.bottleneck import BottleneckConfig, BottleneckModel
 from peft_ext.checkpoint import BcqConfig, load_gptq, load_packed
 from peft_ext.checkpoint.gguf import export_gguf
+from peft_ext.counting import install as _count_weights
 from peft_ext.model_card import note_measured
 from peft_ext.models import load, load_tokenizer
 from peft_ext.packed_cards import install as _install_cards
@@ -50,6 +51,7 @@ __all__ = [
     "token_blocks",
 ]
 
+_count_weights()
 _install_cards()
 _check_adapter_files()
 _check_indexes()

@@ -19,10 +19,9 @@ from peft_ext.sharding import whole
 
 
 class PackedParameter(nn.Parameter):
-    """Frozen bit-planes that `numel()` counts as the weights that they stand for.
+    """Frozen bit-planes, which know how many weights they stand for: `logical_numel`, padding not counted.
 
-    PEFT's `print_trainable_parameters` adds up `numel()`; bytes would make a 3-bit model look smaller than it is.
-    Padding isn't counted. `nelement()`, `shape` and `nbytes` tell what is stored.
+    `numel()` tells bytes, by which others size memory; PEFT's counts of weights are put right in `counting.py`.
     """
 
     logical_numel: int
@@ -35,9 +34,6 @@ class PackedParameter(nn.Parameter):
         parameter = super().__new__(cls, data.resolve_neg(), requires_grad=False)
         parameter.logical_numel = data.numel() if logical_numel is None else logical_numel
         return parameter
-
-    def numel(self) -> int:
-        return self.logical_numel
 
     def __deepcopy__(self, memo: dict) -> PackedParameter:
         if id(self) not in memo:

@@ -41,6 +41,7 @@ def check(kind: str) -> None:
         assert abs(found[0] - found[1]) < 1e-6, found
         return found[0]
 
+    assert one.get_nb_trainable_parameters() == sharded.get_nb_trainable_parameters()
     tuned = same()
     with one.disable_adapter(), sharded.disable_adapter():
         base = same()
