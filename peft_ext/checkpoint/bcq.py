@@ -274,13 +274,14 @@ class BcqHfQuantizer(HfQuantizer):
         stored = [] if headers is None else stored_layers(headers, "planes")
         unfuse_stored(model, stored)
         in_file = names_in_model(model, stored)
-        heads = {} if headers is None else self._tied_heads(model)
+        tied, ends = self._tied_ends(model), config.embeddings or {}
         for name, module in list(model.named_modules()):
-            if not isinstance(module, (*LINEAR_LAYERS, nn.Embedding)) or name in heads:
+            if not isinstance(module, (*LINEAR_LAYERS, nn.Embedding)) or name in tied:
                 continue
             number_format, key = config.format_of(name), in_file.get(name)
             if headers is None:
-                if not should_convert_module(name, config.modules_to_not_convert or []):
+                skipped = not should_convert_module(name, config.modules_to_not_convert or [])
+                if skipped if isinstance(module, LINEAR_LAYERS) else name not in ends:
                     continue
             elif key is None:
                 continue
@@ -295,14 +296,11 @@ class BcqHfQuantizer(HfQuantizer):
             if headers is not None:
                 _check_tensors(key, headers, empty, list(shape))  # type: ignore[arg-type]  # it is stored
             replace_layer(model, name, empty)
-        for owner in dict.fromkeys(heads.values()):
+        for owner in dict.fromkeys(tied.values()):
             embedding = model.get_submodule(owner)
-            if not isinstance(embedding, PackedEmbedding):
-                raise ValueError(
-                    f"quantization_config's embeddings have {owner!r}, of which the checkpoint has no planes; one of config.json "
-                    "and the weights isn't this checkpoint's. Save or download both again."
-                )
-            share(model, embedding, owner, [name for name, each in heads.items() if each == owner])
+            if isinstance(embedding, PackedEmbedding):
+                share(model, embedding, owner, [name for name, each in tied.items() if each == owner])
+        self._check_ends(model)
         untie(model, packed_layers(model))
         if stored and not in_file:
             raise ValueError(
@@ -312,20 +310,25 @@ class BcqHfQuantizer(HfQuantizer):
         if headers is not None:
             check_complete(model, headers, "planes", ("scale", "zero_point"), packed_layers(model))
 
-    def _tied_heads(self, model: PreTrainedModel) -> dict[str, str]:
-        """The layers that have an embedding's weight, to its name.
+    def _tied_ends(self, model: PreTrainedModel) -> dict[str, str]:
+        """Which modules of the model have an embedding's weight, to its name; a body alone may lack the head."""
+        stated, modules = self.quantization_config.embeddings or {}, dict(model.named_modules())
+        tied = {name: entry["tied_to"] for name, entry in stated.items() if "tied_to" in entry}
+        return {name: owner for name, owner in tied.items() if name in modules and owner in modules}
+
+    def _check_ends(self, model: PreTrainedModel) -> None:
+        """Refuse a checkpoint without the planes of an embedding that its config states: it would become random numbers.
 
         Raises:
-            ValueError: If the config names what the model doesn't have, or says something else than ours do.
+            ValueError: Names the embedding.
         """
-        stated, modules = self.quantization_config.embeddings or {}, dict(model.named_modules())
-        for name, entry in stated.items():
-            if name not in modules or entry.get("tied_to", name) not in modules:
+        modules = dict(model.named_modules())
+        for name in self.quantization_config.embeddings or {}:
+            if name in modules and not isinstance(modules[name], PackedModule):
                 raise ValueError(
-                    f"quantization_config's embeddings have {name!r}: {entry}, which isn't in {type(model).__name__}; load it "
-                    "with the class that it was saved from."
+                    f"quantization_config's embeddings have {name!r}, of which the checkpoint has no planes; one of config.json "
+                    "and the weights isn't this checkpoint's. Save or download both again."
                 )
-        return {name: entry["tied_to"] for name, entry in stated.items() if "tied_to" in entry}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         return without_merging(super().update_weight_conversions(weight_conversions, model), model)

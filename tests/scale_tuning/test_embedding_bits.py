@@ -10,7 +10,13 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
 
 from peft_ext import AdapterPool, AlphaTuningConfig, PeqaConfig, load, load_packed
 from peft_ext.checkpoint.gguf import export_gguf
@@ -140,9 +146,40 @@ def test_a_config_and_files_that_disagree(tmp_path):
     config = json.loads(path.read_text())
     for embeddings, message in (
         ({"transformer.wte": {"bits": 4, "group_size": -1, "sym": True}}, "layer 'transformer.wte'"),
-        ({"transformer.other": {"bits": 8, "sym": True}}, "'transformer.other'.* isn't in GPT2LMHeadModel"),
+        (
+            {"transformer.wpe": {"bits": 8, "sym": True}},
+            "'transformer.wpe', of which the checkpoint has no planes|'transformer.wte'",
+        ),
     ):
         config["quantization_config"]["embeddings"] = embeddings
         path.write_text(json.dumps(config))
         with pytest.raises(ValueError, match=message):
             load(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_other_classes_and_tensors_from_memory(name, tmp_path):
+    """A body alone, a classifier on it, and a state dict instead of files."""
+    base = (
+        get_peft_model(tiny(name), PeqaConfig(bits=4, embedding_bits=8, fan_in_fan_out=name == "gpt2")).unload().eval()
+    )
+    base.save_pretrained(tmp_path)
+    ids = inputs(name)["input_ids"]
+    with torch.no_grad():
+        expected = base.base_model(input_ids=ids).last_hidden_state
+        body = AutoModel.from_pretrained(tmp_path).eval()
+        assert torch.equal(body(input_ids=ids).last_hidden_state, expected)
+        classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+        assert torch.equal(classifier.base_model(input_ids=ids).last_hidden_state, expected)
+        config = AutoConfig.from_pretrained(tmp_path)
+        again = type(base).from_pretrained(None, config=config, state_dict=dict(base.state_dict())).eval()
+        assert torch.equal(again(input_ids=ids).logits, base(input_ids=ids).logits)
+
+
+def test_plain_bases_keep_plain_embeddings_when_tensors_come_from_memory(tmp_path):
+    base = get_peft_model(tiny("gpt2"), PeqaConfig(bits=4, fan_in_fan_out=True)).unload().eval()
+    base.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    again = type(base).from_pretrained(None, config=config, state_dict=dict(base.state_dict())).eval()
+    assert not packed_ends(again)
+    assert torch.equal(logits("gpt2", again), logits("gpt2", base))
