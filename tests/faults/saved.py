@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import json
 import shutil
@@ -98,6 +99,7 @@ BASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "sharded": (PEQA, {}, {"max_shard_size": "20KB"}),
     "alpha": (ALPHA, {}, {}),
     "uniform": (PEQA, {"checkpoint_format": "bcq"}, {"max_shard_size": "20KB"}),
+    "ends": (dataclasses.replace(PEQA, embedding_bits=8), {}, {}),
 }
 
 
@@ -479,7 +481,7 @@ KINDS: dict[str, list[Saved]] = {
     ],
     "adapter in a pool": [Saved(_write_adapter(name), _use_pool(name)) for name in ("peqa", "alpha")],
     "compressed-tensors base": [Saved(_copied(name), _use_base) for name in ("peqa", "sym", "sharded")],
-    "bcq base": [Saved(_copied(name), _use_base) for name in ("alpha", "uniform")],
+    "bcq base": [Saved(_copied(name), _use_base) for name in ("alpha", "uniform", "ends")],
     "others' compressed-tensors": _foreign(lambda stored: compressed_tensors_layer(stored, sym=False), _TENSORS),
     "GPTQ base": _foreign(lambda stored: gptq_layer(stored.codes, stored.scale, stored.zero_point, 4), _GPTQ),
     "AWQ base": _foreign(awq_layer, _AWQ),
