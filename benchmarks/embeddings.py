@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, Optional
 from torch import nn
 
 from benchmarks import baselines
-from benchmarks.core.claims import Claim, markdown_table
+from benchmarks.core.claims import Claim, Headline, markdown_table, unless
 from benchmarks.core.experiments import FULL
 from benchmarks.core.run import Run, log
-from benchmarks.core.task import Task, claims_of_each, tables_of_each
+from benchmarks.core.task import Runs, Task, claims_of_each, run_named, tables_of_each
 from benchmarks.distillation import Form, forms
 from benchmarks.fast_linear import fast_linear
 from benchmarks.peqa_quality import _byte_data as byte_data
@@ -116,4 +116,20 @@ def claims(run: Run) -> list[Claim]:
     return found
 
 
-TASK = Task(measure, tables_of_each(tables), claims_of_each(claims))
+def headlines(runs: Runs) -> list[Headline]:
+    """Size and cost with both ends at 8 bits."""
+    run = run_named(runs, "wikitext2")
+    form = None if run is None else forms(run)[0]
+    plain, packed = (None, None) if run is None else (run.find(Row(form, bits).key) for bits in (None, 8))
+    if run is None or form is None or plain is None or packed is None:
+        return []
+    what = f"SmolLM2, {form.title}, embedding and head at 8 bits"
+    text = (
+        f"{packed['bytes'] / MIB:.0f} MiB, perplexity on wikitext-2 {packed['test']:.2f}; both ends in float32 "
+        f"{plain['bytes'] / MIB:.0f} MiB, {plain['test']:.2f}"
+    )
+    wanted = unless(all(claim.met for claim in claims(run)), f"{MOST_MIB:.0f} MiB, at most 1 % of perplexity")
+    return [Headline("Tuning packed models", what, text, wanted, "../benchmarks/peqa.md#embedding-and-head")]
+
+
+TASK = Task(measure, tables_of_each(tables), claims_of_each(claims), headlines)
