@@ -130,7 +130,7 @@ def share(model: PreTrainedModel, packed: PackedEmbedding, name: str, tied: list
             module.conv1d = False
             bias = biases[each]
             module.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), False))
-        for attribute in ("in_features", "out_features", "sym", "compute_dtype"):
+        for attribute in ("in_features", "out_features", "sym", "compute_dtype", "origin"):
             setattr(module, attribute, getattr(packed, attribute))
         for part in _PARTS:
             module.register_parameter(part, getattr(packed, part))

@@ -99,15 +99,16 @@ def pack_embeddings(model: PreTrainedModel, bits: int) -> None:
     if ends.head is not None and ends.head not in ends.tied:
         head = model.get_submodule(ends.head)
         if not isinstance(head, PackedLinear):
-            replace_layer(
-                model, ends.head, quantize_layer(head, number_format, number_format.default_method, ends.head)
-            )
+            packed_head = quantize_layer(head, number_format, number_format.default_method, ends.head)
+            packed_head.origin = number_format.default_method
+            replace_layer(model, ends.head, packed_head)
     weight = source.weight.detach()
     if weight.device.type == "meta":
         packed = PackedEmbedding.empty(number_format, weight.shape, weight.dtype, source.padding_idx)
     else:
         quantized = number_format.quantize(weight, number_format.default_method)
         packed = PackedEmbedding.from_quantized(quantized, number_format, weight.dtype, source.padding_idx)
+    packed.origin = number_format.default_method
     share(model, packed, ends.embedding, ends.tied)
 
 

@@ -19,6 +19,7 @@ from peft_ext.checkpoint.pack_quantized import can_take_over, format_of, is_comp
 from peft_ext.language_model import unwrapped
 from peft_ext.modalities import PARTS, other_parts, part_of
 from peft_ext.quant.conversion import LINEAR_LAYERS
+from peft_ext.quant.embedding import PackedEmbedding, packed_ends, shared_ends
 from peft_ext.quant.formats import CALIBRATED, GPTQ, LATTICE, NumberFormat
 from peft_ext.quant.linear import PackedLinear
 from peft_ext.quant.replaceable import foreign_weight
@@ -76,12 +77,15 @@ class Report:
             All but those of others are float.
         tuned (`list`): The packed layers that have an adapter.
         other_bytes (`int`): Bytes of everything else: embeddings, norms, convolutions, adapters.
+        embeddings (`dict`): The packed embeddings, by name, and the output heads that are packed with them, which `packed`
+            has as well. A tied one has the bytes of the weight that both share.
     """
 
     packed: Mapping[str, PackedPart]
     left: Mapping[str, LeftPart]
     tuned: list[str] = field(default_factory=list)
     other_bytes: int = 0
+    embeddings: Mapping[str, PackedPart] = field(default_factory=dict)
 
     @property
     def packed_bytes(self) -> int:
@@ -106,8 +110,10 @@ class Report:
 
     @property
     def uncalibrated(self) -> list[str]:
-        """The layers that were rounded without data in a model of which others were calibrated."""
-        origins = {name: part.origin for name, part in self.packed.items() if part.origin is not None}
+        """The layers that were rounded without data in a model of which others were calibrated; heads that are packed with
+        the embedding, which no data are for, aren't among them."""
+        layers = {name: part for name, part in self.packed.items() if name not in self.embeddings}
+        origins = {name: part.origin for name, part in layers.items() if part.origin is not None}
         missed = [name for name, origin in origins.items() if origin not in (CALIBRATED, GPTQ, LATTICE)]
         return missed if len(missed) < len(origins) else []
 
@@ -121,6 +127,10 @@ class Report:
         lines = [self.summary]
         formats = Counter((part.format, part.origin) for part in self.packed.values())
         lines += [f"  {n} x {_described(form)}, {origin or 'loaded'}" for (form, origin), n in formats.items()]
+        if self.embeddings:
+            (name, part), *heads = self.embeddings.items()
+            also = f"; with it {', '.join(head for head, _ in heads)}" if heads else ""
+            lines.append(f"  embedding {name}: {_described(part.format)}, {mebibytes(part.nbytes)}, frozen{also}")
         if self.packed:
             lines.append(f"  {self.bits_per_weight:.2f} bits a weight, with scales; {len(self.tuned)} layers tuned")
         for reason in dict.fromkeys(part.reason for part in self.left.values()):
@@ -160,6 +170,7 @@ def report(model: nn.Module) -> Report:
     left: dict[str, LeftPart] = {}
     counted: set[int] = set()
     tuned: list[str] = []
+    embeddings = _packed_embeddings(base)
     for full_name, module in base.named_modules():
         name = _plain(full_name, wrappers)
         if name is None:
@@ -172,7 +183,22 @@ def report(model: nn.Module) -> Report:
         (packed if isinstance(part, PackedPart) else left)[name] = part  # type: ignore[assignment]
         counted |= {id(parameter) for parameter in module.parameters()}
     rest = {id(p): p.nbytes for p in model.parameters() if id(p) not in counted}
-    return Report(packed, left, tuned, sum(rest.values()))
+    return Report(packed, left, tuned, sum(rest.values()), embeddings)
+
+
+def _packed_embeddings(base: nn.Module) -> dict[str, PackedPart]:
+    """The packed ends of a model, the embedding that others share first."""
+    shared, ends = shared_ends(base), packed_ends(base)
+    names = sorted(ends, key=lambda name: (name in shared, not isinstance(ends[name], PackedEmbedding)))
+    return {
+        name: PackedPart(
+            ends[name].number_format,
+            ends[name].in_features * ends[name].out_features,
+            sum(parameter.nbytes for parameter in ends[name].parameters()),
+            ends[name].origin,
+        )
+        for name in names
+    }
 
 
 def announce(

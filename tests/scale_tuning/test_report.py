@@ -145,3 +145,16 @@ def test_putting_an_adapter_onto_a_packed_base_says_nothing(tmp_path, said):
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
     get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), PeqaConfig())
     assert said() == []
+
+
+@pytest.mark.parametrize("name, ends", [("llama", 2), ("gpt2", 2)])
+def test_packed_embeddings_are_told_and_are_not_uncalibrated(name, ends):
+    config = PeqaConfig(bits=4, init_method="calibrated", embedding_bits=8, fan_in_fan_out=name == "gpt2")
+    model = get_peft_model(calibrate(tiny(name), config, [inputs(name)], progressbar=False), config)
+    found = report(model)
+    assert len(found.embeddings) == ends and {part.origin for part in found.embeddings.values()} == {"minmax"}
+    assert not found.uncalibrated
+    first, *heads = found.embeddings
+    assert f"embedding {first}: 8 bits per channel (uniform integers), " in str(found)
+    assert f"frozen; with it {heads[0]}" in str(found) and "loaded" not in str(found)
+    assert not report(tiny(name)).embeddings and "embedding" not in str(report(tiny(name)))
