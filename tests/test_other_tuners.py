@@ -245,6 +245,6 @@ def test_injection_unpacks_nothing(monkeypatch):
     """PEFT asks a layer's weight for dtype and device many times."""
     base = packed("llama")
     unpacked = []
-    monkeypatch.setattr("peft_ext.quant.linear.unpack", lambda *args: unpacked.append(args))
+    monkeypatch.setattr("peft_ext.quant.packed_module.unpack", lambda *args: unpacked.append(args))
     get_peft_model(base, lora(target_modules="all-linear"))
     assert not unpacked

@@ -65,6 +65,7 @@ SEAMS = {
         "_supports_attention_backend": "generation_ext.shared_prefix: masks of our own reach the layers",
         "_no_split_modules": "peft_ext.memory: the blocks that FSDP wraps",
         "_keep_in_fp32_modules": "peft_ext.checkpoint: what isn't packed",
+        "_tied_weights_keys": "peft_ext.quant.embedding: a head that shares a packed embedding is left out of the file",
         "_init_weights(module)": "generation_ext.critic, granularity: how new parts are initialised",
         "_is_hf_initialized": "peft_ext.checkpoint: packed layers aren't initialised over",
         "initialize_weights()": "peft_ext.checkpoint: whether stock loading ends in a layer without a weight",
