@@ -22,9 +22,10 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 from benchmarks.core.claims import Claim, markdown_table
 from benchmarks.core.run import Run, log
 from benchmarks.core.task import Task, claims_of_each, tables_of_each
-from peft_ext.quant.conversion import quantize_layer, replace_layer
+from peft_ext.quant.conversion import quantize_layer
 from peft_ext.quant.experts import unfuse_experts
 from peft_ext.quant.formats import Uniform
+from peft_ext.quant.packed_module import replace_layer
 
 
 EAGER, GROUPED, PACKED, TRAINED = "eager", "grouped_mm", "packed, 4 bits", " with its backward"

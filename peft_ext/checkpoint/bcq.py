@@ -51,14 +51,13 @@ from peft_ext.quant.conversion import (
     float_layers,
     packed_layers,
     quantize_layer,
-    replace_layer,
     weight_of,
 )
 from peft_ext.quant.embedding import PackedEmbedding, packed_ends, retie, share, shared_ends
 from peft_ext.quant.experts import fused_experts, merges_experts, unfuse_experts
 from peft_ext.quant.formats import BinaryCoding, NumberFormat, Uniform, check_number_format, group_size_of, groups_of
 from peft_ext.quant.linear import PackedLinear
-from peft_ext.quant.packed_module import PackedModule
+from peft_ext.quant.packed_module import PackedModule, replace_layer
 from peft_ext.quant.packing import TILE_ROWS
 from peft_ext.quant.replaceable import acts_linearly
 from peft_ext.quant.uniform import check_zero

@@ -12,9 +12,10 @@ from typing import Any, Optional
 from torch import nn
 
 from peft_ext.checkpoint.pack_quantized import is_compressed
-from peft_ext.quant.conversion import quantize_layer, replace_layer
+from peft_ext.quant.conversion import quantize_layer
 from peft_ext.quant.formats import Uniform
 from peft_ext.quant.linear import PackedLinear
+from peft_ext.quant.packed_module import replace_layer
 
 
 # The `packed_modules_mapping` of vLLM's models, as far as these are kinds of linear layers that transformers keeps apart.

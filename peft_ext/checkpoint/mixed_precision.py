@@ -24,8 +24,9 @@ from transformers.quantizers.base import HfQuantizer
 
 from peft_ext.checkpoint import pack_quantized
 from peft_ext.checkpoint.pack_quantized import OWN_BITS, StoredConfig, compress, container_of, is_compressed
-from peft_ext.quant.conversion import packed_layers, replace_layer
+from peft_ext.quant.conversion import packed_layers
 from peft_ext.quant.linear import PackedLinear
+from peft_ext.quant.packed_module import replace_layer
 from peft_ext.tensor_files import PLACEHOLDER
 
 

@@ -45,11 +45,12 @@ from peft_ext.checkpoint.files import (
 )
 from peft_ext.checkpoint.stock_loading import is_rebuilt, is_unfused_by_stock, loads_without_weights
 from peft_ext.file_formats import check_fields, mapping_of, one_number_of
-from peft_ext.quant.conversion import dequantize_layers, float_layers, packed_layers, replace_layer
+from peft_ext.quant.conversion import dequantize_layers, float_layers, packed_layers
 from peft_ext.quant.embedding import packed_ends
 from peft_ext.quant.experts import fused_experts, merges_experts, unfused_experts
 from peft_ext.quant.formats import Uniform
 from peft_ext.quant.linear import PackedLinear
+from peft_ext.quant.packed_module import replace_layer
 from peft_ext.quant.replaceable import acts_linearly
 from peft_ext.quant.uniform import UNIFORM_BITS, Quantized
 from peft_ext.tensor_files import PLACEHOLDER

@@ -11,8 +11,9 @@ from transformers.quantizers.base import HfQuantizer
 
 from peft_ext.checkpoint import bcq, mixed_precision, pack_quantized
 from peft_ext.checkpoint.tied_weights import untie
-from peft_ext.quant.conversion import packed_layers, replace_layer
+from peft_ext.quant.conversion import packed_layers
 from peft_ext.quant.embedding import packed_ends
+from peft_ext.quant.packed_module import replace_layer
 
 
 FORMATS = ("pack-quantized", "bcq")

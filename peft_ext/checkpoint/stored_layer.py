@@ -28,8 +28,9 @@ from peft_ext.checkpoint.files import (
 from peft_ext.checkpoint.saving import make_saveable
 from peft_ext.checkpoint.soundness import check_complete, check_numbers
 from peft_ext.checkpoint.tied_weights import untie
-from peft_ext.quant.conversion import LINEAR_LAYERS, replace_layer, weight_of
+from peft_ext.quant.conversion import LINEAR_LAYERS, weight_of
 from peft_ext.quant.linear import PackedLinear
+from peft_ext.quant.packed_module import replace_layer
 from peft_ext.sharding import refuse_distributed_loading
 
 

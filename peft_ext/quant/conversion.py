@@ -25,12 +25,6 @@ def weight_of(layer: Any) -> torch.Tensor:
     return layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
 
 
-def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put a layer into a model in another one's place, and in its mode."""
-    layer.train(model.get_submodule(name).training)
-    model.set_submodule(name, layer)
-
-
 def check_layer(name: str, layer: Any, number_format: NumberFormat) -> None:
     """Refuse a format that doesn't fit a layer.
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from peft_ext.quant.formats import NumberFormat, Uniform, empty_quantized
 from peft_ext.quant.linear import PackedLinear
-from peft_ext.quant.packed_module import PackedModule
+from peft_ext.quant.packed_module import PackedModule, replace_layer
 from peft_ext.quant.packing import pack, planes_shape, unpack_rows
 from peft_ext.quant.uniform import Quantized, dequantize
 
@@ -116,26 +116,33 @@ def share(model: PreTrainedModel, packed: PackedEmbedding, name: str, tied: list
     """
     biases = {each: getattr(model.get_submodule(each), "bias", None) for each in tied}
     embeddings = [each for each in tied if not isinstance(model.get_submodule(each), nn.Linear)]
-    _replace(model, name, packed)
+    replace_layer(model, name, packed)
     ties = {}
     for each in tied:
         module: PackedModule
+        sizes: dict[str, Any] = {"sym": packed.sym, "compute_dtype": packed.compute_dtype}
+        tensors: dict[str, Any] = {part: packed.get_parameter(part).data for part in _PARTS}
         if each in embeddings:
-            module = PackedEmbedding.__new__(PackedEmbedding)
-            nn.Module.__init__(module)
-            module.padding_idx = packed.padding_idx
+            module = PackedEmbedding(
+                **tensors,
+                num_embeddings=packed.num_embeddings,
+                embedding_dim=packed.embedding_dim,
+                padding_idx=packed.padding_idx,
+                **sizes,
+            )
         else:
-            module = PackedLinear.__new__(PackedLinear)
-            nn.Module.__init__(module)
-            module.conv1d = False
-            bias = biases[each]
-            module.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), False))
-        for attribute in ("in_features", "out_features", "sym", "compute_dtype", "origin"):
-            setattr(module, attribute, getattr(packed, attribute))
+            module = PackedLinear(
+                **tensors,
+                bias=biases[each],
+                in_features=packed.in_features,
+                out_features=packed.out_features,
+                **sizes,
+            )
+        module.origin = packed.origin
         for part in _PARTS:
             module.register_parameter(part, getattr(packed, part))
             ties[f"{each}.{part}"] = f"{name}.{part}"
-        _replace(model, each, module)
+        replace_layer(model, each, module)
     of_weights = {f"{each}.weight" for each in (name, *tied)}
     known = getattr(model, "all_tied_weights_keys", None) or {}
     rest = {key: value for key, value in known.items() if key not in of_weights and value not in of_weights}
@@ -212,9 +219,4 @@ def _put_float(model: nn.Module, name: str, layer: Any, weight: nn.Parameter) ->
         module = nn.Linear(columns, rows, bias=False, device="meta")
         module.bias = layer.bias
     module.weight = weight
-    _replace(model, name, module)
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    module.train(model.get_submodule(name).training)
-    model.set_submodule(name, module)
+    replace_layer(model, name, module)

@@ -44,6 +44,12 @@ class PackedParameter(nn.Parameter):
         return PackedParameter, (self.data, self.logical_numel)
 
 
+def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put a layer into a model in another one's place, and in its mode."""
+    layer.train(model.get_submodule(name).training)
+    model.set_submodule(name, layer)
+
+
 class PackedModule(nn.Module):
     """The weight of [`PackedLinear`] and `PackedEmbedding`, its identity, and how it is moved, cast and loaded.
 

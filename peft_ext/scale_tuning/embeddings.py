@@ -8,10 +8,11 @@ from typing import Any, NamedTuple, Optional
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_ext.quant.conversion import quantize_layer, replace_layer
+from peft_ext.quant.conversion import quantize_layer
 from peft_ext.quant.embedding import PackedEmbedding, packed_ends, share
 from peft_ext.quant.formats import Uniform, check_number_format
 from peft_ext.quant.linear import PackedLinear
+from peft_ext.quant.packed_module import replace_layer
 
 
 # 8 bits: symmetric, a scale for each token (GGUF's Q8_0 holds them); 4 bits: minimums in groups of 32 (Q4_1).

@@ -16,10 +16,11 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from peft_ext.checkpoint import pack_quantized
-from peft_ext.quant.conversion import LINEAR_LAYERS, check_layer, quantize_layer, replace_layer, weight_of
+from peft_ext.quant.conversion import LINEAR_LAYERS, check_layer, quantize_layer, weight_of
 from peft_ext.quant.formats import LATTICE, NumberFormat, same_format
 from peft_ext.quant.lattice import find_lattice
 from peft_ext.quant.linear import PackedLinear
+from peft_ext.quant.packed_module import replace_layer
 from peft_ext.quant.replaceable import acts_linearly, check_own_weight
 from peft_ext.scale_tuning.config import BASE, DEFAULT_BITS, DEFAULT_GROUP_SIZE, ScaleTuningConfig
 from peft_ext.targets import check_supported

@@ -19,9 +19,10 @@ from peft_ext.checkpoint.gguf import export_gguf
 from peft_ext.checkpoint.gguf_blocks import block_type, to_blocks, why_no_blocks
 from peft_ext.checkpoint.saving import make_saveable
 from peft_ext.model_card import README
-from peft_ext.quant.conversion import packed_layers, quantize_layer, replace_layer
+from peft_ext.quant.conversion import packed_layers, quantize_layer
 from peft_ext.quant.formats import Uniform
 from peft_ext.quant.linear import PackedLinear
+from peft_ext.quant.packed_module import replace_layer
 from peft_ext.quant.uniform import Quantized, quantize
 from tests.cases import assert_differs, assert_same, move_adapter
 from tests.tiny.folders import save_tiny

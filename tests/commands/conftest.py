@@ -12,8 +12,9 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_ext import AlphaTuningConfig, PeqaConfig
+from peft_ext.rows import write_rows
 from tests.cases import move_adapter
-from tests.tiny.folders import save_tiny_model
+from tests.tiny.folders import save_chat_model, save_tiny_model
 
 
 TOKENS = torch.tensor([[5, 6, 7, 8]])
@@ -27,6 +28,22 @@ def logits(model) -> torch.Tensor:
 @pytest.fixture(scope="session")
 def float_folder(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("commands") / "float")
+
+
+@pytest.fixture(scope="session")
+def places(tmp_path_factory):
+    """A float chat model, and texts."""
+    folder = tmp_path_factory.mktemp("places")
+    save_chat_model(folder / "chat")
+    write_rows(folder / "texts.jsonl", [{"text": f"Text number {number}. " * 12} for number in range(40)])
+    return folder
+
+
+@pytest.fixture
+def flags(places):
+    """`--model`, `--data` and small counts, of `quantize` and `tune`."""
+    common = {"model": places / "chat", "data": places / "texts.jsonl", "held_out_blocks": 2, "calibration_blocks": 4}
+    return [part for name, value in common.items() for part in (f"--{name}", str(value))]
 
 
 def make_run(folder: Path, float_folder: Path, config) -> torch.Tensor:

@@ -12,23 +12,6 @@ import pytest
 from peft_ext.cli import main
 from peft_ext.models import load
 from peft_ext.quant.conversion import packed_layers
-from peft_ext.rows import write_rows
-from tests.tiny.folders import save_chat_model
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory):
-    """A float model, and texts."""
-    folder = tmp_path_factory.mktemp("budget")
-    save_chat_model(folder / "chat")
-    write_rows(folder / "texts.jsonl", [{"text": f"Text number {number}. " * 12} for number in range(40)])
-    return folder
-
-
-@pytest.fixture
-def flags(places, tmp_path):
-    common = {"model": places / "chat", "data": places / "texts.jsonl", "held_out_blocks": 2, "calibration_blocks": 4}
-    return [part for name, value in common.items() for part in (f"--{name}", str(value))]
 
 
 def _widths(folder) -> dict[str, int]:

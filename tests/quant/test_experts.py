@@ -11,7 +11,7 @@ from torch import nn
 from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
-from peft_ext.quant.conversion import dequantize_layers, packed_layers, quantize_layer, replace_layer
+from peft_ext.quant.conversion import dequantize_layers, packed_layers, quantize_layer
 from peft_ext.quant.experts import (
     Pairing,
     UnfusedExperts,
@@ -23,6 +23,7 @@ from peft_ext.quant.experts import (
     unfused_experts,
 )
 from peft_ext.quant.formats import Uniform
+from peft_ext.quant.packed_module import replace_layer
 from tests.tiny.models import tiny
 from tests.tiny.moe import EXPERTS, MOE, moe_batch, tiny_moe
 
